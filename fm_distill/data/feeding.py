@@ -1,0 +1,251 @@
+"""One stream of batches, fed in two ways: from device memory, or read as it is needed.
+
+Position p of the stream is example `p % batch_size` of step `p // batch_size`, whoever asks. Called
+by `train.py`; what it yields is the argument of the compiled step in `step.py`.
+"""
+
+import collections
+import dataclasses
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from absl import flags
+from jaxtyping import Array, PyTree
+from tqdm import tqdm
+
+from fm_distill.config import DataConfig
+from fm_distill.data.images import CorruptImage, decode, on_canvas, shrink
+from fm_distill.data.order import example_ids
+from fm_distill.data.sources import Source
+from fm_distill.errors import UserError
+
+DEVICE_PREFETCH = 2  # batches that are on their way while the device works
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Examples as the step gets them (or the whole split, where it is resident).
+
+    A tree of arrays, so its fields may also hold what a tree is mapped to, e.g. shardings.
+    """
+
+    canvases: PyTree  # uint8 (batch, side, side, 3)
+    sizes: PyTree  # int32 (batch, 2): true height and width on the canvas
+    labels: PyTree  # int32 (batch,): -1 where there is none
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """Example id -> canvas. Random access, and can be sent to a reader process."""
+
+    source: Source
+    config: DataConfig
+    classes: int
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Canvas, size, label and whether the image is whole (else it is black, or refused)."""
+        raw = self.source[int(index)]
+        if raw.label >= self.classes or raw.label < -1:
+            raise UserError(
+                f"{raw.name} has the label {raw.label}; expected 0 to {self.classes - 1}: "
+                "set data.classes, or mend the data"
+            )
+        try:
+            pixels, whole = shrink(decode(raw.image), self.config.canvas), True
+        except CorruptImage as error:
+            if self.config.corrupt == "stop":
+                raise UserError(
+                    f"{raw.name} is not a whole image ({error}); mend or remove it, or skip such "
+                    "images with --data.corrupt skip"
+                ) from None
+            pixels, whole = np.zeros((1, 1, 3), np.uint8), False
+        return {
+            "canvas": on_canvas(pixels, self.config.canvas.side),
+            "size": np.array(pixels.shape[:2], np.int32),
+            "label": np.int32(raw.label),
+            "whole": np.bool_(whole),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingStream:
+    """This process's share of the stream, as a random access source for Grain."""
+
+    reader: Reader
+    seed: int
+    total_steps: int
+    batch_size: int
+    first_row: int  # of each batch, for this process
+    rows: int
+
+    def __len__(self) -> int:
+        return self.total_steps * self.rows
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        step, row = divmod(int(index), self.rows)
+        position = np.array([step * self.batch_size + self.first_row + row])
+        example = int(example_ids(self.seed, position, len(self.reader))[0])
+        # The next whole image stands for a corrupt one, in both ways of feeding.
+        for offset in range(len(self.reader)):
+            read = self.reader[(example + offset) % len(self.reader)]
+            if read["whole"]:
+                return read | {"whole": np.bool_(offset == 0)}
+        raise UserError(f"no image of {self.reader.source.identity} is whole")
+
+
+def process_rows(batch_size: int) -> tuple[int, int]:
+    """First row and number of rows of each batch that this process feeds."""
+    rows = batch_size // jax.process_count()
+    return jax.process_index() * rows, rows
+
+
+class ResidentFeed:
+    """The decoded split lies in device memory; the host sends ids."""
+
+    def __init__(self, reader: Reader, seed: int, batch_size: int, replicated: Any, split: Any):
+        self.seed, self.batch_size, self.ids_sharding = seed, batch_size, split
+        arrays, whole = load_split(reader)
+        if not whole.any():
+            raise UserError(f"no image of {reader.source.identity} is whole")
+        self.skipped = int((~whole).sum())
+        self.stand_in = _next_whole(whole)
+        self.data: Batch | None = jax.device_put(arrays, replicated)
+
+    def feed(self, start_step: int, dispatches: Iterator[int]) -> Iterator[Array]:
+        """For each dispatch of n steps the ids of its batches, (n, batch)."""
+        step = start_step
+        for steps in dispatches:
+            positions = np.arange(step * self.batch_size, (step + steps) * self.batch_size)
+            ids = self.stand_in[example_ids(self.seed, positions, len(self.stand_in))]
+            yield _send(ids.reshape(steps, self.batch_size).astype(np.int32), self.ids_sharding, 1)
+            step += steps
+
+
+class StreamingFeed:
+    """Grain reads and decodes ahead; batches are sent to the devices before they are needed."""
+
+    def __init__(self, reader: Reader, seed: int, batch_size: int, total_steps: int, sharding: Any):
+        first, rows = process_rows(batch_size)
+        self.stream = TrainingStream(reader, seed, total_steps, batch_size, first, rows)
+        self.sharding, self.workers = sharding, reader.config.workers
+        self.data: Batch | None = None
+        self.skipped = 0
+
+    def feed(self, start_step: int, dispatches: Iterator[int]) -> Iterator[Batch]:
+        """For each dispatch, of one step, its batch."""
+        rows = self.stream.rows
+        dataset = grain.MapDataset.source(self.stream)[start_step * rows :]
+        read = _read_ahead(dataset.batch(rows), self.workers)
+        ready: collections.deque[Batch] = collections.deque()
+        for steps in dispatches:
+            assert steps == 1
+            while len(ready) < DEVICE_PREFETCH and (item := next(read, None)) is not None:
+                self.skipped += int((~item["whole"]).sum())
+                ready.append(jax.tree.map(lambda x: _send(x, self.sharding, 0), _batch(item)))
+            yield ready.popleft()
+
+
+def evaluation_batches(reader: Reader, batch_size: int) -> Iterator[tuple[Batch, np.ndarray]]:
+    """Every example once in order, as host batches of this process's rows, and their mask.
+
+    The last batch is padded with black pictures that the mask leaves out, as are corrupt images.
+    """
+    first, rows = process_rows(batch_size)
+    count = -(-len(reader) // batch_size)
+    source = _Padded(reader, batch_size, first, rows, count)
+    for item in _read_ahead(grain.MapDataset.source(source).batch(rows), 0):
+        yield _batch(item), item["whole"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Padded:
+    reader: Reader
+    batch_size: int
+    first_row: int
+    rows: int
+    batches: int
+
+    def __len__(self) -> int:
+        return self.batches * self.rows
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        batch, row = divmod(int(index), self.rows)
+        example = batch * self.batch_size + self.first_row + row
+        if example < len(self.reader):
+            return self.reader[example]
+        side = self.reader.config.canvas.side
+        return {
+            "canvas": np.zeros((side, side, 3), np.uint8),
+            "size": np.ones(2, np.int32),
+            "label": np.int32(-1),
+            "whole": np.bool_(False),
+        }
+
+
+def load_split(reader: Reader) -> tuple[Batch, np.ndarray]:
+    """The whole split as one host batch, and which of its images are whole."""
+    side, count = reader.config.canvas.side, len(reader)
+    canvases = np.zeros((count, side, side, 3), np.uint8)
+    sizes, labels = np.ones((count, 2), np.int32), np.full(count, -1, np.int32)
+    whole = np.zeros(count, bool)
+    read = _read_ahead(grain.MapDataset.source(reader), 0)
+    bar = tqdm(read, total=count, desc="decoding", unit="img", leave=False, disable=count < 5000)
+    for i, item in enumerate(bar):
+        canvases[i], sizes[i] = item["canvas"], item["size"]
+        labels[i], whole[i] = item["label"], item["whole"]
+    return Batch(canvases, sizes, labels), whole
+
+
+def fits_in_memory(config: DataConfig, examples: int) -> tuple[bool, str]:
+    """Whether `auto` holds the split in device memory, and the sentence that says so."""
+    need = examples * config.canvas.side**2 * 3
+    have = _memory_bytes()
+    fits = need <= config.resident_share * have
+    return fits, (
+        f"{examples:,} canvases need {need / 1e9:.2f} GB of each device; resident takes at most "
+        f"{config.resident_share:.0%} of its {have / 1e9:.1f} GB"
+    )
+
+
+def _memory_bytes() -> int:
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    if stats and "bytes_limit" in stats:
+        return int(stats["bytes_limit"])
+    # Simulated devices share the host's memory, each with a copy of its own.
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
+
+
+def _read_ahead(dataset: Any, workers: int) -> Iterator[dict[str, np.ndarray]]:
+    options = grain.ReadOptions(num_threads=os.cpu_count() or 1, prefetch_buffer_size=64)
+    read = dataset.to_iter_dataset(options)
+    if workers:
+        # Grain's worker processes read absl flags, which nobody parses here.
+        flags.FLAGS.mark_as_parsed()
+        read = read.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    return iter(read)
+
+
+def _batch(item: dict[str, np.ndarray]) -> Batch:
+    return Batch(item["canvas"], item["size"], item["label"])
+
+
+def _send(local: np.ndarray, sharding: Any, batch_axis: int) -> Array:
+    """This process's rows, as its part of the global array on the devices."""
+    if batch_axis == 1:  # ids are the same in all processes, which hold all of them
+        return jax.device_put(local, sharding)
+    return jax.make_array_from_process_local_data(sharding, local)
+
+
+def _next_whole(whole: np.ndarray) -> np.ndarray:
+    """For each example the first whole one at or after it, around the end."""
+    ids = np.flatnonzero(whole)
+    return ids[np.searchsorted(ids, np.arange(len(whole))) % len(ids)]

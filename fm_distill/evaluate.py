@@ -1,0 +1,207 @@
+"""Student and teacher on every example of a split exactly once, on the central view."""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, PyTree
+
+from fm_distill.config import Config
+from fm_distill.data.feeding import Batch
+from fm_distill.distances import kl_divergence
+from fm_distill.models import Variables
+from fm_distill.sharding import Layout
+from fm_distill.step import Seat
+from fm_distill.views import render_central
+
+ECE_BINS = 15
+Sums = dict[str, Any]
+EvaluationProgram = Callable[[Variables, tuple[Variables, ...], Batch, Array], Sums]
+
+
+def make_evaluation_step(
+    student: Seat, teachers: tuple[Seat, ...], central_fraction: float, temperature: float
+) -> EvaluationProgram:
+    """`(student, frozen teachers, batch, mask) -> sums over the examples that the mask keeps`."""
+
+    def evaluation_step(
+        variables: Variables,
+        teacher_variables: tuple[Variables, ...],
+        batch: Batch,
+        mask: Bool[Array, " batch"],
+    ) -> Sums:
+        wanted = sorted({seat.picture for seat in (student, *teachers)})
+        pictures = {
+            p: render_central(batch.canvases, batch.sizes, central_fraction, p) for p in wanted
+        }
+        logits = student.network.apply(variables, pictures[student.picture], train=False).logits
+        sums: Sums = {"examples": mask.sum(), "student": _measure(logits, batch.labels, mask)}
+        if teachers:
+            # More teachers than one will be measured as the ensemble that they teach as.
+            seat, frozen = teachers[0], teacher_variables[0]
+            teacher = seat.network.apply_frozen(frozen, pictures[seat.picture]).logits
+            sums["teacher"] = _measure(teacher, batch.labels, mask)
+            sums["match"] = _compare(logits, teacher, mask, temperature)
+        return sums
+
+    return evaluation_step
+
+
+def _measure(logits: Float[Array, "batch classes"], labels: Array, mask: Array) -> Sums:
+    """Sums over the labelled examples, and over 15 equal bins of confidence.
+
+    Expected calibration error: Guo et al. 2017 (arXiv 1706.04599), bins (0, 1/15], (1/15, 2/15]...
+    """
+    known = mask & (labels >= 0)
+    log_probabilities = jax.nn.log_softmax(logits)
+    label = jnp.maximum(labels, 0)
+    right = (jnp.argmax(logits, -1) == label) & known
+    top5 = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1]
+    picked = jnp.take_along_axis(log_probabilities, label[:, None], axis=-1)[:, 0]
+    confidence = jnp.exp(log_probabilities.max(axis=-1))
+    bins = jnp.clip(jnp.ceil(confidence * ECE_BINS).astype(jnp.int32) - 1, 0, ECE_BINS - 1)
+    in_bin = jax.nn.one_hot(bins, ECE_BINS) * known[:, None]
+    return {
+        "labelled": known.sum(),
+        "top1": right.sum(),
+        "top5": ((top5 == label[:, None]).any(-1) & known).sum(),
+        "cross_entropy": -jnp.where(known, picked, 0.0).sum(),
+        "bin_confidence": (in_bin * confidence[:, None]).sum(0),
+        "bin_right": (in_bin * right[:, None]).sum(0),
+    }
+
+
+def _compare(
+    student: Float[Array, "batch classes"],
+    teacher: Float[Array, "batch classes"],
+    mask: Array,
+    temperature: float,
+) -> Sums:
+    first = jnp.argmax(teacher, -1)
+    top5 = jax.lax.top_k(student, min(5, student.shape[-1]))[1]
+
+    def total(values: Array) -> Array:
+        return jnp.where(mask, values, 0).sum()
+
+    return {
+        "top1": total(jnp.argmax(student, -1) == first),
+        "top5": total((top5 == first[:, None]).any(-1)),
+        "kl_train_temperature": total(kl_divergence(student, teacher, temperature)),
+        "kl_one": total(kl_divergence(student, teacher)),
+    }
+
+
+def evaluate_batches(
+    program: EvaluationProgram,
+    student: Variables,
+    teachers: tuple[Variables, ...],
+    batches: Iterable[tuple[Batch, np.ndarray]],
+    layout: Layout,
+) -> Sums:
+    """Sums over all batches, accumulated in float64 on the host."""
+    total: PyTree = None
+    for host_batch, mask in batches:
+        send = jax.tree.map(
+            lambda x: jax.make_array_from_process_local_data(layout.batch, x), (host_batch, mask)
+        )
+        sums = jax.tree.map(
+            lambda x: np.asarray(x, np.float64), jax.device_get(program(student, teachers, *send))
+        )
+        total = sums if total is None else jax.tree.map(np.add, total, sums)
+    return total
+
+
+def make_evaluation_program(step: EvaluationProgram, layout: Layout) -> EvaluationProgram:
+    """`step`, compiled: batches over the devices, sums replicated, nothing donated."""
+    return jax.jit(step, out_shardings=layout.replicated)
+
+
+def summarise(sums: Sums, split: str, step: int) -> dict[str, Any]:
+    """The figures of one evaluation; null where there are no labels, teacher or fifth class."""
+    classes = int(sums["classes"])
+    examples = int(sums["examples"])
+    student = _figures(sums["student"], classes)
+    teacher = _figures(sums["teacher"], classes) if "teacher" in sums else _figures(None, classes)
+    match = sums.get("match")
+    mean = (lambda name: float(match[name]) / examples) if match and examples else lambda name: None
+    top1, aim = student["top1"], teacher["top1"]
+    return {
+        "split": split,
+        "examples": examples,
+        "step": step,
+        "student": student,
+        "teacher": teacher,
+        "agreement": {"top1": mean("top1"), "top5": mean("top5") if classes >= 5 else None},
+        "kl": {"train_temperature": mean("kl_train_temperature"), "one": mean("kl_one")},
+        "retention": top1 / aim if top1 is not None and aim else None,
+        "gap": aim - top1 if top1 is not None and aim is not None else None,
+    }
+
+
+def _figures(sums: Sums | None, classes: int) -> dict[str, float | None]:
+    if sums is None or sums["labelled"] == 0:
+        return dict.fromkeys(("top1", "top5", "cross_entropy", "ece"))
+    count = float(sums["labelled"])
+    return {
+        "top1": float(sums["top1"]) / count,
+        "top5": float(sums["top5"]) / count if classes >= 5 else None,
+        "cross_entropy": float(sums["cross_entropy"]) / count,
+        "ece": float(np.abs(sums["bin_confidence"] - sums["bin_right"]).sum()) / count,
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """All that is needed to evaluate one student and its teachers on host batches."""
+
+    program: EvaluationProgram
+    layout: Layout
+    classes: int
+
+    @classmethod
+    def make(
+        cls, config: Config, student: Seat, teachers: tuple[Seat, ...], layout: Layout
+    ) -> "Evaluator":
+        step = make_evaluation_step(
+            student, teachers, config.views.central_fraction, config.objective.temperature
+        )
+        return cls(make_evaluation_program(step, layout), layout, student.network.classes)
+
+    def __call__(
+        self,
+        student: Variables,
+        teachers: tuple[Variables, ...],
+        batches: Iterable[tuple[Batch, np.ndarray]],
+        split: str,
+        step: int,
+    ) -> dict[str, Any]:
+        """The figures of `summarise`."""
+        sums = evaluate_batches(self.program, student, teachers, batches, self.layout)
+        return summarise(sums | {"classes": self.classes}, split, step)
+
+
+def table(figures: dict[str, Any]) -> str:
+    """The figures that people look at first, as text."""
+    student, teacher = figures["student"], figures["teacher"]
+    rows = [
+        ("teacher accuracy", _percent(teacher["top1"])),
+        ("student accuracy", _percent(student["top1"])),
+        ("accuracy kept", _percent(figures["retention"])),
+        ("top-1 agreement", _percent(figures["agreement"]["top1"])),
+        ("KL at training temperature", _nats(figures["kl"]["train_temperature"])),
+        ("KL at temperature 1", _nats(figures["kl"]["one"])),
+    ]
+    title = f"{figures['split']}, {figures['examples']:,} examples, step {figures['step']:,}"
+    shown = [f"  {name:<28}{value:>12}" for name, value in rows if value]
+    return "\n".join([title, *shown])
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.2f} %"
+
+
+def _nats(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f} nats"

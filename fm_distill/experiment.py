@@ -1,0 +1,213 @@
+"""Experiment files: a Python file that defines `config`, overrides on top, and the checks.
+
+`check` refuses what is wrong whatever the data and the devices are; what depends on those is
+refused where they are opened.
+"""
+
+import dataclasses
+import math
+import os
+import pathlib
+import runpy
+from collections.abc import Iterable
+
+from fm_distill.config import Config, NetworkConfig, SplitConfig, flatten
+from fm_distill.data.sources import SOURCES
+from fm_distill.distances import DISTANCES
+from fm_distill.errors import UserError
+from fm_distill.models import MODELS, check_network
+from fm_distill.optim import OPTIMIZERS, decay_equivalent
+from fm_distill.views import CROPS
+
+
+def load_experiment(path: str | os.PathLike[str]) -> Config:
+    """The checked `config` of an experiment file.
+
+    A relative `teacher.experiment` in the file is relative to the file. Raises `UserError` where
+    the file is missing, fails, or defines no config.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no experiment file {path}; give the path of a .py file")
+    try:
+        config = runpy.run_path(str(path)).get("config")
+    except Exception as error:
+        raise UserError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
+    if not isinstance(config, Config):
+        raise UserError(
+            f"{path} defines no `config = fm_distill.Config(...)`; got {type(config).__name__}"
+        )
+    teacher = config.teacher
+    if teacher and teacher.experiment and not os.path.isabs(teacher.experiment):
+        beside = os.path.relpath(path.parent / teacher.experiment)
+        config = dataclasses.replace(
+            config, teacher=dataclasses.replace(teacher, experiment=beside)
+        )
+    check(config)
+    return config
+
+
+def resolve_length(default: Config, asked: Config) -> Config:
+    """Lets an override of steps replace the file's epochs, and the other way round."""
+    a, b = default.schedule, asked.schedule
+    if b.total_steps is not None and b.total_epochs is not None:
+        if a.total_steps is None and b.total_epochs == a.total_epochs:
+            b = dataclasses.replace(b, total_epochs=None)
+        elif a.total_epochs is None and b.total_steps == a.total_steps:
+            b = dataclasses.replace(b, total_steps=None)
+    return dataclasses.replace(asked, schedule=b)
+
+
+def check(config: Config) -> None:
+    """Raises `UserError` for what is wrong whatever the data and the devices are."""
+    _choice("data.source", config.data.source, SOURCES)
+    _choice("views.crop", config.views.crop, CROPS)
+    _choice("objective.distance", config.objective.distance, DISTANCES)
+    _choice("optimizer.name", config.optimizer.name, OPTIMIZERS)
+    _check_network("student", config.student)
+    if config.teacher and config.teacher.network:
+        _check_network("teacher.network", config.teacher.network)
+    _check_teacher(config)
+    _check_length(config)
+    _check_numbers(config)
+    if config.data.feeding == "streaming" and config.steps_per_dispatch not in ("auto", 1):
+        raise UserError(
+            f"steps_per_dispatch={config.steps_per_dispatch} needs data.feeding=resident: "
+            "in streaming each step waits for its own batch; use auto or 1"
+        )
+    if config.data.source == "images" and config.objective.target == "labels":
+        raise UserError(
+            "objective.target=labels needs labels, and data.source=images has none; "
+            "use class_folders, or objective.target=teacher"
+        )
+
+
+def _choice(option: str, value: str, known: Iterable[str]) -> None:
+    if value not in tuple(known):
+        raise UserError(f"{option} is {value!r}; expected one of {', '.join(sorted(known))}")
+
+
+def _check_network(option: str, network: NetworkConfig) -> None:
+    _choice(f"{option}.model", network.model, MODELS)
+    _positive(f"{option}.resolution", network.resolution)
+    try:
+        check_network(network)
+    except ValueError as error:
+        raise UserError(f"{option}: {error}") from None
+
+
+def _check_teacher(config: Config) -> None:
+    teacher = config.teacher
+    if teacher is None:
+        if config.objective.target == "teacher":
+            raise UserError(
+                "objective.target=teacher needs a teacher: give teacher.weights, "
+                "teacher.experiment or teacher.workdir, or use objective.target=labels"
+            )
+        return
+    if teacher.weights and (teacher.experiment or teacher.workdir):
+        raise UserError(
+            "teacher.weights and a teacher's run (teacher.experiment, teacher.workdir) exclude "
+            "each other; keep one (`--teacher.experiment None` drops the file's)"
+        )
+    if not (teacher.weights or teacher.experiment or teacher.workdir):
+        hint = " (a BiT .npz)" if teacher.network else ""
+        raise UserError(
+            f"the teacher has no weights: give --teacher.weights FILE{hint}, "
+            "--teacher.experiment FILE or --teacher.workdir DIR"
+        )
+    if teacher.weights and not teacher.network:
+        raise UserError("teacher.weights needs teacher.network, which says what network it holds")
+
+
+def _check_length(config: Config) -> None:
+    schedule = config.schedule
+    given = [x for x in (schedule.total_steps, schedule.total_epochs) if x is not None]
+    if len(given) != 1:
+        got = "neither" if not given else "both"
+        raise UserError(
+            f"schedule: got {got} of total_steps and total_epochs; give exactly one of them"
+        )
+    _positive("schedule.total_steps or total_epochs", given[0])
+    if schedule.warmup_steps < 0:
+        raise UserError(f"schedule.warmup_steps is {schedule.warmup_steps}; expected 0 or more")
+
+
+def _check_numbers(config: Config) -> None:
+    views, optimizer, data = config.views, config.optimizer, config.data
+    positive: dict[str, float] = {
+        "batch_size": config.batch_size,
+        "objective.temperature": config.objective.temperature,
+        "optimizer.learning_rate": optimizer.learning_rate,
+        "optimizer.clip_norm": optimizer.clip_norm,
+        "optimizer.epsilon": optimizer.epsilon,
+        "data.canvas.size": data.canvas.size,
+        "views.mixup_alpha": views.mixup_alpha,
+        "mesh.fsdp": config.mesh.fsdp,
+        "checkpoint.every_steps": config.checkpoint.every_steps,
+        "checkpoint.keep": config.checkpoint.keep,
+        "log.every_steps": config.log.every_steps,
+    }
+    if config.mesh.data != "auto":
+        positive["mesh.data"] = config.mesh.data
+    if config.steps_per_dispatch != "auto":
+        positive["steps_per_dispatch"] = config.steps_per_dispatch
+    for option, value in positive.items():
+        _positive(option, value)
+    _within("views.flip_probability", views.flip_probability, 0.0, 1.0)
+    _within("views.central_fraction", views.central_fraction, 0.01, 1.0)
+    _within("data.resident_share", data.resident_share, 0.0, 1.0)
+    _within("optimizer.weight_decay", optimizer.weight_decay, 0.0, 1.0)
+    _within("optimizer.beta1", optimizer.beta1, 0.0, 1.0 - 1e-12)
+    _within("optimizer.beta2", optimizer.beta2, 0.0, 1.0 - 1e-12)
+    _within("seed", config.seed, 0, 2**32 - 1)
+    _within("data.workers", data.workers, 0, 512)
+    _within("log.evaluate_every_steps", config.log.evaluate_every_steps, 0, math.inf)
+    if config.ema_decay is not None:
+        _within("ema_decay", config.ema_decay, 0.0, 1.0 - 1e-12)
+    if data.classes is not None:
+        _within("data.classes", data.classes, 2, math.inf)
+    if data.canvas.max_aspect < 1.0:
+        raise UserError(f"data.canvas.max_aspect is {data.canvas.max_aspect}; expected 1 or more")
+    for option, (low, high) in {
+        "views.crop_area": views.crop_area,
+        "views.crop_aspect": views.crop_aspect,
+    }.items():
+        if not 0 < low <= high or (option == "views.crop_area" and high > 1):
+            raise UserError(f"{option} is ({low}, {high}); expected 0 < lowest <= highest")
+
+
+def _positive(option: str, value: float) -> None:
+    if not (value > 0 and math.isfinite(value)):
+        raise UserError(f"{option} is {value}; expected a number above zero")
+
+
+def _within(option: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise UserError(f"{option} is {value}; expected {low:g} to {high:g}")
+
+
+def split_of(config: Config, split: str) -> SplitConfig:
+    """The data set's own name of `split`; raises `UserError` where the experiment has none."""
+    splits: dict[str, SplitConfig | None] = {
+        "train": config.data.train,
+        "validation": config.data.validation,
+        "test": config.data.test,
+    }
+    _choice("split", split, splits)
+    found = splits[split]
+    if found is None:
+        have = ", ".join(name for name, value in splits.items() if value)
+        raise UserError(f"this experiment has no {split} split; it has {have}")
+    return found
+
+
+def describe(config: Config) -> str:
+    """The resolved config as text, one option a line, and what follows from it."""
+    lines = [f"{name} = {value}" for name, value in flatten(config).items()]
+    return "\n".join([*lines, "", *_notes(config)])
+
+
+def _notes(config: Config) -> list[str]:
+    optimizer = config.optimizer
+    return [f"# weight decay: {decay_equivalent(optimizer)}"]

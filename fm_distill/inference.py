@@ -1,0 +1,112 @@
+"""A run that lies in a workdir, put to use: evaluated on a split, or asked about own images."""
+
+import dataclasses
+import os
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fm_distill.build import build, compute_dtype, make_seat
+from fm_distill.config import Config, MeshConfig, differences
+from fm_distill.data.feeding import Reader, evaluation_batches
+from fm_distill.data.images import CorruptImage, decode, on_canvas, shrink
+from fm_distill.data.sources import open_source
+from fm_distill.errors import UserError
+from fm_distill.evaluate import Evaluator
+from fm_distill.experiment import check, split_of
+from fm_distill.run import load_teacher, open_run
+from fm_distill.setup import freeze_on_devices
+from fm_distill.sharding import Layout, make_layout
+from fm_distill.views import render_central
+
+
+def evaluate(
+    workdir: str | os.PathLike[str], split: str = "test", config: Config | None = None
+) -> dict[str, Any]:
+    """Student and teacher of the run in `workdir` on every example of `split` exactly once.
+
+    Returns the figures of `evaluate.summarise`: accuracies and agreement as fractions of 1, KL
+    and cross-entropy in nats. `config` may name new places of data and teacher. Where the run
+    keeps an average of the student, that is evaluated. Raises `UserError`.
+    """
+    run = open_run(workdir)
+    config = config or run.config
+    check(config)
+    if differ := differences(run.config, config):
+        raise UserError(f"the run in {workdir} was trained otherwise:\n  " + "\n  ".join(differ))
+    source = open_source(config.data, split_of(config, split).name)
+    teacher = load_teacher(config, run.workdir)
+    stored = run.workdir.read("config.json")["contents"].get("teacher")
+    if teacher and stored and teacher.fingerprint != stored:
+        raise UserError(
+            f"this is not the teacher of the run in {workdir}: its weights have SHA-256 "
+            f"{teacher.fingerprint}, expected {stored}"
+        )
+    layout = _evaluation_layout(config)
+    networks = (teacher.network,) if teacher else ()
+    built = build(config, run.classes, networks, 1, layout)
+    frozen = tuple(
+        freeze_on_devices(seat.network, teacher.variables, layout)
+        for seat in built.teachers
+        if teacher
+    )
+    student = jax.device_put(run.student, layout.variables(run.student))
+    # Whole batches for any number of devices; the mask takes care of the rest.
+    batch_size = -(-config.batch_size // layout.mesh.size) * layout.mesh.size
+    reader = Reader(source, config.data, run.classes)
+    evaluator = Evaluator.make(config, built.student, built.teachers, layout)
+    return evaluator(student, frozen, evaluation_batches(reader, batch_size), split, run.step)
+
+
+def _evaluation_layout(config: Config) -> Layout:
+    """All devices, whatever the run was trained on."""
+    fsdp = config.mesh.fsdp
+    return make_layout(MeshConfig(fsdp=fsdp if jax.device_count() % fsdp == 0 else 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What a student says of one image: classes by falling probability."""
+
+    image: str
+    classes: tuple[str, ...]
+    probabilities: tuple[float, ...]
+
+
+def predict(
+    workdir: str | os.PathLike[str], images: list[str | os.PathLike[str]], top: int = 5
+) -> list[Prediction]:
+    """The `top` classes of each image file, by the student of the run in `workdir`.
+
+    Each image gets the central view of evaluation. Raises `UserError` for a file that is no image.
+    """
+    run = open_run(workdir)
+    config = run.config
+    dtype = compute_dtype(config, make_layout(MeshConfig()))
+    seat = make_seat(config.student, run.classes, dtype)
+    names = run.class_names or tuple(f"class {i}" for i in range(run.classes))
+
+    @jax.jit
+    def probabilities(canvas: jax.Array, size: jax.Array) -> jax.Array:
+        view = render_central(canvas, size, config.views.central_fraction, seat.picture)
+        return jax.nn.softmax(seat.network.apply(run.student, view, train=False).logits)[0]
+
+    found = []
+    for image in images:
+        path = pathlib.Path(image)
+        if not path.is_file():
+            raise UserError(f"there is no image {path}")
+        try:
+            pixels = shrink(decode(path.read_bytes()), config.data.canvas)
+        except CorruptImage as error:
+            raise UserError(f"{path} is not a whole image ({error})") from None
+        canvas = on_canvas(pixels, config.data.canvas.side)[None]
+        p = np.asarray(probabilities(canvas, jnp.array([pixels.shape[:2]])))
+        best = np.argsort(-p, kind="stable")[:top]
+        found.append(
+            Prediction(str(path), tuple(names[i] for i in best), tuple(float(p[i]) for i in best))
+        )
+    return found

@@ -1,0 +1,86 @@
+"""The optimizer of the recipe: global-norm clip, Adam, decoupled decay, warm-up and cosine.
+
+With s(t) the schedule's shape (peak 1), one step is
+
+    released:  w -= s(t) * (learning_rate * adam(g) + weight_decay * w)
+    adamw:     w -= s(t) *  learning_rate * (adam(g) + weight_decay * w)
+
+and only kernels decay. Source: big_vision's optax.py and configs/proj/distill (released),
+Loshchilov and Hutter 2019 (adamw).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, PyTree
+
+from fm_distill.config import OptimizerConfig
+
+
+def make_schedule(total_steps: int, warmup_steps: int) -> Callable[[Array | int], Array]:
+    """The shape s(t) of the learning rate for steps 0 to `total_steps - 1`, with peak 1.
+
+    s(t) = t / warmup in the warm-up (the first update is zero, as in the released code), then half
+    a cosine that is zero on the last step that runs, `total_steps - 1`.
+    """
+    # A run of one step has no room for the descent.
+    descent = max(total_steps - 1 - warmup_steps, 1)
+
+    def schedule(step: Array | int) -> Array:
+        t = jnp.asarray(step, jnp.float32)
+        cosine = 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip((t - warmup_steps) / descent, 0, 1)))
+        return jnp.where(t < warmup_steps, t / max(warmup_steps, 1), cosine)
+
+    return schedule
+
+
+def kernel_mask(params: PyTree) -> PyTree[bool]:
+    """True for the leaves named `kernel`: convolutions and the head, not norms and biases."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: jax.tree_util.keystr(path[-1:], simple=True) == "kernel", params
+    )
+
+
+def adam(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Adam's direction; the released recipe keeps the first moment in bfloat16."""
+    return optax.scale_by_adam(
+        b1=config.beta1,
+        b2=config.beta2,
+        eps=config.epsilon,
+        mu_dtype=jnp.dtype(config.first_moment_dtype),
+    )
+
+
+OPTIMIZERS: dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]] = {"adam": adam}
+
+
+def make_optimizer(
+    config: OptimizerConfig, schedule: Callable[[Any], Array]
+) -> optax.GradientTransformation:
+    """The whole update of the parameters, ready for `optax.apply_updates`."""
+    decay = optax.add_decayed_weights(config.weight_decay, mask=kernel_mask)
+    rate = optax.scale(config.learning_rate)
+    order = {"released": (rate, decay), "adamw": (decay, rate)}[config.decay]
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        OPTIMIZERS[config.name](config),
+        *order,
+        optax.scale_by_schedule(lambda step: -schedule(step)),
+    )
+
+
+def decay_equivalent(config: OptimizerConfig) -> str:
+    """The configured decay in terms of the other convention, for people who know that one."""
+    rate, decay = config.learning_rate, config.weight_decay
+    if config.decay == "released":
+        return (
+            f"{decay:g} (released: follows the schedule, not multiplied by the learning rate) "
+            f"equals {decay / rate:g} in plain AdamW at learning rate {rate:g}"
+        )
+    return (
+        f"{decay:g} (adamw: multiplied by the learning rate) "
+        f"equals {decay * rate:g} in the released convention at learning rate {rate:g}"
+    )

@@ -1,0 +1,187 @@
+"""What `train.py` builds before its first step: data, teacher, program, evaluation."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+
+import jax
+import numpy as np
+from jaxtyping import Array, PRNGKeyArray
+
+from fm_distill.build import Build, build, steps_per_dispatch
+from fm_distill.config import Config, SplitConfig, total_steps
+from fm_distill.data.feeding import (
+    Batch,
+    Reader,
+    ResidentFeed,
+    StreamingFeed,
+    evaluation_batches,
+    fits_in_memory,
+)
+from fm_distill.data.sources import Source, open_source
+from fm_distill.evaluate import Evaluator
+from fm_distill.models import Network, Variables
+from fm_distill.run import Teacher
+from fm_distill.sharding import Layout
+from fm_distill.step import TrainState, make_program
+
+# Decoded validation images are kept on the host between evaluations up to this size.
+CACHE_BYTES = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """The opened splits of a run."""
+
+    train: Source
+    validation: Source | None
+    test: Source | None
+
+    @property
+    def final(self) -> tuple[str, Source]:
+        """The split that a complete run is judged on."""
+        for name, source in (("test", self.test), ("validation", self.validation)):
+            if source is not None:
+                return name, source
+        return "train", self.train
+
+
+def open_data(config: Config) -> tuple[Data, list[str]]:
+    """All splits that the experiment names, and what is worth saying. Raises `UserError`."""
+
+    def opened(split: SplitConfig | None) -> Source | None:
+        return None if split is None else open_source(config.data, split.name)
+
+    data = config.data
+    train = open_source(data, data.train.name)
+    remarks = []
+    if data.train.examples is not None and data.train.examples != len(train):
+        remarks.append(
+            f"WARNING: data.train.examples is {data.train.examples:,}, but {train.identity} has "
+            f"{len(train):,}; the run's length follows the data"
+        )
+    return Data(train, opened(data.validation), opened(data.test)), remarks
+
+
+def remarks_on(config: Config, steps: int) -> list[str]:
+    """What is likely to be a mistake, though it can be run."""
+    remarks = []
+    warmup = config.schedule.warmup_steps
+    if warmup > steps / 5:
+        remarks.append(
+            f"WARNING: the warm-up of {warmup:,} steps is {warmup / steps:.0%} of the run of "
+            f"{steps:,}: the learning rate has little time at its height"
+        )
+    canvas = config.data.canvas
+    networks = {"student": config.student.resolution}
+    if config.teacher and config.teacher.network:
+        networks["teacher"] = config.teacher.network.resolution
+    for name, resolution in networks.items():
+        if canvas.size < resolution:
+            remarks.append(
+                f"WARNING: the canvas (data.canvas.size={canvas.size}) is smaller than the "
+                f"{name}'s resolution {resolution}: even the largest crop is enlarged"
+            )
+    return remarks
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """Everything that the loop calls."""
+
+    config: Config
+    total_steps: int
+    built: Build
+    layout: Layout
+    feed: ResidentFeed | StreamingFeed
+    reader: Reader
+    frozen: tuple[Variables, ...]  # of all teachers
+    program: Callable[..., tuple[TrainState, dict[str, Array]]]
+    dispatch: int  # steps a dispatch
+    evaluator: Evaluator
+    validation: Callable[[], Iterable[tuple[Batch, np.ndarray]]] | None
+    final: Callable[[], Iterable[tuple[Batch, np.ndarray]]]
+    final_split: str
+
+    @property
+    def taught_by(self) -> tuple[Variables, ...]:
+        """The frozen teachers that the step runs: none, where labels are the target."""
+        return self.frozen[: len(self.built.taught_by)]
+
+    def keys(self) -> tuple[PRNGKeyArray, PRNGKeyArray]:
+        """For the student's init, and the root of all draws."""
+        init_key, root_key = jax.random.split(jax.random.key(self.config.seed))
+        return init_key, jax.device_put(root_key, self.layout.replicated)
+
+
+def prepare(
+    config: Config, data: Data, teacher: Teacher | None, classes: int, layout: Layout
+) -> tuple[Setup, list[str]]:
+    """Decodes or starts to read the data, puts the teacher on the devices, makes the programs."""
+    steps = total_steps(config, len(data.train))
+    networks = (teacher.network,) if teacher else ()
+    built = build(config, classes, networks, steps, layout)
+    frozen = tuple(
+        freeze_on_devices(seat.network, teacher.variables, layout)
+        for seat in built.teachers
+        if teacher
+    )
+    reader = Reader(data.train, config.data, classes)
+    fits, reason = fits_in_memory(config.data, len(reader))
+    resident = config.data.feeding == "resident" or (config.data.feeding == "auto" and fits)
+    remarks = [f"feeding: {'resident' if resident else 'streaming'} ({reason})"]
+    feed: ResidentFeed | StreamingFeed
+    if resident:
+        feed = ResidentFeed(reader, config.seed, config.batch_size, layout.replicated, layout.ids)
+        if feed.skipped:
+            remarks.append(f"WARNING: {feed.skipped} corrupt images are skipped")
+    else:
+        feed = StreamingFeed(reader, config.seed, config.batch_size, steps, layout.batch)
+    taught = frozen[: len(built.taught_by)]
+    program = make_program(built.train_step, built.abstract_state(), taught, feed.data, layout)
+
+    def batches(source: Source) -> Callable[[], Iterator[tuple[Batch, np.ndarray]]]:
+        held_out = Reader(source, config.data, classes)
+        return lambda: evaluation_batches(held_out, config.batch_size)
+
+    final_split, final = data.final
+    setup = Setup(
+        config=config,
+        total_steps=steps,
+        built=built,
+        layout=layout,
+        feed=feed,
+        reader=reader,
+        frozen=frozen,
+        program=program,
+        dispatch=steps_per_dispatch(config, resident, layout),
+        evaluator=Evaluator.make(config, built.student, built.teachers, layout),
+        validation=_cached(batches(data.validation), config, data.validation)
+        if data.validation
+        else None,
+        final=batches(final),
+        final_split=final_split,
+    )
+    return setup, remarks
+
+
+def freeze_on_devices(network: Network, variables: Variables, layout: Layout) -> Variables:
+    """The frozen form of `variables`, computed once, where the step wants it."""
+    variables = jax.device_put(variables, layout.variables(variables))
+    shapes = jax.eval_shape(network.freeze, variables)
+    return jax.jit(network.freeze, out_shardings=layout.variables(shapes))(variables)
+
+
+def _cached(
+    batches: Callable[[], Iterator[tuple[Batch, np.ndarray]]], config: Config, source: Source
+) -> Callable[[], Iterable[tuple[Batch, np.ndarray]]]:
+    """`batches`, kept on the host after the first time where they are small enough."""
+    if len(source) * config.data.canvas.side**2 * 3 > CACHE_BYTES:
+        return batches
+    kept: list[tuple[Batch, np.ndarray]] = []
+
+    def again() -> Iterable[tuple[Batch, np.ndarray]]:
+        if not kept:
+            kept.extend(batches())
+        return kept
+
+    return again

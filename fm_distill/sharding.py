@@ -1,0 +1,86 @@
+"""The mesh, and where each array lies on it: batches over all devices, large arrays over `fsdp`."""
+
+import dataclasses
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+
+from fm_distill.config import MeshConfig
+from fm_distill.errors import UserError
+
+BATCH_AXES = ("data", "fsdp")
+# Below this many numbers, gathering an array costs more than keeping it whole.
+FSDP_SMALLEST = 2**14
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The shardings that the programs use."""
+
+    mesh: Mesh
+
+    @property
+    def replicated(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    @property
+    def batch(self) -> NamedSharding:
+        """First axis over all devices."""
+        return NamedSharding(self.mesh, PartitionSpec(BATCH_AXES))
+
+    @property
+    def ids(self) -> NamedSharding:
+        """(steps, batch): second axis over all devices."""
+        return NamedSharding(self.mesh, PartitionSpec(None, BATCH_AXES))
+
+    def variables(self, tree: PyTree) -> PyTree:
+        """For each array (or its shape): its largest axis that `fsdp` divides, else replicated."""
+        return jax.tree.map(self._place, tree)
+
+    def _place(self, leaf: jax.Array | jax.ShapeDtypeStruct) -> NamedSharding:
+        parts = self.mesh.shape["fsdp"]
+        fits = [i for i, n in enumerate(leaf.shape) if n % parts == 0]
+        if parts == 1 or not fits or np.prod(leaf.shape) < FSDP_SMALLEST:
+            return self.replicated
+        axis = max(fits, key=lambda i: leaf.shape[i])
+        spec = [None] * len(leaf.shape)
+        spec[axis] = "fsdp"  # type: ignore[call-overload]
+        return NamedSharding(self.mesh, PartitionSpec(*spec))
+
+
+def make_layout(config: MeshConfig) -> Layout:
+    """The mesh of `config` over all devices.
+
+    Raises `UserError` where the devices cannot be arranged so.
+    """
+    devices = jax.devices()
+    fsdp, data = config.fsdp, config.data
+    if data == "auto":
+        if len(devices) % fsdp:
+            raise UserError(f"mesh.fsdp={fsdp} does not divide the {len(devices)} devices")
+        data = len(devices) // fsdp
+    count = data * fsdp
+    if count > len(devices):
+        raise UserError(
+            f"mesh.data={data} x mesh.fsdp={fsdp} needs {count} devices; there are {len(devices)}"
+        )
+    # Auto axes: Flax's layers do not say how their outputs lie, the compiler finds it.
+    mesh = jax.make_mesh(
+        (data, fsdp), BATCH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices[:count]
+    )
+    return Layout(mesh)
+
+
+def check_batch_size(batch_size: int, layout: Layout) -> None:
+    """Raises `UserError` where the devices do not divide the batch."""
+    count = layout.mesh.size
+    if batch_size % count:
+        low = batch_size // count * count
+        near = f"{low} or {low + count}" if low else str(count)
+        shape = ", ".join(f"{axis}={size}" for axis, size in layout.mesh.shape.items())
+        raise UserError(
+            f"batch_size={batch_size} is not divisible by the {count} devices of the mesh "
+            f"({shape}); use {near}"
+        )

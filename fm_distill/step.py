@@ -1,0 +1,190 @@
+"""The arithmetic of one batch: draw, views, teachers, student, distance, gradient, update.
+
+`make_train_step` is the library; everything else here makes programs of it. Nothing in this file
+reads a file or knows a device.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from fm_distill.config import ObjectiveConfig, ViewConfig
+from fm_distill.data.feeding import Batch
+from fm_distill.distances import DISTANCES, cross_entropy
+from fm_distill.models import Network, Variables
+from fm_distill.sharding import Layout
+from fm_distill.views import Draw, Picture, draw, mix, render
+
+Metrics = dict[str, Float[Array, ""]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that changes in training, and nothing else: `step` batches have been consumed.
+
+    A tree of arrays, so its fields may also hold what a tree is mapped to, e.g. shardings.
+    """
+
+    step: PyTree  # int32 ()
+    student: PyTree  # Variables
+    opt_state: PyTree
+    ema: PyTree  # Variables: moving average of the student; or None
+
+
+@dataclasses.dataclass(frozen=True)
+class Seat:
+    """A network and the picture that it sees."""
+
+    network: Network
+    picture: Picture
+
+
+TrainStep = Callable[
+    [TrainState, tuple[Variables, ...], Batch, PRNGKeyArray], tuple[TrainState, Metrics]
+]
+
+
+def init_state(
+    key: PRNGKeyArray,
+    student: Network,
+    optimizer: optax.GradientTransformation,
+    ema_decay: float | None,
+) -> TrainState:
+    """The state before the first step."""
+    variables = student.init(key)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        student=variables,
+        opt_state=optimizer.init(variables.params),
+        # A copy: the same buffer cannot be donated twice.
+        ema=None if ema_decay is None else jax.tree.map(jnp.copy, variables),
+    )
+
+
+def make_train_step(
+    student: Seat,
+    teachers: tuple[Seat, ...],
+    optimizer: optax.GradientTransformation,
+    views: ViewConfig,
+    objective: ObjectiveConfig,
+    ema_decay: float | None = None,
+) -> TrainStep:
+    """`(state, teacher_variables, batch, root_key) -> (state, metrics)`, pure.
+
+    `teacher_variables` holds the frozen variables of each teacher. Everything random comes from
+    `fold_in(root_key, state.step)`. With `objective.target == "labels"` no teacher is run.
+    """
+    distance = DISTANCES[objective.distance]
+
+    def targets_of(
+        teacher_variables: tuple[Variables, ...], pictures: dict[Picture, Array]
+    ) -> tuple[Array, ...]:
+        with jax.named_scope("teacher"):
+            return tuple(
+                jax.lax.stop_gradient(
+                    seat.network.apply_frozen(frozen, pictures[seat.picture]).logits
+                )
+                for seat, frozen in zip(teachers, teacher_variables, strict=True)
+            )
+
+    def per_example(
+        logits: Array, teacher_logits: tuple[Array, ...], labels: Array, drawn: Draw
+    ) -> Array:
+        if objective.target == "labels":
+            one_hot = jax.nn.one_hot(labels, logits.shape[-1])
+            return cross_entropy(logits, mix(drawn, one_hot))
+        # Several teachers: the sum of their distances, as in the released trainer.
+        parts = [distance(logits, target, objective) for target in teacher_logits]
+        return jnp.stack(parts).sum(axis=0)
+
+    def train_step(
+        state: TrainState,
+        teacher_variables: tuple[Variables, ...],
+        batch: Batch,
+        root_key: PRNGKeyArray,
+    ) -> tuple[TrainState, Metrics]:
+        with jax.named_scope("views"):
+            drawn = draw(jax.random.fold_in(root_key, state.step), batch.sizes, views)
+            wanted = {seat.picture for seat in (student, *teachers)}
+            pictures = {p: render(drawn, batch.canvases, p) for p in sorted(wanted)}
+        teacher_logits = targets_of(teacher_variables, pictures)
+
+        def loss_of(params: PyTree) -> tuple[Array, tuple[PyTree, Array]]:
+            with jax.named_scope("student"):
+                variables = dataclasses.replace(state.student, params=params)
+                output = student.network.apply(variables, pictures[student.picture], train=True)
+            values = per_example(output.logits, teacher_logits, batch.labels, drawn)
+            return values.mean(), (output.statistics, output.logits)
+
+        (loss, (statistics, logits)), gradients = jax.value_and_grad(loss_of, has_aux=True)(
+            state.student.params
+        )
+        with jax.named_scope("update"):
+            updates, opt_state = optimizer.update(gradients, state.opt_state, state.student.params)
+            new = Variables(optax.apply_updates(state.student.params, updates), statistics)
+            ema = state.ema
+            if ema_decay is not None:
+                ema = jax.tree.map(lambda e, x: ema_decay * e + (1 - ema_decay) * x, ema, new)
+        metrics = {
+            "loss": loss,
+            "gradient_norm": optax.global_norm(gradients),
+            "update_norm": optax.global_norm(updates),
+        }
+        if teacher_logits:
+            same = jnp.argmax(logits, -1) == jnp.argmax(teacher_logits[0], -1)
+            metrics["agreement"] = same.mean(dtype=jnp.float32)
+        return TrainState(state.step + 1, new, opt_state, ema), metrics
+
+    return train_step
+
+
+def make_program(
+    train_step: TrainStep, state: TrainState, teachers: PyTree, data: Batch | None, layout: Layout
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """The compiled `(state, teachers, data, fed, root_key) -> (state, metrics)`.
+
+    `fed` is a batch, or (steps, batch) ids into the resident `data`. The state is donated; the
+    teachers are arguments, so that they are neither baked into the program nor copied. `state`
+    and `teachers` may be shapes. Metrics are the last step's, and the largest `loss` where it is
+    not finite.
+    """
+
+    def program(
+        state: TrainState, teachers: PyTree, data: Batch | None, fed: Any, root_key: PRNGKeyArray
+    ) -> tuple[TrainState, Metrics]:
+        if data is None:
+            return train_step(state, teachers, fed, root_key)
+
+        def one(state: TrainState, ids: Array) -> tuple[TrainState, Metrics]:
+            batch = jax.tree.map(lambda x: x[ids], data)
+            batch = jax.lax.with_sharding_constraint(batch, layout.batch)
+            return train_step(state, teachers, batch, root_key)
+
+        if fed.shape[0] == 1:  # a convolution in a loop is many times slower on a CPU
+            return one(state, fed[0])
+        state, metrics = jax.lax.scan(one, state, fed)
+        last = {name: values[-1] for name, values in metrics.items()}
+        finite = jnp.isfinite(metrics["loss"]).all()
+        return state, last | {"loss": jnp.where(finite, last["loss"], jnp.nan)}
+
+    state_shardings = layout.variables(state)
+    fed_sharding = layout.batch if data is None else layout.ids
+    return jax.jit(
+        program,
+        in_shardings=(
+            state_shardings,
+            layout.variables(teachers),
+            None if data is None else layout.replicated,
+            fed_sharding,
+            layout.replicated,
+        ),
+        # The same as the inputs', or the second call compiles again.
+        out_shardings=(state_shardings, layout.replicated),
+        donate_argnums=0,
+    )

@@ -1,0 +1,64 @@
+"""Eight simulated devices, experiment files, and the real command in processes."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+
+TINY = """
+import sys
+sys.path.insert(0, {tests!r})
+from tiny import tiny_config
+from fm_distill.config import *
+config = tiny_config({changes})
+"""
+
+
+def write_experiment(path: pathlib.Path, changes: str = "") -> pathlib.Path:
+    """An experiment file with `tiny_config(changes)`."""
+    path.write_text(TINY.format(tests=str(ROOT / "tests"), changes=changes))
+    return path
+
+
+def run_command(*arguments, cwd=ROOT, devices: int = 1, timeout_s: float = 300):
+    """The real command in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "fm_distill", *map(str, arguments)],
+        cwd=cwd,
+        env=command_environment(devices),
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+    )
+
+
+def command_environment(devices: int = 1) -> dict[str, str]:
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": str(ROOT),
+    }
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> pathlib.Path:
+    """The workdir of a complete student of a complete teacher, and the experiment files."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_experiment(folder / "teacher.py")
+    write_experiment(
+        folder / "student.py",
+        'teacher=TeacherConfig(experiment="teacher.py"), ema_decay=0.5, '
+        "objective=ObjectiveConfig(temperature=2.0)",
+    )
+    done = run_command("train", folder / "student.py", "--workdir", folder / "run")
+    assert done.returncode == 0, done.stderr
+    return folder

@@ -1,0 +1,102 @@
+"""Every distance against float64 NumPy, and the properties that hold for all of them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fm_distill.config import ObjectiveConfig
+from fm_distill.distances import DISTANCES, cross_entropy, kl_divergence
+
+
+def log_softmax(x):
+    x = np.asarray(x, np.float64)
+    x = x - x.max(axis=-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+
+
+def numpy_kl(s, t, temperature):
+    ls, lt = log_softmax(s / temperature), log_softmax(t / temperature)
+    return (np.exp(lt) * (lt - ls)).sum(-1)
+
+
+REFERENCES = {
+    "kl": lambda s, t, o: (
+        numpy_kl(s, t, o.temperature) * (o.temperature**2 if o.temperature_squared else 1)
+    ),
+    "l2": lambda s, t, o: ((s - t) ** 2).sum(-1),
+    "euclidean": lambda s, t, o: np.sqrt(((s - t) ** 2).sum(-1) + 1e-12),
+    "hard": lambda s, t, o: -log_softmax(s)[np.arange(len(s)), t.argmax(-1)],
+}
+
+
+@pytest.fixture
+def logits():
+    rng = np.random.default_rng(0)
+    return 3 * rng.standard_normal((2, 6, 11))
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 10.0])
+@pytest.mark.parametrize("squared", [True, False])
+def test_against_numpy(name, temperature, squared, logits):
+    objective = ObjectiveConfig(temperature=temperature, temperature_squared=squared)
+    student, teacher = logits
+    found = DISTANCES[name](jnp.float32(student), jnp.float32(teacher), objective)
+    assert found.shape == (6,) and found.dtype == jnp.float32
+    np.testing.assert_allclose(found, REFERENCES[name](student, teacher, objective), rtol=2e-5)
+
+
+def test_every_distance_has_a_reference():
+    assert set(REFERENCES) == set(DISTANCES)
+
+
+@pytest.mark.parametrize("name", sorted(set(DISTANCES) - {"hard"}))
+def test_zero_value_and_gradient_at_equality(name, logits):
+    x = jnp.float32(logits[0])
+
+    def total(student):
+        return DISTANCES[name](student, x, ObjectiveConfig(temperature=2.0)).sum()
+
+    value, gradient = jax.value_and_grad(total)(x)
+    assert abs(value) < 1e-5
+    np.testing.assert_allclose(gradient, 0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_bfloat16_logits_are_compared_in_float32(name, logits):
+    student, teacher = jnp.bfloat16(logits[0]), jnp.bfloat16(logits[1])
+    found = DISTANCES[name](student, teacher, ObjectiveConfig())
+    wide = DISTANCES[name](
+        student.astype(jnp.float32), teacher.astype(jnp.float32), ObjectiveConfig()
+    )
+    assert found.dtype == jnp.float32
+    np.testing.assert_array_equal(found, wide)
+
+
+def test_kl_keeps_its_gradient_where_probabilities_underflow():
+    student, teacher = jnp.array([[0.0, 200.0]]), jnp.array([[200.0, 0.0]])
+    value, gradient = jax.value_and_grad(lambda s: kl_divergence(s, teacher).sum())(student)
+    np.testing.assert_allclose(value, 200.0, rtol=1e-6)
+    np.testing.assert_allclose(gradient, [[-1.0, 1.0]], atol=1e-6)
+
+
+def test_kl_of_a_class_that_the_teacher_rules_out():
+    student, teacher = jnp.array([[1.0, 2.0, 3.0]]), jnp.array([[0.0, 0.0, -jnp.inf]])
+    expected = -np.log(2) - log_softmax([[1.0, 2.0, 3.0]])[0, :2].mean()
+    np.testing.assert_allclose(kl_divergence(student, teacher), [expected], rtol=1e-6)
+
+
+def test_direction_is_teacher_to_student(logits):
+    forward = kl_divergence(jnp.float32(logits[0]), jnp.float32(logits[1]))
+    backward = kl_divergence(jnp.float32(logits[1]), jnp.float32(logits[0]))
+    np.testing.assert_allclose(forward, numpy_kl(logits[0], logits[1], 1.0), rtol=1e-5)
+    assert not np.allclose(forward, backward, rtol=1e-2)
+
+
+def test_cross_entropy_of_mixed_labels(logits):
+    targets = np.zeros((6, 11))
+    targets[:, 2], targets[:, 7] = 0.7, 0.3
+    found = cross_entropy(jnp.float32(logits[0]), jnp.float32(targets))
+    expected = -0.7 * log_softmax(logits[0])[:, 2] - 0.3 * log_softmax(logits[0])[:, 7]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)

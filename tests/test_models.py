@@ -1,0 +1,272 @@
+"""The networks: published sizes, the reference's logits, and what holds for every one of them."""
+
+import dataclasses
+import functools
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import SHARED
+from tiny import NETWORK
+
+from fm_distill.config import NetworkConfig
+from fm_distill.errors import UserError
+from fm_distill.models import MODELS, Variables, build_network, check_network, parameter_count
+from fm_distill.models.bit import group_norm, original_names, standardise
+from fm_distill.weights import fingerprint, load_bit, read_npz
+
+FLOAT32 = jnp.dtype("float32")
+
+# Source: the paper's and big_transfer's networks, counted from timm's with these heads.
+PUBLISHED = {
+    ("bit_r50x1", 102): 23_709_350,
+    ("bit_r50x1", 1000): 25_549_352,
+    ("bit_r50x3", 102): 211_800_870,
+    ("bit_r101x1", 37): 42_568_293,
+    ("bit_r101x3", 102): 382_416_678,
+    ("bit_r152x2", 102): 232_656_102,
+    ("bit_r152x4", 102): 929_175_910,
+}
+
+
+def network_of(name: str) -> NetworkConfig:
+    return NETWORK if name == "bit" else NetworkConfig(model=name, resolution=32)
+
+
+@pytest.mark.parametrize(("name", "classes"), PUBLISHED)
+def test_parameter_counts_are_the_published_ones(name, classes):
+    network = build_network(network_of(name), classes, FLOAT32)
+    shapes = jax.eval_shape(network.init, jax.random.key(0))
+    assert parameter_count(shapes.params) == PUBLISHED[name, classes]
+
+
+def test_every_named_model_is_counted():
+    assert {name for name, _ in PUBLISHED} | {"bit"} == set(MODELS)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_keeps_the_contract(name):
+    network = build_network(network_of(name), 7, FLOAT32)
+    variables = jax.eval_shape(network.init, jax.random.key(0))
+    images = jnp.zeros((2, 32, 32, 3))
+    asked = ("pre_logits", "block1")
+    for train in (True, False):
+        output = jax.eval_shape(
+            functools.partial(network.apply, train=train, features=asked), variables, images
+        )
+        assert output.logits.shape == (2, 7) and output.logits.dtype == jnp.float32
+        assert set(output.features) == set(asked)
+        assert jax.tree.structure(output.statistics) == jax.tree.structure(variables.statistics)
+    frozen = jax.eval_shape(network.freeze, variables)
+    assert jax.eval_shape(network.apply_frozen, frozen, images).logits.shape == (2, 7)
+
+
+# The file that make_bit_weights writes: each tensor is a function of its name.
+def formula_file(path, classes=102) -> None:
+    network = build_network(NetworkConfig(model="bit_r50x1", resolution=64), classes, FLOAT32)
+    params = jax.eval_shape(network.init, jax.random.key(0)).params
+    tensors = {}
+    for leaf_path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        ours = jax.tree_util.keystr(leaf_path, simple=True, separator="/")
+        name = original_names(params)[ours]
+        shape = (1, 1, *leaf.shape) if name == "resnet/head/conv2d/kernel" else leaf.shape
+        z = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
+        if name.endswith("gamma"):
+            z = 1 + 0.1 * z
+        elif name.endswith(("beta", "bias")):
+            z = 0.1 * z
+        else:
+            z = (0.02 if "head" in name else 0.05) * z
+        tensors[name] = z.astype(np.float32)
+    np.savez(path, **tensors)
+
+
+@pytest.fixture(scope="session")
+def bit_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "bit.npz"
+    formula_file(path)
+    return path
+
+
+def formula_images(size):
+    rng = np.random.default_rng(2106_05237)
+    return jnp.asarray(rng.uniform(-1, 1, (2, size, size, 3)).astype(np.float32))
+
+
+# The first six logits of timm's resnetv2_50x1_bit for that file and images of 64 pixels
+# (weight standardisation with 1e-10, zero-padded root pool).
+TIMM = np.array(
+    [
+        [0.697024, 0.460016, 0.319558, 0.052382, 0.360235, 0.892448],
+        [0.507853, 0.007566, 0.239238, -0.519461, -0.513061, 0.769235],
+    ]
+)
+
+
+def test_bit_r50x1_computes_timms_logits(bit_file):
+    config = NetworkConfig(model="bit_r50x1", resolution=64)
+    variables, classes = load_bit(bit_file, config)
+    assert classes == 102
+    network = build_network(config, classes, FLOAT32)
+    x = formula_images(64)
+    logits = jax.jit(lambda v, x: network.apply(v, x, train=False).logits)(variables, x)
+    np.testing.assert_allclose(logits[:, :6], TIMM, atol=1e-4)
+    frozen = jax.jit(network.freeze)(variables)
+    folded = jax.jit(lambda v, x: network.apply_frozen(v, x).logits)(frozen, x)
+    np.testing.assert_allclose(folded[:, :6], TIMM, atol=1e-4)
+    if (SHARED / "parity").is_dir():
+        stored = np.load(SHARED / "parity" / "bit_r50x1_logits.npz")["logits_64"]
+        np.testing.assert_allclose(logits, stored, atol=1e-4)
+
+
+def test_root_pool_padding_is_a_choice(bit_file):
+    logits = {}
+    for padding in ("zero", "minus_infinity"):
+        config = NetworkConfig(model="bit_r50x1", resolution=64, root_pool_padding=padding)
+        variables, _ = load_bit(bit_file, config)
+        network = build_network(config, 102, FLOAT32)
+        logits[padding] = network.apply(variables, formula_images(64), train=False).logits
+    difference = np.abs(logits["zero"] - logits["minus_infinity"]).max()
+    assert 1e-3 < difference < 0.5
+
+
+def test_group_norm_against_numpy():
+    rng = np.random.default_rng(0)
+    x = 3 + 2 * rng.standard_normal((2, 5, 6, 12))
+    scale, bias = rng.standard_normal((2, 12))
+    grouped = x.reshape(2, 5, 6, 3, 4)
+    mean = grouped.mean(axis=(1, 2, 4), keepdims=True)
+    variance = grouped.var(axis=(1, 2, 4), keepdims=True)
+    expected = ((grouped - mean) / np.sqrt(variance + 1e-5)).reshape(x.shape) * scale + bias
+    found = group_norm(jnp.float32(x), jnp.float32(scale), jnp.float32(bias), 3)
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+def test_standardise_against_numpy():
+    kernel = 2 + np.random.default_rng(0).standard_normal((3, 3, 4, 5))
+    flat = kernel.reshape(-1, 5)
+    expected = (flat - flat.mean(0)) / np.sqrt(flat.var(0) + 1e-10)
+    np.testing.assert_allclose(
+        standardise(jnp.float32(kernel)), expected.reshape(kernel.shape), atol=1e-5
+    )
+
+
+def batch_norm_network():
+    return build_network(dataclasses.replace(NETWORK, norm="batch"), 5, FLOAT32)
+
+
+def test_batch_norm_moves_its_statistics_in_training_only():
+    network = batch_norm_network()
+    variables = network.init(jax.random.key(0))
+    assert jax.tree.leaves(variables.statistics)
+    images = jax.random.normal(jax.random.key(1), (8, 16, 16, 3))
+    still = network.apply(variables, images, train=False).statistics
+    jax.tree.map(np.testing.assert_array_equal, still, variables.statistics)
+    moved = network.apply(variables, images, train=True).statistics
+    changed = jax.tree.map(lambda a, b: bool((a != b).any()), moved, variables.statistics)
+    assert all(jax.tree.leaves(changed))
+    frozen = network.apply_frozen(network.freeze(variables), images).statistics
+    jax.tree.map(np.testing.assert_array_equal, frozen, variables.statistics)
+
+
+def test_unknown_feature_is_named():
+    network = build_network(NETWORK, 5, FLOAT32)
+    variables = network.init(jax.random.key(0))
+    with pytest.raises(ValueError, match=r"block7.*pre_logits"):
+        network.apply(variables, jnp.zeros((1, 16, 16, 3)), train=False, features=("block7",))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"depths": ()}, "needs depths"),
+        ({"groups": 3}, "use groups=1"),
+        ({"model": "bit_r50x1", "depths": ()}, "fixes width"),
+        ({"depths": (1, 1, 1, 1, 1, 1)}, "below the network's stride"),
+    ],
+)
+def test_wrong_network_is_refused(changes, said):
+    with pytest.raises(ValueError, match=said):
+        check_network(dataclasses.replace(NETWORK, **changes))
+
+
+def test_bfloat16_computes_close_to_float32():
+    wide, narrow = (build_network(NETWORK, 5, jnp.dtype(d)) for d in ("float32", "bfloat16"))
+    variables = wide.init(jax.random.key(0))
+    head = {"kernel": jnp.ones((32, 5)), "bias": jnp.zeros(5)}
+    variables = Variables(variables.params | {"head": head}, {})
+    images = jax.random.normal(jax.random.key(1), (4, 16, 16, 3))
+    a = wide.apply(variables, images, train=False).logits
+    b = narrow.apply(variables, images, train=False).logits
+    assert b.dtype == jnp.float32
+    np.testing.assert_allclose(a, b, rtol=0.05)
+
+
+# Weight files that must be refused, each with one sentence that says why.
+
+
+def rewrite(source, target, change):
+    tensors = change(dict(np.load(source)))
+    np.savez(target, **tensors)
+    return target
+
+
+def refused(path, said, model="bit_r50x1"):
+    with pytest.raises(UserError, match=said):
+        load_bit(path, NetworkConfig(model=model, resolution=64))
+
+
+def test_missing_file(tmp_path):
+    refused(tmp_path / "none.npz", "there is no weight file")
+
+
+def test_truncated_file(tmp_path, bit_file):
+    path = tmp_path / "cut.npz"
+    path.write_bytes(bit_file.read_bytes()[:50_000_000])
+    refused(path, "not a whole .npz")
+
+
+def test_flipped_byte(tmp_path, bit_file):
+    data = bytearray(bit_file.read_bytes())
+    data[40_000_000] ^= 0xFF
+    path = tmp_path / "flipped.npz"
+    path.write_bytes(data)
+    refused(path, "not a whole .npz")
+
+
+def test_other_width(bit_file):
+    refused(bit_file, "tensors differ", model="bit_r50x3")
+
+
+def test_other_depth(bit_file):
+    refused(bit_file, "missing resnet/block3/unit07", model="bit_r101x1")
+
+
+def test_extra_tensor(tmp_path, bit_file):
+    path = rewrite(bit_file, tmp_path / "x.npz", lambda t: t | {"extra": np.zeros(3)})
+    refused(path, "unexpected extra")
+
+
+def test_not_a_number(tmp_path, bit_file):
+    def change(tensors):
+        tensors["resnet/group_norm/gamma"][5] = np.nan
+        return tensors
+
+    refused(rewrite(bit_file, tmp_path / "x.npz", change), "resnet/group_norm/gamma.*not finite")
+
+
+def test_pickled_objects_are_never_loaded(tmp_path):
+    path = tmp_path / "pickle.npz"
+    np.savez(path, **{"resnet/head/conv2d/bias": np.array([{"a": 1}], dtype=object)})
+    with pytest.raises(UserError, match="pickled objects, which are never loaded"):
+        read_npz(path)
+
+
+def test_fingerprint_is_of_contents(bit_file):
+    config = NetworkConfig(model="bit_r50x1", resolution=64)
+    one, two = load_bit(bit_file, config)[0], load_bit(bit_file, config)[0]
+    assert fingerprint(one) == fingerprint(two)
+    two.params["norm"]["scale"] = two.params["norm"]["scale"].at[0].add(1e-5)
+    assert fingerprint(one) != fingerprint(two)

@@ -1,0 +1,199 @@
+"""The draw against TensorFlow's own sampler, the renderer against a float64 reference."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fm_distill.config import MeshConfig, ViewConfig
+from fm_distill.sharding import make_layout
+from fm_distill.views import CROPS, Draw, Picture, draw, mix, render, render_central
+
+# Quantiles 20, 40, 60 and 80 % of 20,000 draws of tf.image.sample_distorted_bounding_box
+# (area 0.05-1, aspect 0.75-1.33), for images of (height, width): area share, aspect, and
+# top / height and left / width of the box where it is not the whole side.
+TENSORFLOW = {
+    (160, 160): {
+        "area": (0.13137, 0.25531, 0.41836, 0.62531),
+        "aspect": (0.86275, 0.97977, 1.09804, 1.21296),
+    },
+    (160, 213): {
+        "area": (0.12254, 0.23272, 0.37711, 0.55178),
+        "aspect": (0.86408, 0.98214, 1.09677, 1.21120),
+    },
+    (240, 160): {
+        "area": (0.11479, 0.20854, 0.32724, 0.47333),
+        "aspect": (0.86223, 0.97917, 1.09412, 1.21311),
+    },
+}
+
+
+def boxes(law: str, size: tuple[int, int], count: int = 20_000) -> np.ndarray:
+    sizes = jnp.tile(jnp.array([size]), (count, 1))
+    return np.asarray(CROPS[law](jax.random.key(0), sizes, ViewConfig()))
+
+
+@pytest.mark.parametrize("size", TENSORFLOW)
+def test_tensorflow_crop_has_the_law_of_tensorflow(size):
+    top, left, height, width = boxes("tensorflow", size).T
+    probabilities = (0.2, 0.4, 0.6, 0.8)
+    area = np.quantile(height * width / (size[0] * size[1]), probabilities)
+    aspect = np.quantile(width / height, probabilities)
+    np.testing.assert_allclose(area, TENSORFLOW[size]["area"], atol=0.012)
+    np.testing.assert_allclose(aspect, TENSORFLOW[size]["aspect"], atol=0.012)
+    # Offsets are uniform over what is left.
+    for offset, length, side in ((top, height, size[0]), (left, width, size[1])):
+        free = side - length
+        share = offset[free > 20] / free[free > 20]
+        np.testing.assert_allclose(np.quantile(share, probabilities), probabilities, atol=0.02)
+
+
+def test_torchvision_crop_is_area_uniform():
+    _, _, height, width = boxes("torchvision", (160, 160)).T
+    area = height * width / 160**2
+    # Uniform in 0.05-1, less the largest ones whose aspect does not fit.
+    assert 0.45 < area.mean() < 0.54
+    assert boxes("tensorflow", (160, 160))[:, 2:].prod(axis=1).mean() / 160**2 < 0.40
+
+
+@pytest.mark.parametrize("law", CROPS)
+@pytest.mark.parametrize("size", [(160, 213), (32, 32), (8, 8), (1, 1), (3, 200), (200, 3)])
+def test_boxes_are_whole_pixels_inside_the_image(law, size):
+    found = boxes(law, size, 2000)
+    np.testing.assert_array_equal(found, np.round(found))
+    assert (found[:, :2] >= 0).all() and (found[:, 2:] >= 1).all()
+    assert (found[:, :2] + found[:, 2:] <= np.array(size)).all()
+
+
+def reference(canvas, box, flip, resolution, size=None):
+    """Crop, then TensorFlow's resize (bilinear, half-pixel centres), one pixel at a time.
+
+    With `size`, the image of that size is resized first and cropped then: no clamp at the box.
+    """
+    top, left, height, width = (float(x) for x in box)
+    low = (top, left) if size is None else (0.0, 0.0)
+    high = (top + height - 1, left + width - 1) if size is None else (size[0] - 1, size[1] - 1)
+    out = np.zeros((resolution, resolution, 3))
+    for i in range(resolution):
+        for j in range(resolution):
+            column = resolution - 1 - j if flip else j
+            y = min(max(top + (i + 0.5) * height / resolution - 0.5, low[0]), high[0])
+            x = min(max(left + (column + 0.5) * width / resolution - 0.5, low[1]), high[1])
+            y0, x0 = int(np.floor(y)), int(np.floor(x))
+            y1, x1 = min(y0 + 1, int(np.ceil(high[0]))), min(x0 + 1, int(np.ceil(high[1])))
+            fy, fx = y - y0, x - x0
+            upper = canvas[y0, x0] * (1 - fx) + canvas[y0, x1] * fx
+            lower = canvas[y1, x0] * (1 - fx) + canvas[y1, x1] * fx
+            out[i, j] = upper * (1 - fy) + lower * fy
+    return out
+
+
+RANGES = {
+    "minus_one_one": lambda x: x / 255 * 2 - 1,
+    "zero_one": lambda x: x / 255,
+    "imagenet": lambda x: (
+        (x / 255 - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
+    ),
+}
+
+
+@pytest.mark.parametrize("resolution", [7, 24])
+@pytest.mark.parametrize("input_range", RANGES)
+def test_render_is_crop_then_bilinear_resize(resolution, input_range):
+    rng = np.random.default_rng(0)
+    canvases = rng.integers(0, 256, (4, 20, 20, 3), np.uint8)
+    found = Draw(
+        boxes=jnp.array(
+            [[0, 0, 20, 20], [3, 2, 9, 14], [10, 12, 1, 2], [5, 0, 15, 6]], jnp.float32
+        ),
+        flips=jnp.array([False, True, False, True]),
+        coefficients=jnp.full(4, 0.75),
+        partners=None,
+    )
+    images = np.asarray(render(found, jnp.asarray(canvases), Picture(resolution, input_range)))
+    plain = [
+        RANGES[input_range](reference(c.astype(np.float64), b, f, resolution))
+        for c, b, f in zip(canvases, found.boxes, found.flips, strict=True)
+    ]
+    expected = [0.75 * plain[i] + 0.25 * plain[i - 1] for i in range(4)]
+    np.testing.assert_allclose(images, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("size", [(20, 14), (12, 20), (20, 20)])
+@pytest.mark.parametrize("fraction", [0.5, 0.8, 1.0])
+def test_central_view_is_resize_small_then_central_crop(size, fraction):
+    canvas = np.random.default_rng(1).integers(0, 256, (1, 20, 20, 3), np.uint8)
+    sizes = jnp.array([size], jnp.int32)
+    found = render_central(jnp.asarray(canvas), sizes, fraction, Picture(10, "zero_one"))
+    side = fraction * min(size)
+    box = ((size[0] - side) / 2, (size[1] - side) / 2, side, side)
+    expected = reference(canvas[0].astype(np.float64), box, False, 10, size) / 255
+    np.testing.assert_allclose(found[0], expected, atol=1e-5)
+
+
+def test_what_lies_beside_an_image_on_its_canvas_is_never_seen():
+    canvases = np.full((64, 20, 20, 3), 255, np.uint8)
+    canvases[:, :9, :13] = 100
+    sizes = jnp.tile(jnp.array([[9, 13]]), (64, 1))
+    drawn = draw(jax.random.key(3), sizes, ViewConfig())
+    picture = Picture(16, "zero_one")
+    for images in (
+        render(drawn, jnp.asarray(canvases), picture),
+        render_central(jnp.asarray(canvases), sizes, 1.0, picture),
+    ):
+        np.testing.assert_allclose(images, 100 / 255, atol=1e-6)
+
+
+def test_mixup_coefficient_is_folded_uniform_one_a_batch():
+    sizes = jnp.full((8, 2), 32)
+    keys = jax.random.split(jax.random.key(0), 4000)
+    a = jax.vmap(lambda k: draw(k, sizes, ViewConfig()).coefficients)(keys)
+    assert (a == a[:, :1]).all()
+    # max(a, 1 - a) of a uniform a is uniform in 0.5-1 (big_vision: 0.500 / 0.7506 / 1.000).
+    np.testing.assert_allclose(
+        np.quantile(a[:, 0], [0.1, 0.5, 0.9]), [0.55, 0.75, 0.95], atol=0.015
+    )
+
+
+def test_mixup_choices():
+    sizes = jnp.full((64, 2), 32)
+    key = jax.random.key(0)
+    example = draw(key, sizes, ViewConfig(mixup="example", mixup_fold=False))
+    assert np.unique(example.coefficients).size > 60 and example.coefficients.min() < 0.5
+    assert draw(key, sizes, ViewConfig(mixup="none")).coefficients is None
+    permuted = draw(key, sizes, ViewConfig(mixup_partner="permutation"))
+    assert sorted(permuted.partners.tolist()) == list(range(64))
+    values = jnp.arange(64.0)
+    rolled = draw(key, sizes, ViewConfig())
+    a = rolled.coefficients[0]
+    np.testing.assert_allclose(mix(rolled, values)[5], a * 5 + (1 - a) * 4, rtol=1e-6)
+    np.testing.assert_allclose(mix(rolled, values)[0], (1 - a) * 63, rtol=1e-6)
+
+
+def test_flip_probability():
+    sizes = jnp.full((4000, 2), 32)
+    for p in (0.0, 0.5, 1.0):
+        flips = draw(jax.random.key(1), sizes, ViewConfig(flip_probability=p)).flips
+        assert abs(flips.mean() - p) < 0.03
+
+
+@pytest.mark.parametrize("partner", ["roll", "permutation"])
+def test_a_draw_does_not_depend_on_devices(partner):
+    config = ViewConfig(mixup_partner=partner)
+    rng = np.random.default_rng(0)
+    canvases = rng.integers(0, 256, (16, 20, 20, 3), np.uint8)
+    sizes = rng.integers(8, 21, (16, 2)).astype(np.int32)
+
+    def view(sizes, canvases):
+        drawn = draw(jax.random.key(5), sizes, config)
+        return drawn, render(drawn, canvases, Picture(8, "zero_one"))
+
+    seen = []
+    for devices in (1, 8):
+        batch = make_layout(MeshConfig(data=devices)).batch
+        drawn, images = jax.jit(view)(*jax.device_put((sizes, canvases), batch))
+        seen.append((dataclasses.asdict(drawn), np.asarray(images)))
+    jax.tree.map(np.testing.assert_array_equal, seen[0][0], seen[1][0])
+    np.testing.assert_allclose(seen[0][1], seen[1][1], atol=1e-6)

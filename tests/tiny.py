@@ -1,0 +1,45 @@
+"""The smallest config that exercises everything; experiment files of the tests import it."""
+
+import dataclasses
+
+from fm_distill.config import (
+    CanvasConfig,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    LogConfig,
+    NetworkConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    SplitConfig,
+    ViewConfig,
+)
+
+NETWORK = NetworkConfig(
+    model="bit", resolution=16, depths=(1,), width=0.125, groups=4, stem="small"
+)
+
+
+def tiny_config(**changes) -> Config:
+    """A labels run on the digits with a network of one unit; no teacher."""
+    config = Config(
+        name="tiny",
+        batch_size=16,
+        data=DataConfig(
+            source="digits",
+            train=SplitConfig(name="train", examples=1259),
+            validation=SplitConfig(name="validation", examples=179),
+            test=SplitConfig(name="test", examples=359),
+            classes=10,
+            canvas=CanvasConfig(size=32, fit="long"),
+        ),
+        views=ViewConfig(flip_probability=0.5, central_fraction=1.0),
+        student=NETWORK,
+        objective=ObjectiveConfig(target="labels"),
+        optimizer=OptimizerConfig(learning_rate=3e-3, weight_decay=1e-4),
+        schedule=ScheduleConfig(total_steps=6, warmup_steps=1),
+        checkpoint=CheckpointConfig(every_steps=2),
+        log=LogConfig(every_steps=1, evaluate_every_steps=3, tensorboard=False),
+    )
+    return dataclasses.replace(config, **changes)
