@@ -11,7 +11,7 @@ import pathlib
 import runpy
 from collections.abc import Iterable
 
-from fm_distill.config import Config, NetworkConfig, SplitConfig, flatten
+from fm_distill.config import Config, NetworkConfig, SplitConfig, flatten, total_steps
 from fm_distill.data.sources import SOURCES
 from fm_distill.distances import DISTANCES
 from fm_distill.errors import UserError
@@ -110,12 +110,6 @@ def _check_teacher(config: Config) -> None:
             "teacher.weights and a teacher's run (teacher.experiment, teacher.workdir) exclude "
             "each other; keep one (`--teacher.experiment None` drops the file's)"
         )
-    if not (teacher.weights or teacher.experiment or teacher.workdir):
-        hint = " (a BiT .npz)" if teacher.network else ""
-        raise UserError(
-            f"the teacher has no weights: give --teacher.weights FILE{hint}, "
-            "--teacher.experiment FILE or --teacher.workdir DIR"
-        )
     if teacher.weights and not teacher.network:
         raise UserError("teacher.weights needs teacher.network, which says what network it holds")
 
@@ -135,7 +129,7 @@ def _check_length(config: Config) -> None:
 
 def _check_numbers(config: Config) -> None:
     views, optimizer, data = config.views, config.optimizer, config.data
-    positive: dict[str, float] = {
+    positive: dict[str, int | float] = {
         "batch_size": config.batch_size,
         "objective.temperature": config.objective.temperature,
         "optimizer.learning_rate": optimizer.learning_rate,
@@ -177,12 +171,12 @@ def _check_numbers(config: Config) -> None:
             raise UserError(f"{option} is ({low}, {high}); expected 0 < lowest <= highest")
 
 
-def _positive(option: str, value: float) -> None:
+def _positive(option: str, value: int | float) -> None:
     if not (value > 0 and math.isfinite(value)):
         raise UserError(f"{option} is {value}; expected a number above zero")
 
 
-def _within(option: str, value: float, low: float, high: float) -> None:
+def _within(option: str, value: int | float, low: int | float, high: int | float) -> None:
     if not low <= value <= high:
         raise UserError(f"{option} is {value}; expected {low:g} to {high:g}")
 
@@ -209,5 +203,10 @@ def describe(config: Config) -> str:
 
 
 def _notes(config: Config) -> list[str]:
-    optimizer = config.optimizer
-    return [f"# weight decay: {decay_equivalent(optimizer)}"]
+    examples = config.data.train.examples
+    notes = [f"# weight decay: {decay_equivalent(config.optimizer)}"]
+    if examples:
+        steps = total_steps(config, examples)
+        epochs = steps * config.batch_size / examples
+        notes.append(f"# length: {steps:,} steps, {epochs:,.1f} epochs of {examples:,} examples")
+    return notes

@@ -71,7 +71,7 @@ def _drop_after(path: pathlib.Path, step: int) -> None:
         temporary.replace(path)
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: str) -> int | float:
     """The step of a line; a line that a crash cut short belongs to no step that is kept."""
     try:
         return json.loads(line)["step"] if line.endswith("\n") else math.inf

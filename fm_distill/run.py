@@ -82,6 +82,11 @@ def load_teacher(config: Config, workdir: Workdir) -> Teacher | None:
     teacher = config.teacher
     if teacher is None:
         return None
+    if not (teacher.weights or teacher.experiment or teacher.workdir):
+        raise UserError(
+            "the teacher has no weights: give --teacher.weights FILE (a BiT .npz), "
+            "--teacher.experiment FILE or --teacher.workdir DIR"
+        )
     if teacher.weights:
         assert teacher.network is not None  # `experiment.check`
         variables, classes = load_bit(teacher.weights, teacher.network)

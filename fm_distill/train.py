@@ -67,7 +67,7 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> Result:
     data, remarks = open_data(config)
     steps = total_steps(config, len(data.train))
     with place.locked(), stop_signals() as stopping:
-        place.claim(config, {"data": data.train.identity})
+        place.refuse_another(config, {"data": data.train.identity})
         evaluation = place.read("evaluation.json")
         if (place.read("status.json") or {}).get("state") == "complete" and evaluation:
             say(f"the run in {place.path} is complete: {steps:,} steps")
@@ -79,11 +79,15 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> Result:
         teacher = load_teacher(config, place)
         classes = agreed_classes(config.data.classes, data.train.classes, teacher)
         names = data.train.class_names or (teacher.class_names if teacher else None)
-        contents: dict[str, Any] = {"classes": classes, "class_names": list(names or ())}
-        if teacher:
-            contents["teacher"] = teacher.fingerprint
-        place.claim(config, contents)
+        contents = {
+            "data": data.train.identity,
+            "classes": classes,
+            "class_names": list(names or ()),
+            "teacher": teacher.fingerprint if teacher else None,
+        }
+        place.refuse_another(config, contents)
         setup, remarks = prepare(config, data, teacher, classes, layout)
+        place.claim(config, contents)
         for remark in remarks:
             say(remark)
         return _run(setup, place, stopping)

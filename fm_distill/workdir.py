@@ -86,28 +86,32 @@ class Workdir:
             raise UserError(f"{self.path / 'config.json'} is not the config of a run")
         return from_json(stored["config"])
 
-    def claim(self, config: Config, contents: dict[str, Any]) -> None:
-        """Makes this the workdir of `config`, or checks that it is.
+    def refuse_another(self, config: Config, contents: dict[str, Any]) -> None:
+        """Raises `UserError` that lists what differs where this is another run's workdir.
 
         `contents` are fingerprints of what the run is made from (data, teacher): paths may
-        change, contents may not. Raises `UserError` that lists what differs.
+        change, contents may not.
         """
         stored = self.read("config.json")
-        if stored is not None:
-            differ = differences(self.stored_config(), config)
-            before = stored.get("contents", {})
-            differ += [
-                f"{name}: {before[name]} in the workdir, {value} now (its contents, not its place)"
-                for name, value in contents.items()
-                if before.get(name, value) != value
-            ]
-            if differ:
-                raise UserError(
-                    f"the workdir {self.path} belongs to another run:\n  "
-                    + "\n  ".join(differ)
-                    + "\nchoose another --workdir, or give the old values"
-                )
-            contents = before | contents
+        if stored is None:
+            return
+        differ = differences(self.stored_config(), config)
+        before = stored.get("contents", {})
+        differ += [
+            f"{name}: {before[name]} in the workdir, {value} now (its contents, not its place)"
+            for name, value in contents.items()
+            if before.get(name, value) != value
+        ]
+        if differ:
+            raise UserError(
+                f"the workdir {self.path} belongs to another run:\n  "
+                + "\n  ".join(differ)
+                + "\nchoose another --workdir, or give the old values"
+            )
+
+    def claim(self, config: Config, contents: dict[str, Any]) -> None:
+        """Makes this the workdir of `config`; call it when nothing is left to be refused."""
+        self.refuse_another(config, contents)
         self.write(
             "config.json",
             {

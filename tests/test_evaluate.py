@@ -1,0 +1,140 @@
+"""The figures against NumPy, each example once on any number of devices, nulls where due."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import tiny_config
+
+from fm_distill.config import MeshConfig
+from fm_distill.data.feeding import Batch
+from fm_distill.evaluate import Evaluator, table
+from fm_distill.models import Network, Output, Variables
+from fm_distill.sharding import make_layout
+from fm_distill.step import Seat
+from fm_distill.views import Picture
+
+
+def lookup_network(logits: np.ndarray) -> Network:
+    """Says `logits[i]` of an image whose red channel is i: figures from known logits."""
+
+    def apply(variables, images, *, train, features=()):
+        index = jnp.round(images[:, 0, 0, 0] * 255).astype(jnp.int32)
+        return Output(variables.params["logits"][index], {}, {})
+
+    return Network(
+        logits.shape[1],
+        lambda key: Variables({"logits": jnp.float32(logits)}, {}),
+        apply,
+        lambda variables: variables,
+        lambda frozen, images, *, features=(): apply(frozen, images, train=False),
+    )
+
+
+def batches(labels, size):
+    """Pictures of their own index, in padded batches with masks."""
+    count = -(-len(labels) // size) * size
+    index = np.minimum(np.arange(count), 255).astype(np.uint8)
+    canvases = np.tile(index[:, None, None, None], (1, 4, 4, 3))
+    padded = np.concatenate([labels, np.zeros(count - len(labels))]).astype(np.int32)
+    mask = np.arange(count) < len(labels)
+    for i in range(0, count, size):
+        rows = slice(i, i + size)
+        yield Batch(canvases[rows], np.full((size, 2), 4, np.int32), padded[rows]), mask[rows]
+
+
+def evaluate(student, teacher, labels, devices=1, size=16, temperature=2.0):
+    config = tiny_config()
+    config = dataclasses.replace(
+        config, objective=dataclasses.replace(config.objective, temperature=temperature)
+    )
+    layout = make_layout(MeshConfig(data=devices))
+    picture = Picture(4, "zero_one")
+    networks = [lookup_network(x) for x in (student, teacher) if x is not None]
+    seats = [Seat(n, picture) for n in networks]
+    variables = [n.init(jax.random.key(0)) for n in networks]
+    variables = jax.device_put(variables, layout.replicated)
+    evaluator = Evaluator.make(config, seats[0], tuple(seats[1:]), layout)
+    return evaluator(variables[0], tuple(variables[1:]), batches(labels, size), "test", 7)
+
+
+def log_softmax(x):
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def numpy_figures(logits, labels):
+    log_p = log_softmax(logits)
+    order = np.argsort(-logits, axis=-1)
+    right = order[:, 0] == labels
+    confidence = np.exp(log_p.max(-1))
+    ece = 0.0
+    for b in range(15):
+        inside = (confidence > b / 15) & (confidence <= (b + 1) / 15)
+        if inside.any():
+            ece += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
+    return {
+        "top1": right.mean(),
+        "top5": (order[:, :5] == labels[:, None]).any(-1).mean(),
+        "cross_entropy": -log_p[np.arange(len(labels)), labels].mean(),
+        "ece": ece,
+    }
+
+
+@pytest.fixture
+def known():
+    rng = np.random.default_rng(0)
+    return 2 * rng.standard_normal((2, 50, 9)), rng.integers(0, 9, 50)
+
+
+@pytest.mark.parametrize(("devices", "size"), [(1, 16), (1, 50), (8, 16), (8, 64), (5, 15)])
+def test_figures_against_numpy_on_any_number_of_devices(known, devices, size):
+    (student, teacher), labels = known
+    found = evaluate(student, teacher, labels, devices, size)
+    assert (found["split"], found["examples"], found["step"]) == ("test", 50, 7)
+    for name, logits in (("student", student), ("teacher", teacher)):
+        for key, value in numpy_figures(logits, labels).items():
+            assert found[name][key] == pytest.approx(value, abs=2e-6), (name, key)
+    first = teacher.argmax(-1)
+    top5 = np.argsort(-student, axis=-1)[:, :5]
+    assert found["agreement"]["top1"] == pytest.approx((student.argmax(-1) == first).mean())
+    assert found["agreement"]["top5"] == pytest.approx((top5 == first[:, None]).any(-1).mean())
+    for key, temperature in (("train_temperature", 2.0), ("one", 1.0)):
+        ls, lt = log_softmax(student / temperature), log_softmax(teacher / temperature)
+        expected = (np.exp(lt) * (lt - ls)).sum(-1).mean()
+        assert found["kl"][key] == pytest.approx(expected, rel=1e-5)
+    top1 = {name: numpy_figures(x, labels)["top1"] for name, x in zip("st", known[0], strict=True)}
+    assert found["retention"] == pytest.approx(top1["s"] / top1["t"])
+    assert found["gap"] == pytest.approx(top1["t"] - top1["s"])
+
+
+def test_without_labels(known):
+    (student, teacher), labels = known
+    found = evaluate(student, teacher, np.full_like(labels, -1))
+    assert set(found["student"].values()) == {None} and found["retention"] is None
+    assert found["agreement"]["top1"] is not None and found["kl"]["one"] is not None
+    assert "accuracy" not in table(found)
+
+
+def test_without_teacher(known):
+    (student, _), labels = known
+    found = evaluate(student, None, labels)
+    assert set(found["teacher"].values()) == {None} and found["gap"] is None
+    assert found["agreement"] == {"top1": None, "top5": None}
+    assert found["kl"] == {"train_temperature": None, "one": None}
+    assert found["student"]["top1"] is not None
+
+
+def test_fewer_than_five_classes(known):
+    (student, teacher), labels = known
+    found = evaluate(student[:, :3], teacher[:, :3], labels % 3)
+    assert found["student"]["top5"] is None and found["agreement"]["top5"] is None
+    assert found["student"]["top1"] is not None and found["agreement"]["top1"] is not None
+
+
+def test_perfect_confidence_is_in_the_last_bin():
+    logits = np.eye(6) * 1000
+    found = evaluate(logits, logits, np.arange(6))
+    assert found["student"]["ece"] == 0.0 and found["kl"]["one"] == 0.0

@@ -1,0 +1,254 @@
+"""Stop and resume is never having stopped, bit for bit; what a run leaves behind; divergence."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT, command_environment, run_command, write_experiment
+from tiny import NETWORK, tiny_config
+
+from fm_distill.build import build, dispatch_sizes
+from fm_distill.checkpoint import Checkpoints, abstract
+from fm_distill.config import DataConfig, LogConfig, MeshConfig, OptimizerConfig, ScheduleConfig
+from fm_distill.errors import TrainingFailed
+from fm_distill.metrics import MetricsWriter
+from fm_distill.probe import judge
+from fm_distill.sharding import make_layout
+from fm_distill.train import train
+from fm_distill.workdir import Workdir
+
+
+def arrays_of(workdir) -> dict[str, np.ndarray]:
+    """Every array of the newest checkpoint."""
+    place = Workdir(workdir)
+    layout = make_layout(MeshConfig(data=1))
+    shapes = build(place.stored_config(), 10, (), 10, layout).abstract_state()
+    checkpoints = Checkpoints(place.checkpoints, 2)
+    state = checkpoints.restore(checkpoints.latest(), abstract(shapes, layout.variables(shapes)))
+    checkpoints.close()
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def same_bits(a, b):
+    left, right = arrays_of(a), arrays_of(b)
+    assert left.keys() == right.keys() and len(left) > 20
+    for name in left:
+        np.testing.assert_array_equal(left[name], right[name], err_msg=name)
+
+
+def lines_of(workdir) -> list[dict]:
+    lines = [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("images_per_second", None)
+    return lines
+
+
+def resumable(feeding: str, norm: str):
+    config = tiny_config(ema_decay=0.9, student=dataclasses.replace(NETWORK, norm=norm))
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, feeding=feeding))
+
+
+def stop_at(monkeypatch, step: int):
+    """Makes the loop believe at `step` that somebody asked it to stop."""
+    import contextlib
+
+    calls = []
+
+    @contextlib.contextmanager
+    def signals():
+        yield lambda: len(calls) > step or calls.append(0)
+
+    monkeypatch.setattr(sys.modules["fm_distill.train"], "stop_signals", signals)
+
+
+@pytest.mark.parametrize(("feeding", "norm"), [("resident", "group"), ("streaming", "batch")])
+def test_stop_and_resume_is_bit_equal_to_never_stopping(tmp_path, monkeypatch, feeding, norm):
+    config = resumable(feeding, norm)
+    whole = train(config, tmp_path / "whole")
+    assert whole.complete
+    for step in (0, 1, 0):  # stops after 1, 3 and 4 of 6 steps
+        with monkeypatch.context() as patch:
+            stop_at(patch, step)
+            paused = train(config, tmp_path / "pieces")
+        assert not paused.complete
+        status = json.loads((tmp_path / "pieces" / "status.json").read_text())
+        assert status["state"] == "paused" and status["step"] == paused.step
+    pieces = train(config, tmp_path / "pieces")
+    assert pieces.complete and pieces.evaluation == whole.evaluation
+    same_bits(tmp_path / "whole", tmp_path / "pieces")
+    assert lines_of(tmp_path / "whole") == lines_of(tmp_path / "pieces")
+    steps = [x["step"] for x in lines_of(tmp_path / "whole") if x["split"] == "train"]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_killed_and_interrupted_command_continues(tmp_path):
+    """The real command: SIGKILL, then SIGINT, then to the end; equal to an undisturbed one."""
+    changes = (
+        "schedule=ScheduleConfig(total_steps=400, warmup_steps=5), "
+        "checkpoint=CheckpointConfig(every_steps=20), log=LogConfig(every_steps=10, "
+        "evaluate_every_steps=0, tensorboard=True)"
+    )
+    experiment = write_experiment(tmp_path / "long.py", changes)
+    done = run_command("train", experiment, "--workdir", tmp_path / "whole")
+    assert done.returncode == 0, done.stderr
+
+    def interrupted(number: int, after: int) -> subprocess.Popen:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "fm_distill", "train", experiment, "--workdir", tmp_path / "b"],
+            cwd=ROOT,
+            env=command_environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        deadline = time.monotonic() + 200
+        metrics = tmp_path / "b" / "checkpoints"
+        while not any(p.name.isdigit() and int(p.name) >= after for p in metrics.glob("*")):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(number)
+        process.stderr_text = process.communicate(timeout=200)[1]
+        return process
+
+    killed = interrupted(signal.SIGKILL, 40)
+    assert killed.returncode == -signal.SIGKILL
+    stopped = interrupted(signal.SIGINT, 100)
+    assert stopped.returncode == 75, stopped.stderr_text
+    assert "paused after" in stopped.stderr_text and "fm-distill train" in stopped.stderr_text
+    last = run_command("train", experiment, "--workdir", tmp_path / "b")
+    assert last.returncode == 0 and "continuing after step" in last.stderr
+    same_bits(tmp_path / "whole", tmp_path / "b")
+    assert lines_of(tmp_path / "whole") == lines_of(tmp_path / "b")
+    assert last.stdout == done.stdout
+    assert list((tmp_path / "b" / "tensorboard").iterdir())
+    # Once complete, the line only prints the table again.
+    again = run_command("train", experiment, "--workdir", tmp_path / "b")
+    assert again.returncode == 0 and "is complete" in again.stderr
+    assert again.stdout == done.stdout
+
+
+def test_a_run_continues_after_workdir_and_teacher_moved(trained, tmp_path):
+    moved = tmp_path / "elsewhere"
+    os.rename(trained / "run", moved)
+    try:
+        done = run_command("train", trained / "student.py", "--workdir", moved)
+        assert done.returncode == 0 and "is complete" in done.stderr
+        figures = run_command("evaluate", moved, "--json", devices=3)
+        assert figures.returncode == 0, figures.stderr
+        assert "moving average" in figures.stderr
+        stored = json.loads((moved / "evaluation.json").read_text())
+        found = json.loads(figures.stdout)
+        assert found["examples"] == 359
+        assert found["kl"]["one"] == pytest.approx(stored["kl"]["one"], rel=1e-3)
+        assert found["student"]["top1"] == stored["student"]["top1"]
+    finally:
+        os.rename(moved, trained / "run")
+
+
+def test_what_a_run_leaves_behind(trained):
+    run = trained / "run"
+    stored = json.loads((run / "config.json").read_text())
+    assert stored["contents"]["classes"] == 10 and len(stored["contents"]["teacher"]) == 64
+    assert stored["versions"]["jax"] == jax.__version__ and stored["devices"] == ["cpu:cpu"]
+    assert json.loads((run / "status.json").read_text())["state"] == "complete"
+    assert json.loads((run / "teacher" / "status.json").read_text())["state"] == "complete"
+    kept = sorted(int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdigit())
+    assert kept == [4, 6]
+
+
+def test_another_teacher_is_refused(trained, tmp_path):
+    experiment = write_experiment(tmp_path / "teacher.py", "seed=5")
+    other = run_command("train", experiment, "--workdir", tmp_path / "other")
+    assert other.returncode == 0, other.stderr
+    before = (trained / "run" / "config.json").read_bytes()
+    swap = ("--teacher.experiment", "None", "--teacher.workdir", tmp_path / "other")
+    refused = run_command("evaluate", trained / "run", *swap)
+    assert refused.returncode == 2 and "not the teacher of the run" in refused.stderr
+    assert (trained / "run" / "config.json").read_bytes() == before
+
+
+def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
+    config = tiny_config(
+        schedule=ScheduleConfig(total_steps=40, warmup_steps=1),
+        optimizer=OptimizerConfig(learning_rate=3e38, clip_norm=1e30),
+        log=LogConfig(every_steps=1, evaluate_every_steps=0, tensorboard=False),
+    )
+    with pytest.raises(TrainingFailed, match=r"not finite at step \d+.*learning_rate"):
+        train(config, tmp_path)
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert status["state"] == "failed" and "not finite" in status["reason"]
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 2)
+    step = checkpoints.latest()
+    checkpoints.close()
+    if step is not None:
+        for name, array in arrays_of(tmp_path).items():
+            if "params" in name:
+                assert np.isfinite(array).all(), name
+
+
+def test_labels_may_be_the_target_where_a_teacher_is_only_compared_with(trained, tmp_path):
+    done = run_command(
+        "train", trained / "student.py", "--workdir", tmp_path / "labels",
+        "--objective.target", "labels",
+        "--teacher.experiment", "None", "--teacher.workdir", trained / "run" / "teacher",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "top-1 agreement" in done.stdout
+    line = lines_of(tmp_path / "labels")[0]
+    assert "agreement" not in line and line["loss"] > 1
+
+
+def test_public_api(trained):
+    import fm_distill
+
+    assert len(fm_distill.__all__) == 6
+    config = fm_distill.load_experiment(trained / "student.py")
+    assert isinstance(config, fm_distill.Config) and isinstance(config.data, DataConfig)
+    run = fm_distill.open_run(trained / "run")
+    assert run.complete and run.averaged and run.step == 6 and run.classes == 10
+    figures = fm_distill.evaluate(trained / "run", "validation")
+    assert figures["examples"] == 179
+    assert fm_distill.train(config, trained / "run").complete
+
+
+@pytest.mark.parametrize(
+    ("start", "total", "size", "expected"),
+    [(0, 10, 4, [4, 4, 1, 1]), (4, 10, 4, [4, 1, 1]), (9, 10, 4, [1]), (10, 10, 4, []),
+     (0, 3, 1, [1, 1, 1])],
+)  # fmt: skip
+def test_dispatches_are_the_same_from_any_dispatch_end(start, total, size, expected):
+    assert list(dispatch_sizes(start, total, size)) == expected
+
+
+def test_lines_beyond_the_checkpoint_and_cut_lines_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with MetricsWriter(path, 0, tensorboard=False) as writer:
+        for step in (1, 2, 3):
+            writer.write(step, step / 10, "train", {"loss": 1.0})
+    with path.open("a") as file:
+        file.write('{"step": 1, "los')
+    with MetricsWriter(path, 2, tensorboard=False) as writer:
+        writer.write(3, 0.3, "train", {"loss": float("nan")})
+    lines = [json.loads(x) for x in path.read_text().splitlines()]
+    assert [x["step"] for x in lines] == [1, 2, 3] and lines[-1]["loss"] is None
+
+
+def test_a_teacher_that_cannot_teach_is_warned_of():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 10, 500)
+    good = np.full((500, 10), 0.01)
+    good[np.arange(500), labels] = 0.91
+    assert judge(good, labels) == []
+    assert "no better than chance" in judge(rng.permutation(good), labels)[0]
+    constant = np.tile(good[:1], (500, 1))
+    assert "almost the same" in judge(constant, np.full(500, -1))[0]
+    assert "not finite" in judge(good * np.nan, labels)[0]
+    assert judge(good, np.full(500, -1)) == []
