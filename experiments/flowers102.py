@@ -44,5 +44,5 @@ config = Config(
     optimizer=OptimizerConfig(
         learning_rate=0.003, weight_decay=3e-4, first_moment_dtype="bfloat16"
     ),
-    schedule=ScheduleConfig(total_epochs=10_000, warmup_steps=1500),
+    schedule=ScheduleConfig(total_epochs=10_000.0, warmup_steps=1500),
 )

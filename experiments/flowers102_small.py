@@ -34,5 +34,5 @@ config = dataclasses.replace(
     ),
     teacher=TeacherConfig(workdir="runs/flowers102_small_teacher"),
     objective=ObjectiveConfig(temperature=2.0),
-    schedule=ScheduleConfig(total_epochs=80, warmup_steps=100),
+    schedule=ScheduleConfig(total_epochs=80.0, warmup_steps=100),
 )

@@ -33,7 +33,7 @@ config = dataclasses.replace(
     teacher=None,
     objective=ObjectiveConfig(target="labels"),
     optimizer=OptimizerConfig(learning_rate=2e-3, weight_decay=3e-4),
-    schedule=ScheduleConfig(total_epochs=40, warmup_steps=60),
+    schedule=ScheduleConfig(total_epochs=40.0, warmup_steps=60),
     checkpoint=CheckpointConfig(every_steps=100),
     log=LogConfig(every_steps=20, evaluate_every_steps=340),
 )

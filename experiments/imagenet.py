@@ -47,5 +47,5 @@ config = dataclasses.replace(
     teacher=TeacherConfig(network=NetworkConfig(model="bit_r152x2", resolution=224)),
     objective=ObjectiveConfig(temperature=1.0),
     optimizer=OptimizerConfig(learning_rate=0.03, weight_decay=3e-4, first_moment_dtype="bfloat16"),
-    schedule=ScheduleConfig(total_epochs=1200, warmup_steps=5000),
+    schedule=ScheduleConfig(total_epochs=1200.0, warmup_steps=5000),
 )

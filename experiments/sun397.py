@@ -32,5 +32,5 @@ config = dataclasses.replace(
     ),
     objective=ObjectiveConfig(temperature=10.0),
     optimizer=OptimizerConfig(learning_rate=0.01, weight_decay=1e-3, first_moment_dtype="bfloat16"),
-    schedule=ScheduleConfig(total_epochs=100, warmup_steps=1500),
+    schedule=ScheduleConfig(total_epochs=100.0, warmup_steps=1500),
 )

@@ -41,7 +41,8 @@ def probe_teacher(
     seen = []
     for step in range(batches):
         positions = np.arange(step * config.batch_size, (step + 1) * config.batch_size)
-        read = [reader[i] for i in example_ids(config.seed, positions, len(reader))]
+        ids = example_ids(config.seed, positions, len(reader))
+        read = [reader[i] for i in ids.tolist()]
         host = Batch(*(np.stack([x[name] for x in read]) for name in ("canvas", "size", "label")))
         batch = jax.device_put(host, layout.batch)
         key = jax.random.fold_in(jax.random.key(config.seed), step)

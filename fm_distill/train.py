@@ -9,11 +9,8 @@ import dataclasses
 import math
 import os
 import pathlib
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -32,9 +29,8 @@ from fm_distill.run import agreed_classes, load_teacher, teacher_workdir
 from fm_distill.setup import Setup, open_data, prepare, remarks_on
 from fm_distill.sharding import check_batch_size, make_layout
 from fm_distill.step import TrainState
+from fm_distill.stopping import Stopping, say, stop_signals
 from fm_distill.workdir import Workdir
-
-Stopping = Callable[[], bool]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +42,6 @@ class Result:
     total_steps: int
     workdir: pathlib.Path
     evaluation: dict[str, Any] | None  # of a complete run; see `evaluate.summarise`
-
-
-def say(text: str) -> None:
-    """A line for the person who watches; standard output is kept for results."""
-    tqdm.write(text, file=sys.stderr)
 
 
 def train(config: Config, workdir: str | os.PathLike[str]) -> Result:
@@ -287,25 +278,3 @@ def _progress_bar(setup: Setup, start: int) -> Any:
         mininterval=0.1 if sys.stderr.isatty() else 30,
         dynamic_ncols=True,
     )
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[Stopping]:
-    """Turns the first SIGINT or SIGTERM into a wish to stop; a second SIGINT raises at once."""
-    asked: list[int] = []
-
-    def handle(number: int, frame: Any) -> None:
-        if asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked.append(number)
-        say("stopping after a checkpoint; interrupt again to stop at once")
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False  # only the main thread may install handlers
-        return
-    before = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -14,9 +14,9 @@ from jaxtyping import PyTree
 from fm_distill.config import NetworkConfig
 from fm_distill.errors import UserError
 from fm_distill.models import Variables, build_network
-from fm_distill.models.bit import original_names
 
 HEAD_BIAS = "resnet/head/conv2d/bias"
+_GAMMA_BETA = {"scale": "gamma", "bias": "beta"}
 
 
 def read_npz(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
@@ -80,6 +80,35 @@ def load_bit(path: str | os.PathLike[str], network: NetworkConfig) -> tuple[Vari
             f"check teacher.network.model\n  {shown}"
         )
     return Variables(params, {}), classes
+
+
+def original_names(params: PyTree) -> dict[str, str]:
+    """Where each parameter stands in a BiT `.npz` of the original naming.
+
+    Source: big_transfer's weight files, `resnet/block1/unit01/a/standardized_conv2d/kernel` etc.
+    """
+    names = {}
+    for path, _ in jax.tree_util.tree_leaves_with_path(params):
+        ours = jax.tree_util.keystr(path, simple=True, separator="/")
+        *modules, leaf = ours.split("/")
+        if modules == ["head"]:
+            original = f"resnet/head/conv2d/{leaf}"
+        elif modules == ["norm"]:
+            original = f"resnet/group_norm/{_GAMMA_BETA[leaf]}"
+        elif modules == ["root"]:
+            original = "resnet/root_block/standardized_conv2d/kernel"
+        else:
+            block, unit = modules[0].split("_")
+            part = modules[1].removesuffix("_norm")
+            part = "a/proj" if part == "projection" else part
+            kind = (
+                f"group_norm/{_GAMMA_BETA[leaf]}"
+                if modules[1].endswith("_norm")
+                else "standardized_conv2d/kernel"
+            )
+            original = f"resnet/{block}/{unit}/{part}/{kind}"
+        names[ours] = original
+    return names
 
 
 def fingerprint(variables: PyTree) -> str:

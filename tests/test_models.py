@@ -14,8 +14,8 @@ from tiny import NETWORK
 from fm_distill.config import NetworkConfig
 from fm_distill.errors import UserError
 from fm_distill.models import MODELS, Variables, build_network, check_network, parameter_count
-from fm_distill.models.bit import group_norm, original_names, standardise
-from fm_distill.weights import fingerprint, load_bit, read_npz
+from fm_distill.models.bit import group_norm, standardise
+from fm_distill.weights import fingerprint, load_bit, original_names, read_npz
 
 FLOAT32 = jnp.dtype("float32")
 

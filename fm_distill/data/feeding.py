@@ -52,7 +52,7 @@ class Reader:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Canvas, size, label and whether the image is whole (else it is black, or refused)."""
-        raw = self.source[int(index)]
+        raw = self.source[index]
         if raw.label >= self.classes or raw.label < -1:
             raise UserError(
                 f"{raw.name} has the label {raw.label}; expected 0 to {self.classes - 1}: "

@@ -1,0 +1,76 @@
+"""Every experiment file resolves to its recorded text and runs two shrunk steps."""
+
+import dataclasses
+import os
+import pathlib
+
+import pytest
+from conftest import ROOT
+from tiny import NETWORK, tiny_config
+
+from fm_distill.config import Config, ScheduleConfig, TeacherConfig, from_json, to_json
+from fm_distill.errors import UserError
+from fm_distill.experiment import describe, load_experiment
+from fm_distill.train import train
+
+FILES = sorted((ROOT / "experiments").glob("*.py"))
+GOLDEN = ROOT / "tests" / "golden"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_resolves_to_its_recorded_text(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    found = describe(load_experiment(path.relative_to(ROOT))) + "\n"
+    golden = GOLDEN / f"{path.stem}.txt"
+    if os.environ.get("UPDATE_GOLDEN"):
+        golden.write_text(found)
+    assert golden.exists(), "a new experiment: record it with `UPDATE_GOLDEN=1 pytest`"
+    assert found == golden.read_text(), (
+        "the resolved config changed; if you meant it, record it with `UPDATE_GOLDEN=1 pytest "
+        "tests/test_experiments.py` and let the review see the difference"
+    )
+
+
+def test_no_recorded_text_is_left_over():
+    assert {p.stem for p in GOLDEN.glob("*.txt")} == {p.stem for p in FILES}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_docstring_says_command_and_source(path):
+    text = path.read_text()
+    assert f"fm-distill train experiments/{path.name}" in text and "Source:" in text
+
+
+def shrink(config: Config, teacher: pathlib.Path) -> Config:
+    """The experiment's recipe on tiny data and networks, two steps long."""
+    tiny = tiny_config()
+    return dataclasses.replace(
+        config,
+        batch_size=16,
+        data=tiny.data,
+        student=NETWORK,
+        teacher=TeacherConfig(workdir=str(teacher)) if config.teacher else None,
+        schedule=ScheduleConfig(total_steps=2),
+        checkpoint=tiny.checkpoint,
+        log=tiny.log,
+    )
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_runs_two_shrunk_steps(path, trained, tmp_path):
+    result = train(shrink(load_experiment(path), trained / "run" / "teacher"), tmp_path)
+    assert result.complete and result.step == 2
+    assert result.evaluation["examples"] == 359
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_a_config_survives_its_workdir(path):
+    config = load_experiment(path)
+    assert from_json(to_json(config)) == config
+
+
+def test_a_stored_config_of_another_version_is_refused():
+    tree = to_json(tiny_config())
+    tree["optimizer"]["learning_rate"] = "fast"
+    with pytest.raises(UserError, match=r"does not fit this version.*learning_rate"):
+        from_json(tree)

@@ -1,0 +1,134 @@
+"""Times one training step of an experiment, and its parts, as ratios within one process.
+
+    python tools/bench_step.py experiments/digits.py [--rounds 10]
+
+Prints one JSON line: the median over rounds of seconds a step, and of views, teacher forward and
+student forward and backward as shares of it. Networks start at random: the time does not depend
+on the weights. Compare two versions on one machine, one after the other, not with other machines.
+"""
+
+import argparse
+import functools
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from fm_distill.build import build
+from fm_distill.config import Config, NetworkConfig
+from fm_distill.data.feeding import Batch
+from fm_distill.experiment import load_experiment
+from fm_distill.models import Variables
+from fm_distill.setup import freeze_on_devices
+from fm_distill.sharding import make_layout
+from fm_distill.step import make_program
+from fm_distill.views import draw, render
+
+
+def teacher_network(config: Config) -> tuple[NetworkConfig, ...]:
+    """The network of the teacher, from the config or from the teacher's own experiment."""
+    if config.teacher is None:
+        return ()
+    if config.teacher.network:
+        return (config.teacher.network,)
+    if config.teacher.experiment is None:
+        raise SystemExit("this experiment's teacher is a workdir; give one with teacher.network")
+    return (load_experiment(config.teacher.experiment).student,)
+
+
+def random_batch(config: Config) -> Batch:
+    rng = np.random.default_rng(0)
+    side, count = config.data.canvas.side, config.batch_size
+    return Batch(
+        rng.integers(0, 256, (count, side, side, 3), np.uint8),
+        np.full((count, 2), side, np.int32),
+        np.zeros(count, np.int32),
+    )
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(function())
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("experiment")
+    parser.add_argument("--rounds", type=int, default=10)
+    arguments = parser.parse_args()
+    config = load_experiment(arguments.experiment)
+    layout = make_layout(config.mesh)
+    built = build(config, config.data.classes or 10, teacher_network(config), 1000, layout)
+    batch = jax.device_put(random_batch(config), layout.batch)
+    key = jax.random.key(0)
+    state = jax.jit(built.init, out_shardings=layout.variables(built.abstract_state()))(key)
+    frozen = tuple(
+        freeze_on_devices(seat.network, seat.network.init(key), layout) for seat in built.taught_by
+    )
+    program = make_program(built.train_step, built.abstract_state(), frozen, None, layout)
+
+    def look(batch: Batch) -> Any:
+        drawn = draw(key, batch.sizes, config.views)
+        seats = (built.student, *built.taught_by)
+        return {s.picture: render(drawn, batch.canvases, s.picture) for s in seats}
+
+    views = jax.jit(look)
+    pictures = views(batch)
+    student = built.student
+
+    def student_loss(variables: Variables) -> Any:
+        output = student.network.apply(variables, pictures[student.picture], train=True)
+        return (output.logits**2).sum() + output.logits.sum()
+
+    parts: dict[str, Callable[[], Any]] = {
+        "views": lambda: views(batch),
+        "student": jax.jit(lambda: jax.grad(student_loss)(state.student)),
+    }
+    for seat, variables in zip(built.taught_by, frozen, strict=True):
+        forward = jax.jit(seat.network.apply_frozen)
+        parts["teacher"] = functools.partial(forward, variables, pictures[seat.picture])
+
+    start = time.perf_counter()
+    donated = jax.tree.map(lambda x: x.copy(), state)
+    donated, _ = jax.block_until_ready(program(donated, frozen, None, batch, key))
+    compile_s = time.perf_counter() - start
+    for part in parts.values():
+        jax.block_until_ready(part())
+    times: dict[str, list[float]] = {name: [] for name in ("step", *parts)}
+    for _ in range(arguments.rounds):
+        start = time.perf_counter()
+        donated, metrics = program(donated, frozen, None, batch, key)
+        jax.block_until_ready(metrics)
+        times["step"].append(time.perf_counter() - start)
+        for name, part in parts.items():
+            times[name].append(seconds(part))
+    step = statistics.median(times["step"])
+    shares = {
+        f"{name}_share": round(
+            statistics.median(t / s for t, s in zip(times[name], times["step"], strict=True)), 3
+        )
+        for name in parts
+    }
+    print(
+        json.dumps(
+            {
+                "experiment": config.name,
+                "device": jax.devices()[0].device_kind,
+                "devices": layout.mesh.size,
+                "rounds": arguments.rounds,
+                "compile_and_first_step_s": round(compile_s, 2),
+                "step_s_median": round(step, 5),
+                "step_s_min_max": [round(min(times["step"]), 5), round(max(times["step"]), 5)],
+                **shares,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
