@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 from tiny import NETWORK, tiny_config
 
-from fm_distill.config import Config, ScheduleConfig, TeacherConfig, from_json, to_json
+from fm_distill.config import Config, MeshConfig, ScheduleConfig, TeacherConfig, from_json, to_json
 from fm_distill.errors import UserError
 from fm_distill.experiment import describe, load_experiment
 from fm_distill.train import train
@@ -53,6 +53,7 @@ def shrink(config: Config, teacher: pathlib.Path) -> Config:
         schedule=ScheduleConfig(total_steps=2),
         checkpoint=tiny.checkpoint,
         log=tiny.log,
+        mesh=MeshConfig(data=1),
     )
 
 

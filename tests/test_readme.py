@@ -38,6 +38,7 @@ def test_the_two_commands_stand_first():
     assert "pytest" in LINES
 
 
+PROGRAMS = {"fm-distill": f"{sys.executable} -m fm_distill", "python": sys.executable}
 SHRUNK = "--schedule.total-steps 2 --log.tensorboard False"
 
 
@@ -65,8 +66,8 @@ def place(tmp_path_factory, trained):
 def test_line_runs(line, place):
     if line.startswith("fm-distill train"):
         line = f"{line} {SHRUNK}"
-    command = line.replace("fm-distill", f"{sys.executable} -m fm_distill", 1)
-    command = command.replace("python ", f"{sys.executable} ", 1)
+    program, options = line.split(" ", 1)
+    command = f"{PROGRAMS[program]} {options}"
     environment = command_environment() | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         command, shell=True, cwd=place, env=environment, capture_output=True, text=True, timeout=400

@@ -12,14 +12,26 @@ import jax
 import numpy as np
 import pytest
 from conftest import ROOT, command_environment, run_command, write_experiment
+from PIL import Image
 from tiny import NETWORK, tiny_config
 
 from fm_distill.build import build, dispatch_sizes
 from fm_distill.checkpoint import Checkpoints, abstract
-from fm_distill.config import DataConfig, LogConfig, MeshConfig, OptimizerConfig, ScheduleConfig
+from fm_distill.config import (
+    CanvasConfig,
+    DataConfig,
+    LogConfig,
+    MeshConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    SplitConfig,
+    TeacherConfig,
+)
 from fm_distill.errors import TrainingFailed
 from fm_distill.metrics import MetricsWriter
 from fm_distill.probe import judge
+from fm_distill.run import open_run
 from fm_distill.sharding import make_layout
 from fm_distill.train import train
 from fm_distill.workdir import Workdir
@@ -204,6 +216,28 @@ def test_labels_may_be_the_target_where_a_teacher_is_only_compared_with(trained,
     assert "top-1 agreement" in done.stdout
     line = lines_of(tmp_path / "labels")[0]
     assert "agreement" not in line and line["loss"] > 1
+
+
+def test_an_unlabelled_folder_is_a_transfer_set(trained, tmp_path):
+    (tmp_path / "images" / "deep").mkdir(parents=True)
+    for i in range(20):
+        pixels = np.random.default_rng(i).integers(0, 256, (24, 30, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / ("deep" if i % 2 else "") / f"{i}.png")
+    config = tiny_config(
+        objective=ObjectiveConfig(temperature=2.0),
+        teacher=TeacherConfig(workdir=str(trained / "run" / "teacher")),
+        data=DataConfig(
+            source="images",
+            data_dir=str(tmp_path),
+            train=SplitConfig(name="images"),
+            canvas=CanvasConfig(size=24),
+        ),
+    )
+    result = train(config, tmp_path / "run")
+    assert result.complete and result.evaluation["examples"] == 20
+    assert result.evaluation["student"]["top1"] is None and result.evaluation["gap"] is None
+    assert result.evaluation["agreement"]["top1"] is not None
+    assert open_run(tmp_path / "run").class_names == tuple("0123456789")
 
 
 def test_public_api(trained):
