@@ -5,9 +5,7 @@ from it. `experiment.py` loads, overrides and checks it.
 """
 
 import dataclasses
-from typing import Any, Literal
-
-import msgspec
+from typing import Literal
 
 from fm_distill.errors import UserError
 
@@ -49,11 +47,15 @@ class DataConfig:
     name: str = ""
     # Where the data lie: TFDS's `data_dir`, or the folder of images.
     data_dir: str = ""
+    # What is trained on.
     train: SplitConfig
+    # What is evaluated while training.
     validation: SplitConfig | None = None
+    # What a complete run is judged on.
     test: SplitConfig | None = None
     # Number of classes of the labels; None takes it from the data, or from the teacher.
     classes: int | None = None
+    # On what the images lie in memory.
     canvas: CanvasConfig
     # `resident`: decoded canvases in device memory; `streaming`: read as they are needed.
     feeding: Literal["auto", "resident", "streaming"] = "auto"
@@ -75,11 +77,13 @@ class ViewConfig:
     crop_area: tuple[float, float] = (0.05, 1.0)
     # Smallest and largest width / height of a crop.
     crop_aspect: tuple[float, float] = (0.75, 1.33)
+    # Probability of a mirrored view.
     flip_probability: float = 0.5
     # One mixup coefficient a batch (the recipe), one an example, or no mixup.
     mixup: Literal["batch", "example", "none"] = "batch"
     # The coefficient is Beta(alpha, alpha), folded to max(a, 1 - a) unless `mixup_fold` is off.
     mixup_alpha: float = 1.0
+    # Fold the coefficient, so that the example itself is the larger part.
     mixup_fold: bool = True
     # Example i is mixed with example i - 1 (the recipe), or with a random partner.
     mixup_partner: Literal["roll", "permutation"] = "roll"
@@ -97,12 +101,17 @@ class NetworkConfig:
     resolution: int
     # Values of its input: uint8 mapped to [-1, 1], to [0, 1], or by ImageNet's mean and deviation.
     input_range: Literal["minus_one_one", "zero_one", "imagenet"] = "minus_one_one"
-    # The rest describes the model `bit`; the named members of its family fix depths, width, stem.
+    # Units a block, of the model `bit`; the named members of the family fix this and the next four.
     depths: tuple[int, ...] = ()
+    # Multiplies the 64 channels of the root.
     width: float = 1.0
+    # `imagenet`: 7x7 and a pool, together stride 4; `small`: 3x3 with stride 1.
     stem: Literal["imagenet", "small"] = "imagenet"
+    # GroupNorm with weight standardisation, or BatchNorm without.
     norm: Literal["group", "batch"] = "group"
+    # Groups of the GroupNorm; has to divide the root's channels.
     groups: int = 32
+    # Zero as in BiT's files and timm, or minus infinity as in the released trainer.
     root_pool_padding: Literal["zero", "minus_infinity"] = "zero"
 
 
@@ -128,6 +137,7 @@ class ObjectiveConfig:
     target: Literal["teacher", "labels"] = "teacher"
     # A key of `distances.DISTANCES`; with `labels` it is the cross-entropy.
     distance: str = "kl"
+    # Divides the logits of both networks.
     temperature: float = 1.0
     # Multiply the KL by T^2, as the released code does and the paper's equation 1 does not.
     temperature_squared: bool = True
@@ -139,15 +149,21 @@ class OptimizerConfig:
 
     # A key of `optim.OPTIMIZERS`.
     name: str = "adam"
+    # At its peak, after the warm-up.
     learning_rate: float
+    # Of kernels only; what the number means is said by `decay`.
     weight_decay: float = 0.0
     # `released`: follows the schedule, not multiplied by the learning rate; `adamw`: multiplied.
     decay: Literal["released", "adamw"] = "released"
     # Largest global norm of the gradient.
     clip_norm: float = 1.0
+    # Adam's decay of the first moment.
     beta1: float = 0.9
+    # Adam's decay of the second moment.
     beta2: float = 0.999
+    # Added to the root of the second moment.
     epsilon: float = 1e-8
+    # The released recipe keeps it in bfloat16.
     first_moment_dtype: Literal["float32", "bfloat16"] = "float32"
 
 
@@ -155,8 +171,11 @@ class OptimizerConfig:
 class ScheduleConfig:
     """Length of the run: exactly one of steps and epochs; linear warm-up, then cosine to zero."""
 
+    # Batches.
     total_steps: int | None = None
+    # Passes over the training split; steps = round(examples x epochs / batch size).
     total_epochs: float | None = None
+    # Steps of the linear warm-up.
     warmup_steps: int = 0
 
 
@@ -164,7 +183,9 @@ class ScheduleConfig:
 class MeshConfig:
     """How the devices are arranged: batches over both axes, large arrays over `fsdp`."""
 
+    # Devices along the batch; `auto` takes all that there are.
     data: int | Literal["auto"] = "auto"
+    # Devices over which large arrays are split.
     fsdp: int = 1
 
 
@@ -172,7 +193,9 @@ class MeshConfig:
 class CheckpointConfig:
     """How often the state is written, and how many are kept."""
 
+    # Steps between two checkpoints.
     every_steps: int = 1000
+    # How many of the newest are kept.
     keep: int = 2
 
 
@@ -180,9 +203,11 @@ class CheckpointConfig:
 class LogConfig:
     """How often is written what; nothing here changes the student."""
 
+    # Steps between two lines of `metrics.jsonl`.
     every_steps: int = 50
     # Student against teacher on the validation split; 0 for never.
     evaluate_every_steps: int = 1000
+    # Write TensorBoard files too.
     tensorboard: bool = True
 
 
@@ -190,7 +215,9 @@ class LogConfig:
 class Config:
     """One run: one student, one workdir."""
 
+    # The default workdir is `runs/NAME`.
     name: str
+    # Of init, order and draws.
     seed: int = 0
     # Examples a step, over all devices.
     batch_size: int
@@ -210,64 +237,6 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
-
-
-# Fields that say where things lie or what is written, not which student comes out.
-NOT_IDENTITY = (
-    "name",
-    "data.data_dir",
-    "data.resident_share",
-    "data.workers",
-    "data.train.examples",
-    "data.validation",
-    "data.test",
-    "teacher.weights",
-    "teacher.experiment",
-    "teacher.workdir",
-    "mesh",
-    "checkpoint",
-    "log",
-)
-
-
-def to_json(config: Config) -> dict[str, Any]:
-    """The config as nested dicts and lists."""
-    return msgspec.to_builtins(config)
-
-
-def from_json(tree: Any) -> Config:
-    """The inverse of `to_json`; raises `UserError` where `tree` is not a config of this version."""
-    try:
-        return msgspec.convert(tree, Config, strict=True)
-    except msgspec.ValidationError as error:
-        raise UserError(f"the stored config does not fit this version: {error}") from None
-
-
-def flatten(config: Config) -> dict[str, Any]:
-    """`{"data.canvas.size": 160, ...}`: each leaf of the config by its option's name."""
-
-    def leaves(prefix: str, value: Any) -> dict[str, Any]:
-        if not isinstance(value, dict):
-            return {prefix: value}
-        parts = [leaves(f"{prefix}.{name}" if prefix else name, v) for name, v in value.items()]
-        return {name: leaf for part in parts for name, leaf in part.items()}
-
-    return leaves("", to_json(config))
-
-
-def differences(stored: Config, asked: Config) -> list[str]:
-    """One line for each field that changes the student and is not the same in both."""
-    a, b = flatten(stored), flatten(asked)
-
-    def counts(name: str) -> bool:
-        return not any(name == x or name.startswith(x + ".") for x in NOT_IDENTITY)
-
-    missing = "(not set)"
-    return [
-        f"{name}: {a.get(name, missing)} in the workdir, {b.get(name, missing)} now"
-        for name in sorted({*a, *b})
-        if counts(name) and a.get(name, missing) != b.get(name, missing)
-    ]
 
 
 def total_steps(config: Config, examples: int) -> int:

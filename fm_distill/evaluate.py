@@ -114,11 +114,6 @@ def evaluate_batches(
     return total
 
 
-def make_evaluation_program(step: EvaluationProgram, layout: Layout) -> EvaluationProgram:
-    """`step`, compiled: batches over the devices, sums replicated, nothing donated."""
-    return jax.jit(step, out_shardings=layout.replicated)
-
-
 def summarise(sums: Sums, split: str, step: int) -> dict[str, Any]:
     """The figures of one evaluation; null where there are no labels, teacher or fifth class."""
     classes = int(sums["classes"])
@@ -168,7 +163,8 @@ class Evaluator:
         step = make_evaluation_step(
             student, teachers, config.views.central_fraction, config.objective.temperature
         )
-        return cls(make_evaluation_program(step, layout), layout, student.network.classes)
+        program = jax.jit(step, out_shardings=layout.replicated)
+        return cls(program, layout, student.network.classes)
 
     def __call__(
         self,

@@ -11,10 +11,11 @@ import pathlib
 import runpy
 from collections.abc import Iterable
 
-from fm_distill.config import Config, NetworkConfig, SplitConfig, flatten, total_steps
+from fm_distill.config import Config, NetworkConfig, SplitConfig, total_steps
 from fm_distill.data.sources import SOURCES
 from fm_distill.distances import DISTANCES
 from fm_distill.errors import UserError
+from fm_distill.identity import flatten
 from fm_distill.models import MODELS, check_network
 from fm_distill.optim import OPTIMIZERS, decay_equivalent
 from fm_distill.views import CROPS

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from fm_distill.build import build, compute_dtype, make_seat
-from fm_distill.config import Config, MeshConfig, differences
+from fm_distill.config import Config, MeshConfig
 from fm_distill.data.feeding import Reader, evaluation_batches
 from fm_distill.data.images import CorruptImage, decode, on_canvas, shrink
 from fm_distill.data.sources import open_source
 from fm_distill.errors import UserError
 from fm_distill.evaluate import Evaluator
 from fm_distill.experiment import check, split_of
+from fm_distill.identity import differences
 from fm_distill.run import load_teacher, open_run
 from fm_distill.setup import freeze_on_devices
 from fm_distill.sharding import Layout, make_layout

@@ -71,17 +71,17 @@ def remarks_on(config: Config, steps: int) -> list[str]:
             f"WARNING: the warm-up of {warmup:,} steps is {warmup / steps:.0%} of the run of "
             f"{steps:,}: the learning rate has little time at its height"
         )
-    canvas = config.data.canvas
-    networks = {"student": config.student.resolution}
-    if config.teacher and config.teacher.network:
-        networks["teacher"] = config.teacher.network.resolution
-    for name, resolution in networks.items():
-        if canvas.size < resolution:
-            remarks.append(
-                f"WARNING: the canvas (data.canvas.size={canvas.size}) is smaller than the "
-                f"{name}'s resolution {resolution}: even the largest crop is enlarged"
-            )
     return remarks
+
+
+def _remarks_on_canvas(size: int, built: Build) -> list[str]:
+    seats = [("student", built.student), *(("teacher", seat) for seat in built.teachers)]
+    return [
+        f"WARNING: the canvas (data.canvas.size={size}) is smaller than the {name}'s resolution "
+        f"{seat.picture.resolution}: even the largest crop is enlarged"
+        for name, seat in seats
+        if size < seat.picture.resolution
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +128,8 @@ def prepare(
     reader = Reader(data.train, config.data, classes)
     fits, reason = fits_in_memory(config.data, len(reader))
     resident = config.data.feeding == "resident" or (config.data.feeding == "auto" and fits)
-    remarks = [f"feeding: {'resident' if resident else 'streaming'} ({reason})"]
+    remarks = _remarks_on_canvas(config.data.canvas.size, built)
+    remarks.append(f"feeding: {'resident' if resident else 'streaming'} ({reason})")
     feed: ResidentFeed | StreamingFeed
     if resident:
         feed = ResidentFeed(reader, config.seed, config.batch_size, layout.replicated, layout.ids)

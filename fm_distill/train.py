@@ -20,7 +20,7 @@ from tqdm import tqdm
 from fm_distill.build import dispatch_sizes
 from fm_distill.checkpoint import Checkpoints, abstract
 from fm_distill.config import Config, total_steps
-from fm_distill.errors import TrainingFailed
+from fm_distill.errors import TrainingFailed, UserError
 from fm_distill.experiment import check, load_experiment
 from fm_distill.metrics import MetricsWriter
 from fm_distill.models import parameter_count
@@ -117,7 +117,7 @@ def _run(setup: Setup, place: Workdir, stopping: Stopping) -> Result:
         place.write("evaluation.json", figures)
         place.set_status("complete", done, setup.total_steps)
         return Result(True, done, setup.total_steps, place.path, figures)
-    except (TrainingFailed, OSError) as error:
+    except (TrainingFailed, UserError, OSError) as error:
         with contextlib.suppress(OSError):
             place.set_status("failed", done, setup.total_steps, str(error))
         if isinstance(error, OSError):

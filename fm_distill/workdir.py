@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 import jax
 
-from fm_distill.config import Config, differences, from_json, to_json
+from fm_distill.config import Config
 from fm_distill.errors import UserError
+from fm_distill.identity import differences, from_json, to_json
 
 Status = Literal["running", "paused", "complete", "failed"]
 LIBRARIES = ("fm-distill", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")

@@ -11,7 +11,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A file may import those of its own line before it, and of the lines above.
 ORDER = [
-    ["errors", "config", "stopping"],
+    ["errors", "config", "identity", "stopping"],
     ["views", "distances", "optim", "sharding", "metrics"],
     ["models.contract", "models.bit", "models"],
     ["data.order", "data.images", "data.sources", "data.feeding", "data"],

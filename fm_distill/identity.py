@@ -1,0 +1,65 @@
+"""A config as text and JSON, and what makes two configs the same run."""
+
+from typing import Any
+
+import msgspec
+
+from fm_distill.config import Config
+from fm_distill.errors import UserError
+
+# Fields that say where things lie or what is written, not which student comes out.
+NOT_IDENTITY = (
+    "name",
+    "data.data_dir",
+    "data.resident_share",
+    "data.workers",
+    "data.train.examples",
+    "data.validation",
+    "data.test",
+    "teacher.weights",
+    "teacher.experiment",
+    "teacher.workdir",
+    "mesh",
+    "checkpoint",
+    "log",
+)
+
+
+def to_json(config: Config) -> dict[str, Any]:
+    """The config as nested dicts and lists."""
+    return msgspec.to_builtins(config)
+
+
+def from_json(tree: Any) -> Config:
+    """The inverse of `to_json`; raises `UserError` where `tree` is not a config of this version."""
+    try:
+        return msgspec.convert(tree, Config, strict=True)
+    except msgspec.ValidationError as error:
+        raise UserError(f"the stored config does not fit this version: {error}") from None
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """`{"data.canvas.size": 160, ...}`: each leaf of the config by its option's name."""
+
+    def leaves(prefix: str, value: Any) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            return {prefix: value}
+        parts = [leaves(f"{prefix}.{name}" if prefix else name, v) for name, v in value.items()]
+        return {name: leaf for part in parts for name, leaf in part.items()}
+
+    return leaves("", to_json(config))
+
+
+def differences(stored: Config, asked: Config) -> list[str]:
+    """One line for each field that changes the student and is not the same in both."""
+    a, b = flatten(stored), flatten(asked)
+
+    def counts(name: str) -> bool:
+        return not any(name == x or name.startswith(x + ".") for x in NOT_IDENTITY)
+
+    missing = "(not set)"
+    return [
+        f"{name}: {a.get(name, missing)} in the workdir, {b.get(name, missing)} now"
+        for name in sorted({*a, *b})
+        if counts(name) and a.get(name, missing) != b.get(name, missing)
+    ]
