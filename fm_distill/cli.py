@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Annotated, NoReturn, TypeVar
@@ -82,7 +83,14 @@ def _quiet() -> None:
     """Keeps libraries' remarks, which nobody here can act on, out of the user's sight."""
     warnings.filterwarnings("ignore", module="(tensorflow_datasets|orbax|flax|tensorboardX).*")
     for name in ("absl", "jax", "orbax", "grain", "tensorboardX"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    threading.excepthook = _thread_failed
+
+
+def _thread_failed(failure: threading.ExceptHookArgs) -> None:
+    """Orbax raises again what its threads raise, where `checkpoint.py` makes a sentence of it."""
+    if not type(failure.thread).__module__.startswith("orbax."):
+        threading.__excepthook__(failure)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -119,7 +119,8 @@ def _run(setup: Setup, place: Workdir, stopping: Stopping) -> Result:
         return Result(True, done, setup.total_steps, place.path, figures)
     except (TrainingFailed, UserError, OSError) as error:
         with contextlib.suppress(OSError):
-            place.set_status("failed", done, setup.total_steps, str(error))
+            on_disk = checkpoints.latest() or 0
+            place.set_status("failed", on_disk, setup.total_steps, str(error))
         if isinstance(error, OSError):
             raise TrainingFailed(f"{place.path} cannot be written any more: {error}") from error
         raise
