@@ -53,16 +53,14 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> Result:
     """
     check(config)
     place = Workdir(workdir)
+    if (complete := _complete(config, place)) is not None:
+        return complete
     layout = make_layout(config.mesh)
     check_batch_size(config.batch_size, layout)
     data, remarks = open_data(config)
     steps = total_steps(config, len(data.train))
     with place.locked(), stop_signals() as stopping:
         place.refuse_another(config, {"data": data.train.identity})
-        evaluation = place.read("evaluation.json")
-        if (place.read("status.json") or {}).get("state") == "complete" and evaluation:
-            say(f"the run in {place.path} is complete: {steps:,} steps")
-            return Result(True, steps, steps, place.path, evaluation)
         for remark in [*remarks, *remarks_on(config, steps)]:
             say(remark)
         if not _train_teacher(config, place):
@@ -82,6 +80,17 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> Result:
         for remark in remarks:
             say(remark)
         return _run(setup, place, stopping)
+
+
+def _complete(config: Config, place: Workdir) -> Result | None:
+    """The result of a run that needs nothing any more, neither its data nor its teacher."""
+    status, evaluation = place.read("status.json"), place.read("evaluation.json")
+    if not (status and status["state"] == "complete" and evaluation):
+        return None
+    place.refuse_another(config, {})
+    steps = status["step"]
+    say(f"the run in {place.path} is complete: {steps:,} steps")
+    return Result(True, steps, steps, place.path, evaluation)
 
 
 def _train_teacher(config: Config, place: Workdir) -> bool:

@@ -23,6 +23,7 @@ from fm_distill.data.order import example_ids
 from fm_distill.data.sources import Source
 from fm_distill.errors import UserError
 
+SMALLEST_DEVICE_BYTES = 8 * 2**30  # a TPU v2 core's, where a device does not say
 DEVICE_PREFETCH = 2  # batches that are on their way while the device works
 
 
@@ -217,9 +218,8 @@ def fits_in_memory(config: DataConfig, examples: int) -> tuple[bool, str]:
 
 def _memory_bytes() -> int:
     device = jax.local_devices()[0]
-    stats = device.memory_stats() if device.platform != "cpu" else None
-    if stats and "bytes_limit" in stats:
-        return int(stats["bytes_limit"])
+    if device.platform != "cpu":
+        return int((device.memory_stats() or {}).get("bytes_limit", SMALLEST_DEVICE_BYTES))
     # Simulated devices share the host's memory, each with a copy of its own.
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
 
