@@ -29,11 +29,13 @@ from fm_distill.config import (
     TeacherConfig,
 )
 from fm_distill.errors import TrainingFailed
+from fm_distill.inference import evaluate
 from fm_distill.metrics import MetricsWriter
 from fm_distill.probe import judge
 from fm_distill.run import open_run
 from fm_distill.sharding import make_layout
 from fm_distill.train import train
+from fm_distill.weights import original_names
 from fm_distill.workdir import Workdir
 
 
@@ -216,6 +218,36 @@ def test_labels_may_be_the_target_where_a_teacher_is_only_compared_with(trained,
     assert "top-1 agreement" in done.stdout
     line = lines_of(tmp_path / "labels")[0]
     assert "agreement" not in line and line["loss"] > 1
+
+
+def test_a_weight_file_teaches_as_the_run_that_it_was_written_from(trained, tmp_path):
+    teacher = open_run(trained / "run" / "teacher")
+    tensors = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(teacher.student.params):
+        ours = jax.tree_util.keystr(path, simple=True, separator="/")
+        name = original_names(teacher.student.params)[ours]
+        array = np.asarray(leaf)
+        tensors[name] = array[None, None] if name.endswith("head/conv2d/kernel") else array
+    np.savez(tmp_path / "teacher.npz", **tensors)
+    config = tiny_config(
+        objective=ObjectiveConfig(temperature=2.0),
+        teacher=TeacherConfig(weights=str(tmp_path / "teacher.npz"), network=NETWORK),
+    )
+    by_file = train(config, tmp_path / "file")
+    other = dataclasses.replace(
+        config, teacher=TeacherConfig(workdir=str(trained / "run" / "teacher"))
+    )
+    assert train(other, tmp_path / "run").evaluation == by_file.evaluation
+    # The file moved: its path is not the run's identity, its contents are.
+    os.rename(tmp_path / "teacher.npz", tmp_path / "moved.npz")
+    found = evaluate(
+        tmp_path / "file",
+        "test",
+        dataclasses.replace(
+            config, teacher=TeacherConfig(weights=str(tmp_path / "moved.npz"), network=NETWORK)
+        ),
+    )
+    assert found["teacher"] == by_file.evaluation["teacher"]
 
 
 def test_an_unlabelled_folder_is_a_transfer_set(trained, tmp_path):
