@@ -5,7 +5,7 @@ import warnings
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fm_distill.config import CanvasConfig
 
@@ -29,6 +29,8 @@ def decode(data: bytes | np.ndarray) -> Image.Image:
             image = Image.open(io.BytesIO(data)) if isinstance(data, bytes) else _wrap(data)
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError:
+        raise CorruptImage("no known image format") from None
     except Exception as error:
         # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and more.
         raise CorruptImage(f"{type(error).__name__}: {error}") from None

@@ -64,7 +64,7 @@ def digits(config: DataConfig, name: str) -> Source:
         from sklearn.datasets import load_digits
     except ImportError:
         raise UserError(
-            "data.source=digits needs scikit-learn: pip install 'fm-distill[quickstart]'"
+            "data.source=digits needs scikit-learn: pip install -e '.[quickstart]'"
         ) from None
     from PIL import Image
 
@@ -143,7 +143,7 @@ def tfds(config: DataConfig, name: str) -> Source:
 def _prepare_line(config: DataConfig) -> str:
     folder = f" --data_dir={config.data_dir}" if config.data_dir else ""
     return (
-        f"  pip install 'fm-distill[prepare]' && "
+        f"  pip install -e '.[prepare]' && "
         f"tfds build {config.name} --file_format=array_record{folder}"
     )
 
