@@ -19,13 +19,14 @@ from fm_distill.step import TrainState
 class Checkpoints:
     """The checkpoints of one run, numbered by steps done. Writes in the background."""
 
-    def __init__(self, directory: str | os.PathLike[str], keep: int):
+    def __init__(self, directory: str | os.PathLike[str], keep: int, writing: bool):
         self.directory = pathlib.Path(directory).absolute()
         self._checkpointer = ocp.training.Checkpointer(
             self.directory,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-            cleanup_tmp_directories=True,
+            # A reader would delete what another process is writing.
+            cleanup_tmp_directories=writing,
         )
 
     def latest(self) -> int | None:

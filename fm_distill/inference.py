@@ -19,7 +19,7 @@ from fm_distill.evaluate import Evaluator
 from fm_distill.experiment import check, split_of
 from fm_distill.identity import differences
 from fm_distill.run import load_teacher, open_run
-from fm_distill.setup import freeze_on_devices
+from fm_distill.setup import frozen_teachers
 from fm_distill.sharding import Layout, make_layout
 from fm_distill.views import render_central
 
@@ -49,11 +49,7 @@ def evaluate(
     layout = _evaluation_layout(config)
     networks = (teacher.network,) if teacher else ()
     built = build(config, run.classes, networks, 1, layout)
-    frozen = tuple(
-        freeze_on_devices(seat.network, teacher.variables, layout)
-        for seat in built.teachers
-        if teacher
-    )
+    frozen = frozen_teachers(built, teacher, layout)
     student = jax.device_put(run.student, layout.variables(run.student))
     # Whole batches for any number of devices; the mask takes care of the rest.
     batch_size = -(-config.batch_size // layout.mesh.size) * layout.mesh.size

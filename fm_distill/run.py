@@ -37,7 +37,7 @@ def open_run(path: str | os.PathLike[str]) -> Run:
     names = contents.get("class_names")
     if not workdir.checkpoints.is_dir():
         raise UserError(f"the run in {path} has no checkpoint yet; train it first")
-    checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint.keep)
+    checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint.keep, writing=False)
     try:
         step = checkpoints.latest()
         if step is None:

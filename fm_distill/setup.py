@@ -120,11 +120,7 @@ def prepare(
     steps = total_steps(config, len(data.train))
     networks = (teacher.network,) if teacher else ()
     built = build(config, classes, networks, steps, layout)
-    frozen = tuple(
-        freeze_on_devices(seat.network, teacher.variables, layout)
-        for seat in built.teachers
-        if teacher
-    )
+    frozen = frozen_teachers(built, teacher, layout)
     reader = Reader(data.train, config.data, classes)
     fits, reason = fits_in_memory(config.data, len(reader))
     resident = config.data.feeding == "resident" or (config.data.feeding == "auto" and fits)
@@ -163,6 +159,15 @@ def prepare(
         final_split=final_split,
     )
     return setup, remarks
+
+
+def frozen_teachers(built: Build, teacher: Teacher | None, layout: Layout) -> tuple[Variables, ...]:
+    """The frozen variables of each of `built.teachers`."""
+    if teacher is None:
+        return ()
+    return tuple(
+        freeze_on_devices(seat.network, teacher.variables, layout) for seat in built.teachers
+    )
 
 
 def freeze_on_devices(network: Network, variables: Variables, layout: Layout) -> Variables:

@@ -107,7 +107,7 @@ def _train_teacher(config: Config, place: Workdir) -> bool:
 
 def _run(setup: Setup, place: Workdir, stopping: Stopping) -> Result:
     """From the newest checkpoint to the end, or to a stop."""
-    checkpoints = Checkpoints(place.checkpoints, setup.config.checkpoint.keep)
+    checkpoints = Checkpoints(place.checkpoints, setup.config.checkpoint.keep, writing=True)
     done = 0
     try:
         start = checkpoints.latest() or 0

@@ -44,7 +44,7 @@ def arrays_of(workdir) -> dict[str, np.ndarray]:
     place = Workdir(workdir)
     layout = make_layout(MeshConfig(data=1))
     shapes = build(place.stored_config(), 10, (), 10, layout).abstract_state()
-    checkpoints = Checkpoints(place.checkpoints, 2)
+    checkpoints = Checkpoints(place.checkpoints, 2, writing=False)
     state = checkpoints.restore(checkpoints.latest(), abstract(shapes, layout.variables(shapes)))
     checkpoints.close()
     leaves = jax.tree_util.tree_leaves_with_path(state)
@@ -199,7 +199,7 @@ def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
         train(config, tmp_path)
     status = json.loads((tmp_path / "status.json").read_text())
     assert status["state"] == "failed" and "not finite" in status["reason"]
-    checkpoints = Checkpoints(tmp_path / "checkpoints", 2)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 2, writing=False)
     step = checkpoints.latest()
     checkpoints.close()
     if step is not None:
@@ -270,6 +270,17 @@ def test_an_unlabelled_folder_is_a_transfer_set(trained, tmp_path):
     assert result.evaluation["student"]["top1"] is None and result.evaluation["gap"] is None
     assert result.evaluation["agreement"]["top1"] is not None
     assert open_run(tmp_path / "run").class_names == tuple("0123456789")
+
+
+def test_reading_a_run_leaves_alone_what_another_process_writes(trained):
+    checkpoints = trained / "run" / "checkpoints"
+    half_written = checkpoints / "9.orbax-checkpoint-tmp"
+    half_written.mkdir()
+    try:
+        assert open_run(trained / "run").step == 6
+        assert half_written.is_dir()
+    finally:
+        half_written.rmdir()
 
 
 def test_public_api(trained):
