@@ -12,9 +12,9 @@ from fm_distill import load_experiment
 from fm_distill.config import (
     CheckpointConfig,
     LogConfig,
-    NetworkConfig,
     ObjectiveConfig,
     ScheduleConfig,
+    StudentConfig,
     TeacherConfig,
     ViewConfig,
 )
@@ -27,7 +27,7 @@ config = dataclasses.replace(
     # The recipe's crops and mixup; a mirrored digit is none.
     views=ViewConfig(flip_probability=0.0, central_fraction=1.0),
     # A quarter of the teacher's parameters.
-    student=NetworkConfig(
+    student=StudentConfig(
         model="bit", resolution=16, depths=(1, 1, 1), width=0.125, groups=4, stem="small"
     ),
     teacher=TeacherConfig(experiment="digits_teacher.py"),

@@ -10,11 +10,11 @@ from fm_distill.config import (
     Config,
     DataConfig,
     LogConfig,
-    NetworkConfig,
     ObjectiveConfig,
     OptimizerConfig,
     ScheduleConfig,
     SplitConfig,
+    StudentConfig,
     ViewConfig,
 )
 
@@ -31,7 +31,7 @@ config = Config(
     ),
     # Milder crops than for matching: a label must still be right for what is left of the digit.
     views=ViewConfig(crop_area=(0.4, 1.0), flip_probability=0.0, central_fraction=1.0),
-    student=NetworkConfig(
+    student=StudentConfig(
         model="bit", resolution=16, depths=(1, 1, 1), width=0.25, groups=4, stem="small"
     ),
     objective=ObjectiveConfig(target="labels"),

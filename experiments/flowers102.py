@@ -20,6 +20,7 @@ from fm_distill.config import (
     OptimizerConfig,
     ScheduleConfig,
     SplitConfig,
+    StudentConfig,
     TeacherConfig,
     ViewConfig,
 )
@@ -38,7 +39,7 @@ config = Config(
     ),
     # resize_small(160) | central_crop(128)
     views=ViewConfig(central_fraction=0.8),
-    student=NetworkConfig(model="bit_r50x1", resolution=128),
+    student=StudentConfig(model="bit_r50x1", resolution=128),
     teacher=TeacherConfig(network=NetworkConfig(model="bit_r152x2", resolution=128)),
     objective=ObjectiveConfig(temperature=10.0),
     optimizer=OptimizerConfig(

@@ -11,9 +11,9 @@ import pathlib
 
 from fm_distill import load_experiment
 from fm_distill.config import (
-    NetworkConfig,
     ObjectiveConfig,
     ScheduleConfig,
+    StudentConfig,
     TeacherConfig,
     ViewConfig,
 )
@@ -24,7 +24,7 @@ config = dataclasses.replace(
     teacher,
     name="flowers102_small",
     views=ViewConfig(central_fraction=0.8),
-    student=NetworkConfig(
+    student=StudentConfig(
         model="bit",
         resolution=64,
         depths=(1, 1, 1, 1),

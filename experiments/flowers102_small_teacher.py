@@ -12,10 +12,10 @@ from fm_distill.config import (
     CanvasConfig,
     CheckpointConfig,
     LogConfig,
-    NetworkConfig,
     ObjectiveConfig,
     OptimizerConfig,
     ScheduleConfig,
+    StudentConfig,
     ViewConfig,
 )
 
@@ -27,7 +27,7 @@ config = dataclasses.replace(
     batch_size=60,
     data=dataclasses.replace(flowers.data, canvas=CanvasConfig(size=96)),
     views=ViewConfig(crop_area=(0.3, 1.0), mixup="none", central_fraction=0.8),
-    student=NetworkConfig(
+    student=StudentConfig(
         model="bit", resolution=64, depths=(1, 1, 1, 1), width=0.5, stem="imagenet"
     ),
     teacher=None,

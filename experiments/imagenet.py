@@ -19,6 +19,7 @@ from fm_distill.config import (
     OptimizerConfig,
     ScheduleConfig,
     SplitConfig,
+    StudentConfig,
     TeacherConfig,
     ViewConfig,
 )
@@ -43,7 +44,7 @@ config = dataclasses.replace(
     ),
     # resize_small(256) | central_crop(224)
     views=ViewConfig(central_fraction=0.875),
-    student=NetworkConfig(model="bit_r50x1", resolution=224),
+    student=StudentConfig(model="bit_r50x1", resolution=224),
     teacher=TeacherConfig(network=NetworkConfig(model="bit_r152x2", resolution=224)),
     objective=ObjectiveConfig(temperature=1.0),
     optimizer=OptimizerConfig(learning_rate=0.03, weight_decay=3e-4, first_moment_dtype="bfloat16"),

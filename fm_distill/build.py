@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, PRNGKeyArray
 
 from fm_distill.config import Config, NetworkConfig
-from fm_distill.models import build_network
+from fm_distill.models import build_network, resolve
 from fm_distill.optim import make_optimizer, make_schedule
 from fm_distill.sharding import Layout
 from fm_distill.step import Seat, TrainState, TrainStep, init_state, make_train_step
@@ -48,7 +48,7 @@ def compute_dtype(config: Config, layout: Layout) -> jnp.dtype:
 
 
 def make_seat(config: NetworkConfig, classes: int, dtype: jnp.dtype) -> Seat:
-    return Seat(build_network(config, classes, dtype), Picture.of(config))
+    return Seat(build_network(config, classes, dtype), Picture.of(resolve(config)))
 
 
 def build(

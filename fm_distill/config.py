@@ -9,6 +9,8 @@ from typing import Literal
 
 from fm_distill.errors import UserError
 
+InputRange = Literal["auto", "minus_one_one", "zero_one", "imagenet"]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SplitConfig:
@@ -100,7 +102,8 @@ class NetworkConfig:
     # Height and width of its input in pixels.
     resolution: int
     # Values of its input: uint8 mapped to [-1, 1], to [0, 1], or by ImageNet's mean and deviation.
-    input_range: Literal["minus_one_one", "zero_one", "imagenet"] = "minus_one_one"
+    # `auto`: as its weights were trained, else as the model's published weights were.
+    input_range: InputRange = "auto"
     # Units a block, of the model `bit`; the named members of the family fix this and the next four.
     depths: tuple[int, ...] = ()
     # Multiplies the 64 channels of the root.
@@ -111,17 +114,28 @@ class NetworkConfig:
     norm: Literal["group", "batch"] = "group"
     # Groups of the GroupNorm; has to divide the root's channels.
     groups: int = 32
-    # Zero as in BiT's files and timm, or minus infinity as in the released trainer.
-    root_pool_padding: Literal["zero", "minus_infinity"] = "zero"
+    # Of BiT. Zero as in BiT's files and timm, or minus infinity as in the released trainer;
+    # `auto` goes by the naming of the weights, and is zero without weights.
+    root_pool_padding: Literal["auto", "zero", "minus_infinity"] = "auto"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StudentConfig(NetworkConfig):
+    """The network that is trained."""
+
+    # What it starts from, in any form that `teacher.weights` takes; None: from scratch. A head of
+    # other classes is replaced.
+    weights: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
-    """Where the frozen teacher comes from: a weight file, or a run."""
+    """Where the frozen teacher comes from: weights, or a run."""
 
-    # A BiT `.npz` in the original naming.
+    # A `.npz` of BiT, a `.safetensors` in timm's naming, `hf://OWNER/REPO`, a SavedModel of BiT, or
+    # the workdir of a run.
     weights: str | None = None
-    # The network in `weights`; a run knows its own.
+    # The network in `weights`, where they do not say it themselves.
     network: NetworkConfig | None = None
     # An experiment file: the teacher is trained if it is not there yet.
     experiment: str | None = None
@@ -229,7 +243,7 @@ class Config:
     steps_per_dispatch: int | Literal["auto"] = "auto"
     data: DataConfig
     views: ViewConfig = ViewConfig()
-    student: NetworkConfig
+    student: StudentConfig
     teacher: TeacherConfig | None = None
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig

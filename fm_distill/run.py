@@ -10,7 +10,7 @@ from fm_distill.checkpoint import Checkpoints, abstract
 from fm_distill.config import Config, NetworkConfig
 from fm_distill.errors import UserError
 from fm_distill.models import Variables, build_network
-from fm_distill.weights import fingerprint, load_bit
+from fm_distill.weights.load import fingerprint, load_bit
 from fm_distill.workdir import Workdir
 
 

@@ -15,7 +15,8 @@ from fm_distill.config import NetworkConfig
 from fm_distill.errors import UserError
 from fm_distill.models import MODELS, Variables, build_network, check_network, parameter_count
 from fm_distill.models.bit import group_norm, standardise
-from fm_distill.weights import fingerprint, load_bit, original_names, read_npz
+from fm_distill.weights.load import fingerprint, load_bit, read_npz
+from fm_distill.weights.names import bit_original
 
 FLOAT32 = jnp.dtype("float32")
 
@@ -66,12 +67,10 @@ def test_every_model_keeps_the_contract(name):
 # The file that make_bit_weights writes: each tensor is a function of its name.
 def formula_file(path, classes=102) -> None:
     network = build_network(NetworkConfig(model="bit_r50x1", resolution=64), classes, FLOAT32)
-    params = jax.eval_shape(network.init, jax.random.key(0)).params
     tensors = {}
-    for leaf_path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        ours = jax.tree_util.keystr(leaf_path, simple=True, separator="/")
-        name = original_names(params)[ours]
-        shape = (1, 1, *leaf.shape) if name == "resnet/head/conv2d/kernel" else leaf.shape
+    for name, shape, _ in bit_original(
+        network_of("bit_r50x1"), jax.eval_shape(network.init, jax.random.key(0))
+    ).values():
         z = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
         if name.endswith("gamma"):
             z = 1 + 0.1 * z

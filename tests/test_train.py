@@ -35,7 +35,7 @@ from fm_distill.probe import judge
 from fm_distill.run import open_run
 from fm_distill.sharding import make_layout
 from fm_distill.train import train
-from fm_distill.weights import original_names
+from fm_distill.weights.names import bit_original, to_stored
 from fm_distill.workdir import Workdir
 
 
@@ -222,12 +222,11 @@ def test_labels_may_be_the_target_where_a_teacher_is_only_compared_with(trained,
 
 def test_a_weight_file_teaches_as_the_run_that_it_was_written_from(trained, tmp_path):
     teacher = open_run(trained / "run" / "teacher")
+    names = bit_original(NETWORK, teacher.student)
     tensors = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(teacher.student.params):
-        ours = jax.tree_util.keystr(path, simple=True, separator="/")
-        name = original_names(teacher.student.params)[ours]
-        array = np.asarray(leaf)
-        tensors[name] = array[None, None] if name.endswith("head/conv2d/kernel") else array
+        stored = names["params/" + jax.tree_util.keystr(path, simple=True, separator="/")]
+        tensors[stored.name] = to_stored(np.asarray(leaf), stored)
     np.savez(tmp_path / "teacher.npz", **tensors)
     config = tiny_config(
         objective=ObjectiveConfig(temperature=2.0),

@@ -8,15 +8,15 @@ from fm_distill.config import (
     Config,
     DataConfig,
     LogConfig,
-    NetworkConfig,
     ObjectiveConfig,
     OptimizerConfig,
     ScheduleConfig,
     SplitConfig,
+    StudentConfig,
     ViewConfig,
 )
 
-NETWORK = NetworkConfig(
+NETWORK = StudentConfig(
     model="bit", resolution=16, depths=(1,), width=0.125, groups=4, stem="small"
 )
 

@@ -11,11 +11,13 @@ To add a model: a file with a function `(NetworkConfig, classes, dtype) -> Netwo
 `MODELS`; the tests run over the table.
 """
 
+import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from fm_distill.config import NetworkConfig
+from fm_distill.config import InputRange, NetworkConfig
 from fm_distill.models import bit
 from fm_distill.models.contract import Network, Output, Variables, parameter_count
 
@@ -27,19 +29,40 @@ __all__ = [
     "build_network",
     "check_network",
     "parameter_count",
+    "resolve",
 ]
 
 Builder = Callable[[NetworkConfig, int, jnp.dtype], Network]
 
-MODELS: dict[str, Builder] = {
-    "bit": bit.build,
-    "bit_r50x1": bit.member((3, 4, 6, 3), width=1.0),
-    "bit_r50x3": bit.member((3, 4, 6, 3), width=3.0),
-    "bit_r101x1": bit.member((3, 4, 23, 3), width=1.0),
-    "bit_r101x3": bit.member((3, 4, 23, 3), width=3.0),
-    "bit_r152x2": bit.member((3, 8, 36, 3), width=2.0),
-    "bit_r152x4": bit.member((3, 8, 36, 3), width=4.0),
+
+class Model(NamedTuple):
+    """A line of the table."""
+
+    build: Builder
+    # The `input_range` of its published weights.
+    input_range: InputRange
+    # What timm calls it, where timm has it.
+    timm: str | None = None
+
+
+MODELS: dict[str, Model] = {
+    "bit": Model(bit.build, "minus_one_one"),
+    "bit_r50x1": Model(bit.member((3, 4, 6, 3), 1.0), "minus_one_one", "resnetv2_50x1_bit"),
+    "bit_r50x3": Model(bit.member((3, 4, 6, 3), 3.0), "minus_one_one", "resnetv2_50x3_bit"),
+    "bit_r101x1": Model(bit.member((3, 4, 23, 3), 1.0), "minus_one_one", "resnetv2_101x1_bit"),
+    "bit_r101x3": Model(bit.member((3, 4, 23, 3), 3.0), "minus_one_one", "resnetv2_101x3_bit"),
+    "bit_r152x2": Model(bit.member((3, 8, 36, 3), 2.0), "minus_one_one", "resnetv2_152x2_bit"),
+    "bit_r152x4": Model(bit.member((3, 8, 36, 3), 4.0), "minus_one_one", "resnetv2_152x4_bit"),
 }
+
+
+def resolve(config: NetworkConfig) -> NetworkConfig:
+    """`config` with the model's own values where it says `auto`, as for a network from scratch."""
+    if config.input_range == "auto":
+        config = dataclasses.replace(config, input_range=MODELS[config.model].input_range)
+    if config.root_pool_padding == "auto":
+        config = dataclasses.replace(config, root_pool_padding="zero")
+    return config
 
 
 def build_network(config: NetworkConfig, classes: int, dtype: jnp.dtype) -> Network:
@@ -47,7 +70,7 @@ def build_network(config: NetworkConfig, classes: int, dtype: jnp.dtype) -> Netw
 
     Raises `ValueError` where the fields of `config` do not describe a network.
     """
-    return MODELS[config.model](config, classes, dtype)
+    return MODELS[config.model].build(resolve(config), classes, dtype)
 
 
 def check_network(config: NetworkConfig) -> None:

@@ -14,9 +14,9 @@ from jaxtyping import PyTree
 from fm_distill.config import NetworkConfig
 from fm_distill.errors import UserError
 from fm_distill.models import Variables, build_network
+from fm_distill.weights.names import bit_original, to_ours
 
 HEAD_BIAS = "resnet/head/conv2d/bias"
-_GAMMA_BETA = {"scale": "gamma", "bias": "beta"}
 
 
 def read_npz(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
@@ -52,27 +52,26 @@ def load_bit(path: str | os.PathLike[str], network: NetworkConfig) -> tuple[Vari
     classes = tensors[HEAD_BIAS].size
     init = build_network(network, classes, jnp.dtype("float32")).init
     expected = jax.eval_shape(init, jax.random.key(0)).params
-    names = original_names(expected)
-
-    def shape_in_file(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        return (1, 1, *shape) if name == "resnet/head/conv2d/kernel" else shape
+    names = bit_original(network, Variables(expected, {}))
 
     def place(path_: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array | None:
-        name = names[jax.tree_util.keystr(path_, simple=True, separator="/")]
-        if name not in tensors:
-            problems.append(f"missing {name}")
+        stored = names["params/" + jax.tree_util.keystr(path_, simple=True, separator="/")]
+        if stored.name not in tensors:
+            problems.append(f"missing {stored.name}")
             return None
-        tensor = tensors[name]
-        if tensor.shape != shape_in_file(name, leaf.shape):
-            problems.append(f"{name} is {tensor.shape}, expected {shape_in_file(name, leaf.shape)}")
+        tensor = tensors[stored.name]
+        if tensor.shape != stored.shape:
+            problems.append(f"{stored.name} is {tensor.shape}, expected {stored.shape}")
             return None
         if tensor.dtype.kind != "f" or not np.isfinite(tensor).all():
-            problems.append(f"{name} has values that are not finite numbers")
-        return jnp.asarray(tensor.reshape(leaf.shape), jnp.float32)
+            problems.append(f"{stored.name} has values that are not finite numbers")
+        return jnp.asarray(to_ours(tensor, stored, leaf.shape), jnp.float32)
 
     problems: list[str] = []
     params = jax.tree_util.tree_map_with_path(place, expected)
-    problems += [f"unexpected {name}" for name in sorted(set(tensors) - set(names.values()))]
+    problems += [
+        f"unexpected {name}" for name in sorted(set(tensors) - {x.name for x in names.values()})
+    ]
     if problems:
         shown = "\n  ".join(problems[:20] + ["..."] * (len(problems) > 20))
         raise UserError(
@@ -80,35 +79,6 @@ def load_bit(path: str | os.PathLike[str], network: NetworkConfig) -> tuple[Vari
             f"check teacher.network.model\n  {shown}"
         )
     return Variables(params, {}), classes
-
-
-def original_names(params: PyTree) -> dict[str, str]:
-    """Where each parameter stands in a BiT `.npz` of the original naming.
-
-    Source: big_transfer's weight files, `resnet/block1/unit01/a/standardized_conv2d/kernel` etc.
-    """
-    names = {}
-    for path, _ in jax.tree_util.tree_leaves_with_path(params):
-        ours = jax.tree_util.keystr(path, simple=True, separator="/")
-        *modules, leaf = ours.split("/")
-        if modules == ["head"]:
-            original = f"resnet/head/conv2d/{leaf}"
-        elif modules == ["norm"]:
-            original = f"resnet/group_norm/{_GAMMA_BETA[leaf]}"
-        elif modules == ["root"]:
-            original = "resnet/root_block/standardized_conv2d/kernel"
-        else:
-            block, unit = modules[0].split("_")
-            part = modules[1].removesuffix("_norm")
-            part = "a/proj" if part == "projection" else part
-            kind = (
-                f"group_norm/{_GAMMA_BETA[leaf]}"
-                if modules[1].endswith("_norm")
-                else "standardized_conv2d/kernel"
-            )
-            original = f"resnet/{block}/{unit}/{part}/{kind}"
-        names[ours] = original
-    return names
 
 
 def fingerprint(variables: PyTree) -> str:
