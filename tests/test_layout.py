@@ -13,7 +13,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = [
     ["errors", "config", "identity", "stopping"],
     ["views", "distances", "optim", "sharding", "metrics"],
-    ["models.contract", "models.bit", "models"],
+    ["models.contract", "models.layers", "models.assembly", "models.inverted_residual"],
+    ["models.bit", "models.efficientnet_lite", "models"],
     ["data.order", "data.images", "data.sources", "data.feeding", "data"],
     ["step"],
     [

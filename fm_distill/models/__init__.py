@@ -18,10 +18,11 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from fm_distill.config import InputRange, NetworkConfig
-from fm_distill.models import bit
-from fm_distill.models.contract import Network, Output, Variables, parameter_count
+from fm_distill.models import bit, efficientnet_lite
+from fm_distill.models.contract import HEAD, Network, Output, Variables, parameter_count
 
 __all__ = [
+    "HEAD",
     "MODELS",
     "Network",
     "Output",
@@ -53,6 +54,12 @@ MODELS: dict[str, Model] = {
     "bit_r101x3": Model(bit.member((3, 4, 23, 3), 3.0), "minus_one_one", "resnetv2_101x3_bit"),
     "bit_r152x2": Model(bit.member((3, 8, 36, 3), 2.0), "minus_one_one", "resnetv2_152x2_bit"),
     "bit_r152x4": Model(bit.member((3, 8, 36, 3), 4.0), "minus_one_one", "resnetv2_152x4_bit"),
+    **{
+        f"efficientnet_lite{n}": Model(
+            efficientnet_lite.member(n), "minus_one_one", f"tf_efficientnet_lite{n}"
+        )
+        for n in range(5)
+    },
 }
 
 
