@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import struct
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -183,3 +184,121 @@ def test_published_efficientnet_lite0_computes_timms_logits():
     for frozen in (False, True):
         logits = logits_of(variables, images, config, 1000, frozen)
         np.testing.assert_allclose(logits, parity["logits"], atol=1e-4)
+
+
+# Weights by formula, the same for both sides: each tensor is a function of its name in the file.
+
+
+CLASSES = 6
+# Variance of a kernel times its inputs, so that the logits are of order 1 and differ by picture.
+GAINS = {
+    "efficientnet_lite": 1.5,
+    "mobilenet_v3_large": 1.8,
+    "mobilenet_v3_small": 2.2,
+    "resnet50v2": 1.1,
+}
+
+
+def formula_tensors(config, naming, classes):
+    network = build_network(config, classes, FLOAT32)
+    shapes = jax.eval_shape(network.init, jax.random.key(0))
+    gain = next(gain for name, gain in GAINS.items() if config.model.startswith(name))
+    sizes, tensors = names.shapes_of(shapes), {}
+    for path, stored in naming(config, shapes).items():
+        z = np.random.default_rng(zlib.crc32(stored.name.encode())).standard_normal(stored.shape)
+        leaf = path.split("/")[-1]
+        if leaf == "kernel":
+            z = z * np.sqrt(gain / np.prod(sizes[path][:-1]))
+        elif leaf == "scale":
+            z = 1 + 0.1 * z
+        elif leaf == "var":
+            z = np.exp(0.3 * z)
+        else:
+            z = 0.1 * z
+        tensors[stored.name] = z.astype(np.float32)
+    return tensors
+
+
+def formula_images():
+    rng = np.random.default_rng(2106_05237)
+    return rng.uniform(-1, 1, (2, 64, 64, 3)).astype(np.float32)
+
+
+def our_formula_logits(name):
+    config = NetworkConfig(model=name, resolution=64)
+    naming = names.keras if name == "resnet50v2" else names.timm
+    tensors = formula_tensors(config, naming, CLASSES)
+    variables = variables_from(tensors, config, naming, CLASSES)
+    return tensors, logits_of(variables, jnp.asarray(formula_images()), config, CLASSES)
+
+
+# For these weights and pictures, by timm 1.0.31 and Keras 3.15; the tests after this one compute
+# them anew where those are installed.
+ORIGINALS = {
+    "efficientnet_lite1": [
+        [0.545642, 0.645089, 0.437609, 0.961662, 1.113895, -0.553198],
+        [0.404009, 0.835976, 0.560536, 0.946898, 0.914583, -0.377200],
+    ],
+    "mobilenet_v3_large": [
+        [0.641986, -0.997291, -0.134072, 2.450040, 3.471010, -2.744480],
+        [3.072654, -1.051920, -0.951746, 1.031261, 2.927405, -0.827125],
+    ],
+    "mobilenet_v3_small": [
+        [-0.115287, -0.911162, 0.842224, 1.221210, 1.747438, 0.822809],
+        [0.336294, -0.614287, 0.406921, 0.957210, 1.054598, 1.026781],
+    ],
+    "mobilenet_v3_small_gn": [
+        [0.930747, 0.163387, -0.471239, 0.536030, 0.350717, -0.307145],
+        [0.460390, -0.373862, -0.125650, 0.220523, 0.382260, -0.132927],
+    ],
+    "resnet50v2": [
+        [-0.885450, 0.855889, 0.669504, -0.192529, 0.618971, -1.243233],
+        [-1.252569, 0.757737, 0.784507, -0.123272, 0.761458, -1.439026],
+    ],
+}
+
+
+@pytest.mark.parametrize("name", ORIGINALS)
+def test_logits_are_the_originals(name):
+    _, logits = our_formula_logits(name)
+    np.testing.assert_allclose(logits, ORIGINALS[name], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "resnet50v2"])
+def test_logits_are_timms(name):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    tensors, logits = our_formula_logits(name)
+    model = timm.create_model(MODELS[name.removesuffix("_gn")].timm, num_classes=CLASSES).eval()
+    if name.endswith("_gn"):
+        with_group_norm(model, timm.layers)
+    tensors = {name: torch.from_numpy(tensor) for name, tensor in tensors.items()}
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    assert not unexpected and all(n.endswith("num_batches_tracked") for n in missing)
+    with torch.no_grad():
+        expected = model(torch.from_numpy(formula_images()).permute(0, 3, 1, 2)).numpy()
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+
+
+def with_group_norm(module, layers) -> None:
+    """Replaces each BatchNorm by a GroupNorm of 8 groups with the same activation."""
+    for name, child in module.named_children():
+        if isinstance(child, layers.BatchNormAct2d):
+            norm = layers.GroupNormAct(child.num_features, num_groups=8, apply_act=False)
+            norm.act = child.act
+            setattr(module, name, norm)
+        else:
+            with_group_norm(child, layers)
+
+
+def test_logits_are_keras():
+    keras = pytest.importorskip("keras", reason="Keras is not installed")
+    tensors, logits = our_formula_logits("resnet50v2")
+    model = keras.applications.ResNet50V2(
+        weights=None, input_shape=(64, 64, 3), classes=CLASSES, classifier_activation=None
+    )
+    assert {weight.path for weight in model.weights} == set(tensors)
+    for weight in model.weights:
+        weight.assign(tensors[weight.path])
+    expected = np.asarray(model(formula_images(), training=False))
+    np.testing.assert_allclose(logits, expected, atol=1e-4)

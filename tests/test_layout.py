@@ -14,7 +14,8 @@ ORDER = [
     ["errors", "config", "identity", "stopping"],
     ["views", "distances", "optim", "sharding", "metrics"],
     ["models.contract", "models.layers", "models.assembly", "models.inverted_residual"],
-    ["models.bit", "models.efficientnet_lite", "models"],
+    ["models.bit", "models.efficientnet_lite", "models.mobilenet_v3", "models.keras_resnet_v2"],
+    ["models"],
     ["data.order", "data.images", "data.sources", "data.feeding", "data"],
     ["step"],
     [

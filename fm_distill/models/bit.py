@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from fm_distill.config import NetworkConfig
 from fm_distill.models.assembly import check_named, check_resolution, make_network
 from fm_distill.models.contract import HEAD, Images, Network
-from fm_distill.models.layers import Convolution, Head, Kernel, Norm, as_it_is
+from fm_distill.models.layers import Convolution, Head, Kernel, Norm, as_it_is, max_pool_zero_padded
 
 Activations = Float[Array, "batch _ _ _"]
 
@@ -35,6 +35,11 @@ def standardise(kernel: Kernel) -> Kernel:
 def preparation(config: NetworkConfig, frozen: bool) -> Callable[[Kernel], Kernel]:
     """What a convolution computes from its kernel; a frozen one was standardised already."""
     return standardise if config.norm == "group" and not frozen else as_it_is
+
+
+def norm_groups(config: NetworkConfig) -> int | None:
+    """Groups of the GroupNorm; None for BatchNorm."""
+    return config.groups if config.norm == "group" else None
 
 
 class Unit(nn.Module):
@@ -60,8 +65,8 @@ class Unit(nn.Module):
         return shortcut + h
 
     def _norm(self, name: str, x: Activations) -> Activations:
-        c = self.config
-        return nn.relu(Norm(c.norm, c.groups, NORM_EPSILON, self.train, name=name)(x))
+        norm = Norm(norm_groups(self.config), NORM_EPSILON, self.train, name=name)
+        return nn.relu(norm(x))
 
     def _convolution(
         self, name: str, x: Activations, channels: int, size: int, stride: int
@@ -97,7 +102,7 @@ class ResNetV2(nn.Module):
                 name = f"block{block}_unit{unit:02d}"
                 x = Unit(middle, stride, c, self.frozen, train, self.dtype, name=name)(x)
             features[f"block{block}"] = x
-        x = nn.relu(Norm(c.norm, c.groups, NORM_EPSILON, train, name="norm")(x))
+        x = nn.relu(Norm(norm_groups(c), NORM_EPSILON, train, name="norm")(x))
         pooled = x.astype(jnp.float32).mean(axis=(1, 2))
         features["pre_logits"] = pooled
         return Head(self.classes, name=HEAD)(pooled), features
@@ -105,8 +110,7 @@ class ResNetV2(nn.Module):
     def _pool(self, x: Activations) -> Activations:
         """The root's 3x3 maximum. Padding: zero in BiT's files and timm, -inf when released."""
         if self.config.root_pool_padding == "zero":
-            x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-            return nn.max_pool(x, (3, 3), (2, 2), "VALID")
+            return max_pool_zero_padded(x)
         return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
 
 

@@ -10,12 +10,13 @@ from collections.abc import Callable
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from fm_distill.config import NetworkConfig
 from fm_distill.models.assembly import check_plain, make_network
-from fm_distill.models.contract import Network
-from fm_distill.models.inverted_residual import Block, Design, EfficientNet, divisible_by_8
-from fm_distill.models.layers import as_it_is
+from fm_distill.models.contract import HEAD, Images, Network
+from fm_distill.models.inverted_residual import Block, Design, divisible_by_8, trunk
+from fm_distill.models.layers import Convolution, Head, Norm, as_it_is
 
 # Repeats, kernel, stride of the first, expansion, channels. Source: efficientnet_builder.py.
 STAGES = (
@@ -56,10 +57,27 @@ def design_of(width: float, depth: float) -> Design:
         head_channels=HEAD_CHANNELS,
         activation=nn.relu6,
         padding="same",
-        norm="batch",
-        groups=1,
+        groups=None,
         epsilon=BATCH_NORM_EPSILON,
     )
+
+
+class EfficientNetLite(nn.Module):
+    """Stem, stages, a wide 1x1 convolution, mean, head. Features: `stem`, `block1`... by stage."""
+
+    design: Design
+    classes: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, images: Images, train: bool) -> tuple[Array, dict[str, Array]]:
+        d = self.design
+        x, features = trunk(d, images, train, self.dtype)
+        x = Convolution(d.head_channels, 1, 1, self.dtype, name="conv_head")(x)
+        x = d.activation(Norm(d.groups, d.epsilon, train, name="bn2")(x))
+        pooled = x.astype(jnp.float32).mean(axis=(1, 2))
+        features["pre_logits"] = pooled
+        return Head(self.classes, name=HEAD)(pooled), features
 
 
 def member(number: int) -> Callable[[NetworkConfig, int, jnp.dtype], Network]:
@@ -68,7 +86,7 @@ def member(number: int) -> Callable[[NetworkConfig, int, jnp.dtype], Network]:
 
     def build_member(config: NetworkConfig, classes: int, dtype: jnp.dtype) -> Network:
         check_plain(config, design.stride)
-        module = EfficientNet(design, classes, dtype)
+        module = EfficientNetLite(design, classes, dtype)
         return make_network(module, module, as_it_is, config, classes, dtype)
 
     return build_member

@@ -6,14 +6,13 @@ Source of the block: Sandler et al. 2018 (arXiv 1801.04381). Modules have timm's
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from fm_distill.models.contract import HEAD, Images
-from fm_distill.models.layers import Convolution, DepthwiseConvolution, Head, Norm, Padding
+from fm_distill.models.contract import Images
+from fm_distill.models.layers import Convolution, DepthwiseConvolution, Norm, Padding
 
 Activations = Float[Array, "batch _ _ _"]
 Activation = Callable[[Array], Array]
@@ -42,8 +41,8 @@ class Design:
     head_channels: int
     activation: Activation
     padding: Padding
-    norm: Literal["group", "batch"]
-    groups: int
+    # Of the GroupNorm; None for BatchNorm.
+    groups: int | None
     epsilon: float
 
     @property
@@ -104,25 +103,7 @@ class InvertedResidual(nn.Module):
 
     def _norm(self, name: str, x: Activations) -> Activations:
         d = self.design
-        return Norm(d.norm, d.groups, d.epsilon, self.train, name=name)(x)
-
-
-class EfficientNet(nn.Module):
-    """Stem, stages, a wide 1x1 convolution, mean, head. Features: `stem`, `block1`... by stage."""
-
-    design: Design
-    classes: int
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, images: Images, train: bool) -> tuple[Array, dict[str, Array]]:
-        d = self.design
-        x, features = trunk(d, images, train, self.dtype)
-        x = Convolution(d.head_channels, 1, 1, self.dtype, name="conv_head")(x)
-        x = d.activation(Norm(d.norm, d.groups, d.epsilon, train, name="bn2")(x))
-        pooled = x.astype(jnp.float32).mean(axis=(1, 2))
-        features["pre_logits"] = pooled
-        return Head(self.classes, name=HEAD)(pooled), features
+        return Norm(d.groups, d.epsilon, self.train, name=name)(x)
 
 
 def trunk(
@@ -131,7 +112,7 @@ def trunk(
     """Stem and stages, as modules of the caller."""
     x = images.astype(dtype)
     x = Convolution(design.stem_channels, 3, 2, dtype, design.padding, name="conv_stem")(x)
-    x = Norm(design.norm, design.groups, design.epsilon, train, name="bn1")(x)
+    x = Norm(design.groups, design.epsilon, train, name="bn1")(x)
     x = design.activation(x)
     features = {"stem": x}
     for i, stage in enumerate(design.stages):

@@ -134,6 +134,11 @@ def channel_moments(x: Activations) -> tuple[PerChannel, PerChannel]:
     return mean, jnp.maximum(jnp.square(wide).mean(axis=(0, 1, 2)) - jnp.square(mean), 0)
 
 
+def max_pool_zero_padded(x: Activations) -> Activations:
+    """The 3x3 maximum with stride 2, where what is outside of the picture counts as zero."""
+    return nn.max_pool(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), (3, 3), (2, 2), "VALID")
+
+
 def as_it_is(kernel: Kernel) -> Kernel:
     """The kernel of a family that computes none from it."""
     return kernel
@@ -178,10 +183,9 @@ class DepthwiseConvolution(nn.Module):
 
 
 class Norm(nn.Module):
-    """GroupNorm, or BatchNorm with the statistics of the global batch."""
+    """GroupNorm, or BatchNorm with the statistics of the global batch where `groups` is None."""
 
-    kind: Literal["group", "batch"]
-    groups: int
+    groups: int | None
     epsilon: float
     train: bool
 
@@ -190,7 +194,7 @@ class Norm(nn.Module):
         shape = (x.shape[-1],)
         scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
-        if self.kind == "group":
+        if self.groups is not None:
             return group_norm(x, scale, bias, self.groups, self.epsilon)
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
         variance = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
