@@ -82,7 +82,7 @@ def _dispatch(arguments: list[str]) -> int:
 def _quiet() -> None:
     """Keeps libraries' remarks, which nobody here can act on, out of the user's sight."""
     warnings.filterwarnings("ignore", module="(tensorflow_datasets|orbax|flax|tensorboardX).*")
-    for name in ("absl", "jax", "orbax", "grain", "tensorboardX"):
+    for name in ("absl", "jax", "orbax", "grain", "tensorboardX", "huggingface_hub", "tensorflow"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     threading.excepthook = _thread_failed
 

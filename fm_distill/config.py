@@ -245,6 +245,8 @@ class Config:
     views: ViewConfig = ViewConfig()
     student: StudentConfig
     teacher: TeacherConfig | None = None
+    # Others whose outputs count as much as its.
+    more_teachers: tuple[TeacherConfig, ...] = ()
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig
     schedule: ScheduleConfig

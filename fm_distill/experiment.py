@@ -111,8 +111,6 @@ def _check_teacher(config: Config) -> None:
             "teacher.weights and a teacher's run (teacher.experiment, teacher.workdir) exclude "
             "each other; keep one (`--teacher.experiment None` drops the file's)"
         )
-    if teacher.weights and not teacher.network:
-        raise UserError("teacher.weights needs teacher.network, which says what network it holds")
 
 
 def _check_length(config: Config) -> None:

@@ -18,7 +18,7 @@ from fm_distill.errors import UserError
 from fm_distill.evaluate import Evaluator
 from fm_distill.experiment import check, split_of
 from fm_distill.identity import differences
-from fm_distill.run import load_teacher, open_run
+from fm_distill.run import load_teachers, open_run
 from fm_distill.setup import frozen_teachers
 from fm_distill.sharding import Layout, make_layout
 from fm_distill.views import render_central
@@ -39,7 +39,8 @@ def evaluate(
     if differ := differences(run.config, config):
         raise UserError(f"the run in {workdir} was trained otherwise:\n  " + "\n  ".join(differ))
     source = open_source(config.data, split_of(config, split).name)
-    teacher = load_teacher(config, run.workdir)
+    teachers = load_teachers(config, run.workdir)
+    teacher = teachers[0] if teachers else None
     stored = run.workdir.read("config.json")["contents"].get("teacher")
     if teacher and stored and teacher.fingerprint != stored:
         raise UserError(
@@ -83,7 +84,7 @@ def predict(
     run = open_run(workdir)
     config = run.config
     dtype = compute_dtype(config, make_layout(MeshConfig()))
-    seat = make_seat(config.student, run.classes, dtype)
+    seat = make_seat(run.network, run.classes, dtype)
     names = run.class_names or tuple(f"class {i}" for i in range(run.classes))
 
     @jax.jit

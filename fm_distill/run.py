@@ -1,16 +1,20 @@
-"""A run that lies in a workdir, opened for reading: its student, as a teacher or to be used."""
+"""A run that lies in a workdir, opened for reading; and whatever may teach or start a student."""
 
 import dataclasses
+import itertools
 import os
+import pathlib
 
 import jax
 import jax.numpy as jnp
 
 from fm_distill.checkpoint import Checkpoints, abstract
-from fm_distill.config import Config, NetworkConfig
+from fm_distill.config import Config, NetworkConfig, TeacherConfig
 from fm_distill.errors import UserError
-from fm_distill.models import Variables, build_network
-from fm_distill.weights.load import fingerprint, load_bit
+from fm_distill.models import Variables, build_network, resolve
+from fm_distill.weights.card import network_from_json, only_network
+from fm_distill.weights.hub import WEIGHTS_FILE
+from fm_distill.weights.load import Pretrained, differing, fingerprint, load_weights
 from fm_distill.workdir import Workdir
 
 
@@ -19,6 +23,7 @@ class Run:
     """A student as it stands in a workdir. Where the run keeps an average, that is the student."""
 
     config: Config
+    network: NetworkConfig  # of the student; nothing in it is `auto`
     workdir: Workdir
     step: int
     complete: bool
@@ -35,6 +40,9 @@ def open_run(path: str | os.PathLike[str]) -> Run:
     contents = workdir.read("config.json")["contents"]
     classes = int(contents["classes"])
     names = contents.get("class_names")
+    # What the student's `auto` became, where its weights decided it.
+    stored = contents.get("student_network")
+    network = network_from_json(stored) if stored else resolve(only_network(config.student))
     if not workdir.checkpoints.is_dir():
         raise UserError(f"the run in {path} has no checkpoint yet; train it first")
     checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint.keep, writing=False)
@@ -42,8 +50,8 @@ def open_run(path: str | os.PathLike[str]) -> Run:
         step = checkpoints.latest()
         if step is None:
             raise UserError(f"the run in {path} has no checkpoint yet; train it first")
-        network = build_network(config.student, classes, jnp.dtype("float32"))
-        shapes = jax.eval_shape(network.init, jax.random.key(0))
+        built = build_network(network, classes, jnp.dtype("float32"))
+        shapes = jax.eval_shape(built.init, jax.random.key(0))
         here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         like = abstract(shapes, jax.tree.map(lambda _: here, shapes))
         averaged = config.ema_decay is not None
@@ -53,6 +61,7 @@ def open_run(path: str | os.PathLike[str]) -> Run:
     status = workdir.read("status.json") or {}
     return Run(
         config=config,
+        network=network,
         workdir=workdir,
         step=step,
         complete=status.get("state") == "complete",
@@ -63,55 +72,104 @@ def open_run(path: str | os.PathLike[str]) -> Run:
     )
 
 
+def pretrained(path: str, network: NetworkConfig | None, option: str) -> Pretrained:
+    """The weights at `path`, which may be the workdir of a complete run; see `load_weights`."""
+    folder = pathlib.Path(path)
+    if not (folder / "config.json").is_file() or (folder / WEIGHTS_FILE).is_file():
+        return load_weights(path, network, option)
+    run = open_run(path)
+    if not run.complete:
+        raise UserError(f"the {option}'s run in {path} is not complete; train it first")
+    chosen = run.network
+    if network is not None:
+        if differ := differing(run.network, network):
+            raise UserError(
+                f"the run in {path} trained another network than the {option}'s: {differ}"
+            )
+        asked = only_network(network)
+        chosen = dataclasses.replace(chosen, resolution=asked.resolution)
+        for given, own, field in (
+            (asked.input_range, run.network.input_range, "input_range"),
+            (asked.root_pool_padding, run.network.root_pool_padding, "root_pool_padding"),
+        ):
+            if given not in ("auto", own):
+                raise UserError(
+                    f"the run in {path} was trained with {field}={own}, but the {option}'s is "
+                    f"{given}; use auto"
+                )
+    remark = f"{path}: the run's student after {run.step:,} steps, {chosen.model}"
+    return Pretrained(chosen, run.classes, run.class_names, run.student, (remark,))
+
+
 @dataclasses.dataclass(frozen=True)
 class Teacher:
     """A frozen network with its weights."""
 
-    network: NetworkConfig
+    network: NetworkConfig  # nothing in it is `auto`
     classes: int
     class_names: tuple[str, ...] | None
     variables: Variables
     fingerprint: str  # SHA-256 of the weights, wherever they lie
+    remarks: tuple[str, ...]  # what was recognised and what was chosen
 
 
-def load_teacher(config: Config, workdir: Workdir) -> Teacher | None:
-    """The teacher of `config`, from its weight file or its run; None where there is none.
+def load_teachers(config: Config, workdir: Workdir) -> tuple[Teacher, ...]:
+    """The teachers of `config`, each from its weights or its run; empty where there is none.
 
-    Raises `UserError`, also where the teacher's run is not complete.
+    Raises `UserError`, also where a teacher's run is not complete.
     """
-    teacher = config.teacher
-    if teacher is None:
-        return None
-    if not (teacher.weights or teacher.experiment or teacher.workdir):
-        raise UserError(
-            "the teacher has no weights: give --teacher.weights FILE (a BiT .npz), "
-            "--teacher.experiment FILE or --teacher.workdir DIR"
-        )
-    if teacher.weights:
-        assert teacher.network is not None  # `experiment.check`
-        variables, classes = load_bit(teacher.weights, teacher.network)
-        return Teacher(teacher.network, classes, None, variables, fingerprint(variables))
-    run = open_run(teacher_workdir(config, workdir))
-    if not run.complete:
-        raise UserError(f"the teacher's run in {run.workdir.path} is not complete; train it first")
-    return Teacher(
-        run.config.student, run.classes, run.class_names, run.student, fingerprint(run.student)
+    return tuple(
+        _load_teacher(teacher, option, where)
+        for option, teacher, where in teachers_of(config, workdir)
     )
 
 
-def teacher_workdir(config: Config, workdir: Workdir) -> str:
-    """Where the teacher's run lies: as given, else inside the student's workdir."""
-    assert config.teacher is not None
-    return config.teacher.workdir or str(workdir.path / "teacher")
+def teachers_of(config: Config, workdir: Workdir) -> list[tuple[str, TeacherConfig, str]]:
+    """Of each teacher: its option, its config, and where its run lies.
+
+    The run lies as given, else inside the student's workdir, in `teacher`, `teacher_2`, ...
+    """
+    given = [("teacher", config.teacher)] if config.teacher else []
+    given += [(f"more_teachers.{i}", x) for i, x in enumerate(config.more_teachers)]
+    return [
+        (option, x, x.workdir or str(workdir.path / (f"teacher_{i}" if i > 1 else "teacher")))
+        for i, (option, x) in enumerate(given, 1)
+    ]
 
 
-def agreed_classes(asked: int | None, data: int | None, teacher: Teacher | None) -> int:
+def _load_teacher(teacher: TeacherConfig, option: str, where: str) -> Teacher:
+    if not (teacher.weights or teacher.experiment or teacher.workdir):
+        raise UserError(
+            f"the teacher has no weights: give --{option}.weights FILE (.npz, .safetensors, a "
+            f"SavedModel, hf://OWNER/REPO), --{option}.experiment FILE or --{option}.workdir DIR"
+        )
+    path = teacher.weights or where
+    if not teacher.weights and not (pathlib.Path(path) / "config.json").is_file():
+        raise UserError(f"{path} is not the workdir of a run: it has no config.json")
+    found = pretrained(path, teacher.network, option)
+    return Teacher(
+        network=found.network,
+        classes=found.classes,
+        class_names=found.class_names,
+        variables=found.variables,
+        fingerprint=fingerprint(found.variables),
+        remarks=found.remarks,
+    )
+
+
+def agreed_classes(
+    asked: int | None,
+    data_classes: int | None,
+    data_names: tuple[str, ...] | None,
+    teachers: tuple[Teacher, ...],
+) -> int:
     """Number of classes of the student. Raises `UserError` where its sources do not agree."""
-    given = {
-        "data.classes": asked,
-        "the data's labels": data,
-        "the teacher's head": teacher.classes if teacher else None,
-    }
+    given: dict[str, int | None] = {"data.classes": asked, "the data's labels": data_classes}
+    names = {"the data": data_names}
+    for i, teacher in enumerate(teachers, 1):
+        who = "the teacher" if i == 1 else f"teacher {i}"
+        given[f"{who}'s head"] = teacher.classes
+        names[who] = teacher.class_names
     known = {name: count for name, count in given.items() if count is not None}
     if not known:
         raise UserError(
@@ -123,4 +181,12 @@ def agreed_classes(asked: int | None, data: int | None, teacher: Teacher | None)
             f"the number of classes differs ({said}); use a teacher that was trained on these "
             "classes, or set data.classes"
         )
+    named = [(who, x) for who, x in names.items() if x]
+    for (one, a), (other, b) in itertools.pairwise(named):
+        for i, (left, right) in enumerate(zip(a, b, strict=True)):
+            if left != right:
+                raise UserError(
+                    f"class {i} is {left!r} in {one} and {right!r} in {other}: both must have the "
+                    "same classes in the same order; use a teacher that was trained on these"
+                )
     return next(iter(known.values()))

@@ -25,7 +25,7 @@ from fm_distill.experiment import check, load_experiment
 from fm_distill.metrics import MetricsWriter
 from fm_distill.models import parameter_count
 from fm_distill.probe import probe_teacher
-from fm_distill.run import agreed_classes, load_teacher, teacher_workdir
+from fm_distill.run import agreed_classes, load_teachers, teachers_of
 from fm_distill.setup import Setup, open_data, prepare, remarks_on
 from fm_distill.sharding import check_batch_size, make_layout
 from fm_distill.step import TrainState
@@ -65,8 +65,11 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> Result:
             say(remark)
         if not _train_teacher(config, place):
             return Result(False, 0, steps, place.path, None)
-        teacher = load_teacher(config, place)
-        classes = agreed_classes(config.data.classes, data.train.classes, teacher)
+        teachers = load_teachers(config, place)
+        teacher = teachers[0] if teachers else None
+        classes = agreed_classes(
+            config.data.classes, data.train.classes, data.train.class_names, teachers
+        )
         names = data.train.class_names or (teacher.class_names if teacher else None)
         contents = {
             "data": data.train.identity,
@@ -97,7 +100,7 @@ def _train_teacher(config: Config, place: Workdir) -> bool:
     """Whether the teacher is there now; False where its training was stopped."""
     if not (config.teacher and config.teacher.experiment):
         return True
-    where = teacher_workdir(config, place)
+    where = teachers_of(config, place)[0][2]
     teacher = load_experiment(config.teacher.experiment)
     status = Workdir(where).read("status.json") or {}
     if status.get("state") != "complete":

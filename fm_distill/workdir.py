@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import subprocess
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -38,10 +39,10 @@ class Workdir:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Holds the folder for this process. A crash frees it, since the kernel holds the lock."""
-        known = {"config.json", "lock", "teacher"}
+        known = re.compile(r"config\.json|lock|teacher(_\d+)?")
         try:
             if self.path.is_dir() and not (self.path / "config.json").exists():
-                others = sorted(x.name for x in self.path.iterdir() if x.name not in known)
+                others = sorted(x.name for x in self.path.iterdir() if not known.fullmatch(x.name))
                 if others:
                     raise UserError(
                         f"{self.path} is not empty and not a workdir of a run (it has "

@@ -20,6 +20,10 @@ ORDER = [
     ["step"],
     [
         "weights.names",
+        "weights.card",
+        "weights.hub",
+        "weights.saved_model",
+        "weights.files",
         "weights.load",
         "weights",
         "checkpoint",
@@ -79,7 +83,10 @@ def test_libraries_have_rooms(path):
     name = name_of(path)
     assert "flax" not in roots or name.startswith("models")
     assert "orbax" not in roots or name == "checkpoint"
-    assert "tensorflow" not in roots and "pickle" not in roots
+    assert "tensorflow" not in roots or name == "weights.saved_model"
+    assert "huggingface_hub" not in roots or name == "weights.hub"
+    assert "safetensors" not in roots or name in ("weights.files", "export")
+    assert not roots & {"pickle", "torch"}
     assert "jax" not in roots or name not in ("config", "errors", "cli")
 
 

@@ -2,22 +2,19 @@
 
 import dataclasses
 import functools
-import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import SHARED
+from formula import formula_variables
 from tiny import NETWORK
 
 from fm_distill.config import NetworkConfig
-from fm_distill.errors import UserError
 from fm_distill.models import MODELS, Variables, build_network, check_network, parameter_count
 from fm_distill.models.bit import standardise
 from fm_distill.models.layers import group_norm
-from fm_distill.weights.load import fingerprint, load_bit, read_npz
-from fm_distill.weights.names import bit_original
 
 FLOAT32 = jnp.dtype("float32")
 
@@ -30,17 +27,12 @@ PUBLISHED = {
     ("bit_r101x3", 102): 382_416_678,
     ("bit_r152x2", 102): 232_656_102,
     ("bit_r152x4", 102): 929_175_910,
-    # Counted from timm 1.0.31's, and Keras 3.15's `trainable_weights`.
+    # Counted from timm 1.0.31's.
     ("efficientnet_lite0", 1000): 4_652_008,
     ("efficientnet_lite1", 1000): 5_416_680,
     ("efficientnet_lite2", 1000): 6_092_072,
     ("efficientnet_lite3", 1000): 8_197_096,
     ("efficientnet_lite4", 1000): 13_006_568,
-    ("mobilenet_v3_large", 1000): 5_483_032,
-    ("mobilenet_v3_small", 1000): 2_542_856,
-    ("mobilenet_v3_large_gn", 1000): 5_483_032,
-    ("mobilenet_v3_small_gn", 1000): 2_542_856,
-    ("resnet50v2", 1000): 25_568_360,
 }
 
 
@@ -76,31 +68,6 @@ def test_every_model_keeps_the_contract(name):
     assert jax.eval_shape(network.apply_frozen, frozen, images).logits.shape == (2, 7)
 
 
-# The file that make_bit_weights writes: each tensor is a function of its name.
-def formula_file(path, classes=102) -> None:
-    network = build_network(NetworkConfig(model="bit_r50x1", resolution=64), classes, FLOAT32)
-    tensors = {}
-    for name, shape, _ in bit_original(
-        network_of("bit_r50x1"), jax.eval_shape(network.init, jax.random.key(0))
-    ).values():
-        z = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
-        if name.endswith("gamma"):
-            z = 1 + 0.1 * z
-        elif name.endswith(("beta", "bias")):
-            z = 0.1 * z
-        else:
-            z = (0.02 if "head" in name else 0.05) * z
-        tensors[name] = z.astype(np.float32)
-    np.savez(path, **tensors)
-
-
-@pytest.fixture(scope="session")
-def bit_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("weights") / "bit.npz"
-    formula_file(path)
-    return path
-
-
 def formula_images(size):
     rng = np.random.default_rng(2106_05237)
     return jnp.asarray(rng.uniform(-1, 1, (2, size, size, 3)).astype(np.float32))
@@ -116,11 +83,10 @@ TIMM = np.array(
 )
 
 
-def test_bit_r50x1_computes_timms_logits(bit_file):
+def test_bit_r50x1_computes_timms_logits():
     config = NetworkConfig(model="bit_r50x1", resolution=64)
-    variables, classes = load_bit(bit_file, config)
-    assert classes == 102
-    network = build_network(config, classes, FLOAT32)
+    variables = formula_variables(config, 102)
+    network = build_network(config, 102, FLOAT32)
     x = formula_images(64)
     logits = jax.jit(lambda v, x: network.apply(v, x, train=False).logits)(variables, x)
     np.testing.assert_allclose(logits[:, :6], TIMM, atol=1e-4)
@@ -132,11 +98,11 @@ def test_bit_r50x1_computes_timms_logits(bit_file):
         np.testing.assert_allclose(logits, stored, atol=1e-4)
 
 
-def test_root_pool_padding_is_a_choice(bit_file):
+def test_root_pool_padding_is_a_choice():
     logits = {}
     for padding in ("zero", "minus_infinity"):
         config = NetworkConfig(model="bit_r50x1", resolution=64, root_pool_padding=padding)
-        variables, _ = load_bit(bit_file, config)
+        variables = formula_variables(config, 102)
         network = build_network(config, 102, FLOAT32)
         logits[padding] = network.apply(variables, formula_images(64), train=False).logits
     difference = np.abs(logits["zero"] - logits["minus_infinity"]).max()
@@ -213,71 +179,3 @@ def test_bfloat16_computes_close_to_float32():
     b = narrow.apply(variables, images, train=False).logits
     assert b.dtype == jnp.float32
     np.testing.assert_allclose(a, b, rtol=0.05)
-
-
-# Weight files that must be refused, each with one sentence that says why.
-
-
-def rewrite(source, target, change):
-    tensors = change(dict(np.load(source)))
-    np.savez(target, **tensors)
-    return target
-
-
-def refused(path, said, model="bit_r50x1"):
-    with pytest.raises(UserError, match=said):
-        load_bit(path, NetworkConfig(model=model, resolution=64))
-
-
-def test_missing_file(tmp_path):
-    refused(tmp_path / "none.npz", "there is no weight file")
-
-
-def test_truncated_file(tmp_path, bit_file):
-    path = tmp_path / "cut.npz"
-    path.write_bytes(bit_file.read_bytes()[:50_000_000])
-    refused(path, "not a whole .npz")
-
-
-def test_flipped_byte(tmp_path, bit_file):
-    data = bytearray(bit_file.read_bytes())
-    data[40_000_000] ^= 0xFF
-    path = tmp_path / "flipped.npz"
-    path.write_bytes(data)
-    refused(path, "not a whole .npz")
-
-
-def test_other_width(bit_file):
-    refused(bit_file, "tensors differ", model="bit_r50x3")
-
-
-def test_other_depth(bit_file):
-    refused(bit_file, "missing resnet/block3/unit07", model="bit_r101x1")
-
-
-def test_extra_tensor(tmp_path, bit_file):
-    path = rewrite(bit_file, tmp_path / "x.npz", lambda t: t | {"extra": np.zeros(3)})
-    refused(path, "unexpected extra")
-
-
-def test_not_a_number(tmp_path, bit_file):
-    def change(tensors):
-        tensors["resnet/group_norm/gamma"][5] = np.nan
-        return tensors
-
-    refused(rewrite(bit_file, tmp_path / "x.npz", change), "resnet/group_norm/gamma.*not finite")
-
-
-def test_pickled_objects_are_never_loaded(tmp_path):
-    path = tmp_path / "pickle.npz"
-    np.savez(path, **{"resnet/head/conv2d/bias": np.array([{"a": 1}], dtype=object)})
-    with pytest.raises(UserError, match="pickled objects, which are never loaded"):
-        read_npz(path)
-
-
-def test_fingerprint_is_of_contents(bit_file):
-    config = NetworkConfig(model="bit_r50x1", resolution=64)
-    one, two = load_bit(bit_file, config)[0], load_bit(bit_file, config)[0]
-    assert fingerprint(one) == fingerprint(two)
-    two.params["norm"]["scale"] = two.params["norm"]["scale"].at[0].add(1e-5)
-    assert fingerprint(one) != fingerprint(two)

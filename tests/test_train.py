@@ -35,7 +35,8 @@ from fm_distill.probe import judge
 from fm_distill.run import open_run
 from fm_distill.sharding import make_layout
 from fm_distill.train import train
-from fm_distill.weights.names import bit_original, to_stored
+from fm_distill.weights.card import only_network
+from fm_distill.weights.names import in_naming
 from fm_distill.workdir import Workdir
 
 
@@ -222,15 +223,11 @@ def test_labels_may_be_the_target_where_a_teacher_is_only_compared_with(trained,
 
 def test_a_weight_file_teaches_as_the_run_that_it_was_written_from(trained, tmp_path):
     teacher = open_run(trained / "run" / "teacher")
-    names = bit_original(NETWORK, teacher.student)
-    tensors = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(teacher.student.params):
-        stored = names["params/" + jax.tree_util.keystr(path, simple=True, separator="/")]
-        tensors[stored.name] = to_stored(np.asarray(leaf), stored)
+    tensors = in_naming("bit_original", NETWORK, teacher.student)
     np.savez(tmp_path / "teacher.npz", **tensors)
     config = tiny_config(
         objective=ObjectiveConfig(temperature=2.0),
-        teacher=TeacherConfig(weights=str(tmp_path / "teacher.npz"), network=NETWORK),
+        teacher=TeacherConfig(weights=str(tmp_path / "teacher.npz"), network=only_network(NETWORK)),
     )
     by_file = train(config, tmp_path / "file")
     other = dataclasses.replace(
@@ -243,7 +240,10 @@ def test_a_weight_file_teaches_as_the_run_that_it_was_written_from(trained, tmp_
         tmp_path / "file",
         "test",
         dataclasses.replace(
-            config, teacher=TeacherConfig(weights=str(tmp_path / "moved.npz"), network=NETWORK)
+            config,
+            teacher=TeacherConfig(
+                weights=str(tmp_path / "moved.npz"), network=only_network(NETWORK)
+            ),
         ),
     )
     assert found["teacher"] == by_file.evaluation["teacher"]

@@ -6,10 +6,11 @@ in `NAMINGS`. It serves loading and writing, so a file that was written is read 
 
 import re
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 from fm_distill.config import NetworkConfig
 from fm_distill.models import Variables
@@ -29,10 +30,7 @@ Naming = Callable[[NetworkConfig, Variables], dict[str, Stored]]
 def shapes_of(variables: Variables) -> dict[str, tuple[int, ...]]:
     """Each array's shape by its path, `params/block1_unit01/a/kernel` or `statistics/...`."""
     tree = {"params": variables.params, "statistics": variables.statistics}
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    return {path: leaf.shape for path, leaf in _leaves(tree)}
 
 
 def to_ours(array: np.ndarray, stored: Stored, shape: tuple[int, ...]) -> np.ndarray:
@@ -173,3 +171,19 @@ NAMINGS: dict[str, Naming] = {
     "timm": timm,
     "keras": keras,
 }
+
+
+def in_naming(naming: str, network: NetworkConfig, variables: Variables) -> dict[str, np.ndarray]:
+    """All arrays of `variables` as a file with this naming holds them."""
+    names = NAMINGS[naming](network, variables)
+    tree = {"params": variables.params, "statistics": variables.statistics}
+    return {
+        names[path].name: to_stored(np.asarray(leaf), names[path]) for path, leaf in _leaves(tree)
+    }
+
+
+def _leaves(tree: PyTree) -> list[tuple[str, Any]]:
+    return [
+        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    ]

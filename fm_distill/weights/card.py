@@ -1,0 +1,81 @@
+"""The card of an export: what the weight file says of itself, as JSON in its metadata."""
+
+import dataclasses
+import hashlib
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from fm_distill.config import NetworkConfig
+from fm_distill.errors import UserError
+
+# Where the card stands in the metadata of a safetensors file.
+CARD_KEY = "fm_distill"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Card:
+    """Everything that is needed to use an export, and where it comes from."""
+
+    # A key of `models.MODELS`, and the whole network; nothing in it is `auto`.
+    model: str
+    network: NetworkConfig
+    classes: int
+    class_names: tuple[str, ...] | None
+    # Of the input, on the scale where a pixel is 0 to 1.
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    # Of the central view of evaluation.
+    resolution: int
+    central_fraction: float
+    # The student as it stood after this step, or its moving average.
+    step: int
+    averaged: bool
+    # `evaluation.json` and `config.json` of the run.
+    metrics: dict[str, Any] | None
+    config: dict[str, Any]
+    versions: dict[str, Any]
+    commit: str | None
+    # A key of `weights.names.NAMINGS`.
+    naming: str
+    # Of all tensors; see `digest`.
+    sha256: str
+
+
+def card_from_json(text: str, path: str) -> Card:
+    """The card in the metadata of `path`. Raises `UserError` where it is not one."""
+    try:
+        return msgspec.json.decode(text, type=Card)
+    except msgspec.DecodeError as error:
+        raise UserError(
+            f"{path}: its card does not fit this version ({error}); export it again with this one"
+        ) from None
+
+
+def card_to_json(card: Card) -> str:
+    """The inverse of `card_from_json`, for people too."""
+    return msgspec.json.format(msgspec.json.encode(card), indent=2).decode()
+
+
+def only_network(network: NetworkConfig) -> NetworkConfig:
+    """`network` without what a student adds to it."""
+    return network_from_json(msgspec.to_builtins(network))
+
+
+def network_from_json(tree: Any) -> NetworkConfig:
+    """A network as it was stored. Raises `UserError` where `tree` is not one."""
+    try:
+        return msgspec.convert(tree, NetworkConfig)
+    except msgspec.ValidationError as error:
+        raise UserError(f"the stored network does not fit this version: {error}") from None
+
+
+def digest(tensors: dict[str, np.ndarray]) -> str:
+    """SHA-256 of names, types, shapes and bytes of all tensors, in the order of their names."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        array = np.ascontiguousarray(tensors[name])
+        found.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        found.update(array.tobytes())
+    return found.hexdigest()
