@@ -14,7 +14,7 @@ from conftest import SHARED
 
 from fm_distill.config import NetworkConfig
 from fm_distill.models import MODELS, Variables, build_network, check_network
-from fm_distill.models.layers import convolve, convolve_depthwise
+from fm_distill.models.layers import Norm, convolve, convolve_depthwise
 from fm_distill.weights import names
 
 FLOAT32 = jnp.dtype("float32")
@@ -99,6 +99,25 @@ def test_same_padding_is_tensorflows(side, size, stride):
         x, kernel, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
     np.testing.assert_allclose(convolve(x, kernel, stride, "same"), expected, atol=1e-5)
+
+
+def test_batch_norm_against_numpy():
+    rng = np.random.default_rng(0)
+    x = 3 + 2 * rng.standard_normal((4, 5, 6, 3))
+    mean, var, scale, bias = np.abs(rng.standard_normal((4, 3)))
+    tree = {
+        "params": {"scale": jnp.float32(scale), "bias": jnp.float32(bias)},
+        "batch_stats": {"mean": jnp.float32(mean), "var": jnp.float32(var)},
+    }
+    still = Norm(None, 1e-3, train=False).apply(tree, jnp.float32(x))
+    np.testing.assert_allclose(
+        still, (x - mean) / np.sqrt(var + 1e-3) * scale + bias, rtol=1e-4, atol=1e-4
+    )
+    y, new = Norm(None, 1e-3, train=True).apply(tree, jnp.float32(x), mutable=["batch_stats"])
+    m, v = x.mean(axis=(0, 1, 2)), x.var(axis=(0, 1, 2))
+    np.testing.assert_allclose(y, (x - m) / np.sqrt(v + 1e-3) * scale + bias, atol=1e-4)
+    np.testing.assert_allclose(new["batch_stats"]["mean"], 0.9 * mean + 0.1 * m, rtol=1e-4)
+    np.testing.assert_allclose(new["batch_stats"]["var"], 0.9 * var + 0.1 * v, rtol=1e-4)
 
 
 # What holds for every family.
