@@ -28,7 +28,8 @@ class Build:
     schedule: Callable[[Array | int], Array]
     optimizer: optax.GradientTransformation
     train_step: TrainStep
-    taught_by: tuple[Seat, ...]  # those that the step runs: none, where labels are the target
+    # Those that the step runs: none where labels are the target, or the teachers are fixed.
+    taught_by: tuple[Seat, ...]
     config: Config
 
     def init(self, key: PRNGKeyArray) -> TrainState:
@@ -62,11 +63,18 @@ def build(
     dtype = compute_dtype(config, layout)
     student = make_seat(config.student, classes, dtype)
     teachers = tuple(make_seat(network, classes, dtype) for network in teacher_networks)
-    taught_by = teachers if config.objective.target == "teacher" else ()
-    schedule = make_schedule(total_steps, config.schedule.warmup_steps)
+    online = config.objective.target == "teacher" and config.teaching != "fixed"
+    taught_by = teachers if online else ()
+    schedule = make_schedule(config.schedule, total_steps)
     optimizer = make_optimizer(config.optimizer, schedule)
     step = make_train_step(
-        student, taught_by, optimizer, config.views, config.objective, config.ema_decay
+        student,
+        taught_by,
+        optimizer,
+        config.views,
+        config.objective,
+        config.teaching,
+        config.ema_decay,
     )
     return Build(student, teachers, schedule, optimizer, step, taught_by, config)
 

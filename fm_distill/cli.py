@@ -31,6 +31,8 @@ USAGE = """usage: fm-distill COMMAND ...
 
   train EXPERIMENT.py [--workdir DIR] [--any.config.field VALUE ...]
       train the run of an experiment, or continue it; the workdir is runs/NAME
+  sweep EXPERIMENT.py --over OPTION=VALUE,VALUE,... [--workdir DIR] [--any.config.field VALUE ...]
+      every combination of the values, and a table of means and spreads over the seeds
   evaluate DIR [--split test] [--json] [--data.data-dir PATH] [--teacher.weights FILE]
       student and teacher on every example of a split
   predict DIR IMAGE [IMAGE ...] [--top 5]
@@ -126,6 +128,39 @@ def _train(arguments: list[str]) -> int:
         file=sys.stderr,
     )
     return EXIT_PAUSED
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sweep:
+    config: Settings
+    # Options and their values, e.g. `seed=0,1,2 objective.temperature=1,2`.
+    over: tuple[str, ...]
+    # Where the runs lie, each in a folder of its own.
+    workdir: str
+
+
+def _sweep(arguments: list[str]) -> int:
+    from fm_distill.experiment import load_experiment, resolve_length
+    from fm_distill.sweep import parse_over, sweep
+
+    experiment, rest = _first(arguments, "sweep EXPERIMENT.py --over seed=0,1,2")
+    default = load_experiment(experiment)
+    asked = _parse(
+        _Sweep, _Sweep(config=default, over=(), workdir=""), rest, f"fm-distill sweep {experiment}"
+    )
+    if not asked.over:
+        raise UserError("sweep needs what to sweep over: --over seed=0,1,2 optimizer.name=adam,sgd")
+    config = resolve_length(default, asked.config)
+    workdir = asked.workdir or os.path.join("runs", f"{config.name}_sweep")
+    table = sweep(config, dict(parse_over(x) for x in asked.over), workdir)
+    if table is None:
+        print(
+            "paused; run again to continue:\n  " + " ".join(["fm-distill sweep", *arguments]),
+            file=sys.stderr,
+        )
+        return EXIT_PAUSED
+    print(table)
+    return EXIT_COMPLETE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,6 +275,7 @@ def _parse(kind: type[Options], default: Options, arguments: list[str], prog: st
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
+    "sweep": _sweep,
     "evaluate": _evaluate,
     "predict": _predict,
     "export": _export,

@@ -7,8 +7,6 @@ from it. `experiment.py` loads, overrides and checks it.
 import dataclasses
 from typing import Literal
 
-from fm_distill.errors import UserError
-
 InputRange = Literal["auto", "minus_one_one", "zero_one", "imagenet"]
 
 
@@ -19,6 +17,18 @@ class SplitConfig:
     # The data set's own name, e.g. `train[:90%]`; for folders, the sub-folder.
     name: str
     # Number of examples, for what is computed before the data are there; checked against them.
+    examples: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransferConfig:
+    """Images to distil on that need not show the teacher's classes; their labels are not used."""
+
+    # As in `DataConfig`; `examples` as in `SplitConfig`.
+    source: str
+    name: str = ""
+    data_dir: str = ""
+    split: str = "train"
     examples: int | None = None
 
 
@@ -51,6 +61,9 @@ class DataConfig:
     data_dir: str = ""
     # What is trained on.
     train: SplitConfig
+    # What is distilled on instead of `train`, one set after the other: other images (out of
+    # domain), or a mixture, with the own set named among them.
+    transfer: tuple[TransferConfig, ...] = ()
     # What is evaluated while training.
     validation: SplitConfig | None = None
     # What a complete run is judged on.
@@ -155,22 +168,31 @@ class ObjectiveConfig:
     temperature: float = 1.0
     # Multiply the KL by T^2, as the released code does and the paper's equation 1 does not.
     temperature_squared: bool = True
+    # Several teachers: the mean of their logits (the paper's T384+224), the mean of their
+    # probabilities at `temperature`, or the sum of the distances to each (the released trainer).
+    ensemble: Literal["mean_logits", "mean_probabilities", "sum_of_distances"] = "mean_logits"
+    # With `labels`: the share of each label that is spread evenly over all classes.
+    label_smoothing: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Clipping, Adam and decoupled decay; see `optim.make_optimizer`."""
+    """Clipping, Adam or SGD, and decoupled decay; see `optim.make_optimizer`."""
 
-    # A key of `optim.OPTIMIZERS`.
+    # A key of `optim.OPTIMIZERS`: `adam` or `sgd`.
     name: str = "adam"
     # At its peak, after the warm-up.
     learning_rate: float
+    # Of the head alone, where it starts anew on a pretrained body; None: as the body's.
+    head_learning_rate: float | None = None
     # Of kernels only; what the number means is said by `decay`.
     weight_decay: float = 0.0
     # `released`: follows the schedule, not multiplied by the learning rate; `adamw`: multiplied.
     decay: Literal["released", "adamw"] = "released"
-    # Largest global norm of the gradient.
-    clip_norm: float = 1.0
+    # Largest global norm of the gradient; None: not clipped.
+    clip_norm: float | None = 1.0
+    # Of `sgd`.
+    momentum: float = 0.9
     # Adam's decay of the first moment.
     beta1: float = 0.9
     # Adam's decay of the second moment.
@@ -183,13 +205,16 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """Length of the run: exactly one of steps and epochs; linear warm-up, then cosine to zero."""
+    """Length of the run and shape of its learning rate, which begins with a linear warm-up."""
 
+    # `cosine` to zero, with exactly one of steps and epochs; or BiT's hyper-rule for fine-tuning,
+    # where the number of examples says all: steps, warm-up and three drops by ten.
+    shape: Literal["cosine", "bit_hyper_rule"] = "cosine"
     # Batches.
     total_steps: int | None = None
     # Passes over the training split; steps = round(examples x epochs / batch size).
     total_epochs: float | None = None
-    # Steps of the linear warm-up.
+    # Steps of the linear warm-up, of `cosine`.
     warmup_steps: int = 0
 
 
@@ -245,26 +270,19 @@ class Config:
     views: ViewConfig = ViewConfig()
     student: StudentConfig
     teacher: TeacherConfig | None = None
-    # Others whose outputs count as much as its.
+    # Further teachers; `objective.ensemble` says how they teach together.
     more_teachers: tuple[TeacherConfig, ...] = ()
+    # Figure 2 of the paper. Teacher and student see the same mixed view (`function_matching`), the
+    # same without mixup (`consistent`), each a view of its own (`independent`), or the teacher's
+    # answer to the central crop is computed once for each image (`fixed`).
+    teaching: Literal["function_matching", "consistent", "independent", "fixed"] = (
+        "function_matching"
+    )
+    # Of `fixed`: the mean over this many random crops instead of the central one.
+    fixed_crops: int = 0
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
-
-
-def total_steps(config: Config, examples: int) -> int:
-    """Steps of the whole run: given, or round(examples x epochs / batch size)."""
-    schedule = config.schedule
-    if schedule.total_steps is not None:
-        return schedule.total_steps
-    assert schedule.total_epochs is not None
-    steps = round(examples * schedule.total_epochs / config.batch_size)
-    if steps < 1:
-        raise UserError(
-            f"schedule.total_epochs={schedule.total_epochs:g} of {examples} examples is less than "
-            f"one batch of {config.batch_size}: raise it, or lower batch_size"
-        )
-    return steps

@@ -57,6 +57,36 @@ def hard(student: Logits, teacher: Logits, objective: ObjectiveConfig) -> PerExa
     return -_pick(jax.nn.log_softmax(student.astype(jnp.float32)), jnp.argmax(teacher, axis=-1))
 
 
+def combine(teachers: tuple[Logits, ...], objective: ObjectiveConfig) -> tuple[Logits, ...]:
+    """What several teachers say together: one target, or one for each distance of a sum.
+
+    The mean of probabilities is that at `temperature`, given as logits: the softmax of the result
+    at this temperature is the mean. Source: Beyer et al. 2021, section 3.6 (mean of logits);
+    big_vision's trainer (sum of the distances).
+    """
+    if len(teachers) == 1 or objective.ensemble == "sum_of_distances":
+        return teachers
+    return (_mean(teachers, objective),)
+
+
+def as_one(teachers: tuple[Logits, ...], objective: ObjectiveConfig) -> Logits:
+    """`combine` as one network. A sum of KLs has the gradient of the KL to the mean probability."""
+    return teachers[0] if len(teachers) == 1 else _mean(teachers, objective)
+
+
+def _mean(teachers: tuple[Logits, ...], objective: ObjectiveConfig) -> Logits:
+    logits = jnp.stack(teachers).astype(jnp.float32)
+    if objective.ensemble == "mean_logits":
+        return logits.mean(axis=0)
+    t = objective.temperature
+    return t * jax.nn.logsumexp(jax.nn.log_softmax(logits / t), axis=0, b=1 / len(teachers))
+
+
+def smooth(probabilities: Float[Array, "batch classes"], share: float) -> Array:
+    """`share` of each label spread evenly over all classes. Source: Szegedy et al. 2016."""
+    return (1 - share) * probabilities + share / probabilities.shape[-1]
+
+
 def cross_entropy(logits: Logits, targets: Float[Array, "batch classes"]) -> PerExample:
     """Cross-entropy to class probabilities `targets`, in nats: the objective on labels."""
     return -(targets * jax.nn.log_softmax(logits.astype(jnp.float32))).sum(axis=-1)

@@ -1,4 +1,9 @@
-"""Student and teacher on every example of a split exactly once, on the central view."""
+"""Student and teacher on every example of a split exactly once.
+
+On the central view, where their accuracies are compared; and on the training view, mixed images
+included, since that is where one function is to match the other. Each network sees its own
+resolution. Several teachers are measured as the one that they teach as.
+"""
 
 import dataclasses
 from collections.abc import Callable, Iterable
@@ -9,43 +14,65 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
-from fm_distill.config import Config
+from fm_distill.config import Config, ObjectiveConfig, ViewConfig
 from fm_distill.data.feeding import Batch
-from fm_distill.distances import kl_divergence
+from fm_distill.distances import as_one, kl_divergence
 from fm_distill.models import Variables
 from fm_distill.sharding import Layout
-from fm_distill.step import Seat
-from fm_distill.views import render_central
+from fm_distill.step import Seat, look, look_centrally
+from fm_distill.views import Picture, draw, mix
 
 ECE_BINS = 15
 Sums = dict[str, Any]
-EvaluationProgram = Callable[[Variables, tuple[Variables, ...], Batch, Array], Sums]
+EvaluationProgram = Callable[[Variables, tuple[Variables, ...], Batch, Array, Array], Sums]
+# Of the training view: its own, so that runs of other seeds and teachings are measured alike.
+DRAW_SEED = 0
 
 
 def make_evaluation_step(
-    student: Seat, teachers: tuple[Seat, ...], central_fraction: float, temperature: float
+    student: Seat, teachers: tuple[Seat, ...], views: ViewConfig, objective: ObjectiveConfig
 ) -> EvaluationProgram:
-    """`(student, frozen teachers, batch, mask) -> sums over the examples that the mask keeps`."""
+    """`(student, frozen teachers, batch, mask, index) -> sums over what the mask keeps`.
+
+    `index` is the batch's number: the training view's draw is a function of it. Of a mixture, both
+    images have to be kept.
+    """
+
+    def student_says(variables: Variables, pictures: dict[Picture, Array]) -> Array:
+        return student.network.apply(variables, pictures[student.picture], train=False).logits
+
+    def teachers_say(
+        teacher_variables: tuple[Variables, ...], pictures: dict[Picture, Array]
+    ) -> Array:
+        said = tuple(
+            seat.network.apply_frozen(frozen, pictures[seat.picture]).logits
+            for seat, frozen in zip(teachers, teacher_variables, strict=True)
+        )
+        return as_one(said, objective)
 
     def evaluation_step(
         variables: Variables,
         teacher_variables: tuple[Variables, ...],
         batch: Batch,
         mask: Bool[Array, " batch"],
+        index: Array,
     ) -> Sums:
-        wanted = sorted({seat.picture for seat in (student, *teachers)})
-        pictures = {
-            p: render_central(batch.canvases, batch.sizes, central_fraction, p) for p in wanted
-        }
-        logits = student.network.apply(variables, pictures[student.picture], train=False).logits
+        seats = (student, *teachers)
+        central = look_centrally(batch, seats, views.central_fraction)
+        logits = student_says(variables, central)
         sums: Sums = {"examples": mask.sum(), "student": _measure(logits, batch.labels, mask)}
-        if teachers:
-            # More teachers than one will be measured as the ensemble that they teach as.
-            seat, frozen = teachers[0], teacher_variables[0]
-            teacher = seat.network.apply_frozen(frozen, pictures[seat.picture]).logits
-            sums["teacher"] = _measure(teacher, batch.labels, mask)
-            sums["match"] = _compare(logits, teacher, mask, temperature)
-        return sums
+        if not teachers:
+            return sums
+        teacher = teachers_say(teacher_variables, central)
+        drawn = draw(jax.random.fold_in(jax.random.key(DRAW_SEED), index), batch.sizes, views)
+        both = mask & (mix(drawn, 1 - mask.astype(jnp.float32)) == 0)
+        mixed = look(drawn, batch, seats)
+        pair = student_says(variables, mixed), teachers_say(teacher_variables, mixed)
+        return sums | {
+            "teacher": _measure(teacher, batch.labels, mask),
+            "match": _compare(logits, teacher, mask, objective.temperature),
+            "training_view": _compare(*pair, both, objective.temperature),
+        }
 
     return evaluation_step
 
@@ -87,6 +114,7 @@ def _compare(
         return jnp.where(mask, values, 0).sum()
 
     return {
+        "examples": mask.sum(),
         "top1": total(jnp.argmax(student, -1) == first),
         "top5": total((top5 == first[:, None]).any(-1)),
         "kl_train_temperature": total(kl_divergence(student, teacher, temperature)),
@@ -103,12 +131,13 @@ def evaluate_batches(
 ) -> Sums:
     """Sums over all batches, accumulated in float64 on the host."""
     total: PyTree = None
-    for host_batch, mask in batches:
-        send = jax.tree.map(
+    for index, (host_batch, mask) in enumerate(batches):
+        batch, kept = jax.tree.map(
             lambda x: jax.make_array_from_process_local_data(layout.batch, x), (host_batch, mask)
         )
         sums = jax.tree.map(
-            lambda x: np.asarray(x, np.float64), jax.device_get(program(student, teachers, *send))
+            lambda x: np.asarray(x, np.float64),
+            jax.device_get(program(student, teachers, batch, kept, jnp.int32(index))),
         )
         total = sums if total is None else jax.tree.map(np.add, total, sums)
     return total
@@ -120,8 +149,7 @@ def summarise(sums: Sums, split: str, step: int) -> dict[str, Any]:
     examples = int(sums["examples"])
     student = _figures(sums["student"], classes)
     teacher = _figures(sums["teacher"], classes) if "teacher" in sums else _figures(None, classes)
-    match = sums.get("match")
-    mean = (lambda name: float(match[name]) / examples) if match and examples else lambda name: None
+    central = _match(sums.get("match"), classes)
     top1, aim = student["top1"], teacher["top1"]
     return {
         "split": split,
@@ -129,10 +157,22 @@ def summarise(sums: Sums, split: str, step: int) -> dict[str, Any]:
         "step": step,
         "student": student,
         "teacher": teacher,
-        "agreement": {"top1": mean("top1"), "top5": mean("top5") if classes >= 5 else None},
-        "kl": {"train_temperature": mean("kl_train_temperature"), "one": mean("kl_one")},
+        **central,
+        "training_view": _match(sums.get("training_view"), classes),
         "retention": top1 / aim if top1 is not None and aim else None,
         "gap": aim - top1 if top1 is not None and aim is not None else None,
+    }
+
+
+def _match(sums: Sums | None, classes: int) -> dict[str, dict[str, float | None]]:
+    """Agreement as a fraction of 1, KL in nats."""
+
+    def mean(name: str) -> float | None:
+        return float(sums[name] / sums["examples"]) if sums and sums["examples"] else None
+
+    return {
+        "agreement": {"top1": mean("top1"), "top5": mean("top5") if classes >= 5 else None},
+        "kl": {"train_temperature": mean("kl_train_temperature"), "one": mean("kl_one")},
     }
 
 
@@ -160,9 +200,7 @@ class Evaluator:
     def make(
         cls, config: Config, student: Seat, teachers: tuple[Seat, ...], layout: Layout
     ) -> "Evaluator":
-        step = make_evaluation_step(
-            student, teachers, config.views.central_fraction, config.objective.temperature
-        )
+        step = make_evaluation_step(student, teachers, config.views, config.objective)
         program = jax.jit(step, out_shardings=layout.replicated)
         return cls(program, layout, student.network.classes)
 
@@ -182,6 +220,7 @@ class Evaluator:
 def table(figures: dict[str, Any]) -> str:
     """The figures that people look at first, as text."""
     student, teacher = figures["student"], figures["teacher"]
+    mixed = figures["training_view"]
     rows = [
         ("teacher accuracy", _percent(teacher["top1"])),
         ("student accuracy", _percent(student["top1"])),
@@ -189,6 +228,8 @@ def table(figures: dict[str, Any]) -> str:
         ("top-1 agreement", _percent(figures["agreement"]["top1"])),
         ("KL at training temperature", _nats(figures["kl"]["train_temperature"])),
         ("KL at temperature 1", _nats(figures["kl"]["one"])),
+        ("agreement, training view", _percent(mixed["agreement"]["top1"])),
+        ("KL, training view and temp.", _nats(mixed["kl"]["train_temperature"])),
     ]
     title = f"{figures['split']}, {figures['examples']:,} examples, step {figures['step']:,}"
     shown = [f"  {name:<28}{value:>12}" for name, value in rows if value]

@@ -11,11 +11,12 @@ import pathlib
 import runpy
 from collections.abc import Iterable
 
-from fm_distill.config import Config, NetworkConfig, SplitConfig, total_steps
+from fm_distill.config import Config, NetworkConfig, SplitConfig, TeacherConfig
 from fm_distill.data.sources import SOURCES
 from fm_distill.distances import DISTANCES
 from fm_distill.errors import UserError
 from fm_distill.identity import flatten
+from fm_distill.length import total_steps, transfer_examples
 from fm_distill.models import MODELS, check_network
 from fm_distill.optim import OPTIMIZERS, decay_equivalent
 from fm_distill.views import CROPS
@@ -38,14 +39,21 @@ def load_experiment(path: str | os.PathLike[str]) -> Config:
         raise UserError(
             f"{path} defines no `config = fm_distill.Config(...)`; got {type(config).__name__}"
         )
-    teacher = config.teacher
-    if teacher and teacher.experiment and not os.path.isabs(teacher.experiment):
-        beside = os.path.relpath(path.parent / teacher.experiment)
-        config = dataclasses.replace(
-            config, teacher=dataclasses.replace(teacher, experiment=beside)
-        )
+    config = dataclasses.replace(
+        config,
+        teacher=config.teacher and _beside(config.teacher, path),
+        more_teachers=tuple(_beside(teacher, path) for teacher in config.more_teachers),
+    )
     check(config)
     return config
+
+
+def _beside(teacher: TeacherConfig, file: pathlib.Path) -> TeacherConfig:
+    """With the path of its experiment from where we are, not from the file's folder."""
+    if not teacher.experiment or os.path.isabs(teacher.experiment):
+        return teacher
+    experiment = os.path.relpath(file.parent / teacher.experiment)
+    return dataclasses.replace(teacher, experiment=experiment)
 
 
 def resolve_length(default: Config, asked: Config) -> Config:
@@ -66,9 +74,18 @@ def check(config: Config) -> None:
     _choice("objective.distance", config.objective.distance, DISTANCES)
     _choice("optimizer.name", config.optimizer.name, OPTIMIZERS)
     _check_network("student", config.student)
-    if config.teacher and config.teacher.network:
-        _check_network("teacher.network", config.teacher.network)
-    _check_teacher(config)
+    if config.objective.target == "teacher" and config.teacher is None:
+        raise UserError(
+            "objective.target=teacher needs a teacher: give teacher.weights, teacher.experiment or "
+            "teacher.workdir, or use objective.target=labels"
+        )
+    if config.more_teachers and config.teacher is None:
+        raise UserError("more_teachers come beside a teacher; give the first one as teacher")
+    if config.teacher:
+        _check_teacher("teacher", config.teacher)
+    for i, teacher in enumerate(config.more_teachers):
+        _check_teacher(f"more_teachers.{i}", teacher)
+    _check_teaching(config)
     _check_length(config)
     _check_numbers(config)
     if config.data.feeding == "streaming" and config.steps_per_dispatch not in ("auto", 1):
@@ -97,24 +114,46 @@ def _check_network(option: str, network: NetworkConfig) -> None:
         raise UserError(f"{option}: {error}") from None
 
 
-def _check_teacher(config: Config) -> None:
-    teacher = config.teacher
-    if teacher is None:
-        if config.objective.target == "teacher":
-            raise UserError(
-                "objective.target=teacher needs a teacher: give teacher.weights, "
-                "teacher.experiment or teacher.workdir, or use objective.target=labels"
-            )
-        return
+def _check_teacher(option: str, teacher: TeacherConfig) -> None:
+    if teacher.network:
+        _check_network(f"{option}.network", teacher.network)
     if teacher.weights and (teacher.experiment or teacher.workdir):
         raise UserError(
-            "teacher.weights and a teacher's run (teacher.experiment, teacher.workdir) exclude "
-            "each other; keep one (`--teacher.experiment None` drops the file's)"
+            f"{option}.weights and a teacher's run ({option}.experiment, {option}.workdir) exclude "
+            f"each other; keep one (`--{option}.experiment None` drops the file's)"
         )
+
+
+def _check_teaching(config: Config) -> None:
+    objective, data = config.objective, config.data
+    if config.fixed_crops and config.teaching != "fixed":
+        raise UserError(
+            f"fixed_crops={config.fixed_crops} belongs to teaching=fixed, and teaching is "
+            f"{config.teaching}"
+        )
+    if objective.target == "teacher" and objective.label_smoothing:
+        raise UserError(
+            "objective.label_smoothing needs objective.target=labels: a teacher's output is not "
+            "smoothed; use a higher objective.temperature"
+        )
+    if data.transfer and objective.target == "labels":
+        raise UserError(
+            "data.transfer are images without labels; with objective.target=labels train on "
+            "data.train"
+        )
+    for i, part in enumerate(data.transfer):
+        _choice(f"data.transfer.{i}.source", part.source, SOURCES)
 
 
 def _check_length(config: Config) -> None:
     schedule = config.schedule
+    if schedule.shape == "bit_hyper_rule":
+        if schedule.total_steps or schedule.total_epochs or schedule.warmup_steps:
+            raise UserError(
+                "schedule.shape=bit_hyper_rule sets steps and warm-up by the number of examples; "
+                "give neither total_steps, total_epochs nor warmup_steps"
+            )
+        return
     given = [x for x in (schedule.total_steps, schedule.total_epochs) if x is not None]
     if len(given) != 1:
         got = "neither" if not given else "both"
@@ -132,7 +171,6 @@ def _check_numbers(config: Config) -> None:
         "batch_size": config.batch_size,
         "objective.temperature": config.objective.temperature,
         "optimizer.learning_rate": optimizer.learning_rate,
-        "optimizer.clip_norm": optimizer.clip_norm,
         "optimizer.epsilon": optimizer.epsilon,
         "data.canvas.size": data.canvas.size,
         "views.mixup_alpha": views.mixup_alpha,
@@ -141,6 +179,10 @@ def _check_numbers(config: Config) -> None:
         "checkpoint.keep": config.checkpoint.keep,
         "log.every_steps": config.log.every_steps,
     }
+    if optimizer.clip_norm is not None:
+        positive["optimizer.clip_norm"] = optimizer.clip_norm
+    if optimizer.head_learning_rate is not None:
+        positive["optimizer.head_learning_rate"] = optimizer.head_learning_rate
     if config.mesh.data != "auto":
         positive["mesh.data"] = config.mesh.data
     if config.steps_per_dispatch != "auto":
@@ -151,6 +193,9 @@ def _check_numbers(config: Config) -> None:
     _within("views.central_fraction", views.central_fraction, 0.01, 1.0)
     _within("data.resident_share", data.resident_share, 0.0, 1.0)
     _within("optimizer.weight_decay", optimizer.weight_decay, 0.0, 1.0)
+    _within("optimizer.momentum", optimizer.momentum, 0.0, 1.0 - 1e-12)
+    _within("objective.label_smoothing", config.objective.label_smoothing, 0.0, 1.0)
+    _within("fixed_crops", config.fixed_crops, 0, 100_000)
     _within("optimizer.beta1", optimizer.beta1, 0.0, 1.0 - 1e-12)
     _within("optimizer.beta2", optimizer.beta2, 0.0, 1.0 - 1e-12)
     _within("seed", config.seed, 0, 2**32 - 1)
@@ -202,7 +247,7 @@ def describe(config: Config) -> str:
 
 
 def _notes(config: Config) -> list[str]:
-    examples = config.data.train.examples
+    examples = transfer_examples(config.data)
     notes = [f"# weight decay: {decay_equivalent(config.optimizer)}"]
     if examples:
         steps = total_steps(config, examples)

@@ -1,5 +1,6 @@
 """A config as text and JSON, and what makes two configs the same run."""
 
+import re
 from typing import Any
 
 import msgspec
@@ -11,14 +12,20 @@ from fm_distill.errors import UserError
 NOT_IDENTITY = (
     "name",
     "data.data_dir",
+    "data.transfer.data_dir",
+    "data.transfer.examples",
     "data.resident_share",
     "data.workers",
     "data.train.examples",
     "data.validation",
     "data.test",
+    "student.weights",
     "teacher.weights",
     "teacher.experiment",
     "teacher.workdir",
+    "more_teachers.weights",
+    "more_teachers.experiment",
+    "more_teachers.workdir",
     "mesh",
     "checkpoint",
     "log",
@@ -35,13 +42,15 @@ def from_json(tree: Any) -> Config:
     try:
         return msgspec.convert(tree, Config, strict=True)
     except msgspec.ValidationError as error:
-        raise UserError(f"the stored config does not fit this version: {error}") from None
+        raise UserError(f"this is not a config of this version: {error}") from None
 
 
 def flatten(config: Config) -> dict[str, Any]:
     """`{"data.canvas.size": 160, ...}`: each leaf of the config by its option's name."""
 
     def leaves(prefix: str, value: Any) -> dict[str, Any]:
+        if isinstance(value, list | tuple) and any(isinstance(x, dict) for x in value):
+            value = {str(i): x for i, x in enumerate(value)}
         if not isinstance(value, dict):
             return {prefix: value}
         parts = [leaves(f"{prefix}.{name}" if prefix else name, v) for name, v in value.items()]
@@ -55,6 +64,7 @@ def differences(stored: Config, asked: Config) -> list[str]:
     a, b = flatten(stored), flatten(asked)
 
     def counts(name: str) -> bool:
+        name = re.sub(r"\.\d+", "", name)
         return not any(name == x or name.startswith(x + ".") for x in NOT_IDENTITY)
 
     missing = "(not set)"

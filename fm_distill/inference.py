@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fm_distill.build import build, compute_dtype, make_seat
-from fm_distill.config import Config, MeshConfig
+from fm_distill.config import Config, MeshConfig, ScheduleConfig
 from fm_distill.data.feeding import Reader, evaluation_batches
 from fm_distill.data.images import CorruptImage, decode, on_canvas, shrink
 from fm_distill.data.sources import open_source
@@ -18,6 +18,7 @@ from fm_distill.errors import UserError
 from fm_distill.evaluate import Evaluator
 from fm_distill.experiment import check, split_of
 from fm_distill.identity import differences
+from fm_distill.networks import teachers_fingerprint, with_student
 from fm_distill.run import load_teachers, open_run
 from fm_distill.setup import frozen_teachers
 from fm_distill.sharding import Layout, make_layout
@@ -40,17 +41,19 @@ def evaluate(
         raise UserError(f"the run in {workdir} was trained otherwise:\n  " + "\n  ".join(differ))
     source = open_source(config.data, split_of(config, split).name)
     teachers = load_teachers(config, run.workdir)
-    teacher = teachers[0] if teachers else None
     stored = run.workdir.read("config.json")["contents"].get("teacher")
-    if teacher and stored and teacher.fingerprint != stored:
+    if teachers and stored and teachers_fingerprint(teachers) != stored:
         raise UserError(
             f"this is not the teacher of the run in {workdir}: its weights have SHA-256 "
-            f"{teacher.fingerprint}, expected {stored}"
+            f"{teachers_fingerprint(teachers)}, expected {stored}"
         )
     layout = _evaluation_layout(config)
-    networks = (teacher.network,) if teacher else ()
+    networks = tuple(teacher.network for teacher in teachers)
+    # Of the length of a run that is not to be run.
+    config = dataclasses.replace(config, schedule=ScheduleConfig(total_steps=1))
+    config = with_student(config, run.network)
     built = build(config, run.classes, networks, 1, layout)
-    frozen = frozen_teachers(built, teacher, layout)
+    frozen = frozen_teachers(built, teachers, layout)
     student = jax.device_put(run.student, layout.variables(run.student))
     # Whole batches for any number of devices; the mask takes care of the rest.
     batch_size = -(-config.batch_size // layout.mesh.size) * layout.mesh.size

@@ -1,5 +1,7 @@
 """The optimizer of the recipe: global-norm clip, Adam, decoupled decay, warm-up and cosine.
 
+For fine-tuning also SGD with momentum, a learning rate of the head's own, and BiT's hyper-rule.
+
 With s(t) the schedule's shape (peak 1), one step is
 
     released:  w -= s(t) * (learning_rate * adam(g) + weight_decay * w)
@@ -17,11 +19,34 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from fm_distill.config import OptimizerConfig
+from fm_distill.config import OptimizerConfig, ScheduleConfig
+from fm_distill.length import BIT_HYPER_RULE
+
+# The top-level module of every network's classifier; see `models`.
+HEAD = "head"
 
 
-def make_schedule(total_steps: int, warmup_steps: int) -> Callable[[Array | int], Array]:
-    """The shape s(t) of the learning rate for steps 0 to `total_steps - 1`, with peak 1.
+def make_schedule(config: ScheduleConfig, total_steps: int) -> Callable[[Array | int], Array]:
+    """The shape s(t) of the learning rate for steps 0 to `total_steps - 1`, with peak 1."""
+    if config.shape == "bit_hyper_rule":
+        return bit_hyper_rule(total_steps)
+    return cosine(total_steps, config.warmup_steps)
+
+
+def bit_hyper_rule(total_steps: int) -> Callable[[Array | int], Array]:
+    """t / warm-up, then 1, divided by ten after each of three steps. Source: `BIT_HYPER_RULE`."""
+    warmup, *drops = next(x for _, x in BIT_HYPER_RULE if x[-1] == total_steps)
+
+    def schedule(step: Array | int) -> Array:
+        t = jnp.asarray(step, jnp.float32)
+        dropped = sum(jnp.where(t > at, 1.0, 0.0) for at in drops[:-1])
+        return jnp.where(t < warmup, t / warmup, 10.0**-dropped)
+
+    return schedule
+
+
+def cosine(total_steps: int, warmup_steps: int) -> Callable[[Array | int], Array]:
+    """Linear warm-up, then half a cosine.
 
     s(t) = t / warmup in the warm-up (the first update is zero, as in the released code), then half
     a cosine that is zero on the last step that runs, `total_steps - 1`.
@@ -54,7 +79,26 @@ def adam(config: OptimizerConfig) -> optax.GradientTransformation:
     )
 
 
-OPTIMIZERS: dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]] = {"adam": adam}
+def sgd(config: OptimizerConfig) -> optax.GradientTransformation:
+    """The sum of past gradients, each step's smaller by `momentum`. Source: BiT's fine-tuning."""
+    return optax.trace(decay=config.momentum)
+
+
+OPTIMIZERS: dict[str, Callable[[OptimizerConfig], optax.GradientTransformation]] = {
+    "adam": adam,
+    "sgd": sgd,
+}
+
+
+def _rates(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Times the learning rate of each parameter's group."""
+    body = config.learning_rate
+    head = body if config.head_learning_rate is None else config.head_learning_rate
+
+    def rate(path: tuple, update: Array) -> Array:
+        return update * (head if jax.tree_util.keystr(path[:1], simple=True) == HEAD else body)
+
+    return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(rate, updates))
 
 
 def make_optimizer(
@@ -62,10 +106,15 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """The whole update of the parameters, ready for `optax.apply_updates`."""
     decay = optax.add_decayed_weights(config.weight_decay, mask=kernel_mask)
-    rate = optax.scale(config.learning_rate)
+    rate = _rates(config)
+    clip = (
+        optax.identity()
+        if config.clip_norm is None
+        else optax.clip_by_global_norm(config.clip_norm)
+    )
     order = {"released": (rate, decay), "adamw": (decay, rate)}[config.decay]
     return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
+        clip,
         OPTIMIZERS[config.name](config),
         *order,
         optax.scale_by_schedule(lambda step: -schedule(step)),

@@ -1,6 +1,7 @@
 """What `train.py` builds before its first step: data, teacher, program, evaluation."""
 
 import dataclasses
+import pathlib
 from collections.abc import Callable, Iterable, Iterator
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from fm_distill.build import Build, build, steps_per_dispatch
-from fm_distill.config import Config, SplitConfig, total_steps
+from fm_distill.config import Config, SplitConfig
 from fm_distill.data.feeding import (
     Batch,
     Reader,
@@ -18,11 +19,15 @@ from fm_distill.data.feeding import (
     fits_in_memory,
 )
 from fm_distill.data.sources import Source, open_source
+from fm_distill.data.transfer import open_training
 from fm_distill.evaluate import Evaluator
+from fm_distill.length import total_steps, transfer_examples
 from fm_distill.models import Network, Variables
+from fm_distill.networks import Networks, with_student
 from fm_distill.run import Teacher
 from fm_distill.sharding import Layout
 from fm_distill.step import TrainState, make_program
+from fm_distill.targets import fixed_targets
 
 # Decoded validation images are kept on the host between evaluations up to this size.
 CACHE_BYTES = 2**30
@@ -52,12 +57,12 @@ def open_data(config: Config) -> tuple[Data, list[str]]:
         return None if split is None else open_source(config.data, split.name)
 
     data = config.data
-    train = open_source(data, data.train.name)
+    train = open_training(data)
     remarks = []
-    if data.train.examples is not None and data.train.examples != len(train):
+    if (said := transfer_examples(data)) is not None and said != len(train):
         remarks.append(
-            f"WARNING: data.train.examples is {data.train.examples:,}, but {train.identity} has "
-            f"{len(train):,}; the run's length follows the data"
+            f"WARNING: the experiment speaks of {said:,} examples to train on, but "
+            f"{train.identity} has {len(train):,}; the run's length follows the data"
         )
     return Data(train, opened(data.validation), opened(data.test)), remarks
 
@@ -95,6 +100,7 @@ class Setup:
     feed: ResidentFeed | StreamingFeed
     reader: Reader
     frozen: tuple[Variables, ...]  # of all teachers
+    networks: Networks
     program: Callable[..., tuple[TrainState, dict[str, Array]]]
     dispatch: int  # steps a dispatch
     evaluator: Evaluator
@@ -104,7 +110,7 @@ class Setup:
 
     @property
     def taught_by(self) -> tuple[Variables, ...]:
-        """The frozen teachers that the step runs: none, where labels are the target."""
+        """The frozen teachers that the step runs."""
         return self.frozen[: len(self.built.taught_by)]
 
     def keys(self) -> tuple[PRNGKeyArray, PRNGKeyArray]:
@@ -114,25 +120,34 @@ class Setup:
 
 
 def prepare(
-    config: Config, data: Data, teacher: Teacher | None, classes: int, layout: Layout
+    config: Config, data: Data, networks: Networks, layout: Layout, kept: pathlib.Path
 ) -> tuple[Setup, list[str]]:
-    """Decodes or starts to read the data, puts the teacher on the devices, makes the programs."""
+    """Decodes or starts to read the data, puts the teachers on the devices, makes the programs.
+
+    `kept` is the file for the targets of fixed teachers.
+    """
     steps = total_steps(config, len(data.train))
-    networks = (teacher.network,) if teacher else ()
-    built = build(config, classes, networks, steps, layout)
-    frozen = frozen_teachers(built, teacher, layout)
+    config, classes = with_student(config, networks.student), networks.classes
+    seen = tuple(teacher.network for teacher in networks.teachers)
+    built = build(config, classes, seen, steps, layout)
+    frozen = frozen_teachers(built, networks.teachers, layout)
     reader = Reader(data.train, config.data, classes)
     fits, reason = fits_in_memory(config.data, len(reader))
     resident = config.data.feeding == "resident" or (config.data.feeding == "auto" and fits)
     remarks = _remarks_on_canvas(config.data.canvas.size, built)
     remarks.append(f"feeding: {'resident' if resident else 'streaming'} ({reason})")
+    targets = None
+    if config.objective.target == "teacher" and config.teaching == "fixed":
+        targets = fixed_targets(config, built.teachers, frozen, reader, layout, kept)
     feed: ResidentFeed | StreamingFeed
     if resident:
-        feed = ResidentFeed(reader, config.seed, config.batch_size, layout.replicated, layout.ids)
+        feed = ResidentFeed(
+            reader, config.seed, config.batch_size, layout.replicated, layout.ids, targets
+        )
         if feed.skipped:
             remarks.append(f"WARNING: {feed.skipped} corrupt images are skipped")
     else:
-        feed = StreamingFeed(reader, config.seed, config.batch_size, steps, layout.batch)
+        feed = StreamingFeed(reader, config.seed, config.batch_size, steps, layout.batch, targets)
     taught = frozen[: len(built.taught_by)]
     program = make_program(built.train_step, built.abstract_state(), taught, feed.data, layout)
 
@@ -149,6 +164,7 @@ def prepare(
         feed=feed,
         reader=reader,
         frozen=frozen,
+        networks=networks,
         program=program,
         dispatch=steps_per_dispatch(config, resident, layout),
         evaluator=Evaluator.make(config, built.student, built.teachers, layout),
@@ -161,12 +177,13 @@ def prepare(
     return setup, remarks
 
 
-def frozen_teachers(built: Build, teacher: Teacher | None, layout: Layout) -> tuple[Variables, ...]:
+def frozen_teachers(
+    built: Build, teachers: tuple[Teacher, ...], layout: Layout
+) -> tuple[Variables, ...]:
     """The frozen variables of each of `built.teachers`."""
-    if teacher is None:
-        return ()
     return tuple(
-        freeze_on_devices(seat.network, teacher.variables, layout) for seat in built.teachers
+        freeze_on_devices(seat.network, teacher.variables, layout)
+        for seat, teacher in zip(built.teachers, teachers, strict=True)
     )
 
 

@@ -15,10 +15,10 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from fm_distill.config import ObjectiveConfig, ViewConfig
 from fm_distill.data.feeding import Batch
-from fm_distill.distances import DISTANCES, cross_entropy
+from fm_distill.distances import DISTANCES, combine, cross_entropy, smooth
 from fm_distill.models import Network, Variables
 from fm_distill.sharding import Layout
-from fm_distill.views import Draw, Picture, draw, mix, render
+from fm_distill.views import TEACHINGS, Draw, Picture, mix, render, render_central
 
 Metrics = dict[str, Float[Array, ""]]
 
@@ -50,6 +50,18 @@ TrainStep = Callable[
 ]
 
 
+def look(drawn: Draw, batch: Batch, seats: tuple[Seat, ...]) -> dict[Picture, Array]:
+    """What the networks in `seats` see of a draw, rendered once for all that want the same."""
+    wanted = sorted({seat.picture for seat in seats})
+    return {picture: render(drawn, batch.canvases, picture) for picture in wanted}
+
+
+def look_centrally(batch: Batch, seats: tuple[Seat, ...], fraction: float) -> dict[Picture, Array]:
+    """What they see in evaluation: the central crop."""
+    wanted = sorted({seat.picture for seat in seats})
+    return {p: render_central(batch.canvases, batch.sizes, fraction, p) for p in wanted}
+
+
 def init_state(
     key: PRNGKeyArray,
     student: Network,
@@ -73,33 +85,37 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     views: ViewConfig,
     objective: ObjectiveConfig,
+    teaching: str = "function_matching",
     ema_decay: float | None = None,
 ) -> TrainStep:
     """`(state, teacher_variables, batch, root_key) -> (state, metrics)`, pure.
 
     `teacher_variables` holds the frozen variables of each teacher. Everything random comes from
-    `fold_in(root_key, state.step)`. With `objective.target == "labels"` no teacher is run.
+    `fold_in(root_key, state.step)`. `teaching` says which draw each network sees: a key of
+    `TEACHINGS`; with `fixed` the targets are the batch's own, and no teacher is run. Nor is one
+    with `objective.target == "labels"`.
     """
     distance = DISTANCES[objective.distance]
+    draws = TEACHINGS["function_matching" if objective.target == "labels" else teaching]
 
     def targets_of(
         teacher_variables: tuple[Variables, ...], pictures: dict[Picture, Array]
     ) -> tuple[Array, ...]:
         with jax.named_scope("teacher"):
-            return tuple(
+            logits = tuple(
                 jax.lax.stop_gradient(
                     seat.network.apply_frozen(frozen, pictures[seat.picture]).logits
                 )
                 for seat, frozen in zip(teachers, teacher_variables, strict=True)
             )
+            return combine(logits, objective) if logits else ()
 
     def per_example(
         logits: Array, teacher_logits: tuple[Array, ...], labels: Array, drawn: Draw
     ) -> Array:
         if objective.target == "labels":
             one_hot = jax.nn.one_hot(labels, logits.shape[-1])
-            return cross_entropy(logits, mix(drawn, one_hot))
-        # Several teachers: the sum of their distances, as in the released trainer.
+            return cross_entropy(logits, mix(drawn, smooth(one_hot, objective.label_smoothing)))
         parts = [distance(logits, target, objective) for target in teacher_logits]
         return jnp.stack(parts).sum(axis=0)
 
@@ -110,10 +126,14 @@ def make_train_step(
         root_key: PRNGKeyArray,
     ) -> tuple[TrainState, Metrics]:
         with jax.named_scope("views"):
-            drawn = draw(jax.random.fold_in(root_key, state.step), batch.sizes, views)
-            wanted = {seat.picture for seat in (student, *teachers)}
-            pictures = {p: render(drawn, batch.canvases, p) for p in sorted(wanted)}
-        teacher_logits = targets_of(teacher_variables, pictures)
+            drawn, seen = draws(jax.random.fold_in(root_key, state.step), batch.sizes, views)
+            together = seen is drawn
+            pictures = look(drawn, batch, (student, *teachers) if together else (student,))
+            shown = pictures if together or seen is None else look(seen, batch, teachers)
+        if seen is None:
+            teacher_logits = tuple(jnp.moveaxis(batch.targets, 1, 0))
+        else:
+            teacher_logits = targets_of(teacher_variables, shown)
 
         def loss_of(params: PyTree) -> tuple[Array, tuple[PyTree, Array]]:
             with jax.named_scope("student"):

@@ -6,30 +6,30 @@ the same random numbers as if it had never stopped.
 
 import contextlib
 import dataclasses
-import math
 import os
 import pathlib
-import sys
-import time
 from typing import Any
 
 import jax
-from jaxtyping import Array
-from tqdm import tqdm
+import jax.numpy as jnp
 
 from fm_distill.build import dispatch_sizes
 from fm_distill.checkpoint import Checkpoints, abstract
-from fm_distill.config import Config, total_steps
+from fm_distill.config import Config
 from fm_distill.errors import TrainingFailed, UserError
 from fm_distill.experiment import check, load_experiment
+from fm_distill.length import total_steps
 from fm_distill.metrics import MetricsWriter
 from fm_distill.models import parameter_count
+from fm_distill.networks import load_networks
 from fm_distill.probe import probe_teacher
-from fm_distill.run import agreed_classes, load_teachers, teachers_of
+from fm_distill.reporter import Reporter, progress_bar
+from fm_distill.run import teachers_of
 from fm_distill.setup import Setup, open_data, prepare, remarks_on
 from fm_distill.sharding import check_batch_size, make_layout
 from fm_distill.step import TrainState
 from fm_distill.stopping import Stopping, say, stop_signals
+from fm_distill.weights.load import start_from
 from fm_distill.workdir import Workdir
 
 
@@ -63,22 +63,14 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> Result:
         place.refuse_another(config, {"data": data.train.identity})
         for remark in [*remarks, *remarks_on(config, steps)]:
             say(remark)
-        if not _train_teacher(config, place):
+        if not _train_teachers(config, place):
             return Result(False, 0, steps, place.path, None)
-        teachers = load_teachers(config, place)
-        teacher = teachers[0] if teachers else None
-        classes = agreed_classes(
-            config.data.classes, data.train.classes, data.train.class_names, teachers
-        )
-        names = data.train.class_names or (teacher.class_names if teacher else None)
-        contents = {
-            "data": data.train.identity,
-            "classes": classes,
-            "class_names": list(names or ()),
-            "teacher": teacher.fingerprint if teacher else None,
-        }
+        networks = load_networks(config, place, data.train.classes, data.train.class_names)
+        contents = {"data": data.train.identity} | networks.contents
         place.refuse_another(config, contents)
-        setup, remarks = prepare(config, data, teacher, classes, layout)
+        for remark in networks.remarks:
+            say(remark)
+        setup, remarks = prepare(config, data, networks, layout, place.fixed_targets)
         place.claim(config, contents)
         for remark in remarks:
             say(remark)
@@ -96,16 +88,17 @@ def _complete(config: Config, place: Workdir) -> Result | None:
     return Result(True, steps, steps, place.path, evaluation)
 
 
-def _train_teacher(config: Config, place: Workdir) -> bool:
-    """Whether the teacher is there now; False where its training was stopped."""
-    if not (config.teacher and config.teacher.experiment):
-        return True
-    where = teachers_of(config, place)[0][2]
-    teacher = load_experiment(config.teacher.experiment)
-    status = Workdir(where).read("status.json") or {}
-    if status.get("state") != "complete":
-        say(f"the teacher comes first: {config.teacher.experiment} in {where}")
-    return train(teacher, where).complete
+def _train_teachers(config: Config, place: Workdir) -> bool:
+    """Whether all teachers are there now; False where the training of one was stopped."""
+    for _, teacher, where in teachers_of(config, place):
+        if not teacher.experiment:
+            continue
+        status = Workdir(where).read("status.json") or {}
+        if status.get("state") != "complete":
+            say(f"the teacher comes first: {teacher.experiment} in {where}")
+        if not train(load_experiment(teacher.experiment), where).complete:
+            return False
+    return True
 
 
 def _run(setup: Setup, place: Workdir, stopping: Stopping) -> Result:
@@ -118,7 +111,7 @@ def _run(setup: Setup, place: Workdir, stopping: Stopping) -> Result:
         _introduce(setup, start)
         place.set_status("running", start, setup.total_steps)
         writer = MetricsWriter(place.metrics, start, setup.config.log.tensorboard)
-        with writer, _progress_bar(setup, start) as bar:
+        with writer, progress_bar(setup, start) as bar:
             state, done = _loop(setup, state, start, checkpoints, writer, bar, stopping)
         if done < setup.total_steps:
             place.set_status("paused", done, setup.total_steps, "stopped by a signal")
@@ -152,7 +145,7 @@ def _loop(
     """The steps themselves. Returns the state and the steps done, which are on disk."""
     config, total = setup.config, setup.total_steps
     _, root_key = setup.keys()
-    reporter = _Reporter(setup, writer, bar, start)
+    reporter = Reporter(setup, writer, bar, start)
     step = start
     fed = setup.feed.feed(start, dispatch_sizes(start, total, setup.dispatch))
     for steps, batch in zip(dispatch_sizes(start, total, setup.dispatch), fed, strict=True):
@@ -185,75 +178,6 @@ def _loop(
     return state, step
 
 
-class _Reporter:
-    """Fetches metrics a dispatch late, so that the device never waits for the host."""
-
-    def __init__(self, setup: Setup, writer: MetricsWriter, bar: Any, start: int):
-        self.setup, self.writer, self.bar = setup, writer, bar
-        self.late: tuple[int, int, dict[str, Array]] | None = None
-        self.mark = start, time.monotonic()
-
-    def dispatched(self, step: int, steps: int, metrics: dict[str, Array]) -> None:
-        """Reports the dispatch before, and keeps this one for later."""
-        self.catch_up()
-        self.late = step, steps, metrics
-
-    def catch_up(self) -> None:
-        """Reports what is late. Raises `TrainingFailed` where its loss is not finite."""
-        if self.late is None:
-            return
-        (step, steps, metrics), self.late = self.late, None
-        values = {name: float(x) for name, x in jax.device_get(metrics).items()}
-        if not math.isfinite(values["loss"]):
-            raise TrainingFailed(
-                f"the loss is not finite at step {step:,}; the last checkpoint before it is kept. "
-                "Try a lower optimizer.learning_rate, a longer schedule.warmup_steps or "
-                "--precision float32"
-            )
-        self.bar.update(steps)
-        every = self.setup.config.log.every_steps
-        if step // every > (step - steps) // every or step == self.setup.total_steps:
-            self._log(step, values)
-
-    def evaluated(self, figures: dict[str, Any]) -> None:
-        """Writes the figures of the validation split."""
-        values = {
-            "student_top1": figures["student"]["top1"],
-            "student_cross_entropy": figures["student"]["cross_entropy"],
-            "teacher_top1": figures["teacher"]["top1"],
-            "agreement_top1": figures["agreement"]["top1"],
-            "kl_train_temperature": figures["kl"]["train_temperature"],
-            "kl_one": figures["kl"]["one"],
-        }
-        known = {name: value for name, value in values.items() if value is not None}
-        step = figures["step"]
-        self.writer.write(step, self._epoch(step), "validation", known)
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in known.items())
-        say(f"step {step:,} validation: {shown}")
-        self.mark = step, time.monotonic()
-
-    def _log(self, step: int, values: dict[str, float]) -> None:
-        before, since = self.mark
-        self.mark = step, time.monotonic()
-        seconds = max(self.mark[1] - since, 1e-9)
-        config = self.setup.config
-        rate = (step - before) * config.batch_size / seconds
-        shape = float(jax.device_get(self.setup.built.schedule(step - 1)))
-        epoch = self._epoch(step)
-        values |= {
-            "learning_rate": config.optimizer.learning_rate * shape,
-            "images_per_second": rate,
-        }
-        if self.setup.feed.skipped:
-            values["corrupt_images"] = self.setup.feed.skipped
-        self.writer.write(step, epoch, "train", values)
-        text = f"epoch {epoch:.1f}, loss {values['loss']:.4f}, {rate:,.0f} img/s"
-        self.bar.set_postfix_str(text, refresh=False)
-
-    def _epoch(self, step: int) -> float:
-        return step * self.setup.config.batch_size / len(self.setup.reader)
-
-
 def _first_state(setup: Setup, checkpoints: Checkpoints, start: int) -> TrainState:
     """The state of the newest checkpoint, or a new one, straight on its shards."""
     shapes = setup.built.abstract_state()
@@ -261,7 +185,18 @@ def _first_state(setup: Setup, checkpoints: Checkpoints, start: int) -> TrainSta
     if start:
         return checkpoints.restore(start, abstract(shapes, shardings))
     init_key, _ = setup.keys()
-    return jax.jit(setup.built.init, out_shardings=shardings)(init_key)
+    state = jax.jit(setup.built.init, out_shardings=shardings)(init_key)
+    networks = setup.networks
+    if networks.pretrained is None:
+        return state
+    student, remark = start_from(
+        state.student, networks.pretrained, networks.classes, networks.class_names
+    )
+    say(remark)
+    student = jax.device_put(student, shardings.student)
+    # A copy: the same buffer cannot be donated twice.
+    ema = None if state.ema is None else jax.tree.map(jnp.copy, student)
+    return dataclasses.replace(state, student=student, ema=ema)
 
 
 def _introduce(setup: Setup, start: int) -> None:
@@ -279,15 +214,3 @@ def _introduce(setup: Setup, start: int) -> None:
         for seat, frozen in zip(setup.built.teachers, setup.frozen, strict=True):
             for warning in probe_teacher(config, seat, frozen, setup.reader, setup.layout):
                 say(warning)
-
-
-def _progress_bar(setup: Setup, start: int) -> Any:
-    return tqdm(
-        total=setup.total_steps,
-        initial=start,
-        unit="step",
-        desc=setup.config.name,
-        # A log file gets a line every half minute, a terminal ten a second.
-        mininterval=0.1 if sys.stderr.isatty() else 30,
-        dynamic_ncols=True,
-    )

@@ -69,6 +69,35 @@ def draw(key: PRNGKeyArray, sizes: Sizes, config: ViewConfig) -> Draw:
     )
 
 
+def _same(key: PRNGKeyArray, sizes: Sizes, config: ViewConfig) -> tuple[Draw, Draw | None]:
+    both = draw(key, sizes, config)
+    return both, both
+
+
+def _unmixed(key: PRNGKeyArray, sizes: Sizes, config: ViewConfig) -> tuple[Draw, Draw | None]:
+    return _same(key, sizes, dataclasses.replace(config, mixup="none"))
+
+
+def _independent(key: PRNGKeyArray, sizes: Sizes, config: ViewConfig) -> tuple[Draw, Draw | None]:
+    own, teachers = jax.random.split(key)
+    config = dataclasses.replace(config, mixup="none")
+    return draw(own, sizes, config), draw(teachers, sizes, config)
+
+
+def _fixed(key: PRNGKeyArray, sizes: Sizes, config: ViewConfig) -> tuple[Draw, Draw | None]:
+    return _unmixed(key, sizes, config)[0], None
+
+
+# What the student sees and what its teachers see; None: they answered before the training began.
+# Source: Beyer et al. 2021, figure 2; only function matching mixes images.
+TEACHINGS: dict[str, Callable[[PRNGKeyArray, Sizes, ViewConfig], tuple[Draw, Draw | None]]] = {
+    "function_matching": _same,
+    "consistent": _unmixed,
+    "independent": _independent,
+    "fixed": _fixed,
+}
+
+
 def mix(draw: Draw, values: Float[Array, "batch ..."]) -> Float[Array, "batch ..."]:
     """The mixture of each example's values with its partner's: pictures, or class probabilities.
 

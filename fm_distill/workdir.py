@@ -36,10 +36,14 @@ class Workdir:
     def metrics(self) -> pathlib.Path:
         return self.path / "metrics.jsonl"
 
+    @property
+    def fixed_targets(self) -> pathlib.Path:
+        return self.path / "fixed_targets.npz"
+
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Holds the folder for this process. A crash frees it, since the kernel holds the lock."""
-        known = re.compile(r"config\.json|lock|teacher(_\d+)?")
+        known = re.compile(r"config\.json|lock|teacher(_\d+)?|fixed_targets\.npz.*")
         try:
             if self.path.is_dir() and not (self.path / "config.json").exists():
                 others = sorted(x.name for x in self.path.iterdir() if not known.fullmatch(x.name))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fm_distill.config import ObjectiveConfig
-from fm_distill.distances import DISTANCES, cross_entropy, kl_divergence
+from fm_distill.distances import DISTANCES, cross_entropy, kl_divergence, smooth
 
 
 def log_softmax(x):
@@ -100,3 +100,11 @@ def test_cross_entropy_of_mixed_labels(logits):
     found = cross_entropy(jnp.float32(logits[0]), jnp.float32(targets))
     expected = -0.7 * log_softmax(logits[0])[:, 2] - 0.3 * log_softmax(logits[0])[:, 7]
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_smoothed_labels_against_numpy(logits):
+    one_hot = np.eye(11)[[3, 0, 10, 5, 5, 1]]
+    expected = 0.9 * one_hot + 0.1 / 11
+    np.testing.assert_allclose(smooth(jnp.float32(one_hot), 0.1), expected, atol=1e-7)
+    found = cross_entropy(jnp.float32(logits[0]), smooth(jnp.float32(one_hot), 0.1))
+    np.testing.assert_allclose(found, -(expected * log_softmax(logits[0])).sum(-1), rtol=1e-5)

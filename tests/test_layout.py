@@ -11,10 +11,12 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A file may import those of its own line before it, and of the lines above.
 ORDER = [
-    ["errors", "config", "identity", "stopping"],
+    ["errors", "config", "length", "identity", "stopping"],
     ["views", "distances", "optim", "sharding", "metrics"],
-    ["models.contract", "models.bit", "models"],
-    ["data.order", "data.images", "data.sources", "data.feeding", "data"],
+    ["models.contract", "models.layers", "models.assembly", "models.inverted_residual"],
+    ["models.bit", "models.efficientnet_lite", "models.mobilenet_v3", "models.keras_resnet_v2"],
+    ["models"],
+    ["data.order", "data.images", "data.sources", "data.transfer", "data.feeding", "data"],
     ["step"],
     [
         "weights.names",
@@ -34,8 +36,9 @@ ORDER = [
         "workdir",
         "run",
     ],
-    ["setup"],
-    ["train", "inference", "export"],
+    ["networks", "targets"],
+    ["setup", "reporter"],
+    ["train", "inference", "sweep", "export"],
     [""],
     ["cli", "__main__"],
 ]

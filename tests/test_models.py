@@ -13,7 +13,8 @@ from tiny import NETWORK
 
 from fm_distill.config import NetworkConfig
 from fm_distill.models import MODELS, Variables, build_network, check_network, parameter_count
-from fm_distill.models.bit import group_norm, standardise
+from fm_distill.models.bit import standardise
+from fm_distill.models.layers import group_norm
 
 FLOAT32 = jnp.dtype("float32")
 
@@ -26,6 +27,12 @@ PUBLISHED = {
     ("bit_r101x3", 102): 382_416_678,
     ("bit_r152x2", 102): 232_656_102,
     ("bit_r152x4", 102): 929_175_910,
+    # Counted from timm 1.0.31's.
+    ("efficientnet_lite0", 1000): 4_652_008,
+    ("efficientnet_lite1", 1000): 5_416_680,
+    ("efficientnet_lite2", 1000): 6_092_072,
+    ("efficientnet_lite3", 1000): 8_197_096,
+    ("efficientnet_lite4", 1000): 13_006_568,
 }
 
 
@@ -110,7 +117,7 @@ def test_group_norm_against_numpy():
     mean = grouped.mean(axis=(1, 2, 4), keepdims=True)
     variance = grouped.var(axis=(1, 2, 4), keepdims=True)
     expected = ((grouped - mean) / np.sqrt(variance + 1e-5)).reshape(x.shape) * scale + bias
-    found = group_norm(jnp.float32(x), jnp.float32(scale), jnp.float32(bias), 3)
+    found = group_norm(jnp.float32(x), jnp.float32(scale), jnp.float32(bias), 3, 1e-5)
     np.testing.assert_allclose(found, expected, atol=2e-5)
 
 

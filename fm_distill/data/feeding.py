@@ -38,6 +38,8 @@ class Batch:
     canvases: PyTree  # uint8 (batch, side, side, 3)
     sizes: PyTree  # int32 (batch, 2): true height and width on the canvas
     labels: PyTree  # int32 (batch,): -1 where there is none
+    # float32 (batch, targets, classes): what fixed teachers said of each example; or None
+    targets: PyTree = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +75,7 @@ class Reader:
             "size": np.array(pixels.shape[:2], np.int32),
             "label": np.int32(raw.label),
             "whole": np.bool_(whole),
+            "example": np.int64(index),
         }
 
 
@@ -111,14 +114,24 @@ def process_rows(batch_size: int) -> tuple[int, int]:
 class ResidentFeed:
     """The decoded split lies in device memory; the host sends ids."""
 
-    def __init__(self, reader: Reader, seed: int, batch_size: int, replicated: Any, split: Any):
+    def __init__(
+        self,
+        reader: Reader,
+        seed: int,
+        batch_size: int,
+        replicated: Any,
+        split: Any,
+        targets: np.ndarray | None = None,  # of each example, where the teachers are fixed
+    ):
         self.seed, self.batch_size, self.ids_sharding = seed, batch_size, split
         arrays, whole = load_split(reader)
         if not whole.any():
             raise UserError(f"no image of {reader.source.identity} is whole")
         self.skipped = int((~whole).sum())
         self.stand_in = _next_whole(whole)
-        self.data: Batch | None = jax.device_put(arrays, replicated)
+        self.data: Batch | None = jax.device_put(
+            dataclasses.replace(arrays, targets=targets), replicated
+        )
 
     def feed(self, start_step: int, dispatches: Iterator[int]) -> Iterator[Array]:
         """For each dispatch of n steps the ids of its batches, (n, batch)."""
@@ -133,10 +146,19 @@ class ResidentFeed:
 class StreamingFeed:
     """Grain reads and decodes ahead; batches are sent to the devices before they are needed."""
 
-    def __init__(self, reader: Reader, seed: int, batch_size: int, total_steps: int, sharding: Any):
+    def __init__(
+        self,
+        reader: Reader,
+        seed: int,
+        batch_size: int,
+        total_steps: int,
+        sharding: Any,
+        targets: np.ndarray | None = None,  # of each example, where the teachers are fixed
+    ):
         first, rows = process_rows(batch_size)
         self.stream = TrainingStream(reader, seed, total_steps, batch_size, first, rows)
         self.sharding, self.workers = sharding, reader.config.workers
+        self.targets = targets
         self.data: Batch | None = None
         self.skipped = 0
 
@@ -150,7 +172,10 @@ class StreamingFeed:
             assert steps == 1
             while len(ready) < DEVICE_PREFETCH and (item := next(read, None)) is not None:
                 self.skipped += int((~item["whole"]).sum())
-                ready.append(jax.tree.map(lambda x: _send(x, self.sharding, 0), _batch(item)))
+                batch = _batch(item)
+                if self.targets is not None:
+                    batch = dataclasses.replace(batch, targets=self.targets[item["example"]])
+                ready.append(jax.tree.map(lambda x: _send(x, self.sharding, 0), batch))
             yield ready.popleft()
 
 
@@ -188,6 +213,7 @@ class _Padded:
             "size": np.ones(2, np.int32),
             "label": np.int32(-1),
             "whole": np.bool_(False),
+            "example": np.int64(-1),
         }
 
 

@@ -18,10 +18,12 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from fm_distill.config import InputRange, NetworkConfig
-from fm_distill.models import bit
-from fm_distill.models.contract import Network, Output, Variables, parameter_count
+from fm_distill.models import bit, keras_resnet_v2, mobilenet_v3
+from fm_distill.models import efficientnet_lite as lite
+from fm_distill.models.contract import HEAD, Network, Output, Variables, parameter_count
 
 __all__ = [
+    "HEAD",
     "MODELS",
     "Network",
     "Output",
@@ -53,6 +55,16 @@ MODELS: dict[str, Model] = {
     "bit_r101x3": Model(bit.member((3, 4, 23, 3), 3.0), "minus_one_one", "resnetv2_101x3_bit"),
     "bit_r152x2": Model(bit.member((3, 8, 36, 3), 2.0), "minus_one_one", "resnetv2_152x2_bit"),
     "bit_r152x4": Model(bit.member((3, 8, 36, 3), 4.0), "minus_one_one", "resnetv2_152x4_bit"),
+    "efficientnet_lite0": Model(lite.member(0), "minus_one_one", "tf_efficientnet_lite0"),
+    "efficientnet_lite1": Model(lite.member(1), "minus_one_one", "tf_efficientnet_lite1"),
+    "efficientnet_lite2": Model(lite.member(2), "minus_one_one", "tf_efficientnet_lite2"),
+    "efficientnet_lite3": Model(lite.member(3), "minus_one_one", "tf_efficientnet_lite3"),
+    "efficientnet_lite4": Model(lite.member(4), "minus_one_one", "tf_efficientnet_lite4"),
+    "mobilenet_v3_large": Model(mobilenet_v3.member("large"), "imagenet", "mobilenetv3_large_100"),
+    "mobilenet_v3_small": Model(mobilenet_v3.member("small"), "imagenet", "mobilenetv3_small_100"),
+    "mobilenet_v3_large_gn": Model(mobilenet_v3.member("large", 8), "imagenet"),
+    "mobilenet_v3_small_gn": Model(mobilenet_v3.member("small", 8), "imagenet"),
+    "resnet50v2": Model(keras_resnet_v2.build, "minus_one_one"),
 }
 
 

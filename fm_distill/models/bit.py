@@ -10,15 +10,15 @@ import math
 from collections.abc import Callable
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float
 
 from fm_distill.config import NetworkConfig
-from fm_distill.models.contract import Images, Network, Output, Variables, select_features
+from fm_distill.models.assembly import check_named, check_resolution, make_network
+from fm_distill.models.contract import HEAD, Images, Network
+from fm_distill.models.layers import Convolution, Head, Kernel, Norm, as_it_is, max_pool_zero_padded
 
 Activations = Float[Array, "batch _ _ _"]
-Kernel = Float[Array, "_ _ inputs outputs"]
 
 # Inside the square roots. Source: big_transfer's models (GroupNorm 1e-5, standardisation 1e-10).
 NORM_EPSILON = 1e-5
@@ -32,92 +32,14 @@ def standardise(kernel: Kernel) -> Kernel:
     return (kernel - mean) / jnp.sqrt(variance + STANDARDISATION_EPSILON)
 
 
-def convolve(
-    images: Float[Array, "batch _ _ inputs"], kernel: Kernel, stride: int = 1
-) -> Float[Array, "batch _ _ outputs"]:
-    """A convolution with `kernel // 2` zeros on each side.
-
-    On a CPU, XLA's 1x1 convolution is several times slower than the same matrix product.
-    """
-    padding = [(n // 2, n // 2) for n in kernel.shape[:2]]
-
-    def convolution(x: Array, k: Array) -> Array:
-        return jax.lax.conv_general_dilated(
-            x, k, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
-
-    def product(x: Array, k: Array) -> Array:
-        x = x[:, ::stride, ::stride]
-        return (x.reshape(-1, x.shape[-1]) @ k[0, 0]).reshape(*x.shape[:-1], k.shape[-1])
-
-    if kernel.shape[:2] != (1, 1):
-        return convolution(images, kernel)
-    return jax.lax.platform_dependent(images, kernel, cpu=product, default=convolution)
+def preparation(config: NetworkConfig, frozen: bool) -> Callable[[Kernel], Kernel]:
+    """What a convolution computes from its kernel; a frozen one was standardised already."""
+    return standardise if config.norm == "group" and not frozen else as_it_is
 
 
-def group_norm(
-    x: Float[Array, "batch height width channels"],
-    scale: Float[Array, " channels"],
-    bias: Float[Array, " channels"],
-    groups: int,
-) -> Float[Array, "batch height width channels"]:
-    """GroupNorm over contiguous channels, moments in float32.
-
-    As per-channel moments and one multiply-add: the usual form reshapes the activations into
-    groups, which is 8 times slower on a CPU and moves more memory on a TPU.
-    """
-    n, _, _, channels = x.shape
-    wide = x.astype(jnp.float32)
-    moments = jnp.stack([wide.mean(axis=(1, 2)), jnp.square(wide).mean(axis=(1, 2))])
-    moments = moments.reshape(2, n, groups, channels // groups).mean(axis=-1)
-    mean, variance = moments[0], jnp.maximum(moments[1] - jnp.square(moments[0]), 0)
-    inverse = jax.lax.rsqrt(variance + NORM_EPSILON)
-    spread = jnp.repeat(jnp.stack([mean, inverse]), channels // groups, axis=-1)
-    factor = spread[1] * scale
-    offset = bias - spread[0] * factor
-    return (wide * factor[:, None, None] + offset[:, None, None]).astype(x.dtype)
-
-
-class Convolution(nn.Module):
-    """A convolution without bias; standardised unless its kernel is already."""
-
-    channels: int
-    size: int
-    stride: int
-    standardised: bool
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: Activations) -> Activations:
-        shape = (self.size, self.size, x.shape[-1], self.channels)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, jnp.float32)
-        if self.standardised:
-            kernel = standardise(kernel)
-        return convolve(x, kernel.astype(self.dtype), self.stride)
-
-
-class Norm(nn.Module):
-    """GroupNorm, or BatchNorm with the statistics of the global batch, then relu."""
-
-    kind: str
-    groups: int
-    train: bool
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x: Activations) -> Activations:
-        if self.kind == "batch":
-            norm = nn.BatchNorm(
-                use_running_average=not self.train,
-                momentum=0.9,
-                epsilon=NORM_EPSILON,
-                dtype=self.dtype,
-                name="moments",
-            )
-            return nn.relu(norm(x))
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
-        return nn.relu(group_norm(x, scale, bias, self.groups))
+def norm_groups(config: NetworkConfig) -> int | None:
+    """Groups of the GroupNorm; None for BatchNorm."""
+    return config.groups if config.norm == "group" else None
 
 
 class Unit(nn.Module):
@@ -143,14 +65,14 @@ class Unit(nn.Module):
         return shortcut + h
 
     def _norm(self, name: str, x: Activations) -> Activations:
-        c = self.config
-        return Norm(c.norm, c.groups, self.train, self.dtype, name=name)(x)
+        norm = Norm(norm_groups(self.config), NORM_EPSILON, self.train, name=name)
+        return nn.relu(norm(x))
 
     def _convolution(
         self, name: str, x: Activations, channels: int, size: int, stride: int
     ) -> Activations:
-        standardised = self.config.norm == "group" and not self.frozen
-        return Convolution(channels, size, stride, standardised, self.dtype, name=name)(x)
+        prepare = preparation(self.config, self.frozen)
+        return Convolution(channels, size, stride, self.dtype, prepare=prepare, name=name)(x)
 
 
 class ResNetV2(nn.Module):
@@ -165,13 +87,13 @@ class ResNetV2(nn.Module):
     def __call__(self, images: Images, train: bool) -> tuple[Array, dict[str, Array]]:
         c = self.config
         root = round(64 * c.width)
-        standardised = c.norm == "group" and not self.frozen
+        prepare = preparation(c, self.frozen)
         x = images.astype(self.dtype)
         if c.stem == "imagenet":
-            x = Convolution(root, 7, 2, standardised, self.dtype, name="root")(x)
+            x = Convolution(root, 7, 2, self.dtype, prepare=prepare, name="root")(x)
             x = self._pool(x)
         else:
-            x = Convolution(root, 3, 1, standardised, self.dtype, name="root")(x)
+            x = Convolution(root, 3, 1, self.dtype, prepare=prepare, name="root")(x)
         features = {"root": x}
         for block, units in enumerate(c.depths, 1):
             middle = root * 2 ** (block - 1)
@@ -180,18 +102,15 @@ class ResNetV2(nn.Module):
                 name = f"block{block}_unit{unit:02d}"
                 x = Unit(middle, stride, c, self.frozen, train, self.dtype, name=name)(x)
             features[f"block{block}"] = x
-        x = Norm(c.norm, c.groups, train, self.dtype, name="norm")(x)
+        x = nn.relu(Norm(norm_groups(c), NORM_EPSILON, train, name="norm")(x))
         pooled = x.astype(jnp.float32).mean(axis=(1, 2))
         features["pre_logits"] = pooled
-        # The head starts at zero (released configs: head_zeroinit), and computes in float32.
-        head = nn.Dense(self.classes, kernel_init=nn.initializers.zeros, name="head")
-        return head(pooled), features
+        return Head(self.classes, name=HEAD)(pooled), features
 
     def _pool(self, x: Activations) -> Activations:
         """The root's 3x3 maximum. Padding: zero in BiT's files and timm, -inf when released."""
         if self.config.root_pool_padding == "zero":
-            x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-            return nn.max_pool(x, (3, 3), (2, 2), "VALID")
+            return max_pool_zero_padded(x)
         return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
 
 
@@ -200,33 +119,8 @@ def build(config: NetworkConfig, classes: int, dtype: jnp.dtype) -> Network:
     _check(config)
     module = ResNetV2(config, classes, dtype)
     frozen_module = ResNetV2(config, classes, dtype, frozen=True)
-
-    def init(key: PRNGKeyArray) -> Variables:
-        images = jnp.zeros((1, config.resolution, config.resolution, 3), jnp.float32)
-        tree = module.init(key, images, train=False)
-        return Variables(tree["params"], tree.get("batch_stats", {}))
-
-    def apply(
-        variables: Variables, images: Images, *, train: bool, features: tuple[str, ...] = ()
-    ) -> Output:
-        tree = {"params": variables.params, "batch_stats": variables.statistics}
-        if not train:
-            logits, available = module.apply(tree, images, train=False)
-            return Output(logits, select_features(available, features), variables.statistics)
-        (logits, available), new = module.apply(tree, images, train=True, mutable=["batch_stats"])
-        return Output(logits, select_features(available, features), new.get("batch_stats", {}))
-
-    def freeze(variables: Variables) -> Variables:
-        return Variables(_fold(variables.params, config, dtype), variables.statistics)
-
-    def apply_frozen(
-        frozen: Variables, images: Images, *, features: tuple[str, ...] = ()
-    ) -> Output:
-        tree = {"params": frozen.params, "batch_stats": frozen.statistics}
-        logits, available = frozen_module.apply(tree, images, train=False)
-        return Output(logits, select_features(available, features), frozen.statistics)
-
-    return Network(classes, init, apply, freeze, apply_frozen)
+    fold = preparation(config, frozen=False)
+    return make_network(module, frozen_module, fold, config, classes, dtype)
 
 
 def member(
@@ -235,30 +129,10 @@ def member(
     """A published member of the family; its config may not say otherwise."""
 
     def build_member(config: NetworkConfig, classes: int, dtype: jnp.dtype) -> Network:
-        for name, value, free in (
-            ("depths", config.depths, ()),
-            ("width", config.width, 1.0),
-            ("stem", config.stem, "imagenet"),
-            ("norm", config.norm, "group"),
-            ("groups", config.groups, 32),
-        ):
-            if value != free:
-                raise ValueError(f"{config.model} fixes {name}; got {value}: use model=bit for it")
+        check_named(config)
         return build(dataclasses.replace(config, depths=depths, width=width), classes, dtype)
 
     return build_member
-
-
-def _fold(params: PyTree, config: NetworkConfig, dtype: jnp.dtype) -> PyTree:
-    """Standardises each kernel once, in float32, and stores it in the compute type."""
-
-    def fold(path: tuple, leaf: Array) -> Array:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if not name.endswith("kernel") or name.startswith("head"):
-            return leaf
-        return (standardise(leaf) if config.norm == "group" else leaf).astype(dtype)
-
-    return jax.tree_util.tree_map_with_path(fold, params)
 
 
 def _check(config: NetworkConfig) -> None:
@@ -274,5 +148,4 @@ def _check(config: NetworkConfig) -> None:
             f"{config.width:g}; use groups={near}"
         )
     shrink = 2 ** (len(config.depths) - 1) * (4 if config.stem == "imagenet" else 1)
-    if config.resolution < shrink:
-        raise ValueError(f"resolution {config.resolution} is below the network's stride {shrink}")
+    check_resolution(config, shrink)

@@ -9,6 +9,9 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 Images = Float[Array, "batch height width 3"]
 
+# The module of the classifier, in every network.
+HEAD = "head"
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

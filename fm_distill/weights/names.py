@@ -71,7 +71,6 @@ _TORCH_LEAVES = {
 def _bit_parts(path: str) -> tuple[str, str, str, str]:
     """Block, unit, part and leaf of one of BiT's paths; block and unit are empty outside units."""
     _, *modules, leaf = path.split("/")
-    modules = [m for m in modules if m != "moments"]
     if len(modules) == 1:
         return "", "", modules[0], leaf
     block, unit = modules[0].split("_")

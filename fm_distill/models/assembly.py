@@ -1,0 +1,95 @@
+"""From a Flax module to a `Network`, and the checks of a config that families share."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PRNGKeyArray, PyTree
+
+from fm_distill.config import NetworkConfig
+from fm_distill.models.contract import HEAD, Images, Network, Output, Variables, select_features
+from fm_distill.models.layers import Kernel
+
+
+def make_network(
+    module: nn.Module,
+    frozen_module: nn.Module,
+    fold: Callable[[Kernel], Kernel],
+    config: NetworkConfig,
+    classes: int,
+    dtype: jnp.dtype,
+) -> Network:
+    """The pure functions of `module`: `(images, train) -> logits, features`.
+
+    `frozen_module` reads kernels that `fold` has prepared in float32, stored in `dtype`.
+    """
+
+    def init(key: PRNGKeyArray) -> Variables:
+        images = jnp.zeros((1, config.resolution, config.resolution, 3), jnp.float32)
+        tree = module.init(key, images, train=False)
+        return Variables(tree["params"], tree.get("batch_stats", {}))
+
+    def apply(
+        variables: Variables, images: Images, *, train: bool, features: tuple[str, ...] = ()
+    ) -> Output:
+        tree = {"params": variables.params, "batch_stats": variables.statistics}
+        if not train:
+            logits, available = module.apply(tree, images, train=False)
+            return Output(logits, select_features(available, features), variables.statistics)
+        (logits, available), new = module.apply(tree, images, train=True, mutable=["batch_stats"])
+        return Output(logits, select_features(available, features), new.get("batch_stats", {}))
+
+    def freeze(variables: Variables) -> Variables:
+        return Variables(_fold(variables.params, fold, dtype), variables.statistics)
+
+    def apply_frozen(
+        frozen: Variables, images: Images, *, features: tuple[str, ...] = ()
+    ) -> Output:
+        tree = {"params": frozen.params, "batch_stats": frozen.statistics}
+        logits, available = frozen_module.apply(tree, images, train=False)
+        return Output(logits, select_features(available, features), frozen.statistics)
+
+    return Network(classes, init, apply, freeze, apply_frozen)
+
+
+def _fold(params: PyTree, fold: Callable[[Kernel], Kernel], dtype: jnp.dtype) -> PyTree:
+    """Every kernel but the head's, folded in float32 and stored in the compute type."""
+
+    def leaf_of(path: tuple, leaf: Array) -> Array:
+        module, *_, name = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        return fold(leaf).astype(dtype) if name == "kernel" and module != HEAD else leaf
+
+    return jax.tree_util.tree_map_with_path(leaf_of, params)
+
+
+def check_named(config: NetworkConfig) -> None:
+    """A named network fixes what describes a `bit`; its config may not say otherwise."""
+    for name, value, free in (
+        ("depths", config.depths, ()),
+        ("width", config.width, 1.0),
+        ("stem", config.stem, "imagenet"),
+        ("norm", config.norm, "group"),
+        ("groups", config.groups, 32),
+    ):
+        if value != free:
+            raise ValueError(
+                f"{config.model} fixes {name}; got {value}: leave it at {free}, or use model=bit"
+            )
+
+
+def check_resolution(config: NetworkConfig, stride: int) -> None:
+    """The network's last picture has at least one pixel."""
+    if config.resolution < stride:
+        raise ValueError(f"resolution {config.resolution} is below the network's stride {stride}")
+
+
+def check_plain(config: NetworkConfig, stride: int) -> None:
+    """A named network of a family other than BiT, with its stride."""
+    check_named(config)
+    if config.root_pool_padding not in ("auto", "zero"):
+        raise ValueError(
+            f"{config.model} has no choice of root_pool_padding; got "
+            f"{config.root_pool_padding}: leave it at auto"
+        )
+    check_resolution(config, stride)

@@ -1,0 +1,122 @@
+"""Networks of inverted residual blocks: what EfficientNet-Lite and MobileNetV3 share.
+
+Source of the block: Sandler et al. 2018 (arXiv 1801.04381). Modules have timm's names, where
+`blocks_0_0` stands for `blocks.0.0`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from fm_distill.models.contract import Images
+from fm_distill.models.layers import Convolution, DepthwiseConvolution, Norm, Padding
+
+Activations = Float[Array, "batch _ _ _"]
+Activation = Callable[[Array], Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """One block. `expanded` channels are convolved depthwise; None: those that come in."""
+
+    kernel: int
+    stride: int
+    expanded: int | None
+    channels: int
+    activation: Activation
+    # Channels of the squeeze and excitation; 0 for none.
+    squeezed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Design:
+    """A whole network but for its head."""
+
+    stem_channels: int
+    stages: tuple[tuple[Block, ...], ...]
+    # Width of the 1x1 convolution before the classifier.
+    head_channels: int
+    activation: Activation
+    padding: Padding
+    # Of the GroupNorm; None for BatchNorm.
+    groups: int | None
+    epsilon: float
+
+    @property
+    def stride(self) -> int:
+        """Of the whole network; the stem halves the picture."""
+        return 2 ** (1 + sum(block.stride == 2 for stage in self.stages for block in stage))
+
+
+def divisible_by_8(channels: float) -> int:
+    """The nearest multiple of 8 that is not below 90 %. Source: both papers' reference code."""
+    nearest = max(8, int(channels + 4) // 8 * 8)
+    return nearest + 8 if nearest < 0.9 * channels else nearest
+
+
+class SqueezeAndExcitation(nn.Module):
+    """Multiplies each channel by a hard sigmoid of all channels' means (arXiv 1905.02244)."""
+
+    squeezed: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Activations) -> Activations:
+        means = x.astype(jnp.float32).mean(axis=(1, 2), keepdims=True).astype(self.dtype)
+        reduce = Convolution(self.squeezed, 1, 1, self.dtype, bias=True, name="conv_reduce")
+        expand = Convolution(x.shape[-1], 1, 1, self.dtype, bias=True, name="conv_expand")
+        return x * nn.hard_sigmoid(expand(nn.relu(reduce(means))))
+
+
+class InvertedResidual(nn.Module):
+    """Expand, convolve depthwise, weigh the channels, project; the shortcut where shapes allow.
+
+    Its parts are counted as timm counts them: the first norm is `bn1` whether a block expands or
+    not, and the projection `conv_pwl` where it expands, else `conv_pw`.
+    """
+
+    block: Block
+    design: Design
+    train: bool
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Activations) -> Activations:
+        b = self.block
+        h, norms = x, iter(("bn1", "bn2", "bn3"))
+        if b.expanded is not None:
+            h = Convolution(b.expanded, 1, 1, self.dtype, name="conv_pw")(h)
+            h = b.activation(self._norm(next(norms), h))
+        h = DepthwiseConvolution(
+            b.kernel, b.stride, self.dtype, self.design.padding, name="conv_dw"
+        )(h)
+        h = b.activation(self._norm(next(norms), h))
+        if b.squeezed:
+            h = SqueezeAndExcitation(b.squeezed, self.dtype, name="se")(h)
+        name = "conv_pw" if b.expanded is None else "conv_pwl"
+        h = Convolution(b.channels, 1, 1, self.dtype, name=name)(h)
+        h = self._norm(next(norms), h)
+        return x + h if b.stride == 1 and x.shape == h.shape else h
+
+    def _norm(self, name: str, x: Activations) -> Activations:
+        d = self.design
+        return Norm(d.groups, d.epsilon, self.train, name=name)(x)
+
+
+def trunk(
+    design: Design, images: Images, train: bool, dtype: jnp.dtype
+) -> tuple[Activations, dict[str, Array]]:
+    """Stem and stages, as modules of the caller."""
+    x = images.astype(dtype)
+    x = Convolution(design.stem_channels, 3, 2, dtype, design.padding, name="conv_stem")(x)
+    x = Norm(design.groups, design.epsilon, train, name="bn1")(x)
+    x = design.activation(x)
+    features = {"stem": x}
+    for i, stage in enumerate(design.stages):
+        for j, block in enumerate(stage):
+            x = InvertedResidual(block, design, train, dtype, name=f"blocks_{i}_{j}")(x)
+        features[f"block{i + 1}"] = x
+    return x, features

@@ -1,0 +1,223 @@
+"""The layers that families share: convolutions, norms, and the head.
+
+Parameters are float32; a layer computes in `dtype`, with moments in float32.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Activations = Float[Array, "batch _ _ channels"]
+Kernel = Float[Array, "_ _ inputs outputs"]
+PerChannel = Float[Array, " channels"]
+
+# `symmetric`: kernel // 2 zeros on each side, as in PyTorch. `same`: as in TensorFlow, which puts
+# the odd zero after the picture, so that with stride 2 it depends on the picture's size.
+Padding = Literal["symmetric", "same"]
+
+# How much of the old running averages a training step keeps.
+BATCH_NORM_MOMENTUM = 0.9
+
+
+def _padding(size: int, kernel: int, stride: int, padding: Padding) -> tuple[int, int]:
+    """Zeros before and after one side of the picture."""
+    if padding == "symmetric":
+        return kernel // 2, kernel // 2
+    # ceil(size / stride) outputs.
+    total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+    return total // 2, total - total // 2
+
+
+def _paddings(x: Array, kernel: Array, stride: int, padding: Padding) -> list[tuple[int, int]]:
+    return [_padding(x.shape[1 + i], kernel.shape[i], stride, padding) for i in range(2)]
+
+
+def convolve(
+    images: Float[Array, "batch _ _ inputs"],
+    kernel: Kernel,
+    stride: int = 1,
+    padding: Padding = "symmetric",
+) -> Float[Array, "batch _ _ outputs"]:
+    """A convolution.
+
+    On a CPU, XLA's 1x1 convolution is several times slower than the same matrix product.
+    """
+
+    def convolution(x: Array, k: Array) -> Array:
+        return jax.lax.conv_general_dilated(
+            x,
+            k,
+            (stride, stride),
+            _paddings(x, k, stride, padding),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+
+    def product(x: Array, k: Array) -> Array:
+        x = x[:, ::stride, ::stride]
+        return (x.reshape(-1, x.shape[-1]) @ k[0, 0]).reshape(*x.shape[:-1], k.shape[-1])
+
+    if kernel.shape[:2] != (1, 1):
+        return convolution(images, kernel)
+    return jax.lax.platform_dependent(images, kernel, cpu=product, default=convolution)
+
+
+def convolve_depthwise(
+    images: Float[Array, "batch _ _ channels"],
+    kernel: Float[Array, "_ _ 1 channels"],
+    stride: int = 1,
+    padding: Padding = "symmetric",
+) -> Float[Array, "batch _ _ channels"]:
+    """A convolution of each channel with a kernel of its own.
+
+    On a CPU, XLA's grouped convolution is an order of magnitude slower than the same sum of
+    shifted pictures, forward and backward.
+    """
+
+    def convolution(x: Array, k: Array) -> Array:
+        return jax.lax.conv_general_dilated(
+            x,
+            k,
+            (stride, stride),
+            _paddings(x, k, stride, padding),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=x.shape[-1],
+        )
+
+    def shifts(x: Array, k: Array) -> Array:
+        around = _paddings(x, k, stride, padding)
+        # Sums in float32, as a convolution does.
+        x, k = jnp.pad(x, ((0, 0), *around, (0, 0))).astype(jnp.float32), k.astype(jnp.float32)
+        # Rows and columns of the output, minus one.
+        rows, columns = ((x.shape[1 + i] - k.shape[i]) // stride for i in range(2))
+        total = jnp.zeros((), jnp.float32)
+        for i in range(k.shape[0]):
+            for j in range(k.shape[1]):
+                rest = (i + rows * stride + 1, j + columns * stride + 1)
+                shifted = x[:, i : rest[0] : stride, j : rest[1] : stride]
+                total = total + shifted * k[i, j, 0]
+        return total.astype(images.dtype)
+
+    return jax.lax.platform_dependent(images, kernel, cpu=shifts, default=convolution)
+
+
+def group_norm(
+    x: Activations, scale: PerChannel, bias: PerChannel, groups: int, epsilon: float
+) -> Activations:
+    """GroupNorm over contiguous channels, moments in float32.
+
+    As per-channel moments and one multiply-add: the usual form reshapes the activations into
+    groups, which is 8 times slower on a CPU and moves more memory on a TPU.
+    """
+    n, _, _, channels = x.shape
+    wide = x.astype(jnp.float32)
+    moments = jnp.stack([wide.mean(axis=(1, 2)), jnp.square(wide).mean(axis=(1, 2))])
+    moments = moments.reshape(2, n, groups, channels // groups).mean(axis=-1)
+    mean, variance = moments[0], jnp.maximum(moments[1] - jnp.square(moments[0]), 0)
+    inverse = jax.lax.rsqrt(variance + epsilon)
+    spread = jnp.repeat(jnp.stack([mean, inverse]), channels // groups, axis=-1)
+    factor = spread[1] * scale
+    offset = bias - spread[0] * factor
+    return (wide * factor[:, None, None] + offset[:, None, None]).astype(x.dtype)
+
+
+def channel_moments(x: Activations) -> tuple[PerChannel, PerChannel]:
+    """Mean and variance over the batch and the picture, in float32.
+
+    Of the global batch: under `jit` the mean runs over the shards.
+    """
+    wide = x.astype(jnp.float32)
+    mean = wide.mean(axis=(0, 1, 2))
+    return mean, jnp.maximum(jnp.square(wide).mean(axis=(0, 1, 2)) - jnp.square(mean), 0)
+
+
+def max_pool_zero_padded(x: Activations) -> Activations:
+    """The 3x3 maximum with stride 2, where what is outside of the picture counts as zero."""
+    return nn.max_pool(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), (3, 3), (2, 2), "VALID")
+
+
+def as_it_is(kernel: Kernel) -> Kernel:
+    """The kernel of a family that computes none from it."""
+    return kernel
+
+
+class Convolution(nn.Module):
+    """A convolution with `prepare(kernel)`."""
+
+    channels: int
+    size: int
+    stride: int
+    dtype: jnp.dtype
+    padding: Padding = "symmetric"
+    bias: bool = False
+    prepare: Callable[[Kernel], Kernel] = as_it_is
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch _ _ _"]) -> Float[Array, "batch _ _ _"]:
+        shape = (self.size, self.size, x.shape[-1], self.channels)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, jnp.float32)
+        kernel = self.prepare(kernel).astype(self.dtype)
+        x = convolve(x, kernel, self.stride, self.padding)
+        if self.bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.channels,), jnp.float32)
+            x = x + bias.astype(self.dtype)
+        return x
+
+
+class DepthwiseConvolution(nn.Module):
+    """A convolution of each channel by itself, without bias."""
+
+    size: int
+    stride: int
+    dtype: jnp.dtype
+    padding: Padding
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch _ _ _"]) -> Float[Array, "batch _ _ _"]:
+        shape = (self.size, self.size, 1, x.shape[-1])
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, jnp.float32)
+        return convolve_depthwise(x, kernel.astype(self.dtype), self.stride, self.padding)
+
+
+class Norm(nn.Module):
+    """GroupNorm, or BatchNorm with the statistics of the global batch where `groups` is None."""
+
+    groups: int | None
+    epsilon: float
+    train: bool
+
+    @nn.compact
+    def __call__(self, x: Activations) -> Activations:
+        shape = (x.shape[-1],)
+        scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
+        if self.groups is not None:
+            return group_norm(x, scale, bias, self.groups, self.epsilon)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
+        variance = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
+        if self.train:
+            moments = channel_moments(x)
+            for average, moment in zip((mean, variance), moments, strict=True):
+                kept = BATCH_NORM_MOMENTUM * average.value
+                average.value = kept + (1 - BATCH_NORM_MOMENTUM) * moment
+        else:
+            moments = mean.value, variance.value
+        factor = scale * jax.lax.rsqrt(moments[1] + self.epsilon)
+        offset = bias - moments[0] * factor
+        return (x.astype(jnp.float32) * factor + offset).astype(x.dtype)
+
+
+class Head(nn.Module):
+    """The classifier, in float32. It starts at zero (released configs: head_zeroinit)."""
+
+    classes: int
+
+    @nn.compact
+    def __call__(self, pooled: Float[Array, "batch inputs"]) -> Float[Array, "batch classes"]:
+        shape = (pooled.shape[-1], self.classes)
+        kernel = self.param("kernel", nn.initializers.zeros, shape, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (self.classes,), jnp.float32)
+        return pooled.astype(jnp.float32) @ kernel + bias

@@ -1,0 +1,285 @@
+"""The paper's regimes, ensembles, fixed targets and transfer sets: who sees which view."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from test_step import KEY, gradients_of, random_batch, with_random_head
+from tiny import NETWORK, tiny_config
+
+from fm_distill.build import build
+from fm_distill.config import (
+    MeshConfig,
+    ObjectiveConfig,
+    SplitConfig,
+    TransferConfig,
+    ViewConfig,
+)
+from fm_distill.data.feeding import Reader, ResidentFeed, StreamingFeed
+from fm_distill.data.sources import open_source
+from fm_distill.data.transfer import open_training
+from fm_distill.distances import as_one, combine, kl_divergence
+from fm_distill.models import Network, Output, Variables
+from fm_distill.sharding import make_layout
+from fm_distill.step import Seat, init_state, make_train_step
+from fm_distill.targets import fixed_targets
+from fm_distill.views import TEACHINGS, Picture, draw, mix, render, render_central
+
+VIEWS = ViewConfig()
+
+
+def log_softmax(x):
+    x = np.asarray(x, np.float64)
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def looking_network(side: int) -> Network:
+    """Its logits are the picture itself, so that a loss tells what was seen."""
+
+    def apply(variables, images, *, train=False, features=()):
+        seen = images.reshape(images.shape[0], -1) * variables.params["gain"]
+        return Output(seen, {}, {})
+
+    return Network(
+        side * side * 3,
+        lambda key: Variables({"gain": jnp.ones(())}, {}),
+        apply,
+        lambda variables: variables,
+        lambda frozen, images, *, features=(): apply(frozen, images),
+    )
+
+
+def seat(side: int = 4) -> Seat:
+    return Seat(looking_network(side), Picture(side, "minus_one_one"))
+
+
+def loss_of(teaching: str, batch) -> float:
+    """The L2 between what the student and what its teacher saw, at the first step."""
+    one = seat()
+    state = init_state(KEY, one.network, jnp_identity(), None)
+    objective = ObjectiveConfig(distance="l2")
+    step = make_train_step(one, (one,), jnp_identity(), VIEWS, objective, teaching)
+    _, metrics = jax.jit(step)(state, (state.student,), batch, KEY)
+    return float(metrics["loss"])
+
+
+def jnp_identity():
+    import optax
+
+    return optax.sgd(0.0)
+
+
+def seen_by(drawn, batch) -> np.ndarray:
+    pictures = render(drawn, batch.canvases, Picture(4, "minus_one_one"))
+    return np.asarray(pictures, np.float64).reshape(len(batch.labels), -1)
+
+
+def test_each_teaching_shows_what_the_paper_says():
+    batch = jax.tree.map(jnp.asarray, random_batch())
+    key = jax.random.fold_in(KEY, 0)
+    # Function matching and consistent teaching show both networks the same: no distance.
+    assert loss_of("function_matching", batch) == 0.0
+    assert loss_of("consistent", batch) == 0.0
+    matching, _ = TEACHINGS["function_matching"](key, batch.sizes, VIEWS)
+    consistent, _ = TEACHINGS["consistent"](key, batch.sizes, VIEWS)
+    assert matching.coefficients is not None and consistent.coefficients is None
+    np.testing.assert_array_equal(matching.boxes, consistent.boxes)
+    # Independent: two draws of the same images.
+    own, teachers = TEACHINGS["independent"](key, batch.sizes, VIEWS)
+    assert own.coefficients is None and teachers.coefficients is None
+    assert (np.asarray(own.boxes) != np.asarray(teachers.boxes)).any(axis=1).mean() > 0.9
+    expected = ((seen_by(own, batch) - seen_by(teachers, batch)) ** 2).sum(-1).mean()
+    assert loss_of("independent", batch) == pytest.approx(expected, rel=1e-5) and expected > 1
+    # Fixed: the batch brings the targets, the student sees a crop of its own.
+    targets = np.random.default_rng(0).standard_normal((16, 1, 48)).astype(np.float32)
+    own, nothing = TEACHINGS["fixed"](key, batch.sizes, VIEWS)
+    assert nothing is None and own.coefficients is None
+    expected = ((seen_by(own, batch) - targets[:, 0]) ** 2).sum(-1).mean()
+    found = loss_of("fixed", dataclasses.replace(batch, targets=targets))
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_several_teachers_against_numpy():
+    rng = np.random.default_rng(0)
+    logits = 3 * rng.standard_normal((3, 6, 7))
+    teachers = tuple(jnp.float32(x) for x in logits)
+    for temperature in (1.0, 2.5):
+        mean = ObjectiveConfig(temperature=temperature)
+        (found,) = combine(teachers, mean)
+        np.testing.assert_allclose(found, logits.mean(0), rtol=1e-5, atol=1e-6)
+        probabilities = dataclasses.replace(mean, ensemble="mean_probabilities")
+        (found,) = combine(teachers, probabilities)
+        expected = np.exp(log_softmax(logits / temperature)).mean(0)
+        np.testing.assert_allclose(jax.nn.softmax(found / temperature), expected, rtol=1e-5)
+        total = dataclasses.replace(mean, ensemble="sum_of_distances")
+        assert len(combine(teachers, total)) == 3
+        np.testing.assert_array_equal(as_one(teachers, total), found)
+    assert combine(teachers[:1], mean) == teachers[:1]
+
+
+def test_a_sum_of_distances_pulls_to_the_mean_probability():
+    rng = np.random.default_rng(1)
+    student, *teachers = (jnp.float32(x) for x in 2 * rng.standard_normal((4, 5, 7)))
+    objective = ObjectiveConfig(ensemble="sum_of_distances", temperature=2.0)
+
+    def total(s):
+        return sum(kl_divergence(s, t, 2.0) for t in combine(tuple(teachers), objective)).sum()
+
+    def to_mean(s):
+        return 3 * kl_divergence(s, as_one(tuple(teachers), objective), 2.0).sum()
+
+    np.testing.assert_allclose(jax.grad(total)(student), jax.grad(to_mean)(student), atol=1e-5)
+
+
+@pytest.mark.parametrize("ensemble", ["mean_logits", "mean_probabilities", "sum_of_distances"])
+def test_two_teachers_at_two_resolutions_teach_in_the_step(ensemble):
+    """The gradient of the step against one that is written out here."""
+    config = tiny_config(
+        objective=ObjectiveConfig(temperature=2.0, ensemble=ensemble), views=ViewConfig()
+    )
+    other = dataclasses.replace(NETWORK, resolution=24, input_range="zero_one")
+    built = build(config, 10, (NETWORK, other), 10, make_layout(MeshConfig(data=1)))
+    state = built.init(jax.random.key(0))
+    state = dataclasses.replace(state, student=with_random_head(state.student))
+    frozen = tuple(
+        seat.network.freeze(with_random_head(seat.network.init(jax.random.key(i)), i))
+        for i, seat in enumerate(built.teachers, 1)
+    )
+    batch = jax.tree.map(jnp.asarray, random_batch())
+    seats = built.student, built.teachers
+    found, metrics = gradients_of(config, state, seats, frozen, batch)
+    drawn = draw(jax.random.fold_in(KEY, 0), batch.sizes, config.views)
+    said = [
+        seat.network.apply_frozen(v, render(drawn, batch.canvases, seat.picture)).logits
+        for seat, v in zip(built.teachers, frozen, strict=True)
+    ]
+    assert built.teachers[1].picture.resolution == 24
+
+    def loss(params):
+        variables = Variables(params, {})
+        images = render(drawn, batch.canvases, built.student.picture)
+        logits = built.student.network.apply(variables, images, train=True).logits
+        if ensemble == "sum_of_distances":
+            return 4 * sum(kl_divergence(logits, t, 2.0) for t in said).mean()
+        if ensemble == "mean_logits":
+            return 4 * kl_divergence(logits, (said[0] + said[1]) / 2, 2.0).mean()
+        p = (jax.nn.softmax(said[0] / 2) + jax.nn.softmax(said[1] / 2)) / 2
+        return 4 * kl_divergence(logits, 2 * jnp.log(p), 2.0).mean()
+
+    value, expected = jax.value_and_grad(loss)(state.student.params)
+    assert metrics["loss"] == pytest.approx(float(value), rel=1e-4)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5), found, expected
+    )
+
+
+def teacher_of(config, seed=1):
+    built = build(config, 10, (NETWORK,), 10, make_layout(MeshConfig()))
+    network = built.teachers[0].network
+    variables = with_random_head(network.init(jax.random.key(seed)), seed)
+    return built.teachers, (network.freeze(variables),)
+
+
+def some_digits(config, count=20):
+    data = dataclasses.replace(config.data, train=SplitConfig(name="train"))
+    source = open_source(data, "train")
+    return Reader(dataclasses.replace(source, labels=source.labels[:count]), data, 10)
+
+
+def test_fixed_targets_are_the_central_crops_logits_computed_once(tmp_path):
+    config = tiny_config(objective=ObjectiveConfig(), teaching="fixed")
+    layout = make_layout(MeshConfig())
+    seats, frozen = teacher_of(config)
+    reader, kept = some_digits(config), tmp_path / "targets.npz"
+    found = fixed_targets(config, seats, frozen, reader, layout, kept)
+    assert found.shape == (20, 1, 10)
+    canvases = jnp.stack([reader[i]["canvas"] for i in range(20)])
+    sizes = jnp.stack([reader[i]["size"] for i in range(20)])
+    images = render_central(canvases, sizes, config.views.central_fraction, seats[0].picture)
+    expected = seats[0].network.apply_frozen(frozen[0], images).logits
+    np.testing.assert_allclose(found[:, 0], expected, atol=1e-5)
+    # Kept: another teacher changes nothing while the file is there, and a broken file is made anew.
+    _, others = teacher_of(config, seed=2)
+    again = fixed_targets(config, seats, others, reader, layout, kept)
+    np.testing.assert_array_equal(again, found)
+    data = bytearray(kept.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    kept.write_bytes(data)
+    np.testing.assert_array_equal(fixed_targets(config, seats, frozen, reader, layout, kept), found)
+
+
+@pytest.mark.parametrize("ensemble", ["mean_logits", "mean_probabilities"])
+def test_fixed_targets_over_many_crops(tmp_path, ensemble):
+    objective = ObjectiveConfig(ensemble=ensemble, temperature=2.0)
+    config = tiny_config(objective=objective, teaching="fixed", fixed_crops=3, batch_size=24)
+    layout = make_layout(MeshConfig())
+    seats, frozen = teacher_of(config)
+    reader = some_digits(config)
+    found = fixed_targets(config, seats, frozen, reader, layout, tmp_path / "t.npz")
+    # The one batch is padded with black pictures up to 24.
+    canvases, sizes = np.zeros((24, 32, 32, 3), np.uint8), np.ones((24, 2), np.int32)
+    for i in range(20):
+        canvases[i], sizes[i] = reader[i]["canvas"], reader[i]["size"]
+    views = dataclasses.replace(config.views, mixup="none")
+    said = []
+    for crop in range(3):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 0), crop)
+        images = render(
+            draw(key, jnp.asarray(sizes), views), jnp.asarray(canvases), seats[0].picture
+        )
+        said.append(np.asarray(seats[0].network.apply_frozen(frozen[0], images).logits)[:20])
+    assert np.abs(said[0] - said[1]).max() > 0.1
+    if ensemble == "mean_logits":
+        np.testing.assert_allclose(found[:, 0], np.mean(said, axis=0), atol=1e-4)
+    else:
+        expected = np.exp(log_softmax(np.array(said) / 2)).mean(0)
+        np.testing.assert_allclose(jax.nn.softmax(found[:, 0] / 2), expected, atol=1e-5)
+
+
+def test_targets_travel_with_their_examples_in_both_feedings():
+    config = tiny_config()
+    reader = some_digits(config)
+    targets = np.arange(20, dtype=np.float32)[:, None, None] * np.ones((1, 1, 3), np.float32)
+    layout = make_layout(MeshConfig())
+    resident = ResidentFeed(reader, 0, 8, layout.replicated, layout.ids, targets)
+    streaming = StreamingFeed(reader, 0, 8, 4, layout.batch, targets)
+    ids = resident.feed(0, iter([1] * 4))
+    for batch, fed in zip(streaming.feed(0, iter([1] * 4)), ids, strict=True):
+        chosen = np.asarray(fed)[0]
+        np.testing.assert_array_equal(np.asarray(batch.targets)[:, 0, 0], chosen)
+        np.testing.assert_array_equal(np.asarray(resident.data.targets)[chosen], batch.targets)
+        np.testing.assert_array_equal(np.asarray(resident.data.canvases)[chosen], batch.canvases)
+
+
+def test_a_mixture_of_other_images_and_own_ones_has_no_labels(tmp_path):
+    (tmp_path / "other").mkdir()
+    for i in range(3):
+        pixels = np.full((20, 20, 3), 10 * i, np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "other" / f"{i}.png")
+    other = TransferConfig(source="images", data_dir=str(tmp_path), split="other")
+    own = TransferConfig(source="digits")
+    data = dataclasses.replace(tiny_config().data, transfer=(other, own))
+    joined = open_training(data)
+    assert len(joined) == 3 + 1259
+    assert joined.classes == 10 and joined.class_names == tuple("0123456789")
+    assert {joined[i].label for i in (0, 2, 3, 1261)} == {-1}
+    own_source = open_source(data, "train")
+    np.testing.assert_array_equal(joined[3].image, own_source[0].image)
+    np.testing.assert_array_equal(joined[1261].image, own_source[1258].image)
+    assert "files/" in joined.identity and "digits/train" in joined.identity
+    with pytest.raises(IndexError):
+        joined[1262]
+    assert open_training(dataclasses.replace(data, transfer=())).identity == "digits/train"
+
+
+def test_mixed_labels_are_those_of_the_pictures():
+    """Mixup of labels and of pictures is the same mixture."""
+    drawn = draw(KEY, jnp.full((6, 2), 24), VIEWS)
+    one_hot = np.eye(6, dtype=np.float32)
+    a = float(drawn.coefficients[0])
+    expected = a * one_hot + (1 - a) * np.roll(one_hot, 1, axis=0)
+    np.testing.assert_allclose(mix(drawn, jnp.asarray(one_hot)), expected, atol=1e-6)
