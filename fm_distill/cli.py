@@ -37,6 +37,8 @@ USAGE = """usage: fm-distill COMMAND ...
       student and teacher on every example of a split
   predict DIR IMAGE [IMAGE ...] [--top 5]
       the student's classes and probabilities for own images
+  export DIR OUT.safetensors [--overwrite]
+      the student as a weight file in timm's or Keras's names, with a card
   show EXPERIMENT.py [--any.config.field VALUE ...]
       the resolved config, and what follows from it
 
@@ -210,6 +212,33 @@ def _predict(arguments: list[str]) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Export:
+    # The file to write; its card comes beside it as .json.
+    out: tyro.conf.Positional[str]
+    # Replace what is there.
+    overwrite: bool = False
+
+
+def _export(arguments: list[str]) -> int:
+    from fm_distill.export import export
+
+    workdir, rest = _first(arguments, "export DIR OUT.safetensors")
+    asked = tyro.cli(
+        _Export,
+        args=rest,
+        prog=f"fm-distill export {workdir}",
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    card = export(workdir, asked.out, asked.overwrite)
+    what = "the moving average (EMA) of the student" if card.averaged else "the student"
+    print(
+        f"{asked.out}: {what} after {card.step:,} steps, {card.model}, {card.classes} classes, "
+        f"with the names of {card.naming}"
+    )
+    return EXIT_COMPLETE
+
+
+@dataclasses.dataclass(frozen=True)
 class _Show:
     config: Settings
 
@@ -249,5 +278,6 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "sweep": _sweep,
     "evaluate": _evaluate,
     "predict": _predict,
+    "export": _export,
     "show": _show,
 }

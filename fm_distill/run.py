@@ -13,8 +13,9 @@ from fm_distill.config import Config, NetworkConfig, TeacherConfig
 from fm_distill.errors import UserError
 from fm_distill.models import Variables, build_network, resolve
 from fm_distill.weights.card import network_from_json, only_network
+from fm_distill.weights.description import differing
 from fm_distill.weights.hub import WEIGHTS_FILE
-from fm_distill.weights.load import Pretrained, differing, fingerprint, load_weights
+from fm_distill.weights.load import Pretrained, fingerprint, load_weights
 from fm_distill.workdir import Workdir
 
 
@@ -73,12 +74,15 @@ def open_run(path: str | os.PathLike[str]) -> Run:
 
 
 def pretrained(path: str, network: NetworkConfig | None, option: str) -> Pretrained:
-    """The weights at `path`, which may be the workdir of a complete run; see `load_weights`."""
+    """The weights at `path`, which may be the workdir of a run; see `load_weights`.
+
+    A teacher's run has to be complete.
+    """
     folder = pathlib.Path(path)
     if not (folder / "config.json").is_file() or (folder / WEIGHTS_FILE).is_file():
         return load_weights(path, network, option)
     run = open_run(path)
-    if not run.complete:
+    if option != "student" and not run.complete:
         raise UserError(f"the {option}'s run in {path} is not complete; train it first")
     chosen = run.network
     if network is not None:

@@ -75,7 +75,10 @@ def test_wrong_options(capsys, tiny, tmp_path, options, said):
     ("arguments", "said"),
     [
         ([], "usage: fm-distill COMMAND"),
-        (["distill"], "there is no command 'distill'; expected train, evaluate, predict, show"),
+        (
+            ["distill"],
+            "there is no command 'distill'; expected train, evaluate, predict, export, show",
+        ),
         (["train"], "expected: fm-distill train EXPERIMENT.py"),
         (["train", "--seed", "3"], "expected: fm-distill train EXPERIMENT.py"),
         (["train", "none.py"], "there is no experiment file none.py"),

@@ -3,35 +3,30 @@
 import dataclasses
 import hashlib
 import re
-from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
-import msgspec
 import numpy as np
 from jaxtyping import PyTree
 
-from fm_distill.config import InputRange, NetworkConfig
+from fm_distill.config import NetworkConfig
 from fm_distill.errors import UserError
-from fm_distill.models import MODELS, Variables, build_network, resolve
-from fm_distill.views import INPUT_RANGES
+from fm_distill.models import Variables, build_network
 from fm_distill.weights.card import only_network
-from fm_distill.weights.files import Facts, WeightFile, read
-from fm_distill.weights.names import NAMINGS, Stored, to_ours
+from fm_distill.weights.description import describe, without_auto
+from fm_distill.weights.files import WeightFile, read
+from fm_distill.weights.names import NAMINGS, Stored, bit_original, to_ours
+from fm_distill.weights.structure import HEAD_BIAS, HEAD_KERNEL, as_original
 
 # The bias of the head, by which a naming is recognised and the classes are counted; timm has one
 # name in BiT and one in its mobile families.
 HEADS = {
-    "resnet/head/conv2d/bias": "bit_original",
+    HEAD_BIAS: "bit_original",
     "head/bias": "bit_flat",
     "head.fc.bias": "timm",
     "classifier.bias": "timm",
     "predictions/bias": "keras",
 }
-# Fields of a network that its weights do not fix.
-FREE = ("resolution", "input_range", "root_pool_padding")
-# Largest difference between a file's mean or deviation and the ones of an input range.
-TOLERANCE = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,82 +50,37 @@ def load_weights(path: str, network: NetworkConfig | None, option: str) -> Pretr
     """
     fields = option if option == "student" else f"{option}.network"
     file = read(path)
-    described, remarks = _described(file, only_network(network) if network else None, fields)
+    described, remarks = describe(file, only_network(network) if network else None, fields)
+    if file.kind == "saved_model":
+        _only_bit(file, described, "bit_original", fields)
+        names = bit_original(described, _shapes(described, 2))
+        body = {x.name: x.shape for x in names.values() if x.name not in (HEAD_KERNEL, HEAD_BIAS)}
+        tensors, remark = as_original(path, file.tensors, body)
+        file, remarks = dataclasses.replace(file, tensors=tensors), [*remarks, remark]
     naming, tensors, head = _recognised(file)
-    if naming.startswith("bit") and not (
-        described.model.startswith("bit") and described.norm == "group"
-    ):
-        raise UserError(
-            f"{path} holds a BiT with GroupNorm, by its tensors' names ({naming}), but the network "
-            f"is {described.model} with norm={described.norm}; check {fields}.model"
-        )
+    _only_bit(file, described, naming, fields)
     classes = int(tensors[head].size)
     remarks = [f"{path}: {classes} classes, names of the kind {naming}", *remarks]
-    chosen, more = _without_auto(described, file, naming, fields)
+    chosen, more = without_auto(described, file, naming, fields)
     variables = _placed(file, chosen, classes, naming, tensors, fields)
-    names = file.facts.card.class_names if file.facts.card else None
-    return Pretrained(chosen, classes, names, variables, (*remarks, *more))
+    class_names = file.facts.card.class_names if file.facts.card else None
+    return Pretrained(chosen, classes, class_names, variables, (*remarks, *more))
 
 
-def _described(
-    file: WeightFile, asked: NetworkConfig | None, fields: str
-) -> tuple[NetworkConfig, list[str]]:
-    """The network that was asked for, checked against what the file says of itself."""
-    said = _said(file.facts)
-    if asked is None:
-        if said is not None:
-            return said, [f"network: {said.model} at {said.resolution}, as the file says"]
-        architecture = file.facts.architecture
-        known = _model_of(architecture)
-        what = f"says that it is a {architecture}" if architecture else "does not say what it is"
-        if architecture and not known:
-            raise UserError(
-                f"{file.path} {what}, which is none of the networks here: "
-                + ", ".join(f"{x.timm} ({name})" for name, x in MODELS.items() if x.timm)
-            )
+def _only_bit(file: WeightFile, network: NetworkConfig, naming: str, fields: str) -> None:
+    """Raises `UserError` where a naming of BiT meets another family."""
+    if naming.startswith("bit") and (
+        not network.model.startswith("bit") or network.norm != "group"
+    ):
         raise UserError(
-            f"{file.path} {what}{', but not at what resolution' if known else ''}; give {fields} = "
-            f"NetworkConfig(model={known or '...'!r}, resolution=...) in the experiment file"
+            f"{file.path} holds a BiT with GroupNorm, by its tensors' names ({naming}), but the "
+            f"network is {network.model} with norm={network.norm}; check {fields}.model"
         )
-    card, architecture = file.facts.card, file.facts.architecture
-    if card and (differ := differing(card.network, asked)):
-        raise UserError(f"{file.path} holds another network than {fields} says: {differ}")
-    timm = MODELS[asked.model].timm
-    if architecture and architecture != timm and (timm or _model_of(architecture)):
-        raise UserError(
-            f"{file.path} says that it is a {architecture}"
-            + (f" ({_model_of(architecture)})" if _model_of(architecture) else "")
-            + f", but {fields}.model is {asked.model}"
-        )
-    if card:
-        padding = asked.root_pool_padding
-        padding = card.network.root_pool_padding if padding == "auto" else padding
-        asked = dataclasses.replace(asked, root_pool_padding=padding)
-    return asked, []
 
 
-def differing(stored: NetworkConfig, asked: NetworkConfig) -> str:
-    """The fields in which `asked` cannot be what is stored, as text; empty where it can be."""
-    a, b = msgspec.to_builtins(stored), msgspec.to_builtins(only_network(asked))
-    fields = [name for name in a if name not in FREE and a[name] != b[name]]
-    return "; ".join(f"{name} is {a[name]}, asked for {b[name]}" for name in fields)
-
-
-def _said(facts: Facts) -> NetworkConfig | None:
-    """The network, where the file describes it completely."""
-    if facts.card:
-        return facts.card.network
-    model = _model_of(facts.architecture)
-    if model and facts.resolution:
-        return NetworkConfig(model=model, resolution=facts.resolution)
-    return None
-
-
-def _model_of(architecture: str | None) -> str | None:
-    """Our name for what timm calls `architecture`."""
-    return next(
-        (name for name, x in MODELS.items() if architecture and x.timm == architecture), None
-    )
+def _shapes(network: NetworkConfig, classes: int) -> Variables:
+    init = build_network(network, classes, jnp.dtype("float32")).init
+    return jax.eval_shape(init, jax.random.key(0))
 
 
 def _recognised(file: WeightFile) -> tuple[str, dict[str, np.ndarray], str]:
@@ -158,47 +108,6 @@ def _recognised(file: WeightFile) -> tuple[str, dict[str, np.ndarray], str]:
     )
 
 
-def _without_auto(
-    network: NetworkConfig, file: WeightFile, naming: str, fields: str
-) -> tuple[NetworkConfig, list[str]]:
-    """`network` with the file's own input range and root pool where it says `auto`."""
-    said = _input_range(file, fields)
-    remarks = []
-    if network.input_range == "auto":
-        chosen = said or MODELS[network.model].input_range
-        why = "as the file says" if said else "the model's usual one, since the file does not say"
-        network = dataclasses.replace(network, input_range=chosen)
-        remarks.append(f"input range {chosen}: {why}")
-    elif said and said != network.input_range:
-        raise UserError(
-            f"{fields}.input_range is {network.input_range}, but {file.path} says that it was "
-            f"trained with {said}; a wrong normalisation costs points silently: use auto"
-        )
-    if network.root_pool_padding == "auto":
-        padding: Literal["zero", "minus_infinity"]
-        padding = "minus_infinity" if naming == "bit_flat" else "zero"
-        network = dataclasses.replace(network, root_pool_padding=padding)
-        if network.model.startswith("bit") and network.stem == "imagenet":
-            remarks.append(f"root pool padding {padding}: as {naming} files were trained")
-    return resolve(network), remarks
-
-
-def _input_range(file: WeightFile, fields: str) -> InputRange | None:
-    """The name of the file's mean and deviation; None where it does not say them."""
-    mean, std = file.facts.mean, file.facts.std
-    if mean is None or std is None:
-        return None
-    for name, (means, deviations) in INPUT_RANGES.items():
-        ours = np.array([*means, *deviations]) / 255
-        if np.abs(ours - np.array([*mean, *std])).max() <= TOLERANCE:
-            return cast(InputRange, name)
-    raise UserError(
-        f"{file.path} was trained with mean {mean} and deviation {std}, which is none of the input "
-        f"ranges here ({', '.join(INPUT_RANGES)}); a wrong normalisation costs points silently, so "
-        f"no {fields}.input_range can stand for it"
-    )
-
-
 def _placed(
     file: WeightFile,
     network: NetworkConfig,
@@ -208,8 +117,7 @@ def _placed(
     fields: str,
 ) -> Variables:
     """The tensors as the network's variables. Raises `UserError` that lists what does not fit."""
-    init = build_network(network, classes, jnp.dtype("float32")).init
-    expected = jax.eval_shape(init, jax.random.key(0))
+    expected = _shapes(network, classes)
     names = NAMINGS[naming](network, expected)
     problems: list[str] = []
 
@@ -221,7 +129,10 @@ def _placed(
         if tensor.shape != stored.shape:
             problems.append(f"{stored.name} is {tensor.shape}, expected {stored.shape}")
             return None
-        if tensor.dtype != np.float32 or not np.isfinite(tensor).all():
+        if tensor.dtype != np.float32:
+            problems.append(f"{stored.name} is of type {tensor.dtype}, expected floats")
+            return None
+        if not np.isfinite(tensor).all():
             problems.append(f"{stored.name} has values that are not finite numbers")
             return None
         return jnp.asarray(to_ours(tensor, stored, leaf.shape))
@@ -263,10 +174,11 @@ def start_from(
     if pretrained.classes == classes and (None in (theirs, class_names) or theirs == class_names):
         return pretrained.variables, f"the head of {classes} classes is kept"
     params = {**pretrained.variables.params, "head": init.params["head"]}
-    other = " others" if pretrained.classes == classes else f" {classes}"
+    other = " other" if pretrained.classes == classes else ""
     return (
         Variables(params, pretrained.variables.statistics),
-        f"the head of {pretrained.classes} classes is replaced by a new one of{other}",
+        f"the head of {pretrained.classes} classes is replaced by a new one of {classes}{other} "
+        "classes",
     )
 
 

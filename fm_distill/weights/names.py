@@ -173,6 +173,11 @@ NAMINGS: dict[str, Naming] = {
 }
 
 
+def naming_of(network: NetworkConfig) -> str:
+    """The naming that a network is exported in: timm's, but for the one that only Keras has."""
+    return "keras" if network.model == "resnet50v2" else "timm"
+
+
 def in_naming(naming: str, network: NetworkConfig, variables: Variables) -> dict[str, np.ndarray]:
     """All arrays of `variables` as a file with this naming holds them."""
     names = NAMINGS[naming](network, variables)

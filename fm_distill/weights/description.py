@@ -1,0 +1,121 @@
+"""Which network a weight file holds, and how it is fed: what was asked and what the file says."""
+
+import dataclasses
+from typing import Literal, cast
+
+import msgspec
+import numpy as np
+
+from fm_distill.config import InputRange, NetworkConfig
+from fm_distill.errors import UserError
+from fm_distill.models import MODELS, resolve
+from fm_distill.views import INPUT_RANGES
+from fm_distill.weights.card import only_network
+from fm_distill.weights.files import Facts, WeightFile
+
+# Fields of a network that its weights do not fix.
+FREE = ("resolution", "input_range", "root_pool_padding")
+# Largest difference between a file's mean or deviation and the ones of an input range.
+TOLERANCE = 1e-3
+
+
+def describe(
+    file: WeightFile, asked: NetworkConfig | None, fields: str
+) -> tuple[NetworkConfig, list[str]]:
+    """The network that was asked for, checked against what the file says of itself."""
+    said = _said(file.facts)
+    if asked is None:
+        if said is not None:
+            return said, [f"network: {said.model} at {said.resolution}, as the file says"]
+        architecture = file.facts.architecture
+        known = _model_of(architecture)
+        what = f"says that it is a {architecture}" if architecture else "does not say what it is"
+        if architecture and not known:
+            raise UserError(
+                f"{file.path} {what}, which is none of the networks here: "
+                + ", ".join(f"{x.timm} ({name})" for name, x in MODELS.items() if x.timm)
+            )
+        raise UserError(
+            f"{file.path} {what}{', but not at what resolution' if known else ''}; give {fields} = "
+            f"NetworkConfig(model={known or '...'!r}, resolution=...) in the experiment file"
+        )
+    card, architecture = file.facts.card, file.facts.architecture
+    if card and (differ := differing(card.network, asked)):
+        raise UserError(f"{file.path} holds another network than {fields} says: {differ}")
+    timm = MODELS[asked.model].timm
+    if architecture and architecture != timm and (timm or _model_of(architecture)):
+        raise UserError(
+            f"{file.path} says that it is a {architecture}"
+            + (f" ({_model_of(architecture)})" if _model_of(architecture) else "")
+            + f", but {fields}.model is {asked.model}"
+        )
+    if card:
+        padding = asked.root_pool_padding
+        padding = card.network.root_pool_padding if padding == "auto" else padding
+        asked = dataclasses.replace(asked, root_pool_padding=padding)
+    return asked, []
+
+
+def differing(stored: NetworkConfig, asked: NetworkConfig) -> str:
+    """The fields in which `asked` cannot be what is stored, as text; empty where it can be."""
+    a, b = msgspec.to_builtins(stored), msgspec.to_builtins(only_network(asked))
+    fields = [name for name in a if name not in FREE and a[name] != b[name]]
+    return "; ".join(f"{name} is {a[name]}, asked for {b[name]}" for name in fields)
+
+
+def _said(facts: Facts) -> NetworkConfig | None:
+    """The network, where the file describes it completely."""
+    if facts.card:
+        return facts.card.network
+    model = _model_of(facts.architecture)
+    if model and facts.resolution:
+        return NetworkConfig(model=model, resolution=facts.resolution)
+    return None
+
+
+def _model_of(architecture: str | None) -> str | None:
+    """Our name for what timm calls `architecture`."""
+    return next(
+        (name for name, x in MODELS.items() if architecture and x.timm == architecture), None
+    )
+
+
+def without_auto(
+    network: NetworkConfig, file: WeightFile, naming: str, fields: str
+) -> tuple[NetworkConfig, list[str]]:
+    """`network` with the file's own input range and root pool where it says `auto`."""
+    said = _input_range(file, fields)
+    remarks = []
+    if network.input_range == "auto":
+        chosen = said or MODELS[network.model].input_range
+        why = "as the file says" if said else "the model's usual one, since the file does not say"
+        network = dataclasses.replace(network, input_range=chosen)
+        remarks.append(f"input range {chosen}: {why}")
+    elif said and said != network.input_range:
+        raise UserError(
+            f"{fields}.input_range is {network.input_range}, but {file.path} says that it was "
+            f"trained with {said}; a wrong normalisation costs points silently: use auto"
+        )
+    if network.root_pool_padding == "auto":
+        padding: Literal["zero", "minus_infinity"]
+        padding = "minus_infinity" if naming == "bit_flat" else "zero"
+        network = dataclasses.replace(network, root_pool_padding=padding)
+        if network.model.startswith("bit") and network.stem == "imagenet":
+            remarks.append(f"root pool padding {padding}: as {naming} files were trained")
+    return resolve(network), remarks
+
+
+def _input_range(file: WeightFile, fields: str) -> InputRange | None:
+    """The name of the file's mean and deviation; None where it does not say them."""
+    mean, std = file.facts.mean, file.facts.std
+    if mean is None or std is None:
+        return None
+    for name, (means, deviations) in INPUT_RANGES.items():
+        ours = np.array([*means, *deviations]) / 255
+        if np.abs(ours - np.array([*mean, *std])).max() <= TOLERANCE:
+            return cast(InputRange, name)
+    raise UserError(
+        f"{file.path} was trained with mean {mean} and deviation {std}, which is none of the input "
+        f"ranges here ({', '.join(INPUT_RANGES)}); a wrong normalisation costs points silently, so "
+        f"no {fields}.input_range can stand for it"
+    )
