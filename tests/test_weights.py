@@ -8,6 +8,7 @@ import sys
 import zipfile
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -17,9 +18,9 @@ from safetensors.numpy import save_file
 
 from fm_distill.config import NetworkConfig
 from fm_distill.errors import UserError
-from fm_distill.models import MODELS, Variables
+from fm_distill.models import MODELS, Variables, build_network
 from fm_distill.weights.load import Pretrained, fingerprint, load_weights, start_from
-from fm_distill.weights.names import in_naming
+from fm_distill.weights.names import in_naming, naming_of
 
 # The shape of BiT's files, small: an imagenet stem, four blocks, 32 groups.
 SMALL = NetworkConfig(model="bit", resolution=32, depths=(1, 1, 1, 1), width=0.5)
@@ -448,7 +449,6 @@ LITE = SHARED / "weights" / "tf_efficientnet_lite0.in1k.safetensors"
 
 
 @pytest.mark.skipif(not LITE.is_file(), reason="needs the weights of EfficientNet-Lite0")
-@pytest.mark.skipif("efficientnet_lite0" not in MODELS, reason="needs the family")
 def test_timms_file_of_efficientnet_lite0():
     asked = NetworkConfig(model="efficientnet_lite0", resolution=224)
     found = load_weights(str(LITE), asked, "teacher")
@@ -457,3 +457,22 @@ def test_timms_file_of_efficientnet_lite0():
     refused(LITE, "but not at what resolution", "model='efficientnet_lite0'", network=None)
     other = NetworkConfig(model="efficientnet_lite1", resolution=224)
     refused(LITE, "is a tf_efficientnet_lite0 (efficientnet_lite0)", network=other)
+
+
+@pytest.mark.parametrize(
+    "model", ["efficientnet_lite0", "mobilenet_v3_small", "mobilenet_v3_small_gn", "resnet50v2"]
+)
+def test_other_families_come_back_from_their_naming(tmp_path, model):
+    network = NetworkConfig(model=model, resolution=64)
+    built = build_network(network, CLASSES, jnp.dtype("float32"))
+    leaves, tree = jax.tree.flatten(jax.eval_shape(built.init, jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    values = [jnp.asarray(rng.standard_normal(x.shape), jnp.float32) for x in leaves]
+    variables = jax.tree.unflatten(tree, values)
+    tensors = in_naming(naming_of(network), network, variables)
+    path = written(tmp_path / "x.safetensors", tensors)
+    found = load_weights(path, network, "teacher")
+    same_arrays(found.variables, variables)
+    assert found.network.input_range == MODELS[model].input_range
+    refused(path, "does not hold a bit")
+    refused(original(tmp_path / "x.npz"), "holds a BiT with GroupNorm", network=network)
