@@ -32,7 +32,7 @@ config = dataclasses.replace(
     flowers,
     name="flowers102_lite",
     batch_size=32,
-    views=ViewConfig(central_fraction=0.8),
+    views=ViewConfig(),
     # 556,790 parameters against 3,501,670.
     student=StudentConfig(
         model="bit", resolution=48, depths=(1, 1, 1, 1), width=0.25, norm="batch", stem="imagenet"
