@@ -144,6 +144,7 @@ def test_a_head_of_other_classes_is_replaced_and_said(trained, tmp_path, capsys)
         (("--objective.label-smoothing", "0.1"), "needs objective.target=labels"),
         (("--schedule.shape", "bit_hyper_rule"), "by the number of examples"),
         (("--teaching", "fixd"), "fixd"),
+        (("--student.keep-statistics", "True"), "needs student.weights"),
         (("--optimizer.head-learning-rate", "-1"), "head_learning_rate is -1"),
         (("--student.weights", "none.safetensors"), "none.safetensors"),
     ],

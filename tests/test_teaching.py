@@ -283,3 +283,34 @@ def test_mixed_labels_are_those_of_the_pictures():
     a = float(drawn.coefficients[0])
     expected = a * one_hot + (1 - a) * np.roll(one_hot, 1, axis=0)
     np.testing.assert_allclose(mix(drawn, jnp.asarray(one_hot)), expected, atol=1e-6)
+
+
+def test_kept_statistics_stay_and_are_used():
+    """In training BatchNorm reads the running averages, and leaves them as they are."""
+    student = dataclasses.replace(NETWORK, norm="batch")
+    config = tiny_config(student=student)
+    built = build(config, 10, (), 10, make_layout(MeshConfig(data=1)))
+    state = built.init(jax.random.key(0))
+    variables = with_random_head(state.student)
+    moved = jax.tree.map(lambda x: x + 0.3, variables.statistics)
+    state = dataclasses.replace(state, student=Variables(variables.params, moved))
+    batch = jax.tree.map(jnp.asarray, random_batch())
+    losses = {}
+    for keep in (True, False):
+        step = make_train_step(
+            built.student, (), built.optimizer, config.views, config.objective,
+            keep_statistics=keep,
+        )  # fmt: skip
+        new, metrics = jax.jit(step)(state, (), batch, KEY)
+        losses[keep] = float(metrics["loss"])
+        same = jax.tree.map(
+            lambda a, b: bool((a == b).all()), new.student.statistics, state.student.statistics
+        )
+        assert all(jax.tree.leaves(same)) == keep
+    drawn = draw(jax.random.fold_in(KEY, 0), batch.sizes, config.views)
+    images = render(drawn, batch.canvases, built.student.picture)
+    logits = built.student.network.apply(state.student, images, train=False).logits
+    targets = mix(drawn, jax.nn.one_hot(batch.labels, 10))
+    expected = -(np.asarray(targets) * log_softmax(logits)).sum(-1).mean()
+    assert losses[True] == pytest.approx(expected, rel=1e-5)
+    assert abs(losses[False] - losses[True]) > 1e-3
