@@ -31,16 +31,16 @@ flowers = load_experiment(pathlib.Path(__file__).with_name("flowers102.py"))
 config = dataclasses.replace(
     flowers,
     name="flowers102_lite",
-    batch_size=32,
-    views=ViewConfig(central_fraction=0.8),
+    batch_size=16,
+    views=ViewConfig(),
     # 556,790 parameters against 3,501,670.
     student=StudentConfig(
         model="bit", resolution=48, depths=(1, 1, 1, 1), width=0.25, norm="batch", stem="imagenet"
     ),
     teacher=TeacherConfig(workdir="runs/flowers102_teacher"),
     objective=ObjectiveConfig(temperature=2.0),
-    optimizer=OptimizerConfig(learning_rate=3e-3, weight_decay=3e-4),
-    schedule=ScheduleConfig(total_epochs=48.0, warmup_steps=50),
-    checkpoint=CheckpointConfig(every_steps=200),
-    log=LogConfig(every_steps=20, evaluate_every_steps=510),
+    optimizer=OptimizerConfig(learning_rate=2e-3, weight_decay=3e-4),
+    schedule=ScheduleConfig(total_epochs=16.0, warmup_steps=100),
+    checkpoint=CheckpointConfig(every_steps=255),
+    log=LogConfig(every_steps=51, evaluate_every_steps=340),
 )

@@ -5,14 +5,27 @@
     figures = evaluate("runs/digits", split="test")
     predictions = predict("runs/digits", ["photo.jpg"])
     student = open_run("runs/digits").student
+    card = export("runs/digits", "digits.safetensors")
+    table = sweep(config, {"seed": (0, 1, 2)}, "runs/digits_sweep")
 
 The fields of `Config` are in `fm_distill.config`. Wrong input raises `UserError`.
 """
 
 from fm_distill.config import Config
 from fm_distill.experiment import load_experiment
+from fm_distill.export import export
 from fm_distill.inference import evaluate, predict
 from fm_distill.run import open_run
+from fm_distill.sweep import sweep
 from fm_distill.train import train
 
-__all__ = ["Config", "evaluate", "load_experiment", "open_run", "predict", "train"]
+__all__ = [
+    "Config",
+    "evaluate",
+    "export",
+    "load_experiment",
+    "open_run",
+    "predict",
+    "sweep",
+    "train",
+]

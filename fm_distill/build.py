@@ -75,6 +75,7 @@ def build(
         config.objective,
         config.teaching,
         config.ema_decay,
+        config.student.keep_statistics,
     )
     return Build(student, teachers, schedule, optimizer, step, taught_by, config)
 

@@ -139,6 +139,9 @@ class StudentConfig(NetworkConfig):
     # What it starts from, in any form that `teacher.weights` takes; None: from scratch. A head of
     # other classes is replaced.
     weights: str | None = None
+    # BatchNorm keeps the statistics of its weights instead of taking each batch's: for fine-tuning
+    # on few images, where a batch says little.
+    keep_statistics: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -126,6 +126,11 @@ def _check_teacher(option: str, teacher: TeacherConfig) -> None:
 
 def _check_teaching(config: Config) -> None:
     objective, data = config.objective, config.data
+    if config.student.keep_statistics and not config.student.weights:
+        raise UserError(
+            "student.keep_statistics needs student.weights: from scratch there are no statistics "
+            "to keep"
+        )
     if config.fixed_crops and config.teaching != "fixed":
         raise UserError(
             f"fixed_crops={config.fixed_crops} belongs to teaching=fixed, and teaching is "

@@ -29,10 +29,10 @@ class Networks:
         return {
             "classes": self.classes,
             "class_names": list(self.class_names or ()),
-            "student_network": msgspec.to_builtins(self.student),
+            "student_network": _as_stored(self.student),
             "student_weights": fingerprint(self.pretrained.variables) if self.pretrained else None,
             "teacher": teachers_fingerprint(self.teachers),
-            "teacher_networks": [msgspec.to_builtins(teacher.network) for teacher in self.teachers],
+            "teacher_networks": [_as_stored(teacher.network) for teacher in self.teachers],
         }
 
     @property
@@ -70,6 +70,11 @@ def with_student(config: Config, network: NetworkConfig) -> Config:
         root_pool_padding=network.root_pool_padding,
     )
     return dataclasses.replace(config, student=student)
+
+
+def _as_stored(network: NetworkConfig) -> dict[str, Any]:
+    """As it is read back from JSON, where a tuple is a list."""
+    return msgspec.json.decode(msgspec.json.encode(network))
 
 
 def teachers_fingerprint(teachers: tuple[Teacher, ...]) -> str | None:

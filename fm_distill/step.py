@@ -87,13 +87,14 @@ def make_train_step(
     objective: ObjectiveConfig,
     teaching: str = "function_matching",
     ema_decay: float | None = None,
+    keep_statistics: bool = False,
 ) -> TrainStep:
     """`(state, teacher_variables, batch, root_key) -> (state, metrics)`, pure.
 
     `teacher_variables` holds the frozen variables of each teacher. Everything random comes from
     `fold_in(root_key, state.step)`. `teaching` says which draw each network sees: a key of
     `TEACHINGS`; with `fixed` the targets are the batch's own, and no teacher is run. Nor is one
-    with `objective.target == "labels"`.
+    with `objective.target == "labels"`. With `keep_statistics` BatchNorm stays as it is.
     """
     distance = DISTANCES[objective.distance]
     draws = TEACHINGS["function_matching" if objective.target == "labels" else teaching]
@@ -138,7 +139,9 @@ def make_train_step(
         def loss_of(params: PyTree) -> tuple[Array, tuple[PyTree, Array]]:
             with jax.named_scope("student"):
                 variables = dataclasses.replace(state.student, params=params)
-                output = student.network.apply(variables, pictures[student.picture], train=True)
+                output = student.network.apply(
+                    variables, pictures[student.picture], train=not keep_statistics
+                )
             values = per_example(output.logits, teacher_logits, batch.labels, drawn)
             return values.mean(), (output.statistics, output.logits)
 

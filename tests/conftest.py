@@ -14,9 +14,13 @@ SHARED = ROOT.parent / "shared"
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
-# The tests compile the same small programs again and again.
-CACHE = tempfile.TemporaryDirectory(prefix="fm_distill_tests_")
-jax.config.update("jax_compilation_cache_dir", CACHE.name)
+# The tests compile the same small programs again and again, in several processes.
+CACHE_VARIABLE = "FM_DISTILL_TESTS_CACHE"
+if CACHE_VARIABLE not in os.environ:
+    KEPT_UNTIL_EXIT = tempfile.TemporaryDirectory(prefix="fm_distill_tests_")
+    os.environ[CACHE_VARIABLE] = KEPT_UNTIL_EXIT.name
+CACHE = os.environ[CACHE_VARIABLE]
+jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 TINY = """
@@ -52,7 +56,7 @@ def command_environment(devices: int = 1) -> dict[str, str]:
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "PYTHONPATH": str(ROOT),
-        "JAX_COMPILATION_CACHE_DIR": CACHE.name,
+        "JAX_COMPILATION_CACHE_DIR": CACHE,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
     }
 

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from tiny import tiny_config
 
-from fm_distill.config import MeshConfig
+from fm_distill.config import MeshConfig, ObjectiveConfig, ViewConfig
 from fm_distill.data.feeding import Batch
 from fm_distill.evaluate import Evaluator, table
 from fm_distill.models import Network, Output, Variables
 from fm_distill.sharding import make_layout
 from fm_distill.step import Seat
-from fm_distill.views import Picture
+from fm_distill.views import Picture, draw, render
 
 
 def lookup_network(logits: np.ndarray) -> Network:
@@ -138,3 +138,51 @@ def test_perfect_confidence_is_in_the_last_bin():
     logits = np.eye(6) * 1000
     found = evaluate(logits, logits, np.arange(6))
     assert found["student"]["ece"] == 0.0 and found["kl"]["one"] == 0.0
+
+
+def test_the_training_view_is_measured_on_whole_mixtures_only():
+    """Against the draws made here: networks that see one pixel, with padding in the last batch."""
+    config = tiny_config(objective=ObjectiveConfig(temperature=2.0), views=ViewConfig())
+    layout = make_layout(MeshConfig(data=1))
+    rng = np.random.default_rng(0)
+    weights = rng.standard_normal((2, 48, 6)).astype(np.float32)
+
+    def seat(kernel):
+        def apply(variables, images, *, train=False, features=()):
+            return Output(images.reshape(images.shape[0], -1) @ kernel, {}, {})
+
+        network = Network(
+            6,
+            lambda key: Variables({}, {}),
+            apply,
+            lambda variables: variables,
+            lambda frozen, images, *, features=(): apply(frozen, images),
+        )
+        return Seat(network, Picture(4, "minus_one_one"))
+
+    canvases = rng.integers(0, 256, (20, 12, 12, 3), np.uint8)
+    padded = np.concatenate([canvases, np.zeros((4, 12, 12, 3), np.uint8)])
+    sizes, labels = np.full((24, 2), 12, np.int32), np.zeros(24, np.int32)
+    mask = np.arange(24) < 20
+    host = [
+        (Batch(padded[i : i + 8], sizes[i : i + 8], labels[i : i + 8]), mask[i : i + 8])
+        for i in (0, 8, 16)
+    ]
+    student, teacher = seat(weights[0]), seat(weights[1])
+    evaluator = Evaluator.make(config, student, (teacher,), layout)
+    nothing = Variables({}, {})
+    found = evaluator(nothing, (nothing,), host, "test", 1)["training_view"]
+    kl, agreement = [], []
+    for index, (batch, keep) in enumerate(host):
+        drawn = draw(
+            jax.random.fold_in(jax.random.key(0), index), jnp.asarray(batch.sizes), config.views
+        )
+        images = render(drawn, jnp.asarray(batch.canvases), student.picture)
+        s, t = (np.asarray(images).reshape(8, -1) @ w for w in weights)
+        ls, lt = log_softmax(s / 2), log_softmax(t / 2)
+        both = keep & np.roll(keep, 1)
+        kl += list((np.exp(lt) * (lt - ls)).sum(-1)[both])
+        agreement += list((s.argmax(-1) == t.argmax(-1))[both])
+    assert len(kl) == 8 + 8 + 3
+    assert found["kl"]["train_temperature"] == pytest.approx(np.mean(kl), rel=1e-4)
+    assert found["agreement"]["top1"] == pytest.approx(np.mean(agreement))

@@ -74,5 +74,5 @@ def test_a_config_survives_its_workdir(path):
 def test_a_stored_config_of_another_version_is_refused():
     tree = to_json(tiny_config())
     tree["optimizer"]["learning_rate"] = "fast"
-    with pytest.raises(UserError, match=r"does not fit this version.*learning_rate"):
+    with pytest.raises(UserError, match=r"not a config of this version.*learning_rate"):
         from_json(tree)

@@ -64,7 +64,7 @@ def place(tmp_path_factory, trained):
 
 @pytest.mark.parametrize("line", [x for x in LINES if not reason_of(x)])
 def test_line_runs(line, place):
-    if line.startswith("fm-distill train"):
+    if line.startswith(("fm-distill train", "fm-distill sweep")):
         line = f"{line} {SHRUNK}"
     program, options = line.split(" ", 1)
     command = f"{PROGRAMS[program]} {options}"
