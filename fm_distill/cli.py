@@ -86,6 +86,7 @@ def _dispatch(arguments: list[str]) -> int:
 def _quiet() -> None:
     """Keeps libraries' remarks, which nobody here can act on, out of the user's sight."""
     warnings.filterwarnings("ignore", module="(tensorflow_datasets|orbax|flax|tensorboardX).*")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     for name in ("absl", "jax", "orbax", "grain", "tensorboardX", "huggingface_hub", "tensorflow"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     threading.excepthook = _thread_failed

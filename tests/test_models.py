@@ -27,12 +27,17 @@ PUBLISHED = {
     ("bit_r101x3", 102): 382_416_678,
     ("bit_r152x2", 102): 232_656_102,
     ("bit_r152x4", 102): 929_175_910,
-    # Counted from timm 1.0.31's.
+    # Counted from timm 1.0.31's, and Keras 3.15's `trainable_weights`.
     ("efficientnet_lite0", 1000): 4_652_008,
     ("efficientnet_lite1", 1000): 5_416_680,
     ("efficientnet_lite2", 1000): 6_092_072,
     ("efficientnet_lite3", 1000): 8_197_096,
     ("efficientnet_lite4", 1000): 13_006_568,
+    ("mobilenet_v3_large", 1000): 5_483_032,
+    ("mobilenet_v3_small", 1000): 2_542_856,
+    ("mobilenet_v3_large_gn", 1000): 5_483_032,
+    ("mobilenet_v3_small_gn", 1000): 2_542_856,
+    ("resnet50v2", 1000): 25_568_360,
 }
 
 

@@ -142,8 +142,15 @@ def test_the_input_range_is_the_files(tmp_path, mean, std, expected):
 
 
 def test_an_unknown_input_range_is_refused(tmp_path):
-    for mean, said in (("0.43", "none of the input ranges"), ("often", "expected one number")):
-        says = {"mean": mean, "std": "0.23"}
+    clip = "[0.48145466, 0.4578275, 0.40821073]", "[0.26862954, 0.26130258, 0.27577711]"
+    for mean, std, said in (
+        ("0.43", "0.5", "none of the input ranges here"),
+        ("0.5", "0.229", "deviation (0.229, 0.229, 0.229), which is none"),
+        (*clip, "which is none of the input ranges here"),
+        ("often", "0.5", "its mean is 'often'; expected one number or three"),
+        ("0.5", "[0.5, 0.5]", "its std is '[0.5, 0.5]'; expected one number or three"),
+    ):
+        says = {"mean": mean, "std": std}
         refused(written(tmp_path / "x.safetensors", tensors_in("timm"), says), said)
 
 

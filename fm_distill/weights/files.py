@@ -152,13 +152,13 @@ def _floats(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _facts(path: pathlib.Path, metadata: dict[str, str]) -> Facts:
-    """From the file's own metadata, else from timm's `config.json` beside it."""
+    """From the file's own metadata, else from timm's `config.json` beside a `model.safetensors`."""
     if CARD_KEY in metadata:
         card = card_from_json(metadata[CARD_KEY], str(path))
         return Facts(card, None, card.resolution, card.mean, card.std)
     said: dict[str, Any] = {}
     beside = path.with_name(CONFIG_FILE)
-    if beside.is_file():
+    if path.name == WEIGHTS_FILE and beside.is_file():
         try:
             config = json.loads(beside.read_text())
             said = (
