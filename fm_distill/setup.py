@@ -60,9 +60,10 @@ def open_data(config: Config) -> tuple[Data, list[str]]:
     train = open_training(data)
     remarks = []
     if (said := transfer_examples(data)) is not None and said != len(train):
+        option = "data.transfer.examples" if data.transfer else "data.train.examples"
         remarks.append(
-            f"WARNING: the experiment speaks of {said:,} examples to train on, but "
-            f"{train.identity} has {len(train):,}; the run's length follows the data"
+            f"WARNING: {option} is {said:,}, but {train.identity} has {len(train):,}; the run's "
+            "length follows the data"
         )
     return Data(train, opened(data.validation), opened(data.test)), remarks
 

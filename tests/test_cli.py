@@ -77,7 +77,7 @@ def test_wrong_options(capsys, tiny, tmp_path, options, said):
         ([], "usage: fm-distill COMMAND"),
         (
             ["distill"],
-            "there is no command 'distill'; expected train, evaluate, predict, export, show",
+            "there is no command 'distill'; expected train, sweep, evaluate, predict, export, show",
         ),
         (["train"], "expected: fm-distill train EXPERIMENT.py"),
         (["train", "--seed", "3"], "expected: fm-distill train EXPERIMENT.py"),
@@ -222,7 +222,8 @@ def test_evaluate_prints_one_object(trained):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert list(found) == [
-        "split", "examples", "step", "student", "teacher", "agreement", "kl", "retention", "gap",
+        "split", "examples", "step", "student", "teacher", "agreement", "kl", "training_view",
+        "retention", "gap",
     ]  # fmt: skip
     assert list(found["student"]) == ["top1", "top5", "cross_entropy", "ece"]
     assert found["split"] == "validation" and found["examples"] == 179
