@@ -21,9 +21,7 @@ from jaxtyping import Array, PyTree
 
 from fm_distill.config import OptimizerConfig, ScheduleConfig
 from fm_distill.length import BIT_HYPER_RULE
-
-# The top-level module of every network's classifier; see `models`.
-HEAD = "head"
+from fm_distill.models import HEAD
 
 
 def make_schedule(config: ScheduleConfig, total_steps: int) -> Callable[[Array | int], Array]:

@@ -12,10 +12,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A file may import those of its own line before it, and of the lines above.
 ORDER = [
     ["errors", "config", "length", "identity", "stopping"],
-    ["views", "distances", "optim", "sharding", "metrics"],
+    ["views", "distances", "sharding", "metrics"],
     ["models.contract", "models.layers", "models.assembly", "models.inverted_residual"],
     ["models.bit", "models.efficientnet_lite", "models.mobilenet_v3", "models.keras_resnet_v2"],
-    ["models"],
+    ["models", "optim"],
     ["data.order", "data.images", "data.sources", "data.transfer", "data.feeding", "data"],
     ["step"],
     [

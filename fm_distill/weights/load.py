@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 
 from fm_distill.config import NetworkConfig
 from fm_distill.errors import UserError
-from fm_distill.models import Variables, build_network
+from fm_distill.models import HEAD, Variables, build_network
 from fm_distill.weights.card import only_network
 from fm_distill.weights.description import describe, without_auto
 from fm_distill.weights.files import WeightFile, read
@@ -173,7 +173,7 @@ def start_from(
     theirs = pretrained.class_names
     if pretrained.classes == classes and (None in (theirs, class_names) or theirs == class_names):
         return pretrained.variables, f"the head of {classes} classes is kept"
-    params = {**pretrained.variables.params, "head": init.params["head"]}
+    params = {**pretrained.variables.params, HEAD: init.params[HEAD]}
     other = " other" if pretrained.classes == classes else ""
     return (
         Variables(params, pretrained.variables.statistics),
