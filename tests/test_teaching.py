@@ -115,6 +115,7 @@ def test_several_teachers_against_numpy():
         (found,) = combine(teachers, probabilities)
         expected = np.exp(log_softmax(logits / temperature)).mean(0)
         np.testing.assert_allclose(jax.nn.softmax(found / temperature), expected, rtol=1e-5)
+        np.testing.assert_allclose(found, temperature * np.log(expected), atol=1e-4)
         total = dataclasses.replace(mean, ensemble="sum_of_distances")
         assert len(combine(teachers, total)) == 3
         np.testing.assert_array_equal(as_one(teachers, total), found)
