@@ -1,90 +1,183 @@
 """The state of a run on disk; the only file that imports Orbax.
 
 Student, optimizer, average and step are all there is to save: order and randomness are functions
-of the step.
+of the step. Orbax writes into a folder aside; when it is done, `digests.seal` lists what was
+written and one rename makes the checkpoint visible.
 """
 
-import os
+import contextlib
 import pathlib
+import shutil
+import threading
+import time
+from typing import Any
 
 import jax
 from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
+from fm_distill.config import CheckpointConfig
+from fm_distill.digests import about, faults, seal, steps_in
 from fm_distill.errors import TrainingFailed, UserError
 from fm_distill.models import Variables
 from fm_distill.step import TrainState
 
+# Figures of the validation split that `keep_best` may name, and whether more of it is better.
+BEST: dict[str, bool] = {
+    "student_top1": True,
+    "agreement_top1": True,
+    "training_view_agreement_top1": True,
+    "student_cross_entropy": False,
+    "kl_one": False,
+    "kl_train_temperature": False,
+    "training_view_kl": False,
+}
+ASIDE = "unfinished"  # where Orbax writes
+DELETING = "deleting-"
 
-class Checkpoints:
-    """The checkpoints of one run, numbered by steps done. Writes in the background."""
 
-    def __init__(self, directory: str | os.PathLike[str], keep: int, writing: bool):
-        self.directory = pathlib.Path(directory).absolute()
-        self._checkpointer = ocp.training.Checkpointer(
-            self.directory,
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-            # A reader would delete what another process is writing.
-            cleanup_tmp_directories=writing,
-        )
+class CheckpointWriter:
+    """Writes the checkpoints of one run in the background, and deletes those that nobody keeps.
 
-    def latest(self) -> int | None:
-        """The newest step, or None."""
-        latest = self._checkpointer.latest
-        return None if latest is None else latest.step
+    Only the holder of the workdir's lock may have one; of several processes each has one, and the
+    first does everything but Orbax's writing. `keep` are steps that are never deleted.
+    """
 
-    def save(self, state: TrainState) -> None:
-        """Starts to write `state`, unless its step is there already.
+    def __init__(self, directory: pathlib.Path, config: CheckpointConfig, keep: tuple[int, ...]):
+        self.directory = directory.absolute()
+        self.config, self.keep = config, frozenset(keep)
+        self.slowest_s = 0.0  # from the call of `save` until the checkpoint is on disk
+        self.blocked_s = 0.0  # time that `save` and `wait` have taken from their caller, in all
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._saved: int | None = None
+        self._first = jax.process_index() == 0
+        if self._first:
+            self._clean()
+
+    def save(self, state: TrainState, said: dict[str, Any]) -> None:
+        """Starts to write `state`, unless its step is there. `said` can be read without Orbax.
 
         Raises `TrainingFailed` where this write or the one before fails.
         """
+        began = time.monotonic()
         step = int(state.step)
+        self._join()
+        if step == self._saved:
+            return
         try:
-            self._checkpointer.wait()
-            if self.latest() != step:
-                self._checkpointer.save_checkpointables_async(step, _parts(state))
+            if self._first and (self.directory / str(step)).exists():
+                if not faults(self.directory / str(step)):
+                    self._saved = step
+                    return
+                self.move_aside(step)
+            (self.directory / ASIDE).mkdir(parents=True, exist_ok=True)
+            writing = ocp.save_checkpointables_async(
+                self.directory / ASIDE / str(step), _parts(state)
+            )
         except (OSError, ValueError) as error:
             raise self._failed(error) from error
+        self._saved = step
+        self._thread = threading.Thread(target=self._finish, args=(writing, step, said, began))
+        self._thread.start()
+        self.blocked_s += time.monotonic() - began
 
     def wait(self) -> None:
         """Returns when what was started is on disk. Raises `TrainingFailed` where it failed."""
-        try:
-            self._checkpointer.wait()
-        except (OSError, ValueError) as error:
-            raise self._failed(error) from error
+        began = time.monotonic()
+        self._join()
+        self.blocked_s += time.monotonic() - began
 
-    def restore(self, step: int, like: TrainState) -> TrainState:
-        """The state after `step` steps, with the shapes and shardings of `like`."""
-        parts = _parts(like)
-        try:
-            found = self._checkpointer.load_checkpointables(step, parts)
-        except (OSError, ValueError, KeyError) as error:
-            raise self._unreadable(step, error) from error
-        return TrainState(
-            step=found["progress"]["step"],
-            student=_variables(found["student"]),
-            opt_state=found["opt_state"],
-            ema=_variables(found["ema"]) if "ema" in found else None,
-        )
+    def move_aside(self, step: int) -> None:
+        """Takes a damaged checkpoint out of the way; it is not deleted."""
+        path = self.directory / str(step)
+        names = (f"{step}.damaged{f'-{i}' if i else ''}" for i in range(1000))
+        path.rename(self.directory / next(x for x in names if not (self.directory / x).exists()))
 
-    def restore_student(self, step: int, like: Variables, averaged: bool) -> Variables:
-        """The student after `step` steps, or its average, without the rest of the state."""
-        name = "ema" if averaged else "student"
-        try:
-            found = self._checkpointer.load_checkpointables(step, {name: _tree(like)})
-        except (OSError, ValueError, KeyError) as error:
-            raise self._unreadable(step, error) from error
-        return _variables(found[name])
+    def best(self) -> tuple[int, float] | None:
+        """Step and figure of the best checkpoint on disk, by `keep_best`."""
+        name = self.config.keep_best
+        if name is None:
+            return None
+        found = []
+        for step in steps_in(self.directory):
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                if (value := about(self.directory / str(step))["validation"].get(name)) is not None:
+                    found.append((step, float(value)))
+        sign = 1 if BEST[name] else -1
+        return max(found, key=lambda x: (sign * x[1], x[0]), default=None)
+
+    def is_best(self, figures: dict[str, float]) -> bool:
+        """Whether `figures` of the validation split are better than those of all checkpoints."""
+        name = self.config.keep_best
+        if name is None or name not in figures:
+            return False
+        if (best := self.best()) is None:
+            return True
+        return figures[name] > best[1] if BEST[name] else figures[name] < best[1]
 
     def close(self) -> None:
-        self._checkpointer.close()
+        """Waits without raising."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
 
-    def _failed(self, error: Exception) -> TrainingFailed:
+    def _join(self) -> None:
+        self.close()
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise self._failed(error) from error
+
+    def _finish(self, writing: Any, step: int, said: dict[str, Any], began: float) -> None:
+        """Runs in a thread of its own."""
+        try:
+            writing.result()
+            if self._first:
+                written = self.directory / ASIDE / str(step)
+                seal(written, said)
+                written.rename(self.directory / str(step))
+                self._delete_old()
+            self.slowest_s = max(self.slowest_s, time.monotonic() - began)
+        except BaseException as error:
+            self._error = error
+
+    def _delete_old(self) -> None:
+        steps = steps_in(self.directory)
+        every, best = self.config.keep_every_steps, self.best()
+        kept = {*steps[: self.config.keep], *self.keep, *([best[0]] if best else [])}
+        for step in steps:
+            if step in kept or (every and step % every == 0):
+                continue
+            # A kill while files go must not leave what looks like a damaged checkpoint.
+            leaving = self.directory / f"{DELETING}{step}"
+            (self.directory / str(step)).rename(leaving)
+            shutil.rmtree(leaving, ignore_errors=True)
+
+    def _clean(self) -> None:
+        """What a kill left: never a checkpoint."""
+        if self.directory.is_dir():
+            for path in [self.directory / ASIDE, *self.directory.glob(f"{DELETING}*")]:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _failed(self, error: BaseException) -> TrainingFailed:
         return TrainingFailed(f"a checkpoint could not be written in {self.directory}: {error}")
 
-    def _unreadable(self, step: int, error: Exception) -> UserError:
-        return UserError(f"checkpoint {step} in {self.directory} cannot be read: {error}")
+
+def restore(checkpoint: pathlib.Path, like: TrainState) -> TrainState:
+    """The state in a whole `checkpoint`, straight on the shards that the shapes `like` name."""
+    found = _load(checkpoint, _parts(like))
+    return TrainState(
+        step=found["progress"]["step"],
+        student=_variables(found["student"]),
+        opt_state=found["opt_state"],
+        ema=_variables(found["ema"]) if "ema" in found else None,
+    )
+
+
+def restore_student(checkpoint: pathlib.Path, like: Variables, averaged: bool) -> Variables:
+    """The student in a whole `checkpoint`, or its average, without the rest of the state."""
+    name = "ema" if averaged else "student"
+    return _variables(_load(checkpoint, {name: _tree(like)})[name])
 
 
 def abstract(tree: PyTree, shardings: PyTree) -> PyTree:
@@ -92,6 +185,18 @@ def abstract(tree: PyTree, shardings: PyTree) -> PyTree:
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
     )
+
+
+def bytes_of(state: TrainState) -> int:
+    """What a checkpoint of `state` (or its shapes) needs on disk, nearly."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
+def _load(checkpoint: pathlib.Path, parts: dict[str, PyTree]) -> dict[str, Any]:
+    try:
+        return ocp.load_checkpointables(checkpoint.absolute(), parts)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"the checkpoint {checkpoint} cannot be read: {error}") from error
 
 
 def _parts(state: TrainState) -> dict[str, PyTree]:

@@ -1,7 +1,6 @@
 """What can be said about a run: frozen dataclasses, without JAX.
 
-A batch's path starts here: an experiment file builds one `Config`, `train.py` builds everything
-from it. `experiment.py` loads, overrides and checks it.
+A batch's path starts here: an experiment file builds one `Config`, `experiment.py` checks it.
 """
 
 import dataclasses
@@ -16,7 +15,7 @@ class SplitConfig:
 
     # The data set's own name, e.g. `train[:90%]`; for folders, the sub-folder.
     name: str
-    # Number of examples, for what is computed before the data are there; checked against them.
+    # For what is computed before the data are there; checked against them.
     examples: int | None = None
 
 
@@ -61,8 +60,7 @@ class DataConfig:
     data_dir: str = ""
     # What is trained on.
     train: SplitConfig
-    # What is distilled on instead of `train`, one set after the other: other images (out of
-    # domain), or a mixture, with the own set named among them.
+    # What is distilled on instead: other images, or a mixture with the own set named among them.
     transfer: tuple[TransferConfig, ...] = ()
     # What is evaluated while training.
     validation: SplitConfig | None = None
@@ -98,7 +96,6 @@ class ViewConfig:
     mixup: Literal["batch", "example", "none"] = "batch"
     # The coefficient is Beta(alpha, alpha), folded to max(a, 1 - a) unless `mixup_fold` is off.
     mixup_alpha: float = 1.0
-    # Fold the coefficient, so that the example itself is the larger part.
     mixup_fold: bool = True
     # Example i is mixed with example i - 1 (the recipe), or with a random partner.
     mixup_partner: Literal["roll", "permutation"] = "roll"
@@ -114,8 +111,7 @@ class NetworkConfig:
     model: str
     # Height and width of its input in pixels.
     resolution: int
-    # Values of its input: uint8 mapped to [-1, 1], to [0, 1], or by ImageNet's mean and deviation.
-    # `auto`: as its weights were trained, else as the model's published weights were.
+    # Of its input; `auto`: as its weights were trained, else as the model's published ones were.
     input_range: InputRange = "auto"
     # Units a block, of the model `bit`; the named members of the family fix this and the next four.
     depths: tuple[int, ...] = ()
@@ -127,8 +123,8 @@ class NetworkConfig:
     norm: Literal["group", "batch"] = "group"
     # Groups of the GroupNorm; has to divide the root's channels.
     groups: int = 32
-    # Of BiT. Zero as in BiT's files and timm, or minus infinity as in the released trainer;
-    # `auto` goes by the naming of the weights, and is zero without weights.
+    # Of BiT. Zero as in its files and timm, or minus infinity as in the released trainer; `auto`:
+    # by the naming of the weights, zero without.
     root_pool_padding: Literal["auto", "zero", "minus_infinity"] = "auto"
 
 
@@ -136,11 +132,9 @@ class NetworkConfig:
 class StudentConfig(NetworkConfig):
     """The network that is trained."""
 
-    # What it starts from, in any form that `teacher.weights` takes; None: from scratch. A head of
-    # other classes is replaced.
+    # What it starts from, as `teacher.weights`, with a new head for other classes; None: scratch.
     weights: str | None = None
-    # BatchNorm keeps the statistics of its weights instead of taking each batch's: for fine-tuning
-    # on few images, where a batch says little.
+    # BatchNorm keeps the statistics of its weights: for fine-tuning where a batch says little.
     keep_statistics: bool = False
 
 
@@ -148,14 +142,13 @@ class StudentConfig(NetworkConfig):
 class TeacherConfig:
     """Where the frozen teacher comes from: weights, or a run."""
 
-    # A `.npz` of BiT, a `.safetensors` in timm's naming, `hf://OWNER/REPO`, a SavedModel of BiT, or
-    # the workdir of a run.
+    # A file, `hf://OWNER/REPO`, a SavedModel, or a run's workdir: see the README's table.
     weights: str | None = None
     # The network in `weights`, where they do not say it themselves.
     network: NetworkConfig | None = None
-    # An experiment file: the teacher is trained if it is not there yet.
+    # An experiment file: the teacher is trained first.
     experiment: str | None = None
-    # The teacher's run; None is `WORKDIR/teacher`. Alone, it names a complete run to be used as is.
+    # The teacher's run; None is `WORKDIR/teacher`. Alone, it names a complete run.
     workdir: str | None = None
 
 
@@ -169,10 +162,10 @@ class ObjectiveConfig:
     distance: str = "kl"
     # Divides the logits of both networks.
     temperature: float = 1.0
-    # Multiply the KL by T^2, as the released code does and the paper's equation 1 does not.
+    # KL times T^2, as in the released code and not in the paper's equation 1.
     temperature_squared: bool = True
-    # Several teachers: the mean of their logits (the paper's T384+224), the mean of their
-    # probabilities at `temperature`, or the sum of the distances to each (the released trainer).
+    # Of several teachers: their logits' mean (the paper), their probabilities' (at `temperature`),
+    # or the sum of the distances to each (the released trainer).
     ensemble: Literal["mean_logits", "mean_probabilities", "sum_of_distances"] = "mean_logits"
     # With `labels`: the share of each label that is spread evenly over all classes.
     label_smoothing: float = 0.0
@@ -188,7 +181,7 @@ class OptimizerConfig:
     learning_rate: float
     # Of the head alone, where it starts anew on a pretrained body; None: as the body's.
     head_learning_rate: float | None = None
-    # Of kernels only; what the number means is said by `decay`.
+    # Of kernels only; see `decay`.
     weight_decay: float = 0.0
     # `released`: follows the schedule, not multiplied by the learning rate; `adamw`: multiplied.
     decay: Literal["released", "adamw"] = "released"
@@ -210,8 +203,8 @@ class OptimizerConfig:
 class ScheduleConfig:
     """Length of the run and shape of its learning rate, which begins with a linear warm-up."""
 
-    # `cosine` to zero, with exactly one of steps and epochs; or BiT's hyper-rule for fine-tuning,
-    # where the number of examples says all: steps, warm-up and three drops by ten.
+    # `cosine` to zero, with exactly one of steps and epochs; or BiT's hyper-rule, where the number
+    # of examples says all: steps, warm-up and three drops by ten.
     shape: Literal["cosine", "bit_hyper_rule"] = "cosine"
     # Batches.
     total_steps: int | None = None
@@ -239,6 +232,22 @@ class CheckpointConfig:
     every_steps: int = 1000
     # How many of the newest are kept.
     keep: int = 2
+    # Those whose step is a multiple of this are kept too, for ever; 0 for none.
+    keep_every_steps: int = 0
+    # The best by this figure of the validation split is kept too: a key of `checkpoint.BEST`.
+    keep_best: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DivergenceConfig:
+    """What happens where the loss is not finite any more."""
+
+    # `stop`; or back to the newest checkpoint, then past the examples seen since, or slower.
+    action: Literal["stop", "skip", "slow"] = "stop"
+    # How often a run may go back.
+    most: int = 3
+    # Of `slow`: multiplies the learning rates, each time.
+    factor: float = 0.5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -275,9 +284,8 @@ class Config:
     teacher: TeacherConfig | None = None
     # Further teachers; `objective.ensemble` says how they teach together.
     more_teachers: tuple[TeacherConfig, ...] = ()
-    # Figure 2 of the paper. Teacher and student see the same mixed view (`function_matching`), the
-    # same without mixup (`consistent`), each a view of its own (`independent`), or the teacher's
-    # answer to the central crop is computed once for each image (`fixed`).
+    # Figure 2 of the paper: both see the same mixed view, the same without mixup (`consistent`),
+    # each its own (`independent`), or the teacher's answer to the central crop is `fixed`.
     teaching: Literal["function_matching", "consistent", "independent", "fixed"] = (
         "function_matching"
     )
@@ -288,4 +296,5 @@ class Config:
     schedule: ScheduleConfig
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    divergence: DivergenceConfig = DivergenceConfig()
     log: LogConfig = LogConfig()

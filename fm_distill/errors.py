@@ -12,6 +12,18 @@ class TrainingFailed(Exception):
     """The training itself failed: it diverged, the disk is full, a peer was lost. Exit code 4."""
 
 
+class Diverged(TrainingFailed):
+    """The loss is not finite any more, found out at `step`."""
+
+    def __init__(self, step: int):
+        super().__init__(
+            f"the loss or its gradient is not finite at step {step:,}; the last checkpoint before "
+            "it is kept. Try a lower optimizer.learning_rate, a longer schedule.warmup_steps or "
+            "--precision float32, or go on past it with --divergence.action skip or slow"
+        )
+        self.step = step
+
+
 EXIT_COMPLETE = 0
 EXIT_OUR_FAULT = 1
 EXIT_WRONG_INPUT = 2

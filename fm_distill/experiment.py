@@ -11,6 +11,7 @@ import pathlib
 import runpy
 from collections.abc import Iterable
 
+from fm_distill.checkpoint import BEST
 from fm_distill.config import Config, NetworkConfig, SplitConfig, TeacherConfig
 from fm_distill.data.sources import SOURCES
 from fm_distill.distances import DISTANCES
@@ -88,6 +89,13 @@ def check(config: Config) -> None:
     _check_teaching(config)
     _check_length(config)
     _check_numbers(config)
+    if config.checkpoint.keep_best is not None:
+        _choice("checkpoint.keep_best", config.checkpoint.keep_best, BEST)
+        if not (config.data.validation and config.log.evaluate_every_steps):
+            raise UserError(
+                "checkpoint.keep_best needs figures of a validation split: give data.validation "
+                "and log.evaluate_every_steps"
+            )
     if config.data.feeding == "streaming" and config.steps_per_dispatch not in ("auto", 1):
         raise UserError(
             f"steps_per_dispatch={config.steps_per_dispatch} needs data.feeding=resident: "
@@ -205,6 +213,9 @@ def _check_numbers(config: Config) -> None:
     _within("optimizer.beta2", optimizer.beta2, 0.0, 1.0 - 1e-12)
     _within("seed", config.seed, 0, 2**32 - 1)
     _within("data.workers", data.workers, 0, 512)
+    _within("checkpoint.keep_every_steps", config.checkpoint.keep_every_steps, 0, math.inf)
+    _within("divergence.most", config.divergence.most, 0, 1000)
+    _within("divergence.factor", config.divergence.factor, 0.0, 1.0)
     _within("log.evaluate_every_steps", config.log.evaluate_every_steps, 0, math.inf)
     if config.ema_decay is not None:
         _within("ema_decay", config.ema_decay, 0.0, 1.0 - 1e-12)

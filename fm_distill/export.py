@@ -21,7 +21,10 @@ from fm_distill.weights.names import in_naming, naming_of
 
 
 def export(
-    workdir: str | os.PathLike[str], path: str | os.PathLike[str], overwrite: bool = False
+    workdir: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    overwrite: bool = False,
+    step: int | None = None,
 ) -> Card:
     """Writes the student of the run in `workdir` to `path`, and its card beside it as JSON.
 
@@ -37,8 +40,9 @@ def export(
         raise UserError(f"{' and '.join(there)} exists already; use another name, or --overwrite")
     if not path.parent.is_dir():
         raise UserError(f"there is no folder {path.parent} to write {path.name} to; make it first")
-    run = open_run(workdir)
+    run = open_run(workdir, step)
     network, stored = run.network, run.workdir.read("config.json")
+    figures = run.workdir.glance("evaluation.json")
     naming = naming_of(network)
     tensors = in_naming(naming, network, run.student)
     mean, std = INPUT_RANGES[network.input_range]
@@ -53,7 +57,7 @@ def export(
         central_fraction=run.config.views.central_fraction,
         step=run.step,
         averaged=run.averaged,
-        metrics=run.workdir.read("evaluation.json") if run.complete else None,
+        metrics=figures if figures and figures.get("step") == run.step else None,
         config=stored["config"],
         versions=stored["versions"],
         commit=stored["commit"],

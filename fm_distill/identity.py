@@ -28,6 +28,8 @@ NOT_IDENTITY = (
     "more_teachers.workdir",
     "mesh",
     "checkpoint",
+    # Says nothing of a run that did not diverge; and one that did may be continued with another.
+    "divergence",
     "log",
 )
 

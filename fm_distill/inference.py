@@ -26,15 +26,19 @@ from fm_distill.views import render_central
 
 
 def evaluate(
-    workdir: str | os.PathLike[str], split: str = "test", config: Config | None = None
+    workdir: str | os.PathLike[str],
+    split: str = "test",
+    config: Config | None = None,
+    step: int | None = None,
 ) -> dict[str, Any]:
     """Student and teacher of the run in `workdir` on every example of `split` exactly once.
 
     Returns the figures of `evaluate.summarise`: accuracies and agreement as fractions of 1, KL
     and cross-entropy in nats. `config` may name new places of data and teacher. Where the run
-    keeps an average of the student, that is evaluated. Raises `UserError`.
+    keeps an average of the student, that is evaluated. `step` names a checkpoint; else it is the
+    newest. Raises `UserError`.
     """
-    run = open_run(workdir)
+    run = open_run(workdir, step)
     config = config or run.config
     check(config)
     if differ := differences(run.config, config):

@@ -18,14 +18,16 @@ from tensorboardX import SummaryWriter
 class MetricsWriter:
     """Appends to `metrics.jsonl` and, unless turned off, to TensorBoard files beside it."""
 
-    def __init__(self, path: pathlib.Path, resumed_step: int, tensorboard: bool):
+    def __init__(self, path: pathlib.Path | None, resumed_step: int, tensorboard: bool):
+        """Without a path nothing is written: of several processes one writes."""
+        self._file = self._board = None
+        if path is None:
+            return
         _drop_after(path, resumed_step)
-        self._file = path.open("a")
-        self._board = (
-            SummaryWriter(str(path.parent / "tensorboard"), purge_step=resumed_step + 1)
-            if tensorboard
-            else None
-        )
+        self._file = path.open("a", buffering=1)  # whoever watches sees each line at once
+        if tensorboard:
+            folder = str(path.parent / "tensorboard")
+            self._board = SummaryWriter(folder, purge_step=resumed_step + 1)
 
     def write(
         self, step: int, epoch: float, split: str, values: Mapping[str, float | None]
@@ -33,7 +35,8 @@ class MetricsWriter:
         """Writes one line; numbers that are not finite become null, as JSON has no other word."""
         numbers = {k: v if v is not None and math.isfinite(v) else None for k, v in values.items()}
         record = {"step": step, "epoch": round(epoch, 4), "split": split} | numbers
-        self._file.write(json.dumps(record) + "\n")
+        if self._file:
+            self._file.write(json.dumps(record) + "\n")
         if self._board:
             for name, value in values.items():
                 if value is not None:
@@ -41,8 +44,9 @@ class MetricsWriter:
 
     def flush(self) -> None:
         """Hands all to the operating system: before a checkpoint that counts on these lines."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        if self._file:
+            self._file.flush()
+            os.fsync(self._file.fileno())
         if self._board:
             self._board.flush()
 
@@ -55,7 +59,8 @@ class MetricsWriter:
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
+        if self._file:
+            self._file.close()
         if self._board:
             self._board.close()
 
@@ -63,7 +68,7 @@ class MetricsWriter:
 def _drop_after(path: pathlib.Path, step: int) -> None:
     if not path.exists():
         return
-    lines = path.read_text().splitlines(keepends=True)
+    lines = path.read_text(errors="replace").splitlines(keepends=True)
     kept = [line for line in lines if _step_of(line) <= step]
     if len(kept) < len(lines):
         temporary = path.with_name(path.name + ".tmp")

@@ -9,19 +9,44 @@ import jax
 from jaxtyping import Array
 from tqdm import tqdm
 
-from fm_distill.errors import TrainingFailed
+from fm_distill.checkpoint import bytes_of
+from fm_distill.config import Config
+from fm_distill.errors import Diverged
 from fm_distill.metrics import MetricsWriter
+from fm_distill.models import parameter_count
+from fm_distill.probe import probe_teacher
+from fm_distill.processes import first_process
 from fm_distill.setup import Setup
-from fm_distill.stopping import say
+from fm_distill.stopping import Stop, say
+from fm_distill.workdir import Workdir
+
+# `status.json` is written with a logged line, but not more often than this.
+STATUS_EVERY_S = 5.0
+LINE_BYTES = 300  # of metrics.jsonl, about
 
 
 class Reporter:
     """Fetches metrics a dispatch late, so that the device never waits for the host."""
 
-    def __init__(self, setup: Setup, writer: MetricsWriter, bar: Any, start: int):
-        self.setup, self.writer, self.bar = setup, writer, bar
+    def __init__(
+        self,
+        setup: Setup,
+        place: Workdir,
+        writer: MetricsWriter,
+        bar: Any,
+        start: int,
+        stop: Stop,
+    ):
+        self.setup, self.place, self.writer, self.bar = setup, place, writer, bar
+        self.stop = stop
         self.late: tuple[int, int, dict[str, Array]] | None = None
         self.mark = start, time.monotonic()
+        self.first: tuple[int, float] | None = (
+            None  # step and time when the first dispatch was done
+        )
+        self.step = start
+        self.figures: dict[int, dict[str, float]] = {}  # step -> of the last evaluation
+        self.status_at = -STATUS_EVERY_S
 
     def dispatched(self, step: int, steps: int, metrics: dict[str, Array]) -> None:
         """Reports the dispatch before, and keeps this one for later."""
@@ -29,17 +54,17 @@ class Reporter:
         self.late = step, steps, metrics
 
     def catch_up(self) -> None:
-        """Reports what is late. Raises `TrainingFailed` where its loss is not finite."""
+        """Reports what is late. Raises `Diverged` where its loss or gradient is not finite."""
         if self.late is None:
             return
         (step, steps, metrics), self.late = self.late, None
         values = {name: float(x) for name, x in jax.device_get(metrics).items()}
-        if not math.isfinite(values["loss"]):
-            raise TrainingFailed(
-                f"the loss is not finite at step {step:,}; the last checkpoint before it is kept. "
-                "Try a lower optimizer.learning_rate, a longer schedule.warmup_steps or "
-                "--precision float32"
-            )
+        if not all(math.isfinite(values[name]) for name in ("loss", "gradient_norm")):
+            raise Diverged(step)
+        self.step = step
+        if self.first is None:
+            self.first = step, time.monotonic()
+            say(f"the first new step is done {3600 * self.stop.hours():.1f} s after the start")
         self.bar.update(steps)
         every = self.setup.config.log.every_steps
         if step // every > (step - steps) // every or step == self.setup.total_steps:
@@ -59,10 +84,18 @@ class Reporter:
         }
         known = {name: value for name, value in values.items() if value is not None}
         step = figures["step"]
+        self.figures = {step: known}
         self.writer.write(step, self._epoch(step), "validation", known)
         shown = ", ".join(f"{name} {value:.4f}" for name, value in known.items())
         say(f"step {step:,} validation: {shown}")
         self.mark = step, time.monotonic()
+
+    def hours_left(self) -> float | None:
+        """At the pace of this stretch, evaluations and checkpoints included; None if not known."""
+        if self.first is None or self.step == self.first[0]:
+            return None
+        pace_s = (time.monotonic() - self.first[1]) / (self.step - self.first[0])
+        return (self.setup.total_steps - self.step) * pace_s / 3600
 
     def _log(self, step: int, values: dict[str, float]) -> None:
         before, since = self.mark
@@ -81,6 +114,11 @@ class Reporter:
         self.writer.write(step, epoch, "train", values)
         text = f"epoch {epoch:.1f}, loss {values['loss']:.4f}, {rate:,.0f} img/s"
         self.bar.set_postfix_str(text, refresh=False)
+        if self.mark[1] - self.status_at > STATUS_EVERY_S:
+            self.status_at = self.mark[1]
+            self.place.set_status(
+                "running", step, self.setup.total_steps, "", self.hours_left(), rate
+            )
 
     def _epoch(self, step: int) -> float:
         return step * self.setup.config.batch_size / len(self.setup.reader)
@@ -93,7 +131,43 @@ def progress_bar(setup: Setup, start: int) -> Any:
         initial=start,
         unit="step",
         desc=setup.config.name,
+        disable=not first_process(),
         # A log file gets a line every half minute, a terminal ten a second.
         mininterval=0.1 if sys.stderr.isatty() else 30,
         dynamic_ncols=True,
+    )
+
+
+def introduce(setup: Setup, start: int) -> None:
+    """Says what is about to run, and warns of a teacher that cannot teach."""
+    config = setup.config
+    shapes = setup.built.abstract_state()
+    students = parameter_count(shapes.student.params)
+    teachers = sum(parameter_count(x.params) for x in setup.frozen)
+    against = f", teacher of {teachers:,}" if teachers else ""
+    say(
+        f"{config.name}: student of {students:,} parameters{against}; {setup.total_steps:,} steps "
+        f"of {config.batch_size} on {setup.layout.mesh.size} x "
+        f"{jax.devices()[0].device_kind}" + (f", continuing after step {start:,}" if start else "")
+    )
+    say(disk_use(config, setup.total_steps, bytes_of(shapes)))
+    if start == 0:
+        for seat, frozen in zip(setup.built.teachers, setup.frozen, strict=True):
+            for warning in probe_teacher(config, seat, frozen, setup.reader, setup.layout):
+                say(warning)
+
+
+def disk_use(config: Config, total: int, state_bytes: int) -> str:
+    """What the run will need on disk, in a sentence."""
+    kept = config.checkpoint
+    count = kept.keep + 1 + (1 if kept.keep_best else 0)  # one more while it is written
+    if kept.keep_every_steps:
+        count += total // kept.keep_every_steps
+    lines = total // config.log.every_steps
+    if config.log.evaluate_every_steps:
+        lines += total // config.log.evaluate_every_steps
+    return (
+        f"disk: up to {count:,} checkpoints of {state_bytes / 1e6:,.1f} MB, "
+        f"{count * state_bytes / 1e9:,.2f} GB in all; metrics.jsonl grows to {lines:,} "
+        f"lines, about {lines * LINE_BYTES / 1e6:,.1f} MB"
     )

@@ -8,10 +8,12 @@ import pathlib
 import jax
 import jax.numpy as jnp
 
-from fm_distill.checkpoint import Checkpoints, abstract
+from fm_distill.checkpoint import abstract, restore_student
 from fm_distill.config import Config, NetworkConfig, TeacherConfig
+from fm_distill.digests import Found, faults, newest_whole, steps_in
 from fm_distill.errors import UserError
 from fm_distill.models import Variables, build_network, resolve
+from fm_distill.stopping import say
 from fm_distill.weights.card import network_from_json, only_network
 from fm_distill.weights.description import differing
 from fm_distill.weights.hub import WEIGHTS_FILE
@@ -34,8 +36,11 @@ class Run:
     student: Variables
 
 
-def open_run(path: str | os.PathLike[str]) -> Run:
-    """The student of the newest checkpoint in the workdir `path`. Raises `UserError`."""
+def open_run(path: str | os.PathLike[str], step: int | None = None) -> Run:
+    """The student of the newest whole checkpoint in the workdir `path`, or of the one at `step`.
+
+    Raises `UserError`, also where the checkpoint at `step` is not whole.
+    """
     workdir = Workdir(path)
     config = workdir.stored_config()
     contents = workdir.read("config.json")["contents"]
@@ -44,22 +49,14 @@ def open_run(path: str | os.PathLike[str]) -> Run:
     # What the student's `auto` became, where its weights decided it.
     stored = contents.get("student_network")
     network = network_from_json(stored) if stored else resolve(only_network(config.student))
-    if not workdir.checkpoints.is_dir():
-        raise UserError(f"the run in {path} has no checkpoint yet; train it first")
-    checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint.keep, writing=False)
-    try:
-        step = checkpoints.latest()
-        if step is None:
-            raise UserError(f"the run in {path} has no checkpoint yet; train it first")
-        built = build_network(network, classes, jnp.dtype("float32"))
-        shapes = jax.eval_shape(built.init, jax.random.key(0))
-        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        like = abstract(shapes, jax.tree.map(lambda _: here, shapes))
-        averaged = config.ema_decay is not None
-        student = checkpoints.restore_student(step, like, averaged)
-    finally:
-        checkpoints.close()
-    status = workdir.read("status.json") or {}
+    step = _step_to_read(workdir, step)
+    built = build_network(network, classes, jnp.dtype("float32"))
+    shapes = jax.eval_shape(built.init, jax.random.key(0))
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    like = abstract(shapes, jax.tree.map(lambda _: here, shapes))
+    averaged = config.ema_decay is not None
+    student = restore_student(workdir.checkpoints / str(step), like, averaged)
+    status = workdir.glance("status.json") or {}
     return Run(
         config=config,
         network=network,
@@ -71,6 +68,28 @@ def open_run(path: str | os.PathLike[str]) -> Run:
         classes=classes,
         student=student,
     )
+
+
+def _step_to_read(workdir: Workdir, asked: int | None) -> int:
+    have = steps_in(workdir.checkpoints)
+    if not have:
+        raise UserError(f"the run in {workdir.path} has no checkpoint yet; train it first")
+    if asked is not None and asked not in have:
+        raise UserError(
+            f"the run in {workdir.path} has no checkpoint of step {asked}; it has "
+            f"{', '.join(map(str, sorted(have)))}"
+        )
+    if asked is None:
+        found = newest_whole(workdir.checkpoints)
+    else:
+        wrong = faults(workdir.checkpoints / str(asked))
+        found = Found(0 if wrong else asked, {}, {asked: wrong} if wrong else {})
+    for damaged, wrong in found.damaged.items():
+        text = f"checkpoint {damaged:,} of {workdir.path} is damaged: {'; '.join(wrong[:3])}"
+        if not found.step:
+            raise UserError(text)
+        say(f"WARNING: {text}")
+    return found.step
 
 
 def pretrained(path: str, network: NetworkConfig | None, option: str) -> Pretrained:

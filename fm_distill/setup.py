@@ -109,6 +109,23 @@ class Setup:
     final: Callable[[], Iterable[tuple[Batch, np.ndarray]]]
     final_split: str
 
+    def slowed(self, factor: float) -> "Setup":
+        """The same with all learning rates times `factor`."""
+        optimizer = self.config.optimizer
+        head = optimizer.head_learning_rate
+        optimizer = dataclasses.replace(
+            optimizer,
+            learning_rate=optimizer.learning_rate * factor,
+            head_learning_rate=None if head is None else head * factor,
+        )
+        config = dataclasses.replace(self.config, optimizer=optimizer)
+        seen = tuple(teacher.network for teacher in self.networks.teachers)
+        built = build(config, self.networks.classes, seen, self.total_steps, self.layout)
+        program = make_program(
+            built.train_step, built.abstract_state(), self.taught_by, self.feed.data, self.layout
+        )
+        return dataclasses.replace(self, config=config, built=built, program=program)
+
     @property
     def taught_by(self) -> tuple[Variables, ...]:
         """The frozen teachers that the step runs."""

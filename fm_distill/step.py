@@ -174,8 +174,8 @@ def make_program(
 
     `fed` is a batch, or (steps, batch) ids into the resident `data`. The state is donated; the
     teachers are arguments, so that they are neither baked into the program nor copied. `state`
-    and `teachers` may be shapes. Metrics are the last step's, and the largest `loss` where it is
-    not finite.
+    and `teachers` may be shapes. Metrics are the last step's; the loss is NaN where any step's loss
+    or gradient was not finite.
     """
 
     def program(
@@ -193,7 +193,7 @@ def make_program(
             return one(state, fed[0])
         state, metrics = jax.lax.scan(one, state, fed)
         last = {name: values[-1] for name, values in metrics.items()}
-        finite = jnp.isfinite(metrics["loss"]).all()
+        finite = jnp.isfinite(metrics["loss"] + metrics["gradient_norm"]).all()
         return state, last | {"loss": jnp.where(finite, last["loss"], jnp.nan)}
 
     state_shardings = layout.variables(state)

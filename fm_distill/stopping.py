@@ -1,15 +1,21 @@
-"""Between a run and the person who watches it: lines to read, and the wish to stop."""
+"""Between a run and the person who watches it: lines to read, and when to stop."""
 
 import contextlib
+import math
+import os
 import signal
+import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-Stopping = Callable[[], bool]
+from fm_distill.errors import EXIT_INTERRUPTED_TWICE, EXIT_PAUSED
+
+Item = TypeVar("Item")
 
 
 def say(text: str) -> None:
@@ -17,23 +23,137 @@ def say(text: str) -> None:
     tqdm.write(text, file=sys.stderr)
 
 
-@contextlib.contextmanager
-def stop_signals() -> Iterator[Stopping]:
-    """Turns the first SIGINT or SIGTERM into a wish to stop; a second SIGINT raises at once."""
-    asked: list[int] = []
+class Stopped(Exception):
+    """Leaves work that is done anew the next time, with the reason."""
 
-    def handle(number: int, frame: Any) -> None:
-        if asked and number == signal.SIGINT:
+
+class Stop:
+    """Whether a run is to stop and why: a signal came, or its hours are over.
+
+    The hours count from here. With `leave`, a signal ends the process at once wherever nothing can
+    be lost, even while the main thread waits for the compiler: `leave(reason)` says so first.
+    """
+
+    def __init__(self, max_hours: float | None = None, leave: Callable[[str], None] | None = None):
+        self.started = time.monotonic()
+        self.max_hours = max_hours
+        self._leave = leave
+        self._signals: list[int] = []
+        self._lock = threading.RLock()
+        self._idle = True
+        self._records: list[Callable[[str], None]] = []
+
+    def hours(self) -> float:
+        """Since the start."""
+        return (time.monotonic() - self.started) / 3600
+
+    def reason(self, reserve_s: float = 0.0) -> str | None:
+        """Why to stop now, with `reserve_s` seconds left for what is still to be done; or None."""
+        if self._signals:
+            return f"stopped by {signal.Signals(self._signals[0]).name}"
+        if self.max_hours is not None and self.hours() + reserve_s / 3600 >= self.max_hours:
+            return f"the {self.max_hours:g} hours are used"
+        return None
+
+    def checked(self, items: Iterable[Item]) -> Iterator[Item]:
+        """`items`; raises `Stopped` before the next one where it is time to stop."""
+        for item in items:
+            if reason := self.reason():
+                raise Stopped(reason)
+            yield item
+
+    def busy(self) -> None:
+        """From here on there is something to lose."""
+        with self._lock:
+            self._idle = False
+
+    def idle(self) -> None:
+        """From here on there is nothing to lose: all that was done is on disk."""
+        with self._lock:
+            self._idle = True
+            if self._signals:
+                self._exit()
+
+    @contextlib.contextmanager
+    def recorded(self, record: Callable[[str], None]) -> Iterator[None]:
+        """Inside, `record(reason)` is called before the process ends at once."""
+        with self._lock:
+            self._records.append(record)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._records.remove(record)
+
+    def signalled(self, number: int) -> None:
+        """Called in a thread of its own as soon as a signal is there."""
+        if self._signals and number == signal.SIGINT and self._leave:
+            os._exit(EXIT_INTERRUPTED_TWICE)
+        if not self._signals:
+            say("stopping after a checkpoint; interrupt again to stop at once")
+        self._signals.append(number)
+        with self._lock:
+            if self._idle:
+                self._exit()
+
+    def interrupted(self, number: int, frame: Any) -> None:
+        """Called in the main thread when Python comes to it: later than `signalled`, if at all."""
+        if self._leave is None and len(self._signals) > 1 and number == signal.SIGINT:
             raise KeyboardInterrupt
-        asked.append(number)
-        say("stopping after a checkpoint; interrupt again to stop at once")
 
+    def _exit(self) -> None:
+        if self._leave is None:
+            return
+        reason = self.reason() or ""
+        for record in self._records:
+            with contextlib.suppress(OSError):
+                record(reason)
+        self._leave(reason)
+        sys.stderr.flush()
+        os._exit(EXIT_PAUSED)
+
+
+@contextlib.contextmanager
+def stop_signals(stop: Stop) -> Iterator[Stop]:
+    """Turns SIGINT and SIGTERM into a wish to stop. A second SIGINT ends everything at once.
+
+    The numbers come through a socket that Python's C code writes to: a handler in Python would
+    wait for the compiler.
+    """
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: False  # only the main thread may install handlers
+        yield stop  # only the main thread may install handlers
         return
-    before = {n: signal.signal(n, handle) for n in (signal.SIGINT, signal.SIGTERM)}
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
+
+    def listen() -> None:
+        while (number := receiver.recv(1)) != b"":
+            if number[0] in (signal.SIGINT, signal.SIGTERM):
+                stop.signalled(number[0])
+
+    thread = threading.Thread(target=listen, daemon=True)
+    thread.start()
+    handlers = {n: signal.signal(n, stop.interrupted) for n in (signal.SIGINT, signal.SIGTERM)}
+    wakeup = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
     try:
-        yield lambda: bool(asked)
+        yield stop
     finally:
-        for number, handler in before.items():
+        signal.set_wakeup_fd(wakeup)
+        for number, handler in handlers.items():
             signal.signal(number, handler)
+        sender.close()
+        thread.join()
+        receiver.close()
+
+
+def stretches(hours_left: float | None, hours: float) -> str:
+    """`3.4 hours are left, 2 stretches of 2 hours`."""
+    if hours_left is None:
+        return "how long the rest takes is not known yet"
+    count = math.ceil(hours_left / hours) if hours > 0 else 1
+    of_length = f"{count:,} stretch{'es' if count != 1 else ''} of {hours_text(hours)}"
+    return f"about {hours_text(hours_left)} left, {of_length} like this one"
+
+
+def hours_text(hours: float) -> str:
+    return f"{hours:.1f} hours" if hours >= 1 else f"{hours * 60:.1f} minutes"

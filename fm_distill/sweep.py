@@ -17,22 +17,26 @@ from fm_distill.config import Config
 from fm_distill.errors import UserError
 from fm_distill.experiment import check
 from fm_distill.identity import flatten, from_json, to_json
-from fm_distill.stopping import say
-from fm_distill.train import train
+from fm_distill.stopping import Stop, say, stop_signals
+from fm_distill.train import train_until
 
 Figures = dict[str, Any]
 SEED = "seed"
 
 
 def sweep(
-    config: Config, over: dict[str, tuple[Any, ...]], workdir: str | os.PathLike[str]
+    config: Config,
+    over: dict[str, tuple[Any, ...]],
+    workdir: str | os.PathLike[str],
+    *,
+    max_hours: float | None = None,
 ) -> str | None:
     """Runs every combination of `over` (option -> values) in folders of `workdir`.
 
     Returns the table, a line for each combination of what is not the seed, with mean and sample
-    standard deviation over the seeds; None where a signal stopped it. Teachers that are experiments
-    are trained once, in `workdir`. Raises `UserError` before the first run where a combination is
-    wrong.
+    standard deviation over the seeds; None where a signal or `max_hours` stopped it. Teachers that
+    are experiments are trained once, in `workdir`. Raises `UserError` before the first run where a
+    combination is wrong.
     """
     folder = pathlib.Path(workdir)
     config = _with_shared_teachers(config, folder)
@@ -41,14 +45,15 @@ def sweep(
     for run in runs:
         check(run)
     groups: dict[str, list[Figures]] = {}
-    for i, (values, run) in enumerate(zip(chosen, runs, strict=True), 1):
-        say(f"run {i} of {len(runs)}: {_name(values, ', ')}")
-        result = train(run, folder / _name(values, "__").replace("/", "_"))
-        if not result.complete:
-            return None
-        assert result.evaluation is not None
-        group = {name: value for name, value in values.items() if name != SEED}
-        groups.setdefault(_name(group, ", "), []).append(result.evaluation)
+    with stop_signals(Stop(max_hours)) as stop:
+        for i, (values, run) in enumerate(zip(chosen, runs, strict=True), 1):
+            say(f"run {i} of {len(runs)}: {_name(values, ', ')}")
+            result = train_until(run, folder / _name(values, "__").replace("/", "_"), stop)
+            if not result.complete:
+                return None
+            assert result.evaluation is not None
+            group = {name: value for name, value in values.items() if name != SEED}
+            groups.setdefault(_name(group, ", "), []).append(result.evaluation)
     return comparison(groups)
 
 

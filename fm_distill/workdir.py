@@ -1,6 +1,7 @@
 """The folder of one run: its lock, `config.json`, `status.json` and `evaluation.json`."""
 
 import contextlib
+import datetime
 import fcntl
 import importlib.metadata
 import json
@@ -9,21 +10,27 @@ import pathlib
 import platform
 import re
 import subprocess
+import time
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import jax
 
 from fm_distill.config import Config
 from fm_distill.errors import UserError
 from fm_distill.identity import differences, from_json, to_json
+from fm_distill.processes import first_process
+from fm_distill.stopping import say
 
 Status = Literal["running", "paused", "complete", "failed"]
+# Where compiled programs are kept, unless the user has a place of his own for them.
+COMPILED = "compiled"
+LENGTH = ("schedule.total_steps:", "schedule.total_epochs:")
 LIBRARIES = ("fm-distill", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 class Workdir:
-    """The files of a run that are not arrays."""
+    """The files of a run that are not arrays. Of several processes, the first one writes them."""
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = pathlib.Path(path)
@@ -43,7 +50,12 @@ class Workdir:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Holds the folder for this process. A crash frees it, since the kernel holds the lock."""
-        known = re.compile(r"config\.json|lock|teacher(_\d+)?|fixed_targets\.npz.*")
+        if not first_process():
+            yield
+            return
+        known = re.compile(
+            r"(config|status)\.json(\.tmp)?|lock|teacher(_\d+)?|fixed_targets\.npz.*|" + COMPILED
+        )
         try:
             if self.path.is_dir() and not (self.path / "config.json").exists():
                 others = sorted(x.name for x in self.path.iterdir() if not known.fullmatch(x.name))
@@ -57,14 +69,31 @@ class Workdir:
         except OSError as error:
             raise UserError(f"the workdir {self.path} cannot be written: {error}") from None
         with handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            if not _lock(handle):
                 raise UserError(
                     f"the workdir {self.path} is in use by another process; wait for it, or "
                     "choose another --workdir"
-                ) from None
+                )
             yield
+
+    def in_use(self) -> bool:
+        """Whether a process holds the folder now; a crash frees it."""
+        try:
+            with (self.path / "lock").open() as handle:
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
+
+    def glance(self, name: str) -> Any:
+        """As `read`, but None for a damaged file too: for what can be made again."""
+        try:
+            return self.read(name)
+        except UserError as error:
+            say(f"WARNING: {error}; it is made again")
+            return None
 
     def read(self, name: str) -> Any:
         """The contents of a JSON file here, or None where it is not there."""
@@ -78,9 +107,14 @@ class Workdir:
 
     def write(self, name: str, value: Any) -> None:
         """Writes a JSON file whole or not at all."""
+        if not first_process():
+            return
         path = self.path / name
         temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
+        with temporary.open("w") as file:
+            file.write(json.dumps(value, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
 
     def stored_config(self) -> Config:
@@ -92,16 +126,21 @@ class Workdir:
             raise UserError(f"{self.path / 'config.json'} is not the config of a run")
         return from_json(stored["config"])
 
-    def refuse_another(self, config: Config, contents: dict[str, Any]) -> None:
+    def refuse_another(
+        self, config: Config, contents: dict[str, Any], extend: bool = False
+    ) -> bool:
         """Raises `UserError` that lists what differs where this is another run's workdir.
 
         `contents` are fingerprints of what the run is made from (data, teacher): paths may
-        change, contents may not.
+        change, contents may not. Returns whether only the length differs, which `extend` allows.
         """
         stored = self.read("config.json")
         if stored is None:
-            return
+            return False
         differ = differences(self.stored_config(), config)
+        length = [line for line in differ if line.startswith(LENGTH)]
+        if extend:
+            differ = [line for line in differ if line not in length]
         before = stored.get("contents", {})
         differ += [
             f"{name}: {before[name]} in the workdir, {value} now (its contents, not its place)"
@@ -113,14 +152,29 @@ class Workdir:
                 f"the workdir {self.path} belongs to another run:\n  "
                 + "\n  ".join(differ)
                 + "\nchoose another --workdir, or give the old values"
+                + (", or lengthen the schedule knowingly with --extend" if length else "")
             )
+        return bool(length)
 
-    def claim(self, config: Config, contents: dict[str, Any]) -> None:
-        """Makes this the workdir of `config`; call it when nothing is left to be refused."""
-        self.refuse_another(config, contents)
+    def claim(
+        self, config: Config, contents: dict[str, Any], extend: bool = False
+    ) -> tuple[int, ...]:
+        """Makes this the workdir of `config`; call it when nothing is left to be refused.
+
+        Returns the ends of the schedules that were lengthened: those students are kept.
+        """
+        stored = self.read("config.json") or {}
+        ends = tuple(stored.get("lengthened_after", ()))
+        status = self.glance("status.json") or {}
+        if self.refuse_another(config, contents, extend) and status.get("state") == "complete":
+            ends += (status["step"],)
+            figures = self.path / "evaluation.json"
+            if figures.exists() and first_process():
+                figures.rename(self.path / f"evaluation_{status['step']}.json")
         self.write(
             "config.json",
             {
+                "lengthened_after": list(ends),
                 "config": to_json(config),
                 "contents": contents,
                 "versions": {name: _version(name) for name in LIBRARIES}
@@ -129,12 +183,39 @@ class Workdir:
                 "commit": _commit(),
             },
         )
+        return ends
 
-    def set_status(self, status: Status, step: int, total_steps: int, reason: str = "") -> None:
+    def set_status(
+        self,
+        status: Status,
+        step: int,
+        total_steps: int,
+        reason: str = "",
+        hours_left: float | None = None,
+        images_per_second: float | None = None,
+    ) -> None:
         self.write(
             "status.json",
-            {"state": status, "step": step, "total_steps": total_steps, "reason": reason},
+            {
+                "state": status,
+                "step": step,
+                "total_steps": total_steps,
+                "reason": reason,
+                "hours_left": hours_left,
+                "images_per_second": images_per_second,
+                "updated": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            },
         )
+
+
+def _lock(handle: IO[str]) -> bool:
+    """Tries for a second, since a look at the lock (`in_use`) holds it for a moment."""
+    for _ in range(10):
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        time.sleep(0.1)
+    return False
 
 
 def _version(name: str) -> str | None:

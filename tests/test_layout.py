@@ -11,7 +11,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A file may import those of its own line before it, and of the lines above.
 ORDER = [
-    ["errors", "config", "length", "identity", "stopping"],
+    ["errors", "config", "length", "identity", "stopping", "processes", "digests", "command_line"],
     ["views", "distances", "sharding", "metrics"],
     ["models.contract", "models.layers", "models.assembly", "models.inverted_residual"],
     ["models.bit", "models.efficientnet_lite", "models.mobilenet_v3", "models.keras_resnet_v2"],
@@ -34,13 +34,17 @@ ORDER = [
         "build",
         "experiment",
         "workdir",
+        "rollback",
+        "bring",
+        "compiled",
+        "status",
         "run",
     ],
     ["networks", "targets"],
-    ["setup", "reporter"],
+    ["setup", "reporter", "resume", "loop"],
     ["train", "inference", "sweep", "export"],
     [""],
-    ["cli", "__main__"],
+    ["cli_train", "cli", "__main__"],
 ]
 RANK = {name: (i, j) for i, line in enumerate(ORDER) for j, name in enumerate(line)}
 

@@ -133,9 +133,11 @@ class ResidentFeed:
             dataclasses.replace(arrays, targets=targets), replicated
         )
 
-    def feed(self, start_step: int, dispatches: Iterator[int]) -> Iterator[Array]:
+    def feed(
+        self, start_step: int, dispatches: Iterator[int], skipped_steps: int = 0
+    ) -> Iterator[Array]:
         """For each dispatch of n steps the ids of its batches, (n, batch)."""
-        step = start_step
+        step = start_step + skipped_steps
         for steps in dispatches:
             positions = np.arange(step * self.batch_size, (step + steps) * self.batch_size)
             ids = self.stand_in[example_ids(self.seed, positions, len(self.stand_in))]
@@ -162,10 +164,15 @@ class StreamingFeed:
         self.data: Batch | None = None
         self.skipped = 0
 
-    def feed(self, start_step: int, dispatches: Iterator[int]) -> Iterator[Batch]:
+    def feed(
+        self, start_step: int, dispatches: Iterator[int], skipped_steps: int = 0
+    ) -> Iterator[Batch]:
         """For each dispatch, of one step, its batch."""
         rows = self.stream.rows
-        dataset = grain.MapDataset.source(self.stream)[start_step * rows :]
+        stream = dataclasses.replace(
+            self.stream, total_steps=self.stream.total_steps + skipped_steps
+        )
+        dataset = grain.MapDataset.source(stream)[(start_step + skipped_steps) * rows :]
         read = _read_ahead(dataset.batch(rows), self.workers)
         ready: collections.deque[Batch] = collections.deque()
         for steps in dispatches:

@@ -1,0 +1,94 @@
+"""`--resume-from`: a run is brought from a place that cannot be written to one that can."""
+
+import pathlib
+import shutil
+
+from tqdm import tqdm
+
+from fm_distill.digests import DIGESTS, faults, steps_in
+from fm_distill.errors import UserError
+from fm_distill.stopping import say
+from fm_distill.workdir import COMPILED
+
+# What a run consists of, beside its checkpoints, its figures and its teachers' runs.
+PARTS = ("config.json", "status.json", "rollbacks.json", "metrics.jsonl", "fixed_targets.npz")
+
+
+def bring(source: pathlib.Path, workdir: pathlib.Path) -> None:
+    """Makes `workdir` a copy of the run in `source`, all of it or nothing.
+
+    Checkpoints that are not whole stay behind. Where `workdir` has the run already, and is as far,
+    nothing is done, so that the same command continues it. Raises `UserError`.
+    """
+    if not (source / "config.json").is_file():
+        raise UserError(
+            f"--resume-from {source} is not the workdir of a run: it has no config.json"
+        )
+    if workdir.exists() and workdir.samefile(source):
+        raise UserError("--resume-from and --workdir are the same folder; leave out --resume-from")
+    if (workdir / "config.json").exists():
+        here, there = (next(iter(steps_in(x / "checkpoints")), 0) for x in (workdir, source))
+        if here < there:
+            raise UserError(
+                f"{workdir} has a run of {here:,} steps, and the one in {source} has {there:,}; "
+                "choose another --workdir, or leave out --resume-from"
+            )
+        say(f"{workdir} has its run already, at step {here:,}: {source} is not needed")
+        return
+    if workdir.is_dir() and any(workdir.iterdir()):
+        raise UserError(f"{workdir} is not empty; --resume-from needs a new --workdir")
+    arriving = workdir.with_name(workdir.name + ".arriving")
+    try:
+        shutil.rmtree(arriving, ignore_errors=True)
+        _check_space(source, workdir)
+        _copy_run(source, arriving)
+        # Onto an empty folder too: the run appears whole or not at all.
+        arriving.replace(workdir)
+    except OSError as error:
+        shutil.rmtree(arriving, ignore_errors=True)
+        raise UserError(f"{source} cannot be copied to {workdir}: {error}") from None
+    say(f"{workdir} is a copy of the run in {source}")
+
+
+def _copy_run(source: pathlib.Path, target: pathlib.Path) -> None:
+    # Not the modes: those of a read-only place would make this one read-only.
+    target.mkdir(parents=True)
+    for path in sorted(source.iterdir()):
+        if path.name in PARTS or path.name.startswith("evaluation"):
+            shutil.copyfile(path, target / path.name)
+        elif path.name == COMPILED or path.name == "tensorboard":
+            _copy_tree(path, target / path.name)
+        elif path.name.startswith("teacher") and (path / "config.json").is_file():
+            _copy_run(path, target / path.name)
+    for step in tqdm(steps_in(source / "checkpoints"), "checkpoints", leave=False):
+        checkpoint = source / "checkpoints" / str(step)
+        if wrong := faults(checkpoint):
+            say(f"WARNING: {checkpoint} is damaged and stays behind: {wrong[0]}")
+            continue
+        copy = target / "checkpoints" / str(step)
+        _copy_tree(checkpoint, copy)
+        if wrong := faults(copy):
+            raise OSError(f"the copy of {checkpoint} is not whole: {wrong[0]}")
+    if (source / "checkpoints").is_dir() and not (target / "checkpoints").exists():
+        raise UserError(
+            f"no checkpoint in {source / 'checkpoints'} is whole; each needs its {DIGESTS}"
+        )
+
+
+def _copy_tree(source: pathlib.Path, target: pathlib.Path) -> None:
+    shutil.copytree(source, target, copy_function=shutil.copyfile)
+    # `copytree` gives folders the modes of the source, which may be read-only.
+    for path in [target, *target.rglob("*")]:
+        if path.is_dir():
+            path.chmod(0o755)
+
+
+def _check_space(source: pathlib.Path, workdir: pathlib.Path) -> None:
+    need = sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
+    place = next(x for x in workdir.absolute().parents if x.exists())
+    free = shutil.disk_usage(place).free
+    if need > free:
+        raise UserError(
+            f"the run in {source} has {need / 1e9:,.2f} GB and {place} has {free / 1e9:,.2f} GB "
+            "free; choose a --workdir on another disk"
+        )

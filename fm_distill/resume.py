@@ -1,0 +1,83 @@
+"""Where a run goes on: the newest whole checkpoint, whether it may be used, and its state."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fm_distill.checkpoint import abstract, restore
+from fm_distill.digests import Found
+from fm_distill.errors import UserError
+from fm_distill.rollback import ROLLBACKS, Rollback, as_json
+from fm_distill.setup import Setup
+from fm_distill.step import TrainState
+from fm_distill.stopping import say
+from fm_distill.weights.load import start_from
+from fm_distill.workdir import Workdir
+
+
+def accept(
+    found: Found,
+    place: Workdir,
+    said: dict[str, Any],
+    rollbacks: tuple[Rollback, ...],
+    total: int,
+) -> None:
+    """Names damaged checkpoints; raises `UserError` where the newest whole one cannot be used."""
+    for step, wrong in found.damaged.items():
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        say(f"WARNING: checkpoint {step:,} in {place.checkpoints} is damaged: {wrong[0]}{more}")
+    if found.damaged and not found.step:
+        raise UserError(
+            f"no checkpoint in {place.checkpoints} is whole ({len(found.damaged)} damaged); bring "
+            "back a copy of one, or remove the folder to begin anew"
+        )
+    if not found.step:
+        return
+    if found.damaged:
+        say(f"continuing from checkpoint {found.step:,}, the newest whole one")
+    before = found.about
+    for name in ("data", "teacher"):
+        if before.get(name) != said[name]:
+            raise UserError(
+                f"checkpoint {found.step:,} in {place.checkpoints} belongs to another {name}: "
+                f"{before.get(name)}, and now it is {said[name]}"
+            )
+    if before.get("rollbacks", []) != as_json(rollbacks[: len(before.get("rollbacks", []))]):
+        raise UserError(
+            f"{place.path / ROLLBACKS} does not agree with checkpoint {found.step:,}; bring it back"
+        )
+    if found.step > total:
+        raise UserError(
+            f"the run in {place.path} has done {found.step:,} steps, more than the {total:,} of "
+            "the schedule; give a longer one"
+        )
+    names = ("jax", "device_kind", "mesh", "processes")
+    changed = [f"{x} {before.get(x)} -> {said[x]}" for x in names if before.get(x) != said[x]]
+    if changed:
+        say(
+            f"NOTICE: checkpoint {found.step:,} was written with other {', '.join(changed)}: the "
+            "run goes on, but equality in every bit is promised only for the same"
+        )
+
+
+def first_state(setup: Setup, place: Workdir, start: int) -> TrainState:
+    """The state of the newest checkpoint, or a new one, straight on its shards."""
+    shapes = setup.built.abstract_state()
+    shardings = setup.layout.variables(shapes)
+    if start:
+        return restore(place.checkpoints / str(start), abstract(shapes, shardings))
+    init_key, _ = setup.keys()
+    state = jax.jit(setup.built.init, out_shardings=shardings)(init_key)
+    networks = setup.networks
+    if networks.pretrained is None:
+        return state
+    student, remark = start_from(
+        state.student, networks.pretrained, networks.classes, networks.class_names
+    )
+    say(remark)
+    student = jax.device_put(student, shardings.student)
+    # A copy: the same buffer cannot be donated twice.
+    ema = None if state.ema is None else jax.tree.map(jnp.copy, student)
+    return dataclasses.replace(state, student=student, ema=ema)
