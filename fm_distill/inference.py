@@ -21,7 +21,7 @@ from fm_distill.identity import differences
 from fm_distill.networks import teachers_fingerprint, with_student
 from fm_distill.run import load_teachers, open_run
 from fm_distill.setup import frozen_teachers
-from fm_distill.sharding import Layout, make_layout
+from fm_distill.sharding import Layout, make_layout, on_devices
 from fm_distill.views import render_central
 
 
@@ -58,7 +58,7 @@ def evaluate(
     config = with_student(config, run.network)
     built = build(config, run.classes, networks, 1, layout)
     frozen = frozen_teachers(built, teachers, layout)
-    student = jax.device_put(run.student, layout.variables(run.student))
+    student = on_devices(run.student, layout.variables(run.student))
     # Whole batches for any number of devices; the mask takes care of the rest.
     batch_size = -(-config.batch_size // layout.mesh.size) * layout.mesh.size
     reader = Reader(source, config.data, run.classes)

@@ -11,6 +11,7 @@ from fm_distill.digests import Found
 from fm_distill.errors import UserError
 from fm_distill.rollback import ROLLBACKS, Rollback, as_json
 from fm_distill.setup import Setup
+from fm_distill.sharding import on_devices
 from fm_distill.step import TrainState
 from fm_distill.stopping import say
 from fm_distill.weights.load import start_from
@@ -77,7 +78,7 @@ def first_state(setup: Setup, place: Workdir, start: int) -> TrainState:
         state.student, networks.pretrained, networks.classes, networks.class_names
     )
     say(remark)
-    student = jax.device_put(student, shardings.student)
+    student = on_devices(student, shardings.student)
     # A copy: the same buffer cannot be donated twice.
     ema = None if state.ema is None else jax.tree.map(jnp.copy, student)
     return dataclasses.replace(state, student=student, ema=ema)

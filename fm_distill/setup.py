@@ -25,7 +25,7 @@ from fm_distill.length import total_steps, transfer_examples
 from fm_distill.models import Network, Variables
 from fm_distill.networks import Networks, with_student
 from fm_distill.run import Teacher
-from fm_distill.sharding import Layout
+from fm_distill.sharding import Layout, on_devices
 from fm_distill.step import TrainState, make_program
 from fm_distill.targets import fixed_targets
 
@@ -133,8 +133,12 @@ class Setup:
 
     def keys(self) -> tuple[PRNGKeyArray, PRNGKeyArray]:
         """For the student's init, and the root of all draws."""
-        init_key, root_key = jax.random.split(jax.random.key(self.config.seed))
-        return init_key, jax.device_put(root_key, self.layout.replicated)
+
+        def split() -> tuple[PRNGKeyArray, PRNGKeyArray]:
+            init_key, root_key = jax.random.split(jax.random.key(self.config.seed))
+            return init_key, root_key
+
+        return jax.jit(split, out_shardings=self.layout.replicated)()
 
 
 def prepare(
@@ -207,7 +211,7 @@ def frozen_teachers(
 
 def freeze_on_devices(network: Network, variables: Variables, layout: Layout) -> Variables:
     """The frozen form of `variables`, computed once, where the step wants it."""
-    variables = jax.device_put(variables, layout.variables(variables))
+    variables = on_devices(variables, layout.variables(variables))
     shapes = jax.eval_shape(network.freeze, variables)
     return jax.jit(network.freeze, out_shardings=layout.variables(shapes))(variables)
 

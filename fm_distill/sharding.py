@@ -50,6 +50,11 @@ class Layout:
         return NamedSharding(self.mesh, PartitionSpec(*spec))
 
 
+def on_devices(tree: PyTree, shardings: PyTree) -> PyTree:
+    """`tree`, which every process has whole, laid out over the devices of all of them."""
+    return jax.device_put(jax.tree.map(np.asarray, tree), shardings)
+
+
 def make_layout(config: MeshConfig) -> Layout:
     """The mesh of `config` over all devices.
 

@@ -1,275 +1,309 @@
 """Does to real runs what the world does to them, and prints what was tried and survived.
 
-    python tools/faults.py                    # all of it, about an hour on two cores
-    python tools/faults.py --only killed --moments 5
-    python tools/faults.py --only polite --experiment experiments/digits.py
+    python tools/faults.py                        # all of it
+    python tools/faults.py killed polite --moments 25
 
 Each run is the real command in a process of its own, on the CPU. A run that was disturbed has to
-end with the very bits, figures and logged steps of one that was not. The tests run short forms.
+end with the very bits, figures and logged steps of one that was not; anything else raises. The
+tests run short forms of these.
 """
 
+import argparse
 import dataclasses
 import json
-import os
 import pathlib
-import random
 import shutil
 import signal
+import socket
 import subprocess
-import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 
-import jax
 import numpy as np
-
-from fm_distill.build import build
-from fm_distill.checkpoint import abstract, restore
-from fm_distill.config import MeshConfig
-from fm_distill.digests import newest_whole, steps_in
-from fm_distill.errors import EXIT_COMPLETE, EXIT_PAUSED
-from fm_distill.run import open_run
-from fm_distill.sharding import make_layout
-from fm_distill.workdir import Workdir
-
-ROOT = pathlib.Path(__file__).parents[1]
-TIMEOUT_S = 600.0
-EVALUATE_EVERY, CHECKPOINT_EVERY = 60, 20
-
-TINY = """
-import dataclasses, pathlib
-from fm_distill import load_experiment
-from fm_distill.config import *
-digits = load_experiment({digits!r})
-config = dataclasses.replace(
-    digits, name="tiny", batch_size=16, ema_decay=0.9, seed={seed},
-    student=StudentConfig(
-        model="bit", resolution=16, depths=(1,), width=0.125, groups=4, stem="small", norm={norm!r}
-    ),
-    objective=ObjectiveConfig(target="labels"),
-    data=dataclasses.replace(digits.data, feeding={feeding!r}),
-    schedule=ScheduleConfig(total_steps={steps}, warmup_steps=5),
-    checkpoint=CheckpointConfig(every_steps={every}, keep=2),
-    log=LogConfig(every_steps=10, evaluate_every_steps={evaluate}, tensorboard=False),
+from disturb import (
+    ROOT,
+    TIMEOUT_S,
+    Watched,
+    arrays_of,
+    command,
+    differences,
+    disturbed,
+    environment,
+    logged,
+    tiny_experiment,
 )
-"""
+
+from fm_distill.digests import newest_whole, steps_in
+from fm_distill.errors import (
+    EXIT_COMPLETE,
+    EXIT_PAUSED,
+    EXIT_TRAINING_FAILED,
+    EXIT_WRONG_INPUT,
+)
+
+CASES = (
+    ("resident", "batch"),
+    ("streaming", "group"),
+    ("resident", "group"),
+    ("streaming", "batch"),
+)
+MOUNT_REASON = "mounting a file system needs root"
 
 
 @dataclasses.dataclass(frozen=True)
 class Tried:
-    """A line of the table."""
+    """A line of the table; what was not survived raised before."""
 
     fault: str
     times: int
-    survived: int
-    remark: str
+    outcome: str
 
 
-def tiny_experiment(
-    path: pathlib.Path, feeding: str, norm: str, steps: int = 600, seed: int = 0
-) -> pathlib.Path:
-    """A labels run on the digits with a small student, its average, and two evaluations a while."""
-    path.write_text(
-        TINY.format(
-            digits=str(ROOT / "experiments" / "digits_teacher.py"),
-            feeding=feeding,
-            norm=norm,
-            steps=steps,
-            seed=seed,
-            every=CHECKPOINT_EVERY,
-            evaluate=EVALUATE_EVERY,
+def killed(folder: pathlib.Path, count: int) -> Iterator[Tried]:
+    """SIGKILL at `count` moments, in both feedings, with both normalisations."""
+    for feeding, norm in CASES:
+        found = disturbed(folder / f"{feeding}_{norm}", feeding, norm, count)
+        phases = ", ".join(f"{found.phases.count(x)} in {x}" for x in sorted(set(found.phases)))
+        yield Tried(
+            f"SIGKILL, {feeding} feeding, {norm} normalisation ({phases})",
+            len(found.phases),
+            "the same bits, figures and logged steps",
         )
-    )
-    return path
 
 
-def environment(devices: int = 1) -> dict[str, str]:
-    return os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "PYTHONPATH": str(ROOT),
-    }
+def polite(folder: pathlib.Path, count: int) -> Iterator[Tried]:
+    """SIGTERM at `count` moments."""
+    for feeding, norm in CASES[:2]:
+        found = disturbed(folder / f"{feeding}_{norm}", feeding, norm, count, signal.SIGTERM)
+        yield Tried(
+            f"SIGTERM, {feeding} feeding, {norm} normalisation",
+            len(found.phases),
+            f"no step lost, the same bits; at most {found.slowest_s:.1f} s until it was paused",
+        )
 
 
-class Watched:
-    """The real command at work in `workdir`."""
-
-    def __init__(
-        self, experiment: pathlib.Path, workdir: pathlib.Path, *options: str, devices: int = 1
-    ):
-        self.workdir = workdir
-        self.said = workdir.with_name(workdir.name + f".{time.monotonic_ns()}.txt")
-        self.started = time.monotonic()
-        with self.said.open("w") as file:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "fm_distill", "train", str(experiment)]
-                + ["--workdir", str(workdir), *options],
-                cwd=ROOT,
-                env=environment(devices),
-                stdout=file,
-                stderr=file,
-            )
-
-    def text(self) -> str:
-        return self.said.read_text(errors="replace")
-
-    def step(self) -> int:
-        """The last step that was logged."""
-        return max((x["step"] for x in logged(self.workdir)), default=0)
-
-    def until(self, ready: Callable[["Watched"], bool]) -> bool:
-        """Waits for `ready`; False where the process ended before."""
-        while not ready(self):
-            if self.process.poll() is not None:
-                return False
-            if time.monotonic() - self.started > TIMEOUT_S:
-                self.process.kill()
-                raise TimeoutError(self.text())
-            time.sleep(0.002)
-        return True
-
-    def end(self, number: int) -> tuple[int, float]:
-        """Sends a signal; the exit code and the seconds until it came."""
-        sent = time.monotonic()
-        self.process.send_signal(number)
-        code = self.process.wait(timeout=TIMEOUT_S)
-        return code, time.monotonic() - sent
-
-    def finish(self) -> int:
-        return self.process.wait(timeout=TIMEOUT_S)
-
-
-@dataclasses.dataclass(frozen=True)
-class Moment:
-    """When a signal is sent."""
-
-    phase: str
-    ready: Callable[[Watched], bool]
-    delay_s: float
-
-
-def moments(count: int, steps: int, seed: int) -> Iterator[Moment]:
-    """`count` moments over all phases, those of the steps ever later in the run."""
-    draw = random.Random(seed)
-    phases = ["start-up", "steps", "writing", "compile", "evaluation"]
+def polite_digits(folder: pathlib.Path, count: int) -> Iterator[Tried]:
+    """SIGTERM at moments spread over the first minutes of the quickstart, its teacher included."""
+    experiment = ROOT / "experiments" / "digits.py"
+    slowest_s, lost = 0.0, 0
     for i in range(count):
-        aim = int(steps * (i + 1) / (count + 1)) // EVALUATE_EVERY * EVALUATE_EVERY
-        phase = "end" if i >= count - max(1, count // 8) else phases[i % len(phases)]
-        yield Moment(phase, _ready(phase, aim, steps), draw.random() * _LONGEST_S[phase])
+        run = Watched(experiment, folder / "digits")
+        run.until(_after(5.0 + 6.0 * i))
+        code, seconds = run.end(signal.SIGTERM)
+        assert code in (EXIT_PAUSED, EXIT_COMPLETE), run.text()
+        slowest_s = max(slowest_s, seconds)
+        for workdir in (folder / "digits", folder / "digits" / "teacher"):
+            steps = [x["step"] for x in logged(workdir)]
+            lost += max(steps, default=0) > max(steps_in(workdir / "checkpoints"), default=0)
+    assert not lost
+    yield Tried("SIGTERM, experiments/digits.py", count, f"no step lost; at most {slowest_s:.1f} s")
 
 
-# How long the phases last, nearly.
-_LONGEST_S = {
-    "start-up": 4.0,
-    "compile": 2.0,
-    "steps": 0.2,
-    "writing": 0.03,
-    "evaluation": 0.1,
-    "end": 0.8,
+def spoilt(workdir: pathlib.Path) -> Tried:
+    """Each file of the newest checkpoint truncated, flipped, removed: the one before is chosen."""
+    folder = workdir / "checkpoints"
+    newest, before = steps_in(folder)[:2]
+    tried = 0
+    for path in sorted(x for x in (folder / str(newest)).rglob("*") if x.is_file()):
+        whole = path.read_bytes()
+        middle = len(whole) // 2
+        flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+        for damage in (whole[:-1], flipped, None):
+            path.unlink() if damage is None else path.write_bytes(damage)
+            found = newest_whole(folder)
+            assert found.step == before and newest in found.damaged, f"{path}: {found}"
+            path.write_bytes(whole)
+            tried += 1
+    assert newest_whole(folder).step == newest
+    return Tried(
+        "each file of a checkpoint truncated, one bit flipped, or removed",
+        tried,
+        "named, and the newest whole checkpoint is used",
+    )
+
+
+def broken_disk(folder: pathlib.Path, count: int) -> Iterator[Tried]:
+    """Spoilt checkpoints, a full disk, a read-only folder, a second process."""
+    folder.mkdir(parents=True)
+    experiment = tiny_experiment(folder / "tiny.py", "resident", "group")
+    whole = folder / "whole"
+    run = Watched(experiment, whole)
+    assert run.until(lambda x: x.step() > 100)
+    second = Watched(experiment, whole)
+    assert second.finish() == EXIT_WRONG_INPUT and "in use by another" in second.text()
+    assert run.finish() == EXIT_COMPLETE, run.text()
+    yield Tried("a second process on the same workdir", 1, "refused with exit code 2")
+    yield spoilt(whole)
+    yield resumed_from_the_one_before(folder, whole, experiment)
+    mounted = folder / "small"
+    mounted.mkdir()
+    if not _mount(mounted, "size=1500k"):
+        yield Tried("a full disk, a read-only workdir", 0, f"not tried: {MOUNT_REASON}")
+        return
+    try:
+        (mounted / "fill").write_bytes(bytes(900_000))
+        options = ("--checkpoint.every-steps", "5", "--checkpoint.keep", "50")
+        full = Watched(experiment, mounted / "run", *options)
+        code = full.finish()
+        assert code == EXIT_TRAINING_FAILED and "fault of ours" not in full.text(), full.text()
+        assert newest_whole(mounted / "run" / "checkpoints").step > 0
+        (mounted / "fill").unlink()
+        again = Watched(experiment, mounted / "run", "--checkpoint.keep", "1")
+        assert again.finish() == EXIT_COMPLETE, again.text()
+        wrong = differences(whole, mounted / "run")
+        assert not wrong, wrong
+        yield Tried("a full disk", 1, "exit code 4; with room again it goes on, the same bits")
+        subprocess.run(["mount", "-o", "remount,ro", str(mounted)], check=True)
+        read_only = Watched(experiment, mounted / "other", said=folder / "read_only.txt")
+        assert read_only.finish() == EXIT_WRONG_INPUT, read_only.text()
+        assert "cannot be written" in read_only.text()
+        yield Tried("a read-only workdir", 1, "refused with exit code 2")
+    finally:
+        subprocess.run(["umount", str(mounted)], check=True)
+
+
+def resumed_from_the_one_before(
+    folder: pathlib.Path, whole: pathlib.Path, experiment: pathlib.Path
+) -> Tried:
+    """The real command on a run whose last checkpoint has a flipped bit."""
+    spoiled = folder / "spoilt"
+    shutil.copytree(whole, spoiled)
+    (spoiled / "status.json").write_text("{")  # and a status that a broken disk left
+    newest = spoiled / "checkpoints" / str(steps_in(spoiled / "checkpoints")[0])
+    path = max((x for x in newest.rglob("*") if x.is_file()), key=lambda x: x.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    run = Watched(experiment, spoiled)
+    assert run.finish() == EXIT_COMPLETE, run.text()
+    assert "is damaged" in run.text() and "SHA-256" in run.text(), run.text()
+    assert newest.with_name(newest.name + ".damaged").is_dir()
+    wrong = differences(whole, spoiled)
+    assert not wrong, wrong
+    return Tried("continued past a flipped bit", 1, "the same bits; the damaged one is kept aside")
+
+
+def _mount(where: pathlib.Path, options: str) -> bool:
+    line = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(where)]
+    return subprocess.run(line, capture_output=True).returncode == 0
+
+
+def meshes(folder: pathlib.Path, count: int) -> Iterator[Tried]:
+    """Eight devices, then four, one, and eight again, against one device all the way."""
+    folder.mkdir(parents=True)
+    experiment = tiny_experiment(folder / "tiny.py", "resident", "group", steps=80)
+    one = Watched(experiment, folder / "one")
+    assert one.finish() == EXIT_COMPLETE, one.text()
+    for devices, until in ((8, 20), (4, 40), (1, 60), (8, 80)):
+        run = Watched(experiment, folder / "changing", devices=devices)
+        if until < 80 and run.until(_at(until)):
+            code, _ = run.end(signal.SIGTERM)
+            assert code == EXIT_PAUSED, run.text()
+        else:
+            assert run.finish() == EXIT_COMPLETE, run.text()
+    assert "equality in every bit is promised only for the same" in run.text(), run.text()
+    apart = furthest(folder / "one", folder / "changing")
+    assert apart < 1e-3, apart
+    yield Tried("8 devices, then 4, 1 and 8 again", 3, f"parameters at most {apart:.1e} apart")
+
+
+def _at(step: int) -> Callable[[Watched], bool]:
+    return lambda run: run.step() >= step
+
+
+def _after(seconds: float) -> Callable[[Watched], bool]:
+    return lambda run: time.monotonic() - run.started > seconds
+
+
+def furthest(a: pathlib.Path, b: pathlib.Path) -> float:
+    """The largest difference of two runs' parameters."""
+    left, right = arrays_of(a), arrays_of(b)
+    names = [x for x in left if ".student" in x]
+    assert names and left.keys() == right.keys()
+    return max(float(np.abs(left[x] - right[x]).max()) for x in names)
+
+
+def start_two(
+    experiment: pathlib.Path, workdir: pathlib.Path, folder: pathlib.Path
+) -> list[tuple[subprocess.Popen, pathlib.Path]]:
+    """Two processes of four devices each, over loopback."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    for i in range(2):
+        said = folder / f"process_{i}_{time.monotonic_ns()}.txt"
+        options = {"coordinator-address": f"127.0.0.1:{port}", "process-id": i, "process-count": 2}
+        words = [x for k, v in options.items() for x in (f"--distributed.{k}", str(v))]
+        with said.open("w") as file:
+            line = command(experiment, workdir, *words)
+            process = subprocess.Popen(line, cwd=ROOT, env=environment(4), stdout=file, stderr=file)
+        started.append((process, said))
+    return started
+
+
+def processes(folder: pathlib.Path, count: int) -> Iterator[Tried]:
+    """Two processes against one of as many devices; then one of the two dies."""
+    folder.mkdir(parents=True)
+    # Short: small differences grow with each step, in any training.
+    experiment = tiny_experiment(folder / "short.py", "streaming", "batch", steps=20)
+    one = Watched(experiment, folder / "one", devices=8)
+    assert one.finish() == EXIT_COMPLETE, one.text()
+    two = start_two(experiment, folder / "two", folder)
+    for process, said in two:
+        assert process.wait(timeout=TIMEOUT_S) == EXIT_COMPLETE, said.read_text()
+    apart = furthest(folder / "one", folder / "two")
+    assert apart < 1e-3, apart
+    steps = [x["step"] for x in logged(folder / "two") if x["split"] == "train"]
+    assert steps == sorted(set(steps))
+    yield Tried("two processes instead of one", 1, f"parameters at most {apart:.1e} apart")
+    yield lost_peer(folder, tiny_experiment(folder / "long.py", "streaming", "batch", steps=400))
+
+
+def lost_peer(folder: pathlib.Path, experiment: pathlib.Path) -> Tried:
+    """One of two processes dies; the other says so, and both go on when they are started again."""
+    workdir = folder / "lost"
+    (first, said), (second, _) = start_two(experiment, workdir, folder)
+    deadline = time.monotonic() + TIMEOUT_S
+    while not steps_in(workdir / "checkpoints"):
+        assert time.monotonic() < deadline and first.poll() is None, said.read_text()
+        time.sleep(0.01)
+    second.send_signal(signal.SIGKILL)
+    died = time.monotonic()
+    code = first.wait(timeout=TIMEOUT_S)
+    seconds = time.monotonic() - died
+    assert code == EXIT_TRAINING_FAILED, (code, said.read_text())
+    assert "another process of the run" in said.read_text(), said.read_text()
+    for process, words in start_two(experiment, workdir, folder):
+        assert process.wait(timeout=TIMEOUT_S) == EXIT_COMPLETE, words.read_text()
+    assert json.loads((workdir / "evaluation.json").read_text())["step"] == 400
+    return Tried(
+        "one of two processes dies", 1, f"the other ends with exit code 4 after {seconds:.0f} s"
+    )
+
+
+FAULTS: dict[str, Callable[[pathlib.Path, int], Iterator[Tried]]] = {
+    "killed": killed,
+    "polite": polite,
+    "polite_digits": polite_digits,
+    "broken_disk": broken_disk,
+    "meshes": meshes,
+    "processes": processes,
 }
 
 
-def _ready(phase: str, aim: int, steps: int) -> Callable[[Watched], bool]:
-    def writing(run: Watched) -> bool:
-        aside = run.workdir / "checkpoints" / "unfinished"
-        return run.step() >= aim and aside.is_dir() and any(aside.iterdir())
-
-    def evaluating(run: Watched) -> bool:
-        lines = logged(run.workdir)
-        last = lines[-1] if lines else {"step": 0, "split": ""}
-        due = last["split"] == "train" and last["step"] % EVALUATE_EVERY == 0
-        return due and last["step"] >= aim
-
-    ready: dict[str, Callable[[Watched], bool]] = {
-        "start-up": lambda run: True,
-        "compile": lambda run: "metrics.jsonl grows" in run.text(),
-        "steps": lambda run: run.step() >= aim,
-        "writing": writing,
-        "evaluation": evaluating,
-        "end": lambda run: (run.workdir / "checkpoints" / str(steps)).is_dir(),
-    }
-    return ready[phase]
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("faults", nargs="*", choices=[*FAULTS, []], help="all, if none is named")
+    parser.add_argument("--moments", type=int, default=25)
+    asked = parser.parse_args()
+    print("| fault | times | outcome |\n|---|---|---|")
+    for name in asked.faults or FAULTS:
+        with tempfile.TemporaryDirectory() as folder:
+            for tried in FAULTS[name](pathlib.Path(folder) / name, asked.moments):
+                print(f"| {tried.fault} | {tried.times} | {tried.outcome} |", flush=True)
 
 
-def logged(workdir: pathlib.Path) -> list[dict]:
-    """The whole lines of `metrics.jsonl`, without what depends on the clock."""
-    path = workdir / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    found = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [{k: v for k, v in x.items() if k != "images_per_second"} for x in found]
-
-
-def arrays_of(workdir: pathlib.Path) -> dict[str, np.ndarray]:
-    """Every array of the newest checkpoint: student, optimizer, average and step."""
-    place = Workdir(workdir)
-    layout = make_layout(MeshConfig(data=1))
-    config, classes = place.stored_config(), open_run(workdir).classes
-    shapes = build(config, classes, (), 10, layout).abstract_state()
-    newest = newest_whole(place.checkpoints).step
-    like = abstract(shapes, layout.variables(shapes))
-    state = restore(place.checkpoints / str(newest), like)
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
-
-
-def differences(a: pathlib.Path, b: pathlib.Path) -> list[str]:
-    """What is not the same, in every bit, of two complete runs."""
-    left, right = arrays_of(a), arrays_of(b)
-    wrong = [f"array {x}" for x in left if left[x].tobytes() != right[x].tobytes()]
-    if left.keys() != right.keys() or len(left) < 20:
-        wrong.append("the set of arrays")
-    figures = [json.loads((x / "evaluation.json").read_text()) for x in (a, b)]
-    if figures[0] != figures[1]:
-        wrong.append("evaluation.json")
-    if logged(a) != logged(b):
-        wrong.append("metrics.jsonl")
-    return wrong
-
-
-def disturbed(
-    folder: pathlib.Path,
-    feeding: str,
-    norm: str,
-    count: int,
-    number: int = signal.SIGKILL,
-    steps: int = 600,
-) -> Tried:
-    """Sends a signal at `count` moments, restarts each time, and compares with an undisturbed run.
-
-    Raises `AssertionError` where anything differs, or anything was lost after a polite signal.
-    """
-    folder.mkdir(parents=True)
-    experiment = tiny_experiment(folder / "tiny.py", feeding, norm, steps)
-    whole, pieces = folder / "whole", folder / "pieces"
-    undisturbed = Watched(experiment, whole)
-    assert undisturbed.finish() == EXIT_COMPLETE, undisturbed.text()
-    if (whole / "compiled").is_dir():  # so that the pieces need not compile each time
-        pieces.mkdir()
-        shutil.copytree(whole / "compiled", pieces / "compiled")
-    sent, slowest_s, phases = 0, 0.0, []
-    for moment in moments(count, steps, seed=count):
-        run = Watched(experiment, pieces)
-        if not run.until(moment.ready):
-            assert run.finish() == EXIT_COMPLETE, run.text()
-            continue
-        time.sleep(moment.delay_s)
-        code, seconds = run.end(number)
-        if code == EXIT_COMPLETE:
-            continue
-        sent, slowest_s = sent + 1, max(slowest_s, seconds)
-        phases.append(moment.phase)
-        if number == signal.SIGKILL:
-            assert code == -signal.SIGKILL, run.text()
-        elif code != -signal.SIGTERM:  # Python itself was not there yet
-            assert code == EXIT_PAUSED and "paused" in run.text(), run.text()
-            newest = max(steps_in(pieces / "checkpoints"), default=0)
-            assert run.step() <= newest, f"logged {run.step()}, on disk {newest}"
-    last = Watched(experiment, pieces)
-    assert last.finish() == EXIT_COMPLETE, last.text()
-    wrong = differences(whole, pieces)
-    assert not wrong, f"after {phases}: {wrong}"
-    what = signal.Signals(number).name
-    remark = ", ".join(f"{phases.count(x)} {x}" for x in sorted(set(phases)))
-    if number != signal.SIGKILL:
-        remark += f"; slowest stop {slowest_s:.1f} s"
-    return Tried(f"{what}, {feeding}, {norm} normalisation", sent, sent, remark)
+if __name__ == "__main__":
+    main()
