@@ -45,8 +45,9 @@ def bring(source: pathlib.Path, workdir: pathlib.Path) -> None:
         # Onto an empty folder too: the run appears whole or not at all.
         arriving.replace(workdir)
     except OSError as error:
-        shutil.rmtree(arriving, ignore_errors=True)
         raise UserError(f"{source} cannot be copied to {workdir}: {error}") from None
+    finally:
+        shutil.rmtree(arriving, ignore_errors=True)
     say(f"{workdir} is a copy of the run in {source}")
 
 

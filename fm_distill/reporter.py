@@ -17,6 +17,7 @@ from fm_distill.models import parameter_count
 from fm_distill.probe import probe_teacher
 from fm_distill.processes import first_process
 from fm_distill.setup import Setup
+from fm_distill.step import FINITE
 from fm_distill.stopping import Stop, say
 from fm_distill.workdir import Workdir
 
@@ -54,12 +55,12 @@ class Reporter:
         self.late = step, steps, metrics
 
     def catch_up(self) -> None:
-        """Reports what is late. Raises `Diverged` where its loss or gradient is not finite."""
+        """Reports what is late. Raises `Diverged` where loss, gradient or update is not finite."""
         if self.late is None:
             return
         (step, steps, metrics), self.late = self.late, None
         values = {name: float(x) for name, x in jax.device_get(metrics).items()}
-        if not all(math.isfinite(values[name]) for name in ("loss", "gradient_norm")):
+        if not all(math.isfinite(values[name]) for name in FINITE):
             raise Diverged(step)
         self.step = step
         if self.first is None:

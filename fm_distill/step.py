@@ -21,6 +21,8 @@ from fm_distill.sharding import Layout
 from fm_distill.views import TEACHINGS, Draw, Picture, mix, render, render_central
 
 Metrics = dict[str, Float[Array, ""]]
+# Metrics without which the state after a step is worth nothing.
+FINITE = ("loss", "gradient_norm", "update_norm")
 
 
 @jax.tree_util.register_dataclass
@@ -174,8 +176,8 @@ def make_program(
 
     `fed` is a batch, or (steps, batch) ids into the resident `data`. The state is donated; the
     teachers are arguments, so that they are neither baked into the program nor copied. `state`
-    and `teachers` may be shapes. Metrics are the last step's; the loss is NaN where any step's loss
-    or gradient was not finite.
+    and `teachers` may be shapes. Metrics are the last step's; the loss is NaN where any of
+    `FINITE` was not finite in any step.
     """
 
     def program(
@@ -193,7 +195,7 @@ def make_program(
             return one(state, fed[0])
         state, metrics = jax.lax.scan(one, state, fed)
         last = {name: values[-1] for name, values in metrics.items()}
-        finite = jnp.isfinite(metrics["loss"] + metrics["gradient_norm"]).all()
+        finite = jnp.isfinite(jnp.stack([metrics[name] for name in FINITE])).all()
         return state, last | {"loss": jnp.where(finite, last["loss"], jnp.nan)}
 
     state_shardings = layout.variables(state)

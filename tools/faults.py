@@ -107,9 +107,9 @@ def spoilt(workdir: pathlib.Path) -> Tried:
     tried = 0
     for path in sorted(x for x in (folder / str(newest)).rglob("*") if x.is_file()):
         whole = path.read_bytes()
-        middle = len(whole) // 2
-        flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
-        for damage in (whole[:-1], flipped, None):
+        flipped = bytearray(whole or b"0")  # an empty file gets a byte
+        flipped[len(flipped) // 2] ^= 1
+        for damage in (whole[:-1] if whole else None, bytes(flipped), None):
             path.unlink() if damage is None else path.write_bytes(damage)
             found = newest_whole(folder)
             assert found.step == before and newest in found.damaged, f"{path}: {found}"
@@ -138,11 +138,11 @@ def broken_disk(folder: pathlib.Path, count: int) -> Iterator[Tried]:
     yield resumed_from_the_one_before(folder, whole, experiment)
     mounted = folder / "small"
     mounted.mkdir()
-    if not _mount(mounted, "size=1500k"):
+    if not _mount(mounted, "size=4m"):
         yield Tried("a full disk, a read-only workdir", 0, f"not tried: {MOUNT_REASON}")
         return
     try:
-        (mounted / "fill").write_bytes(bytes(900_000))
+        (mounted / "fill").write_bytes(bytes(2_000_000))
         options = ("--checkpoint.every-steps", "5", "--checkpoint.keep", "50")
         full = Watched(experiment, mounted / "run", *options)
         code = full.finish()

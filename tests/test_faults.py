@@ -1,0 +1,101 @@
+"""What `tools/faults.py` does, in short: real runs are killed, stopped, spoilt and moved."""
+
+import pathlib
+import shutil
+import signal
+import sys
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "tools"))
+import disturb
+import faults
+
+from fm_distill.digests import newest_whole, steps_in
+
+
+@pytest.fixture(autouse=True)
+def shared_compilations(monkeypatch):
+    from conftest import command_environment
+
+    monkeypatch.setattr(disturb, "environment", lambda devices=1: command_environment(devices))
+    monkeypatch.setattr(faults, "environment", lambda devices=1: command_environment(devices))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> pathlib.Path:
+    """The workdir of a complete run."""
+    from conftest import command_environment
+
+    folder = tmp_path_factory.mktemp("whole")
+    experiment = disturb.tiny_experiment(folder / "tiny.py", "resident", "group", steps=60)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(disturb, "environment", lambda devices=1: command_environment(devices))
+        run = disturb.Watched(experiment, folder / "run")
+    assert run.finish() == 0, run.text()
+    return folder / "run"
+
+
+@pytest.mark.parametrize(("feeding", "norm"), [("resident", "batch"), ("streaming", "group")])
+def test_killed_anywhere_ends_with_the_same_bits(tmp_path, feeding, norm):
+    found = disturb.disturbed(tmp_path / "runs", feeding, norm, count=4, steps=240)
+    assert len(found.phases) >= 3
+
+
+def test_stopped_politely_loses_nothing(tmp_path):
+    found = disturb.disturbed(
+        tmp_path / "runs", "resident", "group", count=3, number=signal.SIGTERM, steps=240
+    )
+    assert len(found.phases) >= 2
+
+
+def test_every_file_of_a_checkpoint_is_watched(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    assert len(steps_in(tmp_path / "run" / "checkpoints")) == 2
+    assert faults.spoilt(tmp_path / "run").times > 50
+
+
+def test_a_flipped_bit_is_named_and_the_run_goes_on(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    experiment = disturb.tiny_experiment(tmp_path / "tiny.py", "resident", "group", steps=60)
+    faults.resumed_from_the_one_before(tmp_path, tmp_path / "run", experiment)
+
+
+def test_a_run_without_a_whole_checkpoint_is_not_begun_anew(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run" / "status.json").unlink()
+    for step in steps_in(tmp_path / "run" / "checkpoints"):
+        (tmp_path / "run" / "checkpoints" / str(step) / "digests.json").unlink()
+    before = sorted(x for x in (tmp_path / "run").rglob("*"))
+    experiment = disturb.tiny_experiment(tmp_path / "tiny.py", "resident", "group", steps=60)
+    run = disturb.Watched(experiment, tmp_path / "run")
+    assert run.finish() == 2
+    assert "no checkpoint in" in run.text() and "digests.json is missing" in run.text()
+    left = [x for x in before if not x.exists()]
+    assert not left
+
+
+def test_full_disk_and_read_only_folder(tmp_path):
+    tried = list(faults.broken_disk(tmp_path / "disk", 0))
+    if any(x.times == 0 for x in tried):
+        pytest.skip(faults.MOUNT_REASON)
+    assert len(tried) == 5
+
+
+@pytest.mark.slow
+def test_killed_anywhere_in_all_forms(tmp_path):
+    assert len(list(faults.killed(tmp_path / "killed", 25))) == 4
+
+
+def test_other_meshes(tmp_path):
+    assert list(faults.meshes(tmp_path / "meshes", 0))
+
+
+def test_two_processes_and_a_lost_one(tmp_path):
+    assert len(list(faults.processes(tmp_path / "processes", 0))) == 2
+
+
+def test_newest_whole_of_nothing(tmp_path):
+    found = newest_whole(tmp_path / "none")
+    assert found.step == 0 and not found.damaged
