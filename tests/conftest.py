@@ -14,12 +14,17 @@ SHARED = ROOT.parent / "shared"
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
-# The tests compile the same small programs again and again, in several processes.
-CACHE_VARIABLE = "FM_DISTILL_TESTS_CACHE"
-if CACHE_VARIABLE not in os.environ:
+# Most of the time goes into compiling programs that then run for milliseconds: XLA does as little
+# as it can. And one folder for all processes of a session, which compile the same programs and need
+# the same trained run. Both are inherited by the workers and commands that are started.
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+SESSION_VARIABLE = "FM_DISTILL_TESTS_SESSION"
+if SESSION_VARIABLE not in os.environ:
     KEPT_UNTIL_EXIT = tempfile.TemporaryDirectory(prefix="fm_distill_tests_")
-    os.environ[CACHE_VARIABLE] = KEPT_UNTIL_EXIT.name
-CACHE = os.environ[CACHE_VARIABLE]
+    os.environ[SESSION_VARIABLE] = KEPT_UNTIL_EXIT.name
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}"
+SESSION = pathlib.Path(os.environ[SESSION_VARIABLE])
+CACHE = str(SESSION / "programs")
 jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
@@ -54,7 +59,7 @@ def run_command(*arguments, cwd=ROOT, devices: int = 1, timeout_s: float = 300):
 def command_environment(devices: int = 1) -> dict[str, str]:
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK}",
         "PYTHONPATH": str(ROOT),
         "JAX_COMPILATION_CACHE_DIR": CACHE,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
