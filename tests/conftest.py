@@ -1,7 +1,9 @@
 """Eight simulated devices, experiment files, and the real command in processes."""
 
+import fcntl
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -69,7 +71,17 @@ def command_environment(devices: int = 1) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> pathlib.Path:
     """The workdir of a complete student of a complete teacher, and the experiment files."""
-    folder = tmp_path_factory.mktemp("trained")
+    kept = SESSION / "trained"
+    with open(f"{kept}.lock", "w") as lock:  # one process trains, the others wait for it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (kept / "run" / "evaluation.json").exists():
+            train_student_and_teacher(kept)
+    # Tests move the run and write into it: each process has a copy of its own.
+    return shutil.copytree(kept, tmp_path_factory.mktemp("copied") / "trained")
+
+
+def train_student_and_teacher(folder: pathlib.Path) -> None:
+    folder.mkdir(exist_ok=True)
     write_experiment(folder / "teacher.py")
     write_experiment(
         folder / "student.py",
@@ -78,4 +90,3 @@ def trained(tmp_path_factory) -> pathlib.Path:
     )
     done = run_command("train", folder / "student.py", "--workdir", folder / "run")
     assert done.returncode == 0, done.stderr
-    return folder
