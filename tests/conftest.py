@@ -1,7 +1,9 @@
 """Eight simulated devices, experiment files, and the real command in processes."""
 
+import fcntl
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,12 +16,17 @@ SHARED = ROOT.parent / "shared"
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
-# The tests compile the same small programs again and again, in several processes.
-CACHE_VARIABLE = "FM_DISTILL_TESTS_CACHE"
-if CACHE_VARIABLE not in os.environ:
+# Most of the time goes into compiling programs that then run for milliseconds: XLA does as little
+# as it can. And one folder for all processes of a session, which compile the same programs and need
+# the same trained run. Both are inherited by the workers and commands that are started.
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+SESSION_VARIABLE = "FM_DISTILL_TESTS_SESSION"
+if SESSION_VARIABLE not in os.environ:
     KEPT_UNTIL_EXIT = tempfile.TemporaryDirectory(prefix="fm_distill_tests_")
-    os.environ[CACHE_VARIABLE] = KEPT_UNTIL_EXIT.name
-CACHE = os.environ[CACHE_VARIABLE]
+    os.environ[SESSION_VARIABLE] = KEPT_UNTIL_EXIT.name
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}"
+SESSION = pathlib.Path(os.environ[SESSION_VARIABLE])
+CACHE = str(SESSION / "programs")
 jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
@@ -54,7 +61,7 @@ def run_command(*arguments, cwd=ROOT, devices: int = 1, timeout_s: float = 300):
 def command_environment(devices: int = 1) -> dict[str, str]:
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK}",
         "PYTHONPATH": str(ROOT),
         "JAX_COMPILATION_CACHE_DIR": CACHE,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
@@ -64,7 +71,17 @@ def command_environment(devices: int = 1) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> pathlib.Path:
     """The workdir of a complete student of a complete teacher, and the experiment files."""
-    folder = tmp_path_factory.mktemp("trained")
+    kept = SESSION / "trained"
+    with open(f"{kept}.lock", "w") as lock:  # one process trains, the others wait for it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (kept / "run" / "evaluation.json").exists():
+            train_student_and_teacher(kept)
+    # Tests move the run and write into it: each process has a copy of its own.
+    return shutil.copytree(kept, tmp_path_factory.mktemp("copied") / "trained")
+
+
+def train_student_and_teacher(folder: pathlib.Path) -> None:
+    folder.mkdir(exist_ok=True)
     write_experiment(folder / "teacher.py")
     write_experiment(
         folder / "student.py",
@@ -73,4 +90,3 @@ def trained(tmp_path_factory) -> pathlib.Path:
     )
     done = run_command("train", folder / "student.py", "--workdir", folder / "run")
     assert done.returncode == 0, done.stderr
-    return folder

@@ -81,9 +81,10 @@ def seen_by(drawn, batch) -> np.ndarray:
 def test_each_teaching_shows_what_the_paper_says():
     batch = jax.tree.map(jnp.asarray, random_batch())
     key = jax.random.fold_in(KEY, 0)
-    # Function matching and consistent teaching show both networks the same: no distance.
-    assert loss_of("function_matching", batch) == 0.0
-    assert loss_of("consistent", batch) == 0.0
+    # Function matching and consistent teaching show both networks the same: no distance but what
+    # XLA may round otherwise where it fuses the same pictures twice.
+    assert loss_of("function_matching", batch) < 1e-12
+    assert loss_of("consistent", batch) < 1e-12
     matching, _ = TEACHINGS["function_matching"](key, batch.sizes, VIEWS)
     consistent, _ = TEACHINGS["consistent"](key, batch.sizes, VIEWS)
     assert matching.coefficients is not None and consistent.coefficients is None
