@@ -19,7 +19,8 @@ class Diverged(TrainingFailed):
         super().__init__(
             f"the loss, its gradient or the update is not finite at step {step:,}; the last "
             "checkpoint before it is kept. Try a lower optimizer.learning_rate, a longer "
-            "schedule.warmup_steps or --precision float32, or go on past it with --divergence.action skip or slow"
+            "schedule.warmup_steps or --precision float32, or go on past it with "
+            "--divergence.action skip or slow"
         )
         self.step = step
 

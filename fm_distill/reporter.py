@@ -98,6 +98,16 @@ class Reporter:
         pace_s = (time.monotonic() - self.first[1]) / (self.step - self.first[0])
         return (self.setup.total_steps - self.step) * pace_s / 3600
 
+    def say_pace(self, blocked_s: float) -> None:
+        """What this stretch did after its first dispatch, and what its checkpoints cost."""
+        if self.first is None or self.step == self.first[0]:
+            return
+        steps, seconds = self.step - self.first[0], time.monotonic() - self.first[1]
+        say(
+            f"{steps:,} steps in {seconds:,.1f} s; checkpoints held them up for {blocked_s:.2f} s "
+            f"({blocked_s / seconds:.2%})"
+        )
+
     def _log(self, step: int, values: dict[str, float]) -> None:
         before, since = self.mark
         self.mark = step, time.monotonic()

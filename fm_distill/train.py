@@ -203,6 +203,7 @@ def _stretch(
             stop.idle()
             state, done, reason = loop.run(state, start, owed)
             hours = reporter.hours_left()
+            reporter.say_pace(checkpoints.blocked_s)
         if reason:
             place.set_status("paused", done, total, reason, hours)
             return Result(False, done, total, place.path, None, reason, hours)
