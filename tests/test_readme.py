@@ -18,6 +18,7 @@ NOT_RUN = {
     "pytest": "this is pytest",
     "tfds build": "needs TensorFlow and the network",
     "--teacher.weights": "needs a weight file of gigabytes",
+    "--resume-from": "needs a run that was stopped elsewhere; tests/test_patience.py has one",
 }
 
 
@@ -59,20 +60,25 @@ def place(tmp_path_factory, trained):
                 image = Image.new("RGB", (30, 40), (i, 0, 0))
                 image.save(folder / "photos" / split / name / f"{i}.png")
     Image.new("RGB", (30, 40)).save(folder / "photo.jpg")
+    run(next(x for x in LINES if "train" in x and "--workdir runs/mine" in x), folder)
     return folder
+
+
+def run(line: str, place) -> None:
+    if line.startswith(("fm-distill train", "fm-distill sweep")):
+        line = f"{line} {SHRUNK}"
+    program, options = line.split(" ", 1)
+    environment = command_environment() | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        f"{PROGRAMS[program]} {options}",
+        shell=True, cwd=place, env=environment, capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
 
 
 @pytest.mark.parametrize("line", [x for x in LINES if not reason_of(x)])
 def test_line_runs(line, place):
-    if line.startswith(("fm-distill train", "fm-distill sweep")):
-        line = f"{line} {SHRUNK}"
-    program, options = line.split(" ", 1)
-    command = f"{PROGRAMS[program]} {options}"
-    environment = command_environment() | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        command, shell=True, cwd=place, env=environment, capture_output=True, text=True, timeout=400
-    )
-    assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+    run(line, place)
 
 
 @pytest.mark.parametrize("line", [x for x in LINES if reason_of(x) and "fm-distill" in x])
