@@ -17,9 +17,10 @@ from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
 from fm_distill.config import CheckpointConfig
-from fm_distill.digests import about, faults, seal, steps_in
+from fm_distill.digests import about, faults, seal, steps_in, sync
 from fm_distill.errors import TrainingFailed, UserError
 from fm_distill.models import Variables
+from fm_distill.processes import same_everywhere
 from fm_distill.step import TrainState
 
 # Figures of the validation split that `keep_best` may name, and whether more of it is better.
@@ -65,19 +66,17 @@ class CheckpointWriter:
         self._join()
         if step == self._saved:
             return
+        self._saved = step
+        # Of several processes all have to do the same.
+        if same_everywhere(int(self._first and self._is_there(step))):
+            return
         try:
-            if self._first and (self.directory / str(step)).exists():
-                if not faults(self.directory / str(step)):
-                    self._saved = step
-                    return
-                self.move_aside(step)
             (self.directory / ASIDE).mkdir(parents=True, exist_ok=True)
             writing = ocp.save_checkpointables_async(
                 self.directory / ASIDE / str(step), _parts(state)
             )
         except (OSError, ValueError) as error:
             raise self._failed(error) from error
-        self._saved = step
         self._thread = threading.Thread(target=self._finish, args=(writing, step, said, began))
         self._thread.start()
         self.blocked_s += time.monotonic() - began
@@ -87,6 +86,15 @@ class CheckpointWriter:
         began = time.monotonic()
         self._join()
         self.blocked_s += time.monotonic() - began
+
+    def _is_there(self, step: int) -> bool:
+        """Whether the checkpoint is there, whole; one that is not makes room."""
+        if not (self.directory / str(step)).exists():
+            return False
+        if not faults(self.directory / str(step)):
+            return True
+        self.move_aside(step)
+        return False
 
     def move_aside(self, step: int) -> None:
         """Takes a damaged checkpoint out of the way; it is not deleted."""
@@ -112,9 +120,11 @@ class CheckpointWriter:
         name = self.config.keep_best
         if name is None or name not in figures:
             return False
-        if (best := self.best()) is None:
-            return True
-        return figures[name] > best[1] if BEST[name] else figures[name] < best[1]
+        best = self.best()
+        better = best is None or (
+            figures[name] > best[1] if BEST[name] else figures[name] < best[1]
+        )
+        return bool(same_everywhere(int(better)))
 
     def close(self) -> None:
         """Waits without raising."""
@@ -136,6 +146,7 @@ class CheckpointWriter:
                 written = self.directory / ASIDE / str(step)
                 seal(written, said)
                 written.rename(self.directory / str(step))
+                sync(self.directory)
                 self._delete_old()
             self.slowest_s = max(self.slowest_s, time.monotonic() - began)
         except BaseException as error:

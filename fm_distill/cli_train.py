@@ -8,7 +8,14 @@ import sys
 
 from fm_distill.command_line import Settings, first, guarded, parse, quiet
 from fm_distill.errors import EXIT_COMPLETE, EXIT_PAUSED, UserError
-from fm_distill.processes import Distributed, asked_for, first_process, join, supervised
+from fm_distill.processes import (
+    Distributed,
+    asked_for,
+    first_process,
+    join,
+    same_everywhere,
+    supervised,
+)
 from fm_distill.stopping import Stop, say, stop_signals, stretches
 
 
@@ -76,6 +83,7 @@ def _train_here(asked: _Train, workdir: str, stop: Stop, arguments: list[str]) -
     stop.max_hours = asked.max_hours
     if asked.resume_from and first_process():
         bring(pathlib.Path(asked.resume_from), pathlib.Path(workdir))
+    same_everywhere(0)  # the others wait until it is there
     say(keep_compiled(pathlib.Path(workdir)))
     result = train_until(asked.config, workdir, stop, asked.extend)
     if result.complete:

@@ -8,6 +8,7 @@ import platform
 
 import jax
 
+from fm_distill.processes import first_process
 from fm_distill.workdir import COMPILED
 
 # Least recently used ones go first beyond this.
@@ -26,7 +27,8 @@ def keep_compiled(workdir: pathlib.Path) -> str:
         return f"compiled programs: {place} (by JAX_COMPILATION_CACHE_DIR)"
     folder = workdir / COMPILED / _machine()
     with contextlib.suppress(OSError):  # a workdir that cannot be written is refused elsewhere
-        _drop_half_written(folder)
+        if first_process():
+            _drop_half_written(folder)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", MOST_BYTES)
     # Its caches for GPUs put the folder's path into the key: no copy would ever be found again.

@@ -46,7 +46,7 @@ def seal(checkpoint: pathlib.Path, said: dict[str, Any]) -> None:
     """Writes `digests.json` with `said` beside the digests; all of it is on disk afterwards."""
     files = sorted(x for x in checkpoint.rglob("*") if x.is_file() and x.name != DIGESTS)
     for path in files:
-        _sync(path)
+        sync(path)
     listed = {
         path.relative_to(checkpoint).as_posix(): [path.stat().st_size, digest]
         for path, digest in zip(files, _digests(files), strict=True)
@@ -55,7 +55,7 @@ def seal(checkpoint: pathlib.Path, said: dict[str, Any]) -> None:
     text = json.dumps(contents | {"sha256": _of_contents(contents)}, indent=1)
     (checkpoint / DIGESTS).write_text(text)
     for path in (checkpoint / DIGESTS, checkpoint):
-        _sync(path)
+        sync(path)
 
 
 def about(checkpoint: pathlib.Path) -> dict[str, Any]:
@@ -106,7 +106,8 @@ def _of_contents(contents: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
 
 
-def _sync(path: pathlib.Path) -> None:
+def sync(path: pathlib.Path) -> None:
+    """Hands a file, or the names in a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -18,12 +18,17 @@ from tensorboardX import SummaryWriter
 class MetricsWriter:
     """Appends to `metrics.jsonl` and, unless turned off, to TensorBoard files beside it."""
 
-    def __init__(self, path: pathlib.Path | None, resumed_step: int, tensorboard: bool):
-        """Without a path nothing is written: of several processes one writes."""
+    def __init__(
+        self, path: pathlib.Path | None, resumed_step: int, tensorboard: bool, owed: bool = False
+    ):
+        """Without a path nothing is written: of several processes one writes.
+
+        `owed`: the evaluation at `resumed_step` is done anew.
+        """
         self._file = self._board = None
         if path is None:
             return
-        _drop_after(path, resumed_step)
+        _drop_after(path, resumed_step, owed)
         self._file = path.open("a", buffering=1)  # whoever watches sees each line at once
         if tensorboard:
             folder = str(path.parent / "tensorboard")
@@ -65,20 +70,21 @@ class MetricsWriter:
             self._board.close()
 
 
-def _drop_after(path: pathlib.Path, step: int) -> None:
+def _drop_after(path: pathlib.Path, step: int, owed: bool) -> None:
     if not path.exists():
         return
     lines = path.read_text(errors="replace").splitlines(keepends=True)
-    kept = [line for line in lines if _step_of(line) <= step]
+    kept = [line for line in lines if _order(line) <= (step, not owed)]
     if len(kept) < len(lines):
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_text("".join(kept))
         temporary.replace(path)
 
 
-def _step_of(line: str) -> int | float:
-    """The step of a line; a line that a crash cut short belongs to no step that is kept."""
+def _order(line: str) -> tuple[float, bool]:
+    """Step, and whether it is an evaluation; a line that a crash cut short belongs to no step."""
     try:
-        return json.loads(line)["step"] if line.endswith("\n") else math.inf
-    except ValueError:
-        return math.inf
+        record = json.loads(line) if line.endswith("\n") else {"step": math.inf}
+        return float(record["step"]), record.get("split") == "validation"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return math.inf, False

@@ -23,7 +23,6 @@ def accept(
     place: Workdir,
     said: dict[str, Any],
     rollbacks: tuple[Rollback, ...],
-    total: int,
 ) -> None:
     """Names damaged checkpoints; raises `UserError` where the newest whole one cannot be used."""
     for step, wrong in found.damaged.items():
@@ -48,11 +47,6 @@ def accept(
     if before.get("rollbacks", []) != as_json(rollbacks[: len(before.get("rollbacks", []))]):
         raise UserError(
             f"{place.path / ROLLBACKS} does not agree with checkpoint {found.step:,}; bring it back"
-        )
-    if found.step > total:
-        raise UserError(
-            f"the run in {place.path} has done {found.step:,} steps, more than the {total:,} of "
-            "the schedule; give a longer one"
         )
     names = ("jax", "device_kind", "mesh", "processes")
     changed = [f"{x} {before.get(x)} -> {said[x]}" for x in names if before.get(x) != said[x]]

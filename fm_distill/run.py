@@ -62,7 +62,7 @@ def open_run(path: str | os.PathLike[str], step: int | None = None) -> Run:
         network=network,
         workdir=workdir,
         step=step,
-        complete=status.get("state") == "complete",
+        complete=status.get("state") == "complete" and status.get("step") == step,
         averaged=averaged,
         class_names=tuple(names) if names else None,
         classes=classes,
@@ -102,7 +102,10 @@ def pretrained(path: str, network: NetworkConfig | None, option: str) -> Pretrai
         return load_weights(path, network, option)
     run = open_run(path)
     if option != "student" and not run.complete:
-        raise UserError(f"the {option}'s run in {path} is not complete; train it first")
+        raise UserError(
+            f"the {option}'s run in {path} is not complete, or its last checkpoint is not whole "
+            f"(step {run.step:,} is); train it first"
+        )
     chosen = run.network
     if network is not None:
         if differ := differing(run.network, network):

@@ -39,6 +39,7 @@ class Stop:
         self.max_hours = max_hours
         self._leave = leave
         self._signals: list[int] = []
+        self._interrupts = 0
         self._lock = threading.RLock()
         self._idle = True
         self._records: list[Callable[[str], None]] = []
@@ -98,7 +99,8 @@ class Stop:
 
     def interrupted(self, number: int, frame: Any) -> None:
         """Called in the main thread when Python comes to it: later than `signalled`, if at all."""
-        if self._leave is None and len(self._signals) > 1 and number == signal.SIGINT:
+        self._interrupts += number == signal.SIGINT
+        if self._leave is None and self._interrupts > 1:
             raise KeyboardInterrupt
 
     def _exit(self) -> None:

@@ -22,6 +22,7 @@ from fm_distill.config import Config
 from fm_distill.data.feeding import Batch, Reader, evaluation_batches
 from fm_distill.distances import combine
 from fm_distill.models import Variables
+from fm_distill.processes import first_process
 from fm_distill.sharding import Layout
 from fm_distill.step import Seat, look, look_centrally
 from fm_distill.views import draw
@@ -104,6 +105,8 @@ def _read(kept: pathlib.Path, examples: int) -> Targets | None:
 
 
 def _write(kept: pathlib.Path, targets: Targets) -> None:
+    if not first_process():
+        return
     temporary = kept.with_name(kept.name + ".tmp.npz")
     np.savez(temporary, targets=targets)
     temporary.replace(kept)

@@ -14,7 +14,7 @@ import jax
 
 from fm_distill.checkpoint import CheckpointWriter
 from fm_distill.config import Config
-from fm_distill.digests import Found, newest_whole
+from fm_distill.digests import Found, newest_whole, steps_in
 from fm_distill.errors import Diverged, TrainingFailed, UserError
 from fm_distill.experiment import check, load_experiment
 from fm_distill.length import total_steps
@@ -86,13 +86,19 @@ def train_until(
     steps = total_steps(config, len(data.train))
     with place.locked():
         place.refuse_another(config, {"data": data.train.identity}, extend)
+        done = _done(place)
+        if done > steps:
+            raise UserError(
+                f"the run in {place.path} has done {done:,} steps, more than the {steps:,} of the "
+                "schedule; give a longer one"
+            )
         for remark in [*remarks, *remarks_on(config, steps)]:
             say(remark)
-        with stop.recorded(lambda why: place.set_status("paused", 0, steps, why)):
+        with stop.recorded(lambda why: place.set_status("paused", done, steps, why)):
             if not _train_teachers(config, place, stop):
                 reason = stop.reason() or "its teacher is not complete"
-                place.set_status("paused", 0, steps, reason)
-                return Result(False, 0, steps, place.path, None, reason)
+                place.set_status("paused", done, steps, reason)
+                return Result(False, done, steps, place.path, None, reason)
         networks = load_networks(config, place, data.train.classes, data.train.class_names)
         contents = {"data": data.train.identity} | networks.contents
         place.refuse_another(config, contents, extend)
@@ -111,6 +117,11 @@ def train_until(
             "processes": jax.process_count(),
         }
         return _run(setup, place, stop, said, keep)
+
+
+def _done(place: Workdir) -> int:
+    """Step of the newest checkpoint, whole or not."""
+    return next(iter(steps_in(place.checkpoints)), 0)
 
 
 def _complete(config: Config, place: Workdir, extend: bool) -> Result | None:
@@ -145,26 +156,33 @@ def _run(
     total = setup.total_steps
     rollbacks = read_rollbacks(place)
     while True:
-        found = newest_whole(place.checkpoints)
-        if found.step != same_everywhere(found.step):
-            raise TrainingFailed(
-                f"this process finds checkpoint {found.step} in {place.checkpoints} and the first "
-                "process another one: all have to see the same folder"
-            )
-        accept(found, place, said, rollbacks, total)
+        found = _newest(place)
+        accept(found, place, said, rollbacks)
         try:
             return _stretch(setup, place, stop, said, keep, found, rollbacks)
         except (TrainingFailed, UserError, OSError) as error:
             stop.busy()  # whoever stops now has to wait for this state to be written
-            on_disk = newest_whole(place.checkpoints).step
             if isinstance(error, Diverged) and len(rollbacks) < allowed(setup.config):
-                rollbacks = go_back(setup.config, place, rollbacks, error.step, on_disk)
+                to_step = _newest(place).step
+                rollbacks = go_back(setup.config, place, rollbacks, error.step, to_step)
                 continue
             with contextlib.suppress(OSError):
-                place.set_status("failed", on_disk, total, str(error))
+                place.set_status("failed", _done(place), total, str(error))
             if isinstance(error, OSError):
                 raise TrainingFailed(f"{place.path} cannot be written any more: {error}") from error
             raise
+
+
+def _newest(place: Workdir) -> Found:
+    """The newest whole checkpoint, which has to be the same for all processes."""
+    same_everywhere(0)  # the first process has written what it began
+    found = newest_whole(place.checkpoints)
+    if found.step != same_everywhere(found.step):
+        raise TrainingFailed(
+            f"this process finds checkpoint {found.step} in {place.checkpoints} and the first "
+            "process another one: all have to see the same folder"
+        )
+    return found
 
 
 def _stretch(
@@ -189,9 +207,9 @@ def _stretch(
         introduce(setup, start)
         place.set_status("running", start, total)
         said = said | {"rollbacks": as_json(rollbacks)}
-        writer = MetricsWriter(
-            place.metrics if first_process() else None, start, setup.config.log.tensorboard
-        )
+        owed = bool(found.about.get("evaluation_owed"))
+        path = place.metrics if first_process() else None
+        writer = MetricsWriter(path, start, setup.config.log.tensorboard, owed)
         with (
             writer,
             progress_bar(setup, start) as bar,
@@ -199,7 +217,6 @@ def _stretch(
         ):
             reporter = Reporter(setup, place, writer, bar, start, stop)
             loop = Loop(setup, checkpoints, reporter, stop, said, skipped_steps(rollbacks))
-            owed = bool(found.about.get("evaluation_owed"))
             stop.idle()
             state, done, reason = loop.run(state, start, owed)
             hours = reporter.hours_left()
