@@ -6,9 +6,10 @@ import signal
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, command_environment
 
 sys.path.insert(0, str(ROOT / "tools"))
+import bench_startup
 import disturb
 import faults
 
@@ -17,8 +18,6 @@ from fm_distill.digests import newest_whole, steps_in
 
 @pytest.fixture(autouse=True)
 def shared_compilations(monkeypatch):
-    from conftest import command_environment
-
     monkeypatch.setattr(disturb, "environment", lambda devices=1: command_environment(devices))
     monkeypatch.setattr(faults, "environment", lambda devices=1: command_environment(devices))
 
@@ -26,8 +25,6 @@ def shared_compilations(monkeypatch):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> pathlib.Path:
     """The workdir of a complete run."""
-    from conftest import command_environment
-
     folder = tmp_path_factory.mktemp("whole")
     experiment = disturb.tiny_experiment(folder / "tiny.py", "resident", "group", steps=60)
     with pytest.MonkeyPatch.context() as patch:
@@ -94,6 +91,18 @@ def test_other_meshes(tmp_path):
 
 def test_two_processes_and_a_lost_one(tmp_path):
     assert len(list(faults.processes(tmp_path / "processes", 0))) == 2
+
+
+def test_compiled_programs_come_along(tmp_path, monkeypatch):
+    own = {k: v for k, v in command_environment().items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    monkeypatch.setattr(disturb, "environment", lambda devices=1: own)
+    experiment = disturb.tiny_experiment(tmp_path / "tiny.py", "resident", "group", steps=100_000)
+    bench_startup.seconds_to_first_step(experiment, tmp_path / "run")
+    before = {x.name for x in (tmp_path / "run" / "compiled").rglob("jit_program*-cache")}
+    source = ("--resume-from", str(tmp_path / "run"))
+    bench_startup.seconds_to_first_step(experiment, tmp_path / "copy", *source)
+    after = {x.name for x in (tmp_path / "copy" / "compiled").rglob("jit_program*-cache")}
+    assert len(before) == 1 and after == before
 
 
 def test_newest_whole_of_nothing(tmp_path):
