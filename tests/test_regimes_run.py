@@ -6,7 +6,8 @@ import json
 import jax
 import numpy as np
 import pytest
-from conftest import run_command, write_experiment
+from conftest import write_experiment
+from test_cli import refused
 from test_train import lines_of, same_bits, stop_at
 from tiny import NETWORK, tiny_config
 
@@ -146,12 +147,10 @@ def test_a_head_of_other_classes_is_replaced_and_said(trained, tmp_path, capsys)
         (("--student.weights", "none.safetensors"), "none.safetensors"),
     ],
 )
-def test_wrong_input_is_refused(trained, tmp_path, arguments, said):
+def test_wrong_input_is_refused(capsys, trained, tmp_path, arguments, said):
     experiment = write_experiment(
         tmp_path / "e.py",
         f'teacher=TeacherConfig(workdir="{trained}/run/teacher"), objective=ObjectiveConfig()',
     )
-    done = run_command("train", experiment, "--workdir", tmp_path / "w", *arguments)
-    assert done.returncode == 2, done.stderr
-    assert said in done.stderr and "Traceback" not in done.stderr
+    assert said in refused(capsys, "train", experiment, "--workdir", tmp_path / "w", *arguments)
     assert not (tmp_path / "w" / "config.json").exists()
