@@ -10,6 +10,7 @@ import tempfile
 
 import jax
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 ROOT = pathlib.Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
@@ -66,6 +67,29 @@ def command_environment(devices: int = 1) -> dict[str, str]:
         "JAX_COMPILATION_CACHE_DIR": CACHE,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
     }
+
+
+# The tests of a file run in one process, one after another, but those of these files run wherever
+# there is room: long ones, none of which needs another.
+SPREAD = {
+    "test_experiments",
+    "test_faults",
+    "test_patience",
+    "test_regimes_run",
+    "test_step",
+    "test_sweep",
+    "test_train",
+}
+
+
+class Spreading(LoadFileScheduling):
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return nodeid if pathlib.PurePath(file).stem in SPREAD else file
+
+
+def pytest_xdist_make_scheduler(config, log):
+    return Spreading(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 @pytest.fixture(scope="session")
