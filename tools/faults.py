@@ -258,29 +258,39 @@ def processes(folder: pathlib.Path, count: int) -> Iterator[Tried]:
     steps = [x["step"] for x in logged(folder / "two") if x["split"] == "train"]
     assert steps == sorted(set(steps))
     yield Tried("two processes instead of one", 1, f"parameters at most {apart:.1e} apart")
-    yield lost_peer(folder, tiny_experiment(folder / "long.py", "streaming", "batch", steps=400))
+    yield lost_peer(folder, tiny_experiment(folder / "long.py", "streaming", "batch", steps=120))
 
 
 def lost_peer(folder: pathlib.Path, experiment: pathlib.Path) -> Tried:
-    """One of two processes dies; the other says so, and both go on when they are started again."""
+    """One of two processes dies, and the other says so; started again, one is asked to stop, and
+    both do; started again, they finish."""
     workdir = folder / "lost"
     (first, said), (second, _) = start_two(experiment, workdir, folder)
-    deadline = time.monotonic() + TIMEOUT_S
-    while not steps_in(workdir / "checkpoints"):
-        assert time.monotonic() < deadline and first.poll() is None, said.read_text()
-        time.sleep(0.01)
+    _wait_for_checkpoint(workdir, 1, first)
     second.send_signal(signal.SIGKILL)
     died = time.monotonic()
     code = first.wait(timeout=TIMEOUT_S)
     seconds = time.monotonic() - died
     assert code == EXIT_TRAINING_FAILED, (code, said.read_text())
     assert "another process of the run" in said.read_text(), said.read_text()
+    stopped = start_two(experiment, workdir, folder)
+    _wait_for_checkpoint(workdir, steps_in(workdir / "checkpoints")[0] + 1, stopped[0][0])
+    stopped[1][0].send_signal(signal.SIGTERM)
+    for process, words in stopped:
+        assert process.wait(timeout=TIMEOUT_S) == EXIT_PAUSED, words.read_text()
     for process, words in start_two(experiment, workdir, folder):
         assert process.wait(timeout=TIMEOUT_S) == EXIT_COMPLETE, words.read_text()
-    assert json.loads((workdir / "evaluation.json").read_text())["step"] == 400
+    assert json.loads((workdir / "evaluation.json").read_text())["step"] == 120
     return Tried(
         "one of two processes dies", 1, f"the other ends with exit code 4 after {seconds:.0f} s"
     )
+
+
+def _wait_for_checkpoint(workdir: pathlib.Path, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while max(steps_in(workdir / "checkpoints"), default=0) < step:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
 
 
 FAULTS: dict[str, Callable[[pathlib.Path, int], Iterator[Tried]]] = {
