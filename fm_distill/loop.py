@@ -46,7 +46,7 @@ class Loop:
             step, dispatch_sizes(step, total, setup.dispatch), skipped_steps=self.skipped_steps
         )
         sizes = dispatch_sizes(step, total, setup.dispatch)
-        if owed and (reason := self._evaluate(state, step)) is None:
+        if owed and (reason := self._evaluate(state, step, RESERVE_S)) is None:
             owed = False
         while reason is None and step < total:
             reserve_s = RESERVE_S + RESERVE * (self.checkpoints.slowest_s + slowest_s)
@@ -63,7 +63,7 @@ class Loop:
             improved = False
             if setup.validation and _due(config.log.evaluate_every_steps, step, steps, total):
                 self.reporter.catch_up()
-                reason = self._evaluate(state, step)
+                reason = self._evaluate(state, step, reserve_s)
                 owed = reason is not None
                 improved = self.checkpoints.is_best(self.reporter.figures.get(step, {}))
             if step < total and (improved or _due(config.checkpoint.every_steps, step, steps, 0)):
@@ -87,13 +87,13 @@ class Loop:
             return reason
         return agreed(reason) if _due(self.setup.config.log.every_steps, step, steps, 0) else None
 
-    def _evaluate(self, state: TrainState, step: int) -> str | None:
+    def _evaluate(self, state: TrainState, step: int, reserve_s: float) -> str | None:
         """Student against teacher on the validation split, or why that was left."""
         setup = self.setup
         assert setup.validation is not None
         batches = setup.validation()
         # Several processes have to run the same batches.
-        checked = self.stop.checked(batches) if only_process() else batches
+        checked = self.stop.checked(batches, reserve_s) if only_process() else batches
         student = state.ema or state.student
         try:
             figures = setup.evaluator(student, setup.frozen, checked, "validation", step)

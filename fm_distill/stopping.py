@@ -56,10 +56,10 @@ class Stop:
             return f"the {self.max_hours:g} hours are used"
         return None
 
-    def checked(self, items: Iterable[Item]) -> Iterator[Item]:
+    def checked(self, items: Iterable[Item], reserve_s: float = 0.0) -> Iterator[Item]:
         """`items`; raises `Stopped` before the next one where it is time to stop."""
         for item in items:
-            if reason := self.reason():
+            if reason := self.reason(reserve_s):
                 raise Stopped(reason)
             yield item
 

@@ -85,6 +85,7 @@ def polite(folder: pathlib.Path, count: int) -> Iterator[Tried]:
 
 def polite_digits(folder: pathlib.Path, count: int) -> Iterator[Tried]:
     """SIGTERM at moments spread over the first minutes of the quickstart, its teacher included."""
+    folder.mkdir(parents=True)
     experiment = ROOT / "experiments" / "digits.py"
     slowest_s, lost = 0.0, 0
     for i in range(count):
