@@ -42,7 +42,6 @@ def export(
         raise UserError(f"there is no folder {path.parent} to write {path.name} to; make it first")
     run = open_run(workdir, step)
     network, stored = run.network, run.workdir.read("config.json")
-    figures = run.workdir.glance("evaluation.json")
     naming = naming_of(network)
     tensors = in_naming(naming, network, run.student)
     mean, std = INPUT_RANGES[network.input_range]
@@ -57,7 +56,7 @@ def export(
         central_fraction=run.config.views.central_fraction,
         step=run.step,
         averaged=run.averaged,
-        metrics=figures if figures and figures.get("step") == run.step else None,
+        metrics=run.workdir.glance("evaluation.json") if run.complete else None,
         config=stored["config"],
         versions=stored["versions"],
         commit=stored["commit"],

@@ -21,6 +21,7 @@ from fm_distill.config import (
     CheckpointConfig,
     DivergenceConfig,
     LogConfig,
+    MeshConfig,
     ObjectiveConfig,
     OptimizerConfig,
     ScheduleConfig,
@@ -37,11 +38,16 @@ from fm_distill.stopping import Stop, Stopped, stop_signals, stretches
 from fm_distill.train import train, train_until
 
 
+def small(**changes):
+    """On one of the simulated devices, for which programs are compiled sooner."""
+    return tiny_config(mesh=MeshConfig(data=1), **changes)
+
+
 @pytest.fixture(scope="module")
 def complete(tmp_path_factory):
     """A complete run of six steps, with checkpoints of steps 4 and 6."""
     folder = tmp_path_factory.mktemp("complete") / "run"
-    assert train(tiny_config(), folder).complete
+    assert train(small(), folder).complete
     return folder
 
 
@@ -70,13 +76,13 @@ def test_the_loop_keeps_time_for_its_checkpoint(tmp_path, monkeypatch):
         self.slowest_s = 100.0
 
     monkeypatch.setattr(CheckpointWriter, "save", slow)
-    assert train(tiny_config(), tmp_path, max_hours=1.0).complete
+    assert train(small(), tmp_path, max_hours=1.0).complete
     assert reserves[0] < 10.0 and max(reserves) >= 150.0
 
 
 def test_an_evaluation_that_was_left_is_done_by_the_next_stretch(tmp_path):
     """Asked to stop while the validation split is evaluated at step 3."""
-    config = tiny_config()
+    config = small()
     whole = train(config, tmp_path / "whole")
 
     class InEvaluation(Stop):
@@ -96,7 +102,7 @@ def test_an_evaluation_that_was_left_is_done_by_the_next_stretch(tmp_path):
 
 
 def test_a_stop_in_the_last_evaluation_leaves_only_that(tmp_path):
-    config = tiny_config(log=LogConfig(every_steps=1, evaluate_every_steps=0, tensorboard=False))
+    config = small(log=LogConfig(every_steps=1, evaluate_every_steps=0, tensorboard=False))
 
     class AtTheEnd(Stop):
         def checked(self, items, reserve_s=0.0):
@@ -169,7 +175,7 @@ def test_a_read_only_copy_continues_elsewhere_with_the_same_bits(complete, tmp_p
         path.chmod(0o555 if path.is_dir() else 0o444)
     bring(source, tmp_path / "run")
     assert steps_in(tmp_path / "run" / "checkpoints") == [4]
-    assert train(tiny_config(), tmp_path / "run").complete
+    assert train(small(), tmp_path / "run").complete
     same_bits(complete, tmp_path / "run")
     assert lines_of(complete) == lines_of(tmp_path / "run")
     assert {x: x.read_bytes() for x in source.rglob("*") if x.is_file()} == before
@@ -200,7 +206,7 @@ def test_what_cannot_be_brought_is_refused(complete, tmp_path):
 
 def test_a_finished_schedule_is_lengthened_only_knowingly(complete, tmp_path):
     shutil.copytree(complete, tmp_path / "run")
-    longer = tiny_config(schedule=ScheduleConfig(total_steps=10, warmup_steps=1))
+    longer = small(schedule=ScheduleConfig(total_steps=10, warmup_steps=1))
     with pytest.raises(UserError, match=r"total_steps: 6 in the workdir, 10 now(.|\n)*--extend"):
         train(longer, tmp_path / "run")
     other = dataclasses.replace(longer, seed=1)
@@ -213,12 +219,12 @@ def test_a_finished_schedule_is_lengthened_only_knowingly(complete, tmp_path):
     assert (tmp_path / "run" / "evaluation_6.json").exists()
     assert train(longer, tmp_path / "run").complete
     with pytest.raises(UserError, match="more than the 8"):
-        shorter = tiny_config(schedule=ScheduleConfig(total_steps=8, warmup_steps=1))
+        shorter = small(schedule=ScheduleConfig(total_steps=8, warmup_steps=1))
         train(shorter, tmp_path / "run", extend=True)
 
 
 def test_kept_are_the_newest_each_nth_and_the_best(tmp_path):
-    config = tiny_config(
+    config = small(
         schedule=ScheduleConfig(total_steps=12, warmup_steps=1),
         checkpoint=CheckpointConfig(
             every_steps=1, keep=1, keep_every_steps=5, keep_best="student_cross_entropy"
@@ -237,10 +243,10 @@ def test_best_without_an_evaluation_is_refused():
     from fm_distill.experiment import check
 
     with pytest.raises(UserError, match="keep_best is 'accuracy'; expected one of agreement_top1"):
-        check(tiny_config(checkpoint=CheckpointConfig(keep_best="accuracy")))
+        check(small(checkpoint=CheckpointConfig(keep_best="accuracy")))
     with pytest.raises(UserError, match="needs figures"):
         check(
-            tiny_config(
+            small(
                 checkpoint=CheckpointConfig(keep_best="student_top1"),
                 log=LogConfig(evaluate_every_steps=0),
             )
@@ -251,7 +257,7 @@ def poisoned(trained, workdir, **changes):
     """A run with fixed targets of which those of the examples of step 4 are not numbers."""
     from fm_distill.data.order import example_ids
 
-    config = tiny_config(
+    config = small(
         teaching="fixed",
         objective=ObjectiveConfig(),
         teacher=TeacherConfig(workdir=str(trained / "run" / "teacher")),
@@ -305,7 +311,7 @@ def test_a_run_that_went_back_continues_with_the_same_bits(trained, tmp_path, mo
 
 
 def test_a_run_may_go_back_and_slow_down(tmp_path):
-    config = tiny_config(
+    config = small(
         optimizer=OptimizerConfig(learning_rate=3e38, clip_norm=1e30),
         divergence=DivergenceConfig(action="slow", factor=1e-41, most=1),
         log=LogConfig(every_steps=1, evaluate_every_steps=0, tensorboard=False),
@@ -318,7 +324,7 @@ def test_a_run_may_go_back_and_slow_down(tmp_path):
 
 
 def test_no_run_goes_back_more_often_than_it_may(tmp_path):
-    config = tiny_config(
+    config = small(
         optimizer=OptimizerConfig(learning_rate=3e38, clip_norm=1e30),
         divergence=DivergenceConfig(action="slow", factor=0.999, most=2),
     )
@@ -351,7 +357,7 @@ def test_a_checkpoint_of_another_teacher_is_refused(complete, tmp_path):
         (folder / "digests.json").unlink()
         seal(folder, said | {"teacher": "f" * 64})
     with pytest.raises(UserError, match="belongs to another teacher: ffff"):
-        train(tiny_config(), tmp_path / "run")
+        train(small(), tmp_path / "run")
 
 
 def test_half_written_programs_are_dropped(tmp_path):

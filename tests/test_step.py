@@ -273,7 +273,8 @@ def test_average_of_the_student():
 def test_a_loss_that_was_not_finite_within_a_dispatch_is_reported():
     def train_step(state, teachers, batch, key):
         loss = jnp.where(state.step == 1, jnp.inf, 1.0)
-        return dataclasses.replace(state, step=state.step + 1), {"loss": loss}
+        metrics = {"loss": loss, "gradient_norm": jnp.ones(()), "update_norm": jnp.ones(())}
+        return dataclasses.replace(state, step=state.step + 1), metrics
 
     state = TrainState(jnp.int32(0), Variables({}, {}), (), None)
     layout = make_layout(MeshConfig(data=1))

@@ -127,10 +127,10 @@ def spoilt(workdir: pathlib.Path) -> Tried:
 def broken_disk(folder: pathlib.Path, count: int) -> Iterator[Tried]:
     """Spoilt checkpoints, a full disk, a read-only folder, a second process."""
     folder.mkdir(parents=True)
-    experiment = tiny_experiment(folder / "tiny.py", "resident", "group")
+    experiment = tiny_experiment(folder / "tiny.py", "resident", "group", steps=240)
     whole = folder / "whole"
     run = Watched(experiment, whole)
-    assert run.until(lambda x: x.step() > 100)
+    assert run.until(lambda x: x.step() > 0)
     second = Watched(experiment, whole)
     assert second.finish() == EXIT_WRONG_INPUT and "in use by another" in second.text()
     assert run.finish() == EXIT_COMPLETE, run.text()
@@ -190,14 +190,17 @@ def _mount(where: pathlib.Path, options: str) -> bool:
     return subprocess.run(line, capture_output=True).returncode == 0
 
 
-def meshes(folder: pathlib.Path, count: int) -> Iterator[Tried]:
-    """Eight devices, then four, one, and eight again, against one device all the way."""
+def meshes(
+    folder: pathlib.Path, count: int, devices: tuple[int, ...] = (8, 4, 1, 8)
+) -> Iterator[Tried]:
+    """So many devices one after the other, against one device all the way."""
     folder.mkdir(parents=True)
     experiment = tiny_experiment(folder / "tiny.py", "resident", "group", steps=80)
     one = Watched(experiment, folder / "one")
     assert one.finish() == EXIT_COMPLETE, one.text()
-    for devices, until in ((8, 20), (4, 40), (1, 60), (8, 80)):
-        run = Watched(experiment, folder / "changing", devices=devices)
+    for i, number in enumerate(devices, 1):
+        until = 80 * i // len(devices)
+        run = Watched(experiment, folder / "changing", devices=number)
         if until < 80 and run.until(_at(until)):
             code, _ = run.end(signal.SIGTERM)
             assert code == EXIT_PAUSED, run.text()
@@ -206,7 +209,8 @@ def meshes(folder: pathlib.Path, count: int) -> Iterator[Tried]:
     assert "equality in every bit is promised only for the same" in run.text(), run.text()
     apart = furthest(folder / "one", folder / "changing")
     assert apart < 1e-3, apart
-    yield Tried("8 devices, then 4, 1 and 8 again", 3, f"parameters at most {apart:.1e} apart")
+    what = f"{', then '.join(map(str, devices))} devices"
+    yield Tried(what, len(devices) - 1, f"parameters at most {apart:.1e} apart")
 
 
 def _at(step: int) -> Callable[[Watched], bool]:
