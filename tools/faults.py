@@ -208,7 +208,8 @@ def meshes(
             assert run.finish() == EXIT_COMPLETE, run.text()
     assert "equality in every bit is promised only for the same" in run.text(), run.text()
     apart = furthest(folder / "one", folder / "changing")
-    assert apart < 1e-3, apart
+    # Differences of rounding grow with each step; Adam's steps are of 3e-3 here.
+    assert apart < 5e-3, apart
     what = f"{', then '.join(map(str, devices))} devices"
     yield Tried(what, len(devices) - 1, f"parameters at most {apart:.1e} apart")
 
