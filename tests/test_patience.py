@@ -30,6 +30,7 @@ from fm_distill.config import (
 from fm_distill.digests import faults, seal, steps_in
 from fm_distill.errors import Diverged, UserError
 from fm_distill.loop import Loop
+from fm_distill.metrics import MetricsWriter
 from fm_distill.processes import Distributed, asked_for
 from fm_distill.reporter import disk_use
 from fm_distill.rollback import Rollback, skipped_steps, slowness
@@ -401,3 +402,27 @@ def test_the_command_stops_within_its_hours_and_says_how_to_go_on(tmp_path):
     refused = run_command("train", experiment, "--workdir", tmp_path / "x", "--max-hours", "-1")
     assert refused.returncode == 2 and "--max-hours is -1" in refused.stderr
     assert not (tmp_path / "x").exists()
+
+
+def test_the_best_checkpoint_is_not_deleted(tmp_path):
+    writer = CheckpointWriter(tmp_path, CheckpointConfig(keep=1, keep_best="kl_one"), ())
+    for step, value in ((1, 0.5), (2, 0.1), (3, 0.3)):
+        (tmp_path / str(step)).mkdir()
+        (tmp_path / str(step) / "a").write_bytes(b"x")
+        seal(tmp_path / str(step), {"validation": {"kl_one": value}})
+    assert writer.best() == (2, 0.1)
+    assert writer.is_best({"kl_one": 0.05}) and not writer.is_best({"kl_one": 0.2})
+    writer._delete_old()
+    assert steps_in(tmp_path) == [3, 2]
+
+
+def test_an_owed_evaluation_is_not_logged_twice(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with MetricsWriter(path, 0, tensorboard=False) as writer:
+        writer.write(3, 0.3, "train", {"loss": 1.0})
+        writer.write(3, 0.3, "validation", {"student_top1": 0.5})
+    with MetricsWriter(path, 3, tensorboard=False):
+        assert len(path.read_text().splitlines()) == 2
+    with MetricsWriter(path, 3, tensorboard=False, owed=True):
+        (line,) = path.read_text().splitlines()
+        assert json.loads(line)["split"] == "train"
