@@ -1,6 +1,7 @@
 """Hours, other places, longer schedules, what is kept, divergence, status; and what is refused."""
 
 import dataclasses
+import importlib.metadata
 import json
 import os
 import shutil
@@ -359,6 +360,11 @@ def test_a_checkpoint_of_another_teacher_is_refused(complete, tmp_path):
         seal(folder, said | {"teacher": "f" * 64})
     with pytest.raises(UserError, match="belongs to another teacher: ffff"):
         train(small(), tmp_path / "run")
+
+
+def test_what_the_cache_of_programs_needs_comes_with_every_install():
+    needed = importlib.metadata.requires("fm-distill")
+    assert any(x.startswith("filelock") and "extra ==" not in x for x in needed)
 
 
 def test_half_written_programs_are_dropped(tmp_path):
