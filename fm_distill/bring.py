@@ -5,7 +5,7 @@ import shutil
 
 from tqdm import tqdm
 
-from fm_distill.digests import DIGESTS, faults, steps_in
+from fm_distill.digests import DIGESTS, faults, newest_step, steps_in
 from fm_distill.errors import UserError
 from fm_distill.stopping import say
 from fm_distill.workdir import COMPILED
@@ -27,7 +27,7 @@ def bring(source: pathlib.Path, workdir: pathlib.Path) -> None:
     if workdir.exists() and workdir.samefile(source):
         raise UserError("--resume-from and --workdir are the same folder; leave out --resume-from")
     if (workdir / "config.json").exists():
-        here, there = (next(iter(steps_in(x / "checkpoints")), 0) for x in (workdir, source))
+        here, there = (newest_step(x / "checkpoints") for x in (workdir, source))
         if here < there:
             raise UserError(
                 f"{workdir} has a run of {here:,} steps, and the one in {source} has {there:,}; "

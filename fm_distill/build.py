@@ -89,6 +89,11 @@ def steps_per_dispatch(config: Config, resident: bool, layout: Layout) -> int:
     return STEPS_PER_DISPATCH if resident and not on_cpu else 1
 
 
+def due(every: int, step: int, steps: int) -> bool:
+    """Whether the dispatch of `steps` that led to `step` passed a multiple of `every`."""
+    return every > 0 and step // every > (step - steps) // every
+
+
 def dispatch_sizes(start_step: int, total_steps: int, size: int) -> Iterator[int]:
     """Steps of each dispatch from `start_step` on: full ones, then single steps at the end.
 

@@ -20,7 +20,7 @@ from fm_distill.config import CheckpointConfig
 from fm_distill.digests import about, faults, seal, steps_in, sync
 from fm_distill.errors import TrainingFailed, UserError
 from fm_distill.models import Variables
-from fm_distill.processes import same_everywhere
+from fm_distill.processes import first_process, same_everywhere
 from fm_distill.step import TrainState
 
 # Figures of the validation split that `keep_best` may name, and whether more of it is better.
@@ -52,7 +52,7 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._saved: int | None = None
-        self._first = jax.process_index() == 0
+        self._first = first_process()
         if self._first:
             self._clean()
 
@@ -62,6 +62,12 @@ class CheckpointWriter:
         Raises `TrainingFailed` where this write or the one before fails.
         """
         began = time.monotonic()
+        try:
+            self._save(state, said, began)
+        finally:
+            self.blocked_s += time.monotonic() - began
+
+    def _save(self, state: TrainState, said: dict[str, Any], began: float) -> None:
         step = int(state.step)
         self._join()
         if step == self._saved:
@@ -79,7 +85,6 @@ class CheckpointWriter:
             raise self._failed(error) from error
         self._thread = threading.Thread(target=self._finish, args=(writing, step, said, began))
         self._thread.start()
-        self.blocked_s += time.monotonic() - began
 
     def wait(self) -> None:
         """Returns when what was started is on disk. Raises `TrainingFailed` where it failed."""

@@ -71,7 +71,7 @@ def _evaluate(arguments: list[str]) -> int:
 
     workdir, rest = first(arguments, "evaluate DIR")
     stored = Workdir(workdir).stored_config()
-    asked = parse(_Evaluate, _Evaluate(config=stored), rest, f"fm-distill evaluate {workdir}")
+    asked = parse(_Evaluate, _Evaluate(config=stored), rest, f"evaluate {workdir}")
     if stored.ema_decay is not None:
         print("evaluating the moving average (EMA) of the student", file=sys.stderr)
     figures = evaluate(workdir, asked.split, asked.config, asked.step)
@@ -91,7 +91,7 @@ def _predict(arguments: list[str]) -> int:
     from fm_distill.inference import predict
 
     workdir, rest = first(arguments, "predict DIR IMAGE...")
-    asked = tyro.cli(_Predict, args=rest, prog=f"fm-distill predict {workdir}")
+    asked = parse(_Predict, None, rest, f"predict {workdir}")
     if not asked.images:
         raise UserError("predict needs at least one image: fm-distill predict DIR IMAGE...")
     if asked.top < 1:
@@ -117,12 +117,7 @@ def _export(arguments: list[str]) -> int:
     from fm_distill.export import export
 
     workdir, rest = first(arguments, "export DIR OUT.safetensors")
-    asked = tyro.cli(
-        _Export,
-        args=rest,
-        prog=f"fm-distill export {workdir}",
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    asked = parse(_Export, None, rest, f"export {workdir}")
     card = export(workdir, asked.out, asked.overwrite, asked.step)
     what = "the moving average (EMA) of the student" if card.averaged else "the student"
     print(
@@ -142,7 +137,7 @@ def _show(arguments: list[str]) -> int:
 
     experiment, rest = first(arguments, "show EXPERIMENT.py")
     default = load_experiment(experiment)
-    asked = parse(_Show, _Show(config=default), rest, f"fm-distill show {experiment}")
+    asked = parse(_Show, _Show(config=default), rest, f"show {experiment}")
     config = resolve_length(default, asked.config)
     check(config)
     print(describe(config))
@@ -159,12 +154,7 @@ def _status(arguments: list[str]) -> int:
     from fm_distill.status import status, status_text
 
     workdir, rest = first(arguments, "status DIR")
-    asked = tyro.cli(
-        _Status,
-        args=rest,
-        prog=f"fm-distill status {workdir}",
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    asked = parse(_Status, None, rest, f"status {workdir}")
     found = status(workdir)
     print(json.dumps(dataclasses.asdict(found)) if asked.json else status_text(found))
     return EXIT_COMPLETE

@@ -35,7 +35,9 @@ class _Train:
 
 def train_command(arguments: list[str]) -> int:
     # Before the libraries are there, which takes seconds.
-    stop = Stop(leave=lambda reason: _say_paused(arguments, f": {reason}; nothing is lost"))
+    stop = Stop(
+        leave=lambda reason: _say_paused(["train", *arguments], f": {reason}; nothing is lost")
+    )
     with stop_signals(stop):
         asked, workdir = _train_options(arguments)
         if not asked_for(asked.distributed):
@@ -66,7 +68,7 @@ def _train_options(arguments: list[str]) -> tuple[_Train, str]:
     experiment, rest = first(arguments, "train EXPERIMENT.py")
     default = load_experiment(experiment)
     options = _Train(default, "", None, None, False, Distributed())
-    asked = parse(_Train, options, rest, f"fm-distill train {experiment}")
+    asked = parse(_Train, options, rest, f"train {experiment}")
     if asked.max_hours is not None and not asked.max_hours > 0:
         raise UserError(f"--max-hours is {asked.max_hours}; expected a number above zero")
     config = resolve_length(default, asked.config)
@@ -93,12 +95,12 @@ def _train_here(asked: _Train, workdir: str, stop: Stop, arguments: list[str]) -
         return EXIT_COMPLETE
     left = stretches(result.hours_left, stop.max_hours or stop.hours())
     steps = f"after {result.step:,} of {result.total_steps:,} steps"
-    _say_paused(arguments, f" {steps}: {result.reason}; {left}")
+    _say_paused(["train", *arguments], f" {steps}: {result.reason}; {left}")
     return EXIT_PAUSED
 
 
-def _say_paused(arguments: list[str], reason: str) -> None:
-    line = shlex.join(["fm-distill", "train", *arguments])
+def _say_paused(command: list[str], reason: str) -> None:
+    line = shlex.join(["fm-distill", *command])
     print(f"paused{reason}; run again to continue:\n  {line}", file=sys.stderr)
 
 
@@ -120,7 +122,7 @@ def sweep_command(arguments: list[str]) -> int:
 
     experiment, rest = first(arguments, "sweep EXPERIMENT.py --over seed=0,1,2")
     default = load_experiment(experiment)
-    asked = parse(_Sweep, _Sweep(default, (), "", None), rest, f"fm-distill sweep {experiment}")
+    asked = parse(_Sweep, _Sweep(default, (), "", None), rest, f"sweep {experiment}")
     if not asked.over:
         raise UserError("sweep needs what to sweep over: --over seed=0,1,2 optimizer.name=adam,sgd")
     config = resolve_length(default, asked.config)
@@ -129,10 +131,7 @@ def sweep_command(arguments: list[str]) -> int:
     over = dict(parse_over(x) for x in asked.over)
     table = sweep(config, over, workdir, max_hours=asked.max_hours)
     if table is None:
-        print(
-            "paused; run again to continue:\n  " + " ".join(["fm-distill sweep", *arguments]),
-            file=sys.stderr,
-        )
+        _say_paused(["sweep", *arguments], "")
         return EXIT_PAUSED
     print(table)
     return EXIT_COMPLETE

@@ -68,12 +68,16 @@ def first(arguments: list[str], usage: str) -> tuple[str, list[str]]:
     return arguments[0], arguments[1:]
 
 
-def parse(kind: type[Options], default: Options, arguments: list[str], prog: str) -> Options:
-    """Options over `default`. A mistyped one prints the nearest names and exits with 2."""
-    return tyro.cli(
+def parse(
+    kind: type[Options], default: Options | None, arguments: list[str], command: str
+) -> Options:
+    """Options, over `default`. A mistyped one prints the nearest names and exits with 2."""
+    asked = tyro.cli(
         kind,
         default=default,
         args=arguments,
-        prog=prog,
+        prog=f"fm-distill {command}",
         config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff),
     )
+    assert asked is not None
+    return asked

@@ -31,6 +31,11 @@ def steps_in(directory: pathlib.Path) -> list[int]:
     return sorted((int(x.name) for x in directory.iterdir() if x.name.isdigit()), reverse=True)
 
 
+def newest_step(directory: pathlib.Path) -> int:
+    """Step of the newest checkpoint, whole or not; 0 where there is none."""
+    return next(iter(steps_in(directory)), 0)
+
+
 def newest_whole(directory: pathlib.Path) -> Found:
     """Looks from the newest on; reads every byte of what it looks at."""
     damaged: dict[int, tuple[str, ...]] = {}

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from fm_distill.build import dispatch_sizes
+from fm_distill.build import dispatch_sizes, due
 from fm_distill.checkpoint import CheckpointWriter
 from fm_distill.processes import agreed, only_process
 from fm_distill.reporter import Reporter
@@ -40,7 +40,7 @@ class Loop:
         and `TrainingFailed` where the disk does not take a checkpoint.
         """
         setup, config, total = self.setup, self.setup.config, self.setup.total_steps
-        _, root_key = setup.keys()
+        _, root_key = setup.keys
         start, steps, reason, slowest_s = step, 0, None, 0.0
         fed = setup.feed.feed(
             step, dispatch_sizes(step, total, setup.dispatch), skipped_steps=self.skipped_steps
@@ -61,12 +61,13 @@ class Loop:
             if step > start + steps:  # the first one waits for the compiler
                 slowest_s = max(slowest_s, time.monotonic() - began)
             improved = False
-            if setup.validation and _due(config.log.evaluate_every_steps, step, steps, total):
+            every = config.log.evaluate_every_steps
+            if setup.validation and (due(every, step, steps) or (every and step == total)):
                 self.reporter.catch_up()
                 reason = self._evaluate(state, step, reserve_s)
                 owed = reason is not None
                 improved = self.checkpoints.is_best(self.reporter.figures.get(step, {}))
-            if step < total and (improved or _due(config.checkpoint.every_steps, step, steps, 0)):
+            if step < total and (improved or due(config.checkpoint.every_steps, step, steps)):
                 self._save(state, step, owed)
         if step > 0:
             self._save(state, step, owed)
@@ -85,7 +86,7 @@ class Loop:
         reason = self.stop.reason(reserve_s)
         if only_process():
             return reason
-        return agreed(reason) if _due(self.setup.config.log.every_steps, step, steps, 0) else None
+        return agreed(reason) if due(self.setup.config.log.every_steps, step, steps) else None
 
     def _evaluate(self, state: TrainState, step: int, reserve_s: float) -> str | None:
         """Student against teacher on the validation split, or why that was left."""
@@ -109,8 +110,3 @@ class Loop:
         self.checkpoints.save(
             state, self.said | {"step": step, "validation": figures, "evaluation_owed": owed}
         )
-
-
-def _due(every: int, step: int, steps: int, total: int) -> bool:
-    """Whether the `steps` that led to `step` passed a multiple of `every`, or the end."""
-    return every > 0 and (step // every > (step - steps) // every or step == total)

@@ -9,6 +9,7 @@ import jax
 from jaxtyping import Array
 from tqdm import tqdm
 
+from fm_distill.build import due
 from fm_distill.checkpoint import bytes_of
 from fm_distill.config import Config
 from fm_distill.errors import Diverged
@@ -42,9 +43,8 @@ class Reporter:
         self.stop = stop
         self.late: tuple[int, int, dict[str, Array]] | None = None
         self.mark = start, time.monotonic()
-        self.first: tuple[int, float] | None = (
-            None  # step and time when the first dispatch was done
-        )
+        # Step and time when the first dispatch was done.
+        self.first: tuple[int, float] | None = None
         self.step = start
         self.figures: dict[int, dict[str, float]] = {}  # step -> of the last evaluation
         self.status_at = -STATUS_EVERY_S
@@ -68,7 +68,7 @@ class Reporter:
             say(f"the first new step is done {3600 * self.stop.hours():.1f} s after the start")
         self.bar.update(steps)
         every = self.setup.config.log.every_steps
-        if step // every > (step - steps) // every or step == self.setup.total_steps:
+        if due(every, step, steps) or step == self.setup.total_steps:
             self._log(step, values)
 
     def evaluated(self, figures: dict[str, Any]) -> None:

@@ -63,7 +63,7 @@ def first_state(setup: Setup, place: Workdir, start: int) -> TrainState:
     shardings = setup.layout.variables(shapes)
     if start:
         return restore(place.checkpoints / str(start), abstract(shapes, shardings))
-    init_key, _ = setup.keys()
+    init_key, _ = setup.keys
     state = jax.jit(setup.built.init, out_shardings=shardings)(init_key)
     networks = setup.networks
     if networks.pretrained is None:

@@ -1,6 +1,7 @@
 """What `train.py` builds before its first step: data, teacher, program, evaluation."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
 
@@ -131,6 +132,7 @@ class Setup:
         """The frozen teachers that the step runs."""
         return self.frozen[: len(self.built.taught_by)]
 
+    @functools.cached_property
     def keys(self) -> tuple[PRNGKeyArray, PRNGKeyArray]:
         """For the student's init, and the root of all draws."""
 

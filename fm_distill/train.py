@@ -14,7 +14,7 @@ import jax
 
 from fm_distill.checkpoint import CheckpointWriter
 from fm_distill.config import Config
-from fm_distill.digests import Found, newest_whole, steps_in
+from fm_distill.digests import Found, newest_step, newest_whole
 from fm_distill.errors import Diverged, TrainingFailed, UserError
 from fm_distill.experiment import check, load_experiment
 from fm_distill.length import total_steps
@@ -86,7 +86,7 @@ def train_until(
     steps = total_steps(config, len(data.train))
     with place.locked():
         place.refuse_another(config, {"data": data.train.identity}, extend)
-        done = _done(place)
+        done = newest_step(place.checkpoints)
         if done > steps:
             raise UserError(
                 f"the run in {place.path} has done {done:,} steps, more than the {steps:,} of the "
@@ -117,11 +117,6 @@ def train_until(
             "processes": jax.process_count(),
         }
         return _run(setup, place, stop, said, keep)
-
-
-def _done(place: Workdir) -> int:
-    """Step of the newest checkpoint, whole or not."""
-    return next(iter(steps_in(place.checkpoints)), 0)
 
 
 def _complete(config: Config, place: Workdir, extend: bool) -> Result | None:
@@ -167,7 +162,7 @@ def _run(
                 rollbacks = go_back(setup.config, place, rollbacks, error.step, to_step)
                 continue
             with contextlib.suppress(OSError):
-                place.set_status("failed", _done(place), total, str(error))
+                place.set_status("failed", newest_step(place.checkpoints), total, str(error))
             if isinstance(error, OSError):
                 raise TrainingFailed(f"{place.path} cannot be written any more: {error}") from error
             raise

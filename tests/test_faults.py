@@ -3,16 +3,13 @@
 import pathlib
 import shutil
 import signal
-import sys
 
-import pytest
-from conftest import ROOT, command_environment
-
-sys.path.insert(0, str(ROOT / "tools"))
 import bench_startup
 import disturb
 import faults
 import long_run
+import pytest
+from conftest import command_environment
 
 from fm_distill.digests import newest_whole, steps_in
 

@@ -12,7 +12,8 @@ import time
 import numpy as np
 import pytest
 from conftest import run_command, write_experiment
-from test_train import arrays_of, lines_of, same_bits
+from disturb import arrays_of
+from test_train import lines_of, same_bits
 from tiny import tiny_config
 
 from fm_distill.bring import bring

@@ -12,16 +12,15 @@ import jax
 import numpy as np
 import pytest
 from conftest import ROOT, command_environment, run_command, write_experiment
+from disturb import arrays_of
 from PIL import Image
 from tiny import NETWORK, tiny_config
 
-from fm_distill.build import build, dispatch_sizes
-from fm_distill.checkpoint import abstract, restore
+from fm_distill.build import dispatch_sizes
 from fm_distill.config import (
     CanvasConfig,
     DataConfig,
     LogConfig,
-    MeshConfig,
     ObjectiveConfig,
     OptimizerConfig,
     ScheduleConfig,
@@ -35,22 +34,9 @@ from fm_distill.loop import Loop
 from fm_distill.metrics import MetricsWriter
 from fm_distill.probe import judge
 from fm_distill.run import open_run
-from fm_distill.sharding import make_layout
 from fm_distill.train import train
 from fm_distill.weights.card import only_network
 from fm_distill.weights.names import in_naming
-from fm_distill.workdir import Workdir
-
-
-def arrays_of(workdir) -> dict[str, np.ndarray]:
-    """Every array of the newest checkpoint."""
-    place = Workdir(workdir)
-    layout = make_layout(MeshConfig(data=1))
-    shapes = build(place.stored_config(), 10, (), 10, layout).abstract_state()
-    newest = newest_whole(place.checkpoints).step
-    state = restore(place.checkpoints / str(newest), abstract(shapes, layout.variables(shapes)))
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
 def same_bits(a, b):

@@ -22,7 +22,7 @@ import numpy as np
 from fm_distill.build import build
 from fm_distill.checkpoint import abstract, restore
 from fm_distill.config import MeshConfig
-from fm_distill.digests import newest_whole, steps_in
+from fm_distill.digests import newest_step, newest_whole
 from fm_distill.errors import EXIT_COMPLETE, EXIT_PAUSED
 from fm_distill.run import open_run
 from fm_distill.sharding import make_layout
@@ -38,7 +38,7 @@ from fm_distill import load_experiment
 from fm_distill.config import *
 digits = load_experiment({digits!r})
 config = dataclasses.replace(
-    digits, name="tiny", batch_size=16, ema_decay=0.9, seed={seed},
+    digits, name="tiny", batch_size=16, ema_decay=0.9, seed=0,
     student=StudentConfig(
         model="bit", resolution=16, depths=(1,), width=0.125, groups=4, stem="small", norm={norm!r}
     ),
@@ -51,9 +51,7 @@ config = dataclasses.replace(
 """
 
 
-def tiny_experiment(
-    path: pathlib.Path, feeding: str, norm: str, steps: int = 600, seed: int = 0
-) -> pathlib.Path:
+def tiny_experiment(path: pathlib.Path, feeding: str, norm: str, steps: int = 600) -> pathlib.Path:
     """A labels run on the digits with a small student, its average, and two evaluations a while."""
     path.write_text(
         TINY.format(
@@ -61,7 +59,6 @@ def tiny_experiment(
             feeding=feeding,
             norm=norm,
             steps=steps,
-            seed=seed,
             every=CHECKPOINT_EVERY,
             evaluate=EVALUATE_EVERY,
         )
@@ -228,7 +225,6 @@ class Disturbed:
 
     phases: tuple[str, ...]  # of each signal
     slowest_s: float  # from a signal to the end of the process
-    whole: pathlib.Path  # workdir of the undisturbed run
 
 
 def disturbed(
@@ -267,10 +263,10 @@ def disturbed(
             assert code == -signal.SIGKILL, run.text()
         elif code != -signal.SIGTERM:  # Python itself was not there yet
             assert code == EXIT_PAUSED and "paused" in run.text(), run.text()
-            newest = max(steps_in(pieces / "checkpoints"), default=0)
+            newest = newest_step(pieces / "checkpoints")
             assert run.step() <= newest, f"logged {run.step()}, on disk {newest}"
     last = Watched(experiment, pieces)
     assert last.finish() == EXIT_COMPLETE, last.text()
     wrong = differences(whole, pieces)
     assert not wrong, f"after {phases}: {wrong}"
-    return Disturbed(tuple(phases), slowest_s, whole)
+    return Disturbed(tuple(phases), slowest_s)

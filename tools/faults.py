@@ -34,7 +34,7 @@ from disturb import (
     tiny_experiment,
 )
 
-from fm_distill.digests import newest_whole, steps_in
+from fm_distill.digests import newest_step, newest_whole, steps_in
 from fm_distill.errors import (
     EXIT_COMPLETE,
     EXIT_PAUSED,
@@ -96,7 +96,7 @@ def polite_digits(folder: pathlib.Path, count: int) -> Iterator[Tried]:
         slowest_s = max(slowest_s, seconds)
         for workdir in (folder / "digits", folder / "digits" / "teacher"):
             steps = [x["step"] for x in logged(workdir)]
-            lost += max(steps, default=0) > max(steps_in(workdir / "checkpoints"), default=0)
+            lost += max(steps, default=0) > newest_step(workdir / "checkpoints")
     assert not lost
     yield Tried("SIGTERM, experiments/digits.py", count, f"no step lost; at most {slowest_s:.1f} s")
 
@@ -171,7 +171,7 @@ def resumed_from_the_one_before(
     spoiled = folder / "spoilt"
     shutil.copytree(whole, spoiled)
     (spoiled / "status.json").write_text("{")  # and a status that a broken disk left
-    newest = spoiled / "checkpoints" / str(steps_in(spoiled / "checkpoints")[0])
+    newest = spoiled / "checkpoints" / str(newest_step(spoiled / "checkpoints"))
     path = max((x for x in newest.rglob("*") if x.is_file()), key=lambda x: x.stat().st_size)
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -280,7 +280,7 @@ def lost_peer(folder: pathlib.Path, experiment: pathlib.Path) -> Tried:
     assert code == EXIT_TRAINING_FAILED, (code, said.read_text())
     assert "another process of the run" in said.read_text(), said.read_text()
     stopped = start_two(experiment, workdir, folder)
-    _wait_for_checkpoint(workdir, steps_in(workdir / "checkpoints")[0] + 1, stopped[0][0])
+    _wait_for_checkpoint(workdir, newest_step(workdir / "checkpoints") + 1, stopped[0][0])
     stopped[1][0].send_signal(signal.SIGTERM)
     for process, words in stopped:
         assert process.wait(timeout=TIMEOUT_S) == EXIT_PAUSED, words.read_text()
@@ -294,7 +294,7 @@ def lost_peer(folder: pathlib.Path, experiment: pathlib.Path) -> Tried:
 
 def _wait_for_checkpoint(workdir: pathlib.Path, step: int, process: subprocess.Popen) -> None:
     deadline = time.monotonic() + TIMEOUT_S
-    while max(steps_in(workdir / "checkpoints"), default=0) < step:
+    while newest_step(workdir / "checkpoints") < step:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.01)
 
