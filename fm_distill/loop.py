@@ -69,10 +69,9 @@ class Loop:
                 improved = self.checkpoints.is_best(self.reporter.figures.get(step, {}))
             if step < total and (improved or due(config.checkpoint.every_steps, step, steps)):
                 self._save(state, step, owed)
-        if step > 0:
+        if step > start:
             self._save(state, step, owed)
             self.checkpoints.wait()
-        self.stop.idle()
         return state, step, reason
 
     def _dispatch(self, state: TrainState, batch: Any, root_key: Any) -> tuple[TrainState, Any]:

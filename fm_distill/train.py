@@ -231,6 +231,7 @@ def _finish(setup: Setup, state: TrainState, place: Workdir, stop: Stop) -> Resu
     batches = stop.checked(setup.final()) if only_process() else setup.final()
     try:
         with stop.recorded(lambda why: place.set_status("paused", total, total, why)):
+            stop.idle()
             figures = setup.evaluator(student, setup.frozen, batches, setup.final_split, total)
     except Stopped as stopped:
         reason = f"{stopped}, before the last evaluation was done"

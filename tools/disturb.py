@@ -265,6 +265,10 @@ def disturbed(
             assert code == EXIT_PAUSED and "paused" in run.text(), run.text()
             newest = newest_step(pieces / "checkpoints")
             assert run.step() <= newest, f"logged {run.step()}, on disk {newest}"
+            status = Workdir(pieces).read("status.json")
+            assert newest == (status["step"] if status else 0), status
+            if newest < steps and "the first new step is done" in run.text():
+                assert " steps: stopped by SIGTERM; " in run.text(), run.text()
     last = Watched(experiment, pieces)
     assert last.finish() == EXIT_COMPLETE, last.text()
     wrong = differences(whole, pieces)
