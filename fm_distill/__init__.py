@@ -7,6 +7,7 @@
     student = open_run("runs/digits").student
     card = export("runs/digits", "digits.safetensors")
     table = sweep(config, {"seed": (0, 1, 2)}, "runs/digits_sweep")
+    page = report(["runs/digits"], "digits.html")
 
 The fields of `Config` are in `fm_distill.config`. Wrong input raises `UserError`.
 """
@@ -15,6 +16,7 @@ from fm_distill.config import Config
 from fm_distill.experiment import load_experiment
 from fm_distill.export import export
 from fm_distill.inference import evaluate, predict
+from fm_distill.report import report
 from fm_distill.run import open_run
 from fm_distill.sweep import sweep
 from fm_distill.train import train
@@ -26,6 +28,7 @@ __all__ = [
     "load_experiment",
     "open_run",
     "predict",
+    "report",
     "sweep",
     "train",
 ]

@@ -31,6 +31,8 @@ USAGE = """usage: fm-distill COMMAND ...
       the student's classes and probabilities for own images
   export DIR OUT.safetensors [--step N] [--overwrite]
       the student as a weight file in timm's or Keras's names, with a card
+  report DIR [DIR ...] [--out report.html] [--data-dir PATH] [--teacher-weights FILE] [--overwrite]
+      one HTML file: figures of the runs side by side, curves, views, disagreements
   show EXPERIMENT.py [--any.config.field VALUE ...]
       the resolved config, and what follows from it
 
@@ -128,6 +130,36 @@ def _export(arguments: list[str]) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Report:
+    # Further workdirs, side by side with the first.
+    more: tyro.conf.Positional[tuple[str, ...]] = ()
+    # The file to write.
+    out: str = "report.html"
+    # Where the data lie now, if not where the runs had them.
+    data_dir: str | None = None
+    # Where the teacher's weights lie now.
+    teacher_weights: str | None = None
+    # Replace what is there.
+    overwrite: bool = False
+
+
+def _report(arguments: list[str]) -> int:
+    from fm_distill.report import report
+
+    workdir, rest = first(arguments, "report DIR [DIR ...]")
+    asked = parse(_Report, None, rest, f"report {workdir}")
+    written = report(
+        [workdir, *asked.more],
+        asked.out,
+        overwrite=asked.overwrite,
+        data_dir=asked.data_dir,
+        teacher_weights=asked.teacher_weights,
+    )
+    print(written)
+    return EXIT_COMPLETE
+
+
+@dataclasses.dataclass(frozen=True)
 class _Show:
     config: Settings
 
@@ -166,6 +198,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "evaluate": _evaluate,
     "predict": _predict,
     "export": _export,
+    "report": _report,
     "show": _show,
     "status": _status,
 }

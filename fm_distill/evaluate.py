@@ -217,11 +217,11 @@ class Evaluator:
         return summarise(sums | {"classes": self.classes}, split, step)
 
 
-def table(figures: dict[str, Any]) -> str:
-    """The figures that people look at first, as text."""
+def rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
+    """The figures that people look at first, by name; those that there are."""
     student, teacher = figures["student"], figures["teacher"]
     mixed = figures["training_view"]
-    rows = [
+    found = [
         ("teacher accuracy", _percent(teacher["top1"])),
         ("student accuracy", _percent(student["top1"])),
         ("accuracy kept", _percent(figures["retention"])),
@@ -231,9 +231,13 @@ def table(figures: dict[str, Any]) -> str:
         ("agreement, training view", _percent(mixed["agreement"]["top1"])),
         ("KL, training view and temp.", _nats(mixed["kl"]["train_temperature"])),
     ]
+    return [(name, value) for name, value in found if value]
+
+
+def table(figures: dict[str, Any]) -> str:
+    """`rows` as text."""
     title = f"{figures['split']}, {figures['examples']:,} examples, step {figures['step']:,}"
-    shown = [f"  {name:<28}{value:>12}" for name, value in rows if value]
-    return "\n".join([title, *shown])
+    return "\n".join([title, *(f"  {name:<28}{value:>12}" for name, value in rows(figures))])
 
 
 def _percent(value: float | None) -> str:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fm_distill.build import build, compute_dtype, make_seat
+from fm_distill.build import Build, build, compute_dtype, make_seat
 from fm_distill.config import Config, MeshConfig, ScheduleConfig
 from fm_distill.data.feeding import Reader, evaluation_batches
 from fm_distill.data.images import CorruptImage, decode, on_canvas, shrink
@@ -18,11 +18,26 @@ from fm_distill.errors import UserError
 from fm_distill.evaluate import Evaluator
 from fm_distill.experiment import check, split_of
 from fm_distill.identity import differences
+from fm_distill.models import Variables
 from fm_distill.networks import teachers_fingerprint, with_student
-from fm_distill.run import load_teachers, open_run
+from fm_distill.run import Run, load_teachers, open_run
 from fm_distill.setup import frozen_teachers
 from fm_distill.sharding import Layout, make_layout, on_devices
 from fm_distill.views import render_central
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A run's networks on the devices, and the split that they are asked about."""
+
+    run: Run
+    config: Config
+    built: Build
+    layout: Layout
+    student: Variables
+    frozen: tuple[Variables, ...]  # of all teachers
+    reader: Reader
+    batch_size: int
 
 
 def evaluate(
@@ -38,6 +53,19 @@ def evaluate(
     keeps an average of the student, that is evaluated. `step` names a checkpoint; else it is the
     newest. Raises `UserError`.
     """
+    opened = open_split(workdir, split, config, step)
+    built, batches = opened.built, evaluation_batches(opened.reader, opened.batch_size)
+    evaluator = Evaluator.make(opened.config, built.student, built.teachers, opened.layout)
+    return evaluator(opened.student, opened.frozen, batches, split, opened.run.step)
+
+
+def open_split(
+    workdir: str | os.PathLike[str],
+    split: str,
+    config: Config | None = None,
+    step: int | None = None,
+) -> Opened:
+    """What `evaluate` needs, checked to be the run's own. Raises `UserError`."""
     run = open_run(workdir, step)
     config = config or run.config
     check(config)
@@ -57,13 +85,17 @@ def evaluate(
     config = dataclasses.replace(config, schedule=ScheduleConfig(total_steps=1))
     config = with_student(config, run.network)
     built = build(config, run.classes, networks, 1, layout)
-    frozen = frozen_teachers(built, teachers, layout)
-    student = on_devices(run.student, layout.variables(run.student))
-    # Whole batches for any number of devices; the mask takes care of the rest.
-    batch_size = -(-config.batch_size // layout.mesh.size) * layout.mesh.size
-    reader = Reader(source, config.data, run.classes)
-    evaluator = Evaluator.make(config, built.student, built.teachers, layout)
-    return evaluator(student, frozen, evaluation_batches(reader, batch_size), split, run.step)
+    return Opened(
+        run=run,
+        config=config,
+        built=built,
+        layout=layout,
+        student=on_devices(run.student, layout.variables(run.student)),
+        frozen=frozen_teachers(built, teachers, layout),
+        reader=Reader(source, config.data, run.classes),
+        # Whole batches for any number of devices; the mask takes care of the rest.
+        batch_size=-(-config.batch_size // layout.mesh.size) * layout.mesh.size,
+    )
 
 
 def _evaluation_layout(config: Config) -> Layout:

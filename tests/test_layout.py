@@ -45,6 +45,7 @@ ORDER = [
     ["networks", "targets"],
     ["setup", "reporter", "resume", "loop"],
     ["train", "inference", "sweep", "export"],
+    ["history", "shown", "answers", "figures", "report"],
     [""],
     ["cli_train", "cli", "__main__"],
 ]
@@ -95,6 +96,7 @@ def test_libraries_have_rooms(path):
     assert "tensorflow" not in roots or name == "weights.saved_model"
     assert "huggingface_hub" not in roots or name == "weights.hub"
     assert "safetensors" not in roots or name in ("weights.files", "export")
+    assert "matplotlib" not in roots or name == "figures"
     assert not roots & {"pickle", "torch"}
     assert "jax" not in roots or name.split(".")[0] not in ("config", "errors", "cli")
 
