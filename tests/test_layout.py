@@ -46,6 +46,7 @@ ORDER = [
     ["setup", "reporter", "resume", "loop"],
     ["train", "inference", "sweep", "export"],
     ["history", "shown", "answers", "figures", "report"],
+    ["kits", "keep", "watch"],
     [""],
     ["cli_train", "cli", "__main__"],
 ]
@@ -97,6 +98,8 @@ def test_libraries_have_rooms(path):
     assert "huggingface_hub" not in roots or name == "weights.hub"
     assert "safetensors" not in roots or name in ("weights.files", "export")
     assert "matplotlib" not in roots or name == "figures"
+    assert "IPython" not in roots or name == "watch"
+    assert not roots & {"jupytext", "nbformat"} or name == "kits"
     assert not roots & {"pickle", "torch"}
     assert "jax" not in roots or name.split(".")[0] not in ("config", "errors", "cli")
 
