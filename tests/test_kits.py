@@ -181,11 +181,13 @@ def test_metadata_of_a_kernel(tmp_path):
         make_kernel, ROOT / "experiments" / "flowers102.py", "--user", "ann", "--out", out,
         "--dataset", "bob/more", "--model", "google/bit/tensorFlow2/r152x2/1",
         "--no-internet", "--package", "ann/wheels", "--accelerator", "TpuV6E8",
-        "--", "--data.data-dir", "@ann/flowers", "--teacher.weights", "@ann/bit/B.npz",
+        "--kernel", "ann/teacher-1", "--session", "2",
+        "--", "--data.data-dir", "@ann/flowers", "--teacher.workdir", "@ann/teacher-1/runs/t",
+        "--student.weights", "@ann/bit/B.npz",
     )  # fmt: skip
     assert json.loads((out / "kernel-metadata.json").read_text()) == {
-        "id": "ann/fm-distill-flowers102-1",
-        "title": "fm-distill-flowers102-1",
+        "id": "ann/fm-distill-flowers102-2",
+        "title": "fm-distill-flowers102-2",
         "code_file": "notebook.ipynb",
         "language": "python",
         "kernel_type": "notebook",
@@ -196,7 +198,7 @@ def test_metadata_of_a_kernel(tmp_path):
         "machine_shape": "TpuV6E8",
         "dataset_sources": ["bob/more", "ann/flowers", "ann/bit", "ann/wheels"],
         "competition_sources": [],
-        "kernel_sources": [],
+        "kernel_sources": ["ann/fm-distill-flowers102-1", "ann/teacher-1"],
         "model_sources": ["google/bit/tensorFlow2/r152x2/1"],
     }
 
@@ -214,6 +216,7 @@ KERNEL = ["--user", "ann", "--out", "{out}"]
         (make_kernel, [*KERNEL, "--max-hours", "0"], "--max-hours is 0"),
         (make_kernel, [*KERNEL, "--session", "0"], "--session is 0"),
         (make_kernel, [*KERNEL, "--dataset", "flowers"], "expected OWNER/SLUG"),
+        (make_kernel, [*KERNEL, "--kernel", "a/b/c"], "--kernel is 'a/b/c'"),
         (make_kernel, [*KERNEL, "--model", "a/b"], "OWNER/MODEL/FRAMEWORK/VARIATION/VERSION"),
         (make_kernel, [*KERNEL, "--no-internet"], "data set of wheels"),
         (make_kernel, ["--user", "ann", "--out", "{full}"], "is not empty"),
@@ -250,13 +253,12 @@ def test_what_is_no_experiment(capsys, tmp_path):
 
 
 def test_an_experiment_is_packed_with_all_that_it_reads(tmp_path):
-    found = pack(ROOT / "experiments" / "flowers102_lite_labels.py")
-    assert list(found) == [
-        "flowers102_lite_labels.py", "flowers102_lite.py", "flowers102.py",
-        "flowers102_teacher.py",
-    ]  # fmt: skip
-    for name, text in found.items():
-        assert text == (ROOT / "experiments" / name).read_text()
+    for names in (
+        ["flowers102_lite_labels.py", "flowers102_lite.py", "flowers102.py"],
+        ["digits_labels.py", "digits.py", "digits_teacher.py"],
+    ):
+        found = pack(ROOT / "experiments" / names[0])
+        assert found == {name: (ROOT / "experiments" / name).read_text() for name in names}
     (tmp_path / "far").mkdir()
     shutil.copy(ROOT / "experiments" / "digits_teacher.py", tmp_path / "far" / "t.py")
     (tmp_path / "x.py").write_text(

@@ -17,6 +17,7 @@ NOT_RUN = {
     "git clone": "needs the network",
     "pytest": "this is pytest",
     "tfds build": "needs TensorFlow and the network",
+    "kaggle kernels push": "needs a Kaggle account",
     "--teacher.weights": "needs a weight file of gigabytes",
     "--resume-from": "needs a run that was stopped elsewhere; tests/test_patience.py has one",
 }

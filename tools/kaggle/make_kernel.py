@@ -4,9 +4,9 @@
         -- --data.data-dir @ann/flowers-tfds --teacher.weights @ann/bit/BiT-R152x2-flowers.npz
 
 Behind `--` stand options of `fm-distill train`; `@OWNER/SLUG/PATH` is a path inside a Kaggle data
-set, which becomes an input. Everything else is in the notebook: the experiment's files, and the
-package of this checkout. Prints the line that starts the session and the one that makes the next.
-Needs the extra `kits`.
+set, which becomes an input, or inside the output of a kernel that `--kernel` names. Everything else
+is in the notebook: the experiment's files, and the package of this checkout. Prints the line that
+starts the session and the one that makes the next. Needs the extra `kits`.
 """
 
 import dataclasses
@@ -65,6 +65,8 @@ class Kernel:
     session: int = 1
     # Data sets that become inputs, as OWNER/SLUG; those named by @OWNER/SLUG do so anyway.
     dataset: tuple[str, ...] = ()
+    # Further kernels whose output becomes an input, as OWNER/SLUG: of a teacher's run, say.
+    kernel: tuple[str, ...] = ()
     # Models that become inputs, as OWNER/MODEL/FRAMEWORK/VARIATION/VERSION.
     model: tuple[str, ...] = ()
     # For pip, or with --no-internet OWNER/SLUG of a data set of wheels; `installed`: the image has
@@ -97,6 +99,7 @@ def main(arguments: list[str]) -> int:
     wheels = "" if asked.internet or asked.package == INSTALLED else asked.package
     named = [found[1] for x in options if (found := INPUT.fullmatch(x))]
     datasets = [x for x in dict.fromkeys([*asked.dataset, *named, wheels]) if x]
+    datasets = [x for x in datasets if x not in asked.kernel]
     previous = f"{asked.user}/{slug}-{asked.session - 1}" if asked.session > 1 else ""
     metadata = metadata_of(asked, f"{slug}-{asked.session}", datasets, previous)
     next_session = next_line(asked, own, options)
@@ -138,9 +141,9 @@ def check(asked: Kernel) -> None:
             f"(--session-hours); expected at most {asked.session_hours - RESERVE_HOURS:g}, which "
             "leaves time for the report and for saving the output"
         )
-    for dataset in asked.dataset:
-        if not re.fullmatch(r"[\w-]+/[\w-]+", dataset):
-            raise UserError(f"--dataset is {dataset!r}; expected OWNER/SLUG")
+    for option, named in (("--dataset", asked.dataset), ("--kernel", asked.kernel)):
+        if wrong := [x for x in named if not re.fullmatch(r"[\w-]+/[\w-]+", x)]:
+            raise UserError(f"{option} is {wrong[0]!r}; expected OWNER/SLUG")
     for model in asked.model:
         if not re.fullmatch(r"[\w-]+/[\w-]+/[\w-]+/[\w.-]+/\d+", model):
             raise UserError(
@@ -182,7 +185,7 @@ def metadata_of(asked: Kernel, slug: str, datasets: list[str], previous: str) ->
         "machine_shape": asked.accelerator,
         "dataset_sources": datasets,
         "competition_sources": [],
-        "kernel_sources": [previous] if previous else [],
+        "kernel_sources": [x for x in (previous, *asked.kernel) if x],
         "model_sources": list(asked.model),
     }
 
