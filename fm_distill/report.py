@@ -174,9 +174,12 @@ def _of_run(run: _Run, data_dir: str | None, teacher_weights: str | None) -> str
 
 def _elsewhere(config: Config, data_dir: str | None, teacher_weights: str | None) -> Config:
     if data_dir is not None:
-        config = dataclasses.replace(
-            config, data=dataclasses.replace(config.data, data_dir=data_dir)
+        transfer = tuple(
+            dataclasses.replace(part, data_dir=data_dir) if part.data_dir else part
+            for part in config.data.transfer
         )
+        data = dataclasses.replace(config.data, data_dir=data_dir, transfer=transfer)
+        config = dataclasses.replace(config, data=data)
     if teacher_weights is not None and config.teacher is not None:
         teacher = dataclasses.replace(
             config.teacher, weights=teacher_weights, experiment=None, workdir=None

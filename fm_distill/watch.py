@@ -13,8 +13,8 @@ import shlex
 import subprocess
 import threading
 import time
-from collections.abc import Sequence
-from typing import IO, Any
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
 
@@ -69,10 +69,12 @@ def show_report(page: str | os.PathLike[str]) -> None:
             display(HTML(part))
 
 
-def _pump(pipe: IO[str], lines: queue.SimpleQueue[str | None]) -> None:
-    for line in pipe:
-        lines.put(line)
-    lines.put(None)
+def _pump(pipe: Iterable[str], lines: queue.SimpleQueue[str | None]) -> None:
+    try:
+        for line in pipe:
+            lines.put(line)
+    finally:
+        lines.put(None)  # or whoever waits for the last line waits for ever
 
 
 def _follow(lines: queue.SimpleQueue[str | None], screen: "Screen", every_s: float) -> None:

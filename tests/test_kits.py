@@ -3,13 +3,17 @@
 import base64
 import io
 import json
+import os
 import pathlib
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
+import threading
+import time
 import types
 
 import jax
@@ -26,6 +30,7 @@ from fm_distill.command_line import guarded
 from fm_distill.errors import UserError
 from fm_distill.keep import fetch_copy, go_on_from, keep_copy, keep_file
 from fm_distill.kits import archive, pack
+from fm_distill.watch import run_and_show
 
 STEPS = 40
 SHRUNK = (
@@ -372,6 +377,26 @@ def test_a_run_that_had_only_its_teacher_goes_on(trained, tmp_path):
     shutil.copytree(trained / "run" / "teacher", tmp_path / "copy" / "teacher")
     assert go_on_from(tmp_path / "copy", tmp_path / "run") == []
     assert status_of(tmp_path / "run" / "teacher")[0] == "complete"
+
+
+def test_an_interrupted_cell_stops_the_command_politely(tmp_path, capsys):
+    """By SIGTERM, to which `fm-distill train` answers with a checkpoint; its last word is shown."""
+    polite = (
+        "import signal, sys, time\n"
+        "def stop(*_): print('a checkpoint', flush=True); sys.exit(75)\n"
+        "signal.signal(signal.SIGTERM, stop)\n"
+        "print('ready', flush=True)\ntime.sleep(60)"
+    )
+
+    def interrupt():
+        time.sleep(3)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    began = time.monotonic()
+    assert run_and_show([sys.executable, "-c", polite], tmp_path / "run") == 75
+    assert time.monotonic() - began < 30
+    assert capsys.readouterr().out.endswith("ready\na checkpoint\n")
 
 
 def test_what_is_not_installed_is_named(monkeypatch, tmp_path):
