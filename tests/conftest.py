@@ -75,6 +75,7 @@ def command_environment(devices: int = 1) -> dict[str, str]:
 SPREAD = {
     "test_experiments",
     "test_faults",
+    "test_kits",
     "test_patience",
     "test_regimes_run",
     "test_step",
