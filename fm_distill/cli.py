@@ -198,7 +198,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "evaluate": _evaluate,
     "predict": _predict,
     "export": _export,
-    "report": _report,
     "show": _show,
     "status": _status,
+    "report": _report,
 }
