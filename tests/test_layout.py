@@ -18,7 +18,16 @@ ORDER = [
     ["models.contract", "models.layers", "models.assembly", "models.inverted_residual"],
     ["models.bit", "models.efficientnet_lite", "models.mobilenet_v3", "models.keras_resnet_v2"],
     ["models", "optim"],
-    ["data.order", "data.images", "data.sources", "data.transfer", "data.feeding", "data"],
+    ["memory"],
+    [
+        "data.order",
+        "data.images",
+        "data.sources",
+        "data.transfer",
+        "data.feeding",
+        "data.resident",
+        "data",
+    ],
     ["step"],
     [
         "weights.names",
