@@ -19,7 +19,7 @@ USAGE = """usage: fm-distill COMMAND ...
 
   train EXPERIMENT.py [--workdir DIR] [--max-hours H] [--any.config.field VALUE ...]
       train the run of an experiment, or continue it; the workdir is runs/NAME
-      --resume-from DIR  continue a copy of a run that can only be read
+      --resume-from DIR  continue a copy of a run that can only be read; gs://... too
       --extend           allow a longer schedule than the workdir was trained with
   status DIR [--json]
       progress, time left, and whether each checkpoint is whole

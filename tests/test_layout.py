@@ -46,6 +46,7 @@ ORDER = [
         "experiment",
         "workdir",
         "rollback",
+        "bucket",
         "bring",
         "compiled",
         "status",
@@ -102,6 +103,7 @@ def test_libraries_have_rooms(path):
     assert "flax" not in roots or name.startswith("models")
     assert "orbax" not in roots or name == "checkpoint"
     assert "tensorflow" not in roots or name == "weights.saved_model"
+    assert "fsspec" not in roots or name == "bucket"
     assert "huggingface_hub" not in roots or name == "weights.hub"
     assert "safetensors" not in roots or name in ("weights.files", "export")
     assert not roots & {"pickle", "torch"}
