@@ -11,6 +11,7 @@ from typing import NoReturn
 
 import tyro
 
+from fm_distill.cli_plan import plan_command
 from fm_distill.cli_train import sweep_command, train_command
 from fm_distill.command_line import Settings, first, guarded, parse, quiet
 from fm_distill.errors import EXIT_COMPLETE, EXIT_WRONG_INPUT, UserError
@@ -33,6 +34,8 @@ USAGE = """usage: fm-distill COMMAND ...
       the student as a weight file in timm's or Keras's names, with a card
   show EXPERIMENT.py [--any.config.field VALUE ...]
       the resolved config, and what follows from it
+  plan EXPERIMENT.py --topology v3-8 [--max-hours 9] [--weekly-hours 20] [--num-examples N] [--json]
+      whether the run compiles and fits there, and how long it would take; no TPU is needed
 
 `fm-distill train EXPERIMENT.py --help` lists every field."""
 
@@ -167,5 +170,6 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "predict": _predict,
     "export": _export,
     "show": _show,
+    "plan": plan_command,
     "status": _status,
 }

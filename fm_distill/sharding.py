@@ -1,6 +1,7 @@
 """The mesh, and where each array lies on it: batches over all devices, large arrays over `fsdp`."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -55,12 +56,12 @@ def on_devices(tree: PyTree, shardings: PyTree) -> PyTree:
     return jax.device_put(jax.tree.map(np.asarray, tree), shardings)
 
 
-def make_layout(config: MeshConfig) -> Layout:
-    """The mesh of `config` over all devices.
+def make_layout(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Layout:
+    """The mesh of `config` over `devices`, or over all that there are.
 
     Raises `UserError` where the devices cannot be arranged so.
     """
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     fsdp, data = config.fsdp, config.data
     if data == "auto":
         if len(devices) % fsdp:

@@ -11,7 +11,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A file may import those of its own line before it, and of the lines above.
 ORDER = [
-    ["errors", "config.data", "config.networks", "config.training"],
+    ["errors", "topologies", "hlo", "config.data", "config.networks", "config.training"],
     ["config"],
     ["length", "identity", "stopping", "processes", "digests", "command_line"],
     ["views", "distances", "sharding", "metrics"],
@@ -54,9 +54,10 @@ ORDER = [
     ],
     ["networks", "targets"],
     ["setup", "reporter", "resume", "loop"],
+    ["compile_step", "plan"],
     ["train", "inference", "sweep", "export"],
     [""],
-    ["cli_train", "cli", "__main__"],
+    ["cli_train", "cli_plan", "cli", "__main__"],
 ]
 RANK = {name: (i, j) for i, line in enumerate(ORDER) for j, name in enumerate(line)}
 

@@ -106,10 +106,15 @@ def load_split(reader: Reader) -> tuple[Batch, np.ndarray]:
     return Batch(canvases, sizes, labels), whole
 
 
-def fits_in_memory(config: DataConfig, examples: int) -> tuple[bool, str]:
-    """Whether `auto` holds the split in device memory, and the sentence that says so."""
-    need = examples * config.canvas.side**2 * 3
-    have = _memory_bytes()
+def fits_in_memory(
+    config: DataConfig, examples: int, memory_bytes: int | None = None
+) -> tuple[bool, str]:
+    """Whether `auto` holds the split in device memory, and the sentence that says so.
+
+    `memory_bytes` is what a device has; None for those that are here.
+    """
+    need = examples * math.prod(tiles_of(config.canvas.side))
+    have = _memory_bytes() if memory_bytes is None else memory_bytes
     fits = need <= config.resident_share * have
     return fits, (
         f"{examples:,} canvases need {need / 1e9:.2f} GB of each device; resident takes at most "
