@@ -17,7 +17,8 @@ from jaxtyping import Array, Float
 from fm_distill.config import NetworkConfig
 from fm_distill.models.assembly import check_named, check_resolution, make_network
 from fm_distill.models.contract import HEAD, UNIT, Images, Network
-from fm_distill.models.layers import Convolution, Head, Kernel, Norm, as_it_is, max_pool_zero_padded
+from fm_distill.models.layers import Convolution, Head, Kernel, Norm, as_it_is
+from fm_distill.models.pooling import max_pool, max_pool_zero_padded
 
 Activations = Float[Array, "batch _ _ _"]
 
@@ -112,7 +113,7 @@ class ResNetV2(nn.Module):
         """The root's 3x3 maximum. Padding: zero in BiT's files and timm, -inf when released."""
         if self.config.root_pool_padding == "zero":
             return max_pool_zero_padded(x)
-        return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+        return max_pool(x)
 
 
 def build(config: NetworkConfig, classes: int, dtype: jnp.dtype) -> Network:

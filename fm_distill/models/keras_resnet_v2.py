@@ -13,7 +13,8 @@ from jaxtyping import Array, Float
 from fm_distill.config import NetworkConfig
 from fm_distill.models.assembly import check_plain, make_network
 from fm_distill.models.contract import HEAD, UNIT, Images, Network
-from fm_distill.models.layers import Convolution, Head, Norm, as_it_is, max_pool_zero_padded
+from fm_distill.models.layers import Convolution, Head, Norm, as_it_is
+from fm_distill.models.pooling import max_pool_zero_padded
 
 Activations = Float[Array, "batch _ _ _"]
 

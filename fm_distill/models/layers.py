@@ -175,25 +175,6 @@ def channel_moments(x: Activations) -> tuple[PerChannel, PerChannel]:
     return mean, jnp.maximum(jnp.square(wide).mean(axis=(0, 1, 2)) - jnp.square(mean), 0)
 
 
-def max_pool_zero_padded(x: Activations) -> Activations:
-    """The 3x3 maximum with stride 2, where what is outside of the picture counts as zero.
-
-    As the maximum of what is inside, and of zero at the border: a padded copy of the activations,
-    and of their gradient, would move a tenth of a small student's memory.
-    """
-    inside = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
-    rows, columns = (_reaches_outside(x.shape[i], inside.shape[i]) for i in (1, 2))
-    border = (rows[:, None] | columns[None, :])[None, :, :, None]
-    # Not `maximum`, which would send half of the gradient inside where both are zero.
-    return jnp.where(border & (inside <= 0), jnp.zeros((), x.dtype), inside)
-
-
-def _reaches_outside(size: int, windows: int) -> Array:
-    """Whether each window of three, every second pixel from the one before the first, does."""
-    first = 2 * jnp.arange(windows) - 1
-    return (first < 0) | (first + 2 >= size)
-
-
 def as_it_is(kernel: Kernel) -> Kernel:
     """The kernel of a family that computes none from it."""
     return kernel
