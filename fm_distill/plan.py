@@ -274,6 +274,11 @@ def text(found: Plan, max_hours: float, weekly_hours: float) -> str:
             f"{found.total_steps:,} steps: {found.hours:,.1f} hours, {found.sessions:,} sessions "
             f"of {max_hours:g} hours, {found.weeks:,.1f} weeks of {weekly_hours:g} hours",
         ]
+        if found.feeding == "streaming":
+            lines.append(
+                f"the host has to read and decode {found.images_per_second:,.0f} images a second "
+                "for that"
+            )
     lines.append(found.disk)
     if found.fits_with:
         options = " ".join(f"--{name} {value}" for name, value in found.fits_with.items())

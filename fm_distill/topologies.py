@@ -60,7 +60,9 @@ class Topology:
 def known_topologies() -> list[str]:
     """All names but those of CPUs, of which any number goes."""
     return [
-        f"{kind}-{devices * chip.counted}" for kind, chip in CHIPS.items() for devices in chip.grids
+        f"{kind}-{devices * chip.counted}"
+        for kind, chip in CHIPS.items()
+        for devices in sorted(chip.grids)
     ]
 
 
