@@ -13,6 +13,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 from fm_distill.config import Config, MemoryConfig
@@ -80,7 +81,9 @@ class Plan:
     feeding: str
     steps_per_dispatch: int
     total_steps: int
+    donated_bytes: int | None  # of the state, updated in place: a device
     disk: str
+    notes: tuple[str, ...]  # what the figures leave out
     compiler_said: str | None  # why it does not compile
     fits_with: dict[str, Any] | None  # options of the first variant that was tried and fits
 
@@ -199,10 +202,22 @@ def _planned(
         feeding=answer["feeding"],
         steps_per_dispatch=answer["steps_per_dispatch"],
         total_steps=answer["total_steps"],
+        donated_bytes=answer.get("donated"),
         disk=answer["disk"],
+        notes=tuple(_notes(config, answer["feeding"], rate)),
         compiler_said=answer.get("compiler_said"),
         fits_with=None,
     )
+
+
+def _notes(config: Config, feeding: str, rate: float | None) -> Iterator[str]:
+    if feeding == "streaming" and rate is not None:
+        yield f"the host has to read and decode {rate:,.0f} images a second for that"
+    for teacher in (config.teacher, *config.more_teachers):
+        if teacher and teacher.experiment:
+            yield f"without the training of the teacher first: {teacher.experiment}, a plan itself"
+    if config.objective.target == "teacher" and config.teaching == "fixed":
+        yield "without the teachers' answers before the training"
 
 
 def _compiled(config: Config, where: Topology, examples: int) -> dict[str, Any]:
@@ -274,12 +289,7 @@ def text(found: Plan, max_hours: float, weekly_hours: float) -> str:
             f"{found.total_steps:,} steps: {found.hours:,.1f} hours, {found.sessions:,} sessions "
             f"of {max_hours:g} hours, {found.weeks:,.1f} weeks of {weekly_hours:g} hours",
         ]
-        if found.feeding == "streaming":
-            lines.append(
-                f"the host has to read and decode {found.images_per_second:,.0f} images a second "
-                "for that"
-            )
-    lines.append(found.disk)
+    lines += [*found.notes, found.disk]
     if found.fits_with:
         options = " ".join(f"--{name} {value}" for name, value in found.fits_with.items())
         lines.append(f"it fits with {options}")

@@ -85,7 +85,9 @@ def test_the_compiled_step_is_as_it_should_be(plans, name):
     assert set(found.collectives) == {"all-reduce", "collective-permute"}
     assert found.host_transfers == 0
     # One state and one teacher: tiles are padded, but nothing is there twice.
-    need = sum(state_bytes(pair()))
+    state, teacher = state_bytes(pair())
+    need = state + teacher
+    assert state <= found.donated_bytes < state + 1e6
     assert need <= found.memory_bytes.arguments < 1.3 * need
     # A copy of the data, as a TPU makes of NHWC, would be among the temporaries.
     assert found.memory_bytes.resident_data > 20_000 * 3 * 96**2
@@ -158,8 +160,13 @@ def test_a_cpu_has_no_capacity_and_no_bound(tmp_path):
     assert set(found["flops"]) == {"total", "teacher", "student", "views"}
     assert found["step_seconds"] == {"lower_bound": None, "expected": None}
     assert found["hours"] is None and found["sessions"] is None
-    said = run_command("plan", experiment, "--topology", "cpu:2").stdout
+    write_experiment(
+        tmp_path / "student.py",
+        'teacher=TeacherConfig(experiment="tiny.py"), objective=ObjectiveConfig()',
+    )
+    said = run_command("plan", tmp_path / "student.py", "--topology", "cpu:2").stdout
     assert said.startswith("cpu:2: 2 devices, resident feeding, 1 steps a dispatch\n")
+    assert "without the training of the teacher first: " in said
 
 
 @pytest.mark.parametrize(
