@@ -6,6 +6,7 @@
     predictions = predict("runs/digits", ["photo.jpg"])
     student = open_run("runs/digits").student
     card = export("runs/digits", "digits.safetensors")
+    figures = plan(config, "v3-8")
     table = sweep(config, {"seed": (0, 1, 2)}, "runs/digits_sweep")
     page = report(["runs/digits"], "digits.html")
 
@@ -16,6 +17,7 @@ from fm_distill.config import Config
 from fm_distill.experiment import load_experiment
 from fm_distill.export import export
 from fm_distill.inference import evaluate, predict
+from fm_distill.plan import plan
 from fm_distill.report import report
 from fm_distill.run import open_run
 from fm_distill.sweep import sweep
@@ -27,6 +29,7 @@ __all__ = [
     "export",
     "load_experiment",
     "open_run",
+    "plan",
     "predict",
     "report",
     "sweep",

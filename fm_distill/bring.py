@@ -5,6 +5,7 @@ import shutil
 
 from tqdm import tqdm
 
+from fm_distill.bucket import fetched, in_bucket, newest_step_in
 from fm_distill.digests import DIGESTS, faults, newest_step, steps_in
 from fm_distill.errors import UserError
 from fm_distill.stopping import say
@@ -14,20 +15,14 @@ from fm_distill.workdir import COMPILED
 PARTS = ("config.json", "status.json", "rollbacks.json", "metrics.jsonl", "fixed_targets.npz")
 
 
-def bring(source: pathlib.Path, workdir: pathlib.Path) -> None:
-    """Makes `workdir` a copy of the run in `source`, all of it or nothing.
+def bring(source: str, workdir: pathlib.Path) -> None:
+    """Makes `workdir` a copy of the run in `source`, a path or a URL, all of it or nothing.
 
     Checkpoints that are not whole stay behind. Where `workdir` has the run already, and is as far,
     nothing is done, so that the same command continues it. Raises `UserError`.
     """
-    if not (source / "config.json").is_file():
-        raise UserError(
-            f"--resume-from {source} is not the workdir of a run: it has no config.json"
-        )
-    if workdir.exists() and workdir.samefile(source):
-        raise UserError("--resume-from and --workdir are the same folder; leave out --resume-from")
-    if (workdir / "config.json").exists():
-        here, there = (newest_step(x / "checkpoints") for x in (workdir, source))
+    if (workdir / "config.json").exists() and not _same(source, workdir):
+        here, there = newest_step(workdir / "checkpoints"), _newest_step(source)
         if here < there:
             raise UserError(
                 f"{workdir} has a run of {here:,} steps, and the one in {source} has {there:,}; "
@@ -35,8 +30,37 @@ def bring(source: pathlib.Path, workdir: pathlib.Path) -> None:
             )
         say(f"{workdir} has its run already, at step {here:,}: {source} is not needed")
         return
-    if workdir.is_dir() and any(workdir.iterdir()):
+    if workdir.is_dir() and any(workdir.iterdir()) and not _same(source, workdir):
         raise UserError(f"{workdir} is not empty; --resume-from needs a new --workdir")
+    if in_bucket(source):
+        with fetched(source, workdir) as folder:
+            _bring(folder, source, workdir)
+    else:
+        _bring(pathlib.Path(source), source, workdir)
+
+
+def _newest_step(source: str) -> int:
+    if in_bucket(source):
+        return newest_step_in(source)
+    _check_run(pathlib.Path(source), source)
+    return newest_step(pathlib.Path(source) / "checkpoints")
+
+
+def _same(source: str, workdir: pathlib.Path) -> bool:
+    place = pathlib.Path(source)
+    return not in_bucket(source) and place.exists() and workdir.exists() and workdir.samefile(place)
+
+
+def _check_run(folder: pathlib.Path, said: str) -> None:
+    if not (folder / "config.json").is_file():
+        raise UserError(f"--resume-from {said} is not the workdir of a run: it has no config.json")
+
+
+def _bring(source: pathlib.Path, said: str, workdir: pathlib.Path) -> None:
+    """The run in the folder `source`, which messages call `said`."""
+    _check_run(source, said)
+    if _same(said, workdir):
+        raise UserError("--resume-from and --workdir are the same folder; leave out --resume-from")
     arriving = workdir.with_name(workdir.name + ".arriving")
     try:
         shutil.rmtree(arriving, ignore_errors=True)
@@ -45,10 +69,10 @@ def bring(source: pathlib.Path, workdir: pathlib.Path) -> None:
         # Onto an empty folder too: the run appears whole or not at all.
         arriving.replace(workdir)
     except OSError as error:
-        raise UserError(f"{source} cannot be copied to {workdir}: {error}") from None
+        raise UserError(f"{said} cannot be copied to {workdir}: {error}") from None
     finally:
         shutil.rmtree(arriving, ignore_errors=True)
-    say(f"{workdir} is a copy of the run in {source}")
+    say(f"{workdir} is a copy of the run in {said}")
 
 
 def _copy_run(source: pathlib.Path, target: pathlib.Path) -> None:

@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Array, PRNGKeyArray
 
 from fm_distill.config import Config, NetworkConfig
+from fm_distill.errors import UserError
 from fm_distill.models import build_network, resolve
 from fm_distill.optim import make_optimizer, make_schedule
 from fm_distill.sharding import Layout
@@ -63,6 +64,7 @@ def build(
     dtype = compute_dtype(config, layout)
     student = make_seat(config.student, classes, dtype)
     teachers = tuple(make_seat(network, classes, dtype) for network in teacher_networks)
+    _check_accumulation(config, student)
     online = config.objective.target == "teacher" and config.teaching != "fixed"
     taught_by = teachers if online else ()
     schedule = make_schedule(config.schedule, total_steps)
@@ -76,8 +78,21 @@ def build(
         config.teaching,
         config.ema_decay,
         config.student.keep_statistics,
+        config.memory,
     )
     return Build(student, teachers, schedule, optimizer, step, taught_by, config)
+
+
+def _check_accumulation(config: Config, student: Seat) -> None:
+    """Raises `UserError` where accumulating would change the statistics of the student."""
+    if config.memory.accumulate == 1 or config.student.keep_statistics:
+        return
+    if jax.tree.leaves(jax.eval_shape(student.network.init, jax.random.key(0)).statistics):
+        raise UserError(
+            f"memory.accumulate={config.memory.accumulate} would give {config.student.model}'s "
+            "BatchNorm the statistics of parts of the batch: use memory.accumulate=1 with another "
+            "lever (memory.rematerialise, memory.teacher_parts, mesh.fsdp), or a GroupNorm student"
+        )
 
 
 def steps_per_dispatch(config: Config, resident: bool, layout: Layout) -> int:

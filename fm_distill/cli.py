@@ -11,6 +11,7 @@ from typing import NoReturn
 
 import tyro
 
+from fm_distill.cli_plan import plan_command
 from fm_distill.cli_train import sweep_command, train_command
 from fm_distill.command_line import Settings, first, guarded, parse, quiet
 from fm_distill.errors import EXIT_COMPLETE, EXIT_WRONG_INPUT, UserError
@@ -19,7 +20,7 @@ USAGE = """usage: fm-distill COMMAND ...
 
   train EXPERIMENT.py [--workdir DIR] [--max-hours H] [--any.config.field VALUE ...]
       train the run of an experiment, or continue it; the workdir is runs/NAME
-      --resume-from DIR  continue a copy of a run that can only be read
+      --resume-from DIR  continue a copy of a run that can only be read; gs://... too
       --extend           allow a longer schedule than the workdir was trained with
   status DIR [--json]
       progress, time left, and whether each checkpoint is whole
@@ -35,6 +36,8 @@ USAGE = """usage: fm-distill COMMAND ...
       one HTML file: figures of the runs side by side, curves, views, disagreements
   show EXPERIMENT.py [--any.config.field VALUE ...]
       the resolved config, and what follows from it
+  plan EXPERIMENT.py --topology v3-8 [--max-hours 9] [--weekly-hours 20] [--num-examples N] [--json]
+      whether the run compiles and fits there, and how long it would take; no TPU is needed
 
 `fm-distill train EXPERIMENT.py --help` lists every field."""
 
@@ -199,6 +202,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "predict": _predict,
     "export": _export,
     "show": _show,
+    "plan": plan_command,
     "status": _status,
     "report": _report,
 }

@@ -26,7 +26,7 @@ class _Train:
     workdir: str
     # Stop inside this many hours, teachers that are trained first included, all safe on disk.
     max_hours: float | None
-    # Continue a copy of the run in this workdir, which is only read.
+    # Continue a copy of the run in this workdir or bucket (gs://...), which is only read.
     resume_from: str | None
     # Allow a longer schedule than the workdir was trained with.
     extend: bool
@@ -84,7 +84,7 @@ def _train_here(asked: _Train, workdir: str, stop: Stop, arguments: list[str]) -
 
     stop.max_hours = asked.max_hours
     if asked.resume_from and first_process():
-        bring(pathlib.Path(asked.resume_from), pathlib.Path(workdir))
+        bring(asked.resume_from, pathlib.Path(workdir))
     same_everywhere(0)  # the others wait until it is there
     say(keep_compiled(pathlib.Path(workdir)))
     result = train_until(asked.config, workdir, stop, asked.extend)

@@ -18,6 +18,7 @@ from fm_distill.distances import DISTANCES
 from fm_distill.errors import UserError
 from fm_distill.identity import flatten
 from fm_distill.length import total_steps, transfer_examples
+from fm_distill.memory import REMATERIALISE
 from fm_distill.models import MODELS, check_network
 from fm_distill.optim import OPTIMIZERS, decay_equivalent
 from fm_distill.views import CROPS
@@ -74,6 +75,7 @@ def check(config: Config) -> None:
     _choice("views.crop", config.views.crop, CROPS)
     _choice("objective.distance", config.objective.distance, DISTANCES)
     _choice("optimizer.name", config.optimizer.name, OPTIMIZERS)
+    _choice("memory.rematerialise", config.memory.rematerialise, REMATERIALISE)
     _check_network("student", config.student)
     if config.objective.target == "teacher" and config.teacher is None:
         raise UserError(
@@ -188,6 +190,8 @@ def _check_numbers(config: Config) -> None:
         "data.canvas.size": data.canvas.size,
         "views.mixup_alpha": views.mixup_alpha,
         "mesh.fsdp": config.mesh.fsdp,
+        "memory.accumulate": config.memory.accumulate,
+        "memory.teacher_parts": config.memory.teacher_parts,
         "checkpoint.every_steps": config.checkpoint.every_steps,
         "checkpoint.keep": config.checkpoint.keep,
         "log.every_steps": config.log.every_steps,

@@ -27,6 +27,8 @@ NOT_IDENTITY = (
     "more_teachers.experiment",
     "more_teachers.workdir",
     "mesh",
+    # The same gradient, within float error.
+    "memory",
     "checkpoint",
     # Says nothing of a run that did not diverge; and one that did may be continued with another.
     "divergence",

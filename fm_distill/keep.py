@@ -92,7 +92,7 @@ def go_on_from(copy: pathlib.Path, run: pathlib.Path) -> list[str]:
     if not teachers:
         raise UserError(f"{copy} is not the workdir of a run: it has no config.json")
     for teacher in teachers:
-        bring(teacher, run / teacher.name)
+        bring(str(teacher), run / teacher.name)
     return []
 
 

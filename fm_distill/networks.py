@@ -5,7 +5,9 @@ from typing import Any
 
 import msgspec
 
-from fm_distill.config import Config, NetworkConfig
+from fm_distill.config import Config, NetworkConfig, TeacherConfig
+from fm_distill.errors import UserError
+from fm_distill.experiment import load_experiment
 from fm_distill.models import resolve
 from fm_distill.run import Teacher, agreed_classes, load_teachers, pretrained
 from fm_distill.weights.card import only_network
@@ -59,6 +61,29 @@ def load_networks(
         teachers=teachers,
         classes=agreed_classes(config.data.classes, data_classes, data_names, teachers),
         class_names=data_names or next((t.class_names for t in teachers if t.class_names), None),
+    )
+
+
+def described_teachers(config: Config) -> tuple[NetworkConfig, ...]:
+    """The teachers' networks as far as the config says them; no weights are read.
+
+    Raises `UserError` where it does not.
+    """
+    given = (config.teacher, *config.more_teachers) if config.teacher else ()
+    return tuple(_described(teacher, i) for i, teacher in enumerate(given) if teacher)
+
+
+def _described(teacher: TeacherConfig, index: int) -> NetworkConfig:
+    if teacher.network:
+        return resolve(teacher.network)
+    if teacher.experiment:
+        return resolve(only_network(load_experiment(teacher.experiment).student))
+    if teacher.workdir:
+        return resolve(only_network(Workdir(teacher.workdir).stored_config().student))
+    option = "teacher" if index == 0 else f"more_teachers.{index - 1}"
+    raise UserError(
+        f"the network of {option} is not known without its weights; give --{option}.network.model "
+        f"and --{option}.network.resolution"
     )
 
 

@@ -48,7 +48,7 @@ def accept(
         raise UserError(
             f"{place.path / ROLLBACKS} does not agree with checkpoint {found.step:,}; bring it back"
         )
-    names = ("jax", "device_kind", "mesh", "processes")
+    names = ("jax", "device_kind", "mesh", "memory", "processes")
     changed = [f"{x} {before.get(x)} -> {said[x]}" for x in names if before.get(x) != said[x]]
     if changed:
         say(

@@ -14,11 +14,10 @@ from fm_distill.config import Config, SplitConfig
 from fm_distill.data.feeding import (
     Batch,
     Reader,
-    ResidentFeed,
     StreamingFeed,
     evaluation_batches,
-    fits_in_memory,
 )
+from fm_distill.data.resident import ResidentFeed, fits_in_memory
 from fm_distill.data.sources import Source, open_source
 from fm_distill.data.transfer import open_training
 from fm_distill.evaluate import Evaluator

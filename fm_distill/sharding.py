@@ -1,13 +1,14 @@
 """The mesh, and where each array lies on it: batches over all devices, large arrays over `fsdp`."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from fm_distill.config import MeshConfig
+from fm_distill.config import Config, MeshConfig
 from fm_distill.errors import UserError
 
 BATCH_AXES = ("data", "fsdp")
@@ -55,12 +56,12 @@ def on_devices(tree: PyTree, shardings: PyTree) -> PyTree:
     return jax.device_put(jax.tree.map(np.asarray, tree), shardings)
 
 
-def make_layout(config: MeshConfig) -> Layout:
-    """The mesh of `config` over all devices.
+def make_layout(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Layout:
+    """The mesh of `config` over `devices`, or over all that there are.
 
     Raises `UserError` where the devices cannot be arranged so.
     """
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     fsdp, data = config.fsdp, config.data
     if data == "auto":
         if len(devices) % fsdp:
@@ -78,14 +79,20 @@ def make_layout(config: MeshConfig) -> Layout:
     return Layout(mesh)
 
 
-def check_batch_size(batch_size: int, layout: Layout) -> None:
-    """Raises `UserError` where the devices do not divide the batch."""
-    count = layout.mesh.size
-    if batch_size % count:
-        low = batch_size // count * count
-        near = f"{low} or {low + count}" if low else str(count)
-        shape = ", ".join(f"{axis}={size}" for axis, size in layout.mesh.shape.items())
-        raise UserError(
-            f"batch_size={batch_size} is not divisible by the {count} devices of the mesh "
-            f"({shape}); use {near}"
-        )
+def check_batch_size(config: Config, layout: Layout) -> None:
+    """Raises `UserError` where the devices do not divide the batch, or its parts."""
+    batch_size, count = config.batch_size, layout.mesh.size
+    shape = ", ".join(f"{axis}={size}" for axis, size in layout.mesh.shape.items())
+    for option, parts in (
+        ("", 1),
+        (" x memory.accumulate", config.memory.accumulate),
+        (" x memory.teacher_parts", config.memory.teacher_parts),
+    ):
+        unit = count * parts
+        if batch_size % unit:
+            low = batch_size // unit * unit
+            near = f"{low} or {low + unit}" if low else str(unit)
+            raise UserError(
+                f"batch_size={batch_size} is not divisible by {unit}, the {count} devices of the "
+                f"mesh ({shape}){option}; use {near}"
+            )

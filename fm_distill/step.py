@@ -5,6 +5,7 @@ reads a file or knows a device.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,10 +14,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from fm_distill.config import ObjectiveConfig, ViewConfig
+from fm_distill.config import MemoryConfig, ObjectiveConfig, ViewConfig
 from fm_distill.data.feeding import Batch
+from fm_distill.data.resident import Resident
 from fm_distill.distances import DISTANCES, combine, cross_entropy, smooth
-from fm_distill.models import Network, Variables
+from fm_distill.memory import accumulated, in_parts, rematerialised
+from fm_distill.models import Network, Output, Variables
 from fm_distill.sharding import Layout
 from fm_distill.views import TEACHINGS, Draw, Picture, mix, render, render_central
 
@@ -90,18 +93,24 @@ def make_train_step(
     teaching: str = "function_matching",
     ema_decay: float | None = None,
     keep_statistics: bool = False,
+    memory: MemoryConfig = MemoryConfig(),
 ) -> TrainStep:
     """`(state, teacher_variables, batch, root_key) -> (state, metrics)`, pure.
 
     `teacher_variables` holds the frozen variables of each teacher. Everything random comes from
     `fold_in(root_key, state.step)`. `teaching` says which draw each network sees: a key of
     `TEACHINGS`; with `fixed` the targets are the batch's own, and no teacher is run. Nor is one
-    with `objective.target == "labels"`. With `keep_statistics` BatchNorm stays as it is.
+    with `objective.target == "labels"`. With `keep_statistics` BatchNorm stays as it is. `memory`
+    changes what is kept at a time, not what comes out.
     """
+    labels = objective.target == "labels"
     distance = DISTANCES[objective.distance]
-    draws = TEACHINGS["function_matching" if objective.target == "labels" else teaching]
+    draws = TEACHINGS["function_matching" if labels else teaching]
 
-    def targets_of(
+    def apply(variables: Variables, images: Array) -> Output:
+        return student.network.apply(variables, images, train=not keep_statistics)
+
+    def answers(
         teacher_variables: tuple[Variables, ...], pictures: dict[Picture, Array]
     ) -> tuple[Array, ...]:
         with jax.named_scope("teacher"):
@@ -113,14 +122,10 @@ def make_train_step(
             )
             return combine(logits, objective) if logits else ()
 
-    def per_example(
-        logits: Array, teacher_logits: tuple[Array, ...], labels: Array, drawn: Draw
-    ) -> Array:
-        if objective.target == "labels":
-            one_hot = jax.nn.one_hot(labels, logits.shape[-1])
-            return cross_entropy(logits, mix(drawn, smooth(one_hot, objective.label_smoothing)))
-        parts = [distance(logits, target, objective) for target in teacher_logits]
-        return jnp.stack(parts).sum(axis=0)
+    def per_example(logits: Array, targets: tuple[Array, ...]) -> Array:
+        if labels:
+            return cross_entropy(logits, targets[0])
+        return jnp.stack([distance(logits, target, objective) for target in targets]).sum(axis=0)
 
     def train_step(
         state: TrainState,
@@ -133,22 +138,30 @@ def make_train_step(
             together = seen is drawn
             pictures = look(drawn, batch, (student, *teachers) if together else (student,))
             shown = pictures if together or seen is None else look(seen, batch, teachers)
-        if seen is None:
-            teacher_logits = tuple(jnp.moveaxis(batch.targets, 1, 0))
+        if labels:
+            one_hot = jax.nn.one_hot(batch.labels, student.network.classes)
+            targets: tuple[Array, ...] = (mix(drawn, smooth(one_hot, objective.label_smoothing)),)
+        elif seen is None:
+            targets = tuple(jnp.moveaxis(batch.targets, 1, 0))
         else:
-            teacher_logits = targets_of(teacher_variables, shown)
+            answer = functools.partial(answers, teacher_variables)
+            shown = {seat.picture: shown[seat.picture] for seat in teachers}
+            targets = in_parts(answer, memory.teacher_parts, shown)
 
-        def loss_of(params: PyTree) -> tuple[Array, tuple[PyTree, Array]]:
+        def loss_of(
+            params: PyTree, part: tuple[Array, tuple[Array, ...]]
+        ) -> tuple[Array, tuple[PyTree, Array]]:
+            images, expected = part
             with jax.named_scope("student"):
                 variables = dataclasses.replace(state.student, params=params)
-                output = student.network.apply(
-                    variables, pictures[student.picture], train=not keep_statistics
-                )
-            values = per_example(output.logits, teacher_logits, batch.labels, drawn)
+                output = rematerialised(apply, memory.rematerialise)(variables, images)
+            values = per_example(output.logits, expected)
             return values.mean(), (output.statistics, output.logits)
 
-        (loss, (statistics, logits)), gradients = jax.value_and_grad(loss_of, has_aux=True)(
-            state.student.params
+        gradient_of = jax.value_and_grad(loss_of, has_aux=True)
+        part = pictures[student.picture], targets
+        (loss, (statistics, logits)), gradients = accumulated(
+            gradient_of, memory.accumulate, state.student.params, part
         )
         with jax.named_scope("update"):
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.student.params)
@@ -161,8 +174,8 @@ def make_train_step(
             "gradient_norm": optax.global_norm(gradients),
             "update_norm": optax.global_norm(updates),
         }
-        if teacher_logits:
-            same = jnp.argmax(logits, -1) == jnp.argmax(teacher_logits[0], -1)
+        if not labels:
+            same = jnp.argmax(logits, -1) == jnp.argmax(targets[0], -1)
             metrics["agreement"] = same.mean(dtype=jnp.float32)
         return TrainState(state.step + 1, new, opt_state, ema), metrics
 
@@ -170,8 +183,12 @@ def make_train_step(
 
 
 def make_program(
-    train_step: TrainStep, state: TrainState, teachers: PyTree, data: Batch | None, layout: Layout
-) -> Callable[..., tuple[TrainState, Metrics]]:
+    train_step: TrainStep,
+    state: TrainState,
+    teachers: PyTree,
+    data: Resident | None,
+    layout: Layout,
+) -> Any:
     """The compiled `(state, teachers, data, fed, root_key) -> (state, metrics)`.
 
     `fed` is a batch, or (steps, batch) ids into the resident `data`. The state is donated; the
@@ -181,14 +198,13 @@ def make_program(
     """
 
     def program(
-        state: TrainState, teachers: PyTree, data: Batch | None, fed: Any, root_key: PRNGKeyArray
+        state: TrainState, teachers: PyTree, data: Resident | None, fed: Any, root_key: PRNGKeyArray
     ) -> tuple[TrainState, Metrics]:
         if data is None:
             return train_step(state, teachers, fed, root_key)
 
         def one(state: TrainState, ids: Array) -> tuple[TrainState, Metrics]:
-            batch = jax.tree.map(lambda x: x[ids], data)
-            batch = jax.lax.with_sharding_constraint(batch, layout.batch)
+            batch = jax.lax.with_sharding_constraint(data.at(ids), layout.batch)
             return train_step(state, teachers, batch, root_key)
 
         if fed.shape[0] == 1:  # a convolution in a loop is many times slower on a CPU

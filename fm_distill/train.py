@@ -81,7 +81,7 @@ def train_until(
     if (complete := _complete(config, place, extend)) is not None:
         return complete
     layout = make_layout(config.mesh)
-    check_batch_size(config.batch_size, layout)
+    check_batch_size(config, layout)
     data, remarks = open_data(config)
     steps = total_steps(config, len(data.train))
     with place.locked():
@@ -114,6 +114,7 @@ def train_until(
             "jax": jax.__version__,
             "device_kind": jax.devices()[0].device_kind,
             "mesh": dict(layout.mesh.shape),
+            "memory": dataclasses.asdict(config.memory),
             "processes": jax.process_count(),
         }
         return _run(setup, place, stop, said, keep)

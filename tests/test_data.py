@@ -13,13 +13,12 @@ from tiny import tiny_config
 from fm_distill.config import CanvasConfig, DataConfig, MeshConfig, SplitConfig
 from fm_distill.data.feeding import (
     Reader,
-    ResidentFeed,
     StreamingFeed,
     evaluation_batches,
-    fits_in_memory,
 )
 from fm_distill.data.images import CorruptImage, decode, shrink
 from fm_distill.data.order import epoch_permutation, example_ids
+from fm_distill.data.resident import ResidentFeed, fits_in_memory
 from fm_distill.data.sources import Raw, open_source
 from fm_distill.errors import UserError
 from fm_distill.sharding import make_layout
@@ -214,7 +213,7 @@ def stream(feed, data, start, steps):
     """Canvases of each step, whichever way they are fed."""
     seen = []
     for fed in feed.feed(start, iter([1] * steps)):
-        batch = fed if data is None else jax.tree.map(lambda x, i=fed[0]: np.asarray(x)[i], data)
+        batch = fed if data is None else data.at(fed[0])
         seen.append(jax.tree.map(np.asarray, batch))
     return seen
 

@@ -11,14 +11,29 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A file may import those of its own line before it, and of the lines above.
 ORDER = [
-    ["errors", "config.data", "config.networks", "config.training"],
+    ["errors", "topologies", "hlo", "config.data", "config.networks", "config.training"],
     ["config"],
     ["length", "identity", "stopping", "processes", "digests", "command_line"],
     ["views", "distances", "sharding", "metrics"],
-    ["models.contract", "models.layers", "models.assembly", "models.inverted_residual"],
+    [
+        "models.contract",
+        "models.layers",
+        "models.pooling",
+        "models.assembly",
+        "models.inverted_residual",
+    ],
     ["models.bit", "models.efficientnet_lite", "models.mobilenet_v3", "models.keras_resnet_v2"],
     ["models", "optim"],
-    ["data.order", "data.images", "data.sources", "data.transfer", "data.feeding", "data"],
+    ["memory"],
+    [
+        "data.order",
+        "data.images",
+        "data.sources",
+        "data.transfer",
+        "data.feeding",
+        "data.resident",
+        "data",
+    ],
     ["step"],
     [
         "weights.names",
@@ -37,6 +52,7 @@ ORDER = [
         "experiment",
         "workdir",
         "rollback",
+        "bucket",
         "bring",
         "compiled",
         "status",
@@ -44,11 +60,12 @@ ORDER = [
     ],
     ["networks", "targets"],
     ["setup", "reporter", "resume", "loop"],
+    ["compile_step", "plan"],
     ["train", "inference", "sweep", "export"],
     ["history", "shown", "answers", "figures", "report"],
     ["kits", "keep", "watch"],
     [""],
-    ["cli_train", "cli", "__main__"],
+    ["cli_train", "cli_plan", "cli", "__main__"],
 ]
 RANK = {name: (i, j) for i, line in enumerate(ORDER) for j, name in enumerate(line)}
 
@@ -95,6 +112,7 @@ def test_libraries_have_rooms(path):
     assert "flax" not in roots or name.startswith("models")
     assert "orbax" not in roots or name == "checkpoint"
     assert "tensorflow" not in roots or name == "weights.saved_model"
+    assert "fsspec" not in roots or name in ("bucket", "keep")
     assert "huggingface_hub" not in roots or name == "weights.hub"
     assert "safetensors" not in roots or name in ("weights.files", "export")
     assert "matplotlib" not in roots or name == "figures"

@@ -176,34 +176,34 @@ def test_a_read_only_copy_continues_elsewhere_with_the_same_bits(complete, tmp_p
     before = {x: x.read_bytes() for x in source.rglob("*") if x.is_file()}
     for path in [*source.rglob("*"), source]:
         path.chmod(0o555 if path.is_dir() else 0o444)
-    bring(source, tmp_path / "run")
+    bring(str(source), tmp_path / "run")
     assert steps_in(tmp_path / "run" / "checkpoints") == [4]
     assert train(small(), tmp_path / "run").complete
     same_bits(complete, tmp_path / "run")
     assert lines_of(complete) == lines_of(tmp_path / "run")
     assert {x: x.read_bytes() for x in source.rglob("*") if x.is_file()} == before
-    bring(source, tmp_path / "run")  # the same line again: its own run is further
+    bring(str(source), tmp_path / "run")  # the same line again: its own run is further
     assert steps_in(tmp_path / "run" / "checkpoints") == [6, 4]
 
 
 def test_what_cannot_be_brought_is_refused(complete, tmp_path):
     with pytest.raises(UserError, match=r"no config\.json"):
-        bring(tmp_path, tmp_path / "new")
+        bring(str(tmp_path), tmp_path / "new")
     with pytest.raises(UserError, match="same folder"):
-        bring(complete, complete)
+        bring(str(complete), complete)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match="not empty"):
-        bring(complete, tmp_path / "full")
+        bring(str(complete), tmp_path / "full")
     shutil.copytree(complete, tmp_path / "behind")
     shutil.rmtree(tmp_path / "behind" / "checkpoints" / "6")
     with pytest.raises(UserError, match=r"has a run of 4 steps, and the one in .* has 6"):
-        bring(complete, tmp_path / "behind")
+        bring(str(complete), tmp_path / "behind")
     shutil.copytree(complete, tmp_path / "broken")
     for step in (4, 6):
         (tmp_path / "broken" / "checkpoints" / str(step) / "digests.json").unlink()
     with pytest.raises(UserError, match="is whole"):
-        bring(tmp_path / "broken", tmp_path / "new")
+        bring(str(tmp_path / "broken"), tmp_path / "new")
     assert not list(tmp_path.glob("new*"))
 
 

@@ -15,6 +15,7 @@ import time
 
 from disturb import Watched, tiny_experiment
 
+from fm_distill.config import CheckpointConfig
 from fm_distill.errors import EXIT_COMPLETE
 
 
@@ -96,7 +97,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         experiment = tiny_experiment(folder / "tiny.py", "resident", "group", asked.steps)
-        options = {"checkpoint.every": 1000, "log.every": 500, "log.evaluate-every": 10_000}
+        every = CheckpointConfig().every_steps
+        options = {"checkpoint.every": every, "log.every": 500, "log.evaluate-every": 10_000}
         words = [x for k, v in options.items() for x in (f"--{k}-steps", str(v))]
         run = Watched(experiment, folder / "run", *words)
         samples = watch(run, asked.steps, every_s=0.5)

@@ -24,6 +24,7 @@ from fm_distill.config.training import (
     CheckpointConfig,
     DivergenceConfig,
     LogConfig,
+    MemoryConfig,
     MeshConfig,
     ObjectiveConfig,
     OptimizerConfig,
@@ -38,6 +39,7 @@ __all__ = [
     "DivergenceConfig",
     "InputRange",
     "LogConfig",
+    "MemoryConfig",
     "MeshConfig",
     "NetworkConfig",
     "ObjectiveConfig",
@@ -84,6 +86,7 @@ class Config:
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     mesh: MeshConfig = MeshConfig()
+    memory: MemoryConfig = MemoryConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     divergence: DivergenceConfig = DivergenceConfig()
     log: LogConfig = LogConfig()

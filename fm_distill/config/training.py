@@ -77,11 +77,25 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MemoryConfig:
+    """The same step in less memory, for more time. `fm-distill plan` tries what fits."""
+
+    # The student's batch is done in so many parts, one after another. Not with BatchNorm, whose
+    # statistics would be those of the parts.
+    accumulate: int = 1
+    # The teachers' batch likewise; any network.
+    teacher_parts: int = 1
+    # Of the student's forward pass, computed again for the gradient instead of kept: `norms` (and
+    # activations), or `units` (all inside of residual blocks). A key of `memory.REMATERIALISE`.
+    rematerialise: str = "nothing"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """How often the state is written, and how many are kept."""
 
-    # Steps between two checkpoints.
-    every_steps: int = 1000
+    # Steps between two checkpoints; as in the released configs of the small data sets.
+    every_steps: int = 2500
     # How many of the newest are kept.
     keep: int = 2
     # Those whose step is a multiple of this are kept too, for ever; 0 for none.

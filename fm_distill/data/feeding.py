@@ -1,7 +1,8 @@
-"""One stream of batches, fed in two ways: from device memory, or read as it is needed.
+"""One stream of batches, fed in two ways: read as it is needed, or from device memory.
 
 Position p of the stream is example `p % batch_size` of step `p // batch_size`, whoever asks. Called
-by `train.py`; what it yields is the argument of the compiled step in `step.py`.
+by `train.py`; what it yields is the argument of the compiled step in `step.py`. Device memory:
+`resident.py`.
 """
 
 import collections
@@ -15,7 +16,6 @@ import jax
 import numpy as np
 from absl import flags
 from jaxtyping import Array, PyTree
-from tqdm import tqdm
 
 from fm_distill.config import DataConfig
 from fm_distill.data.images import CorruptImage, decode, on_canvas, shrink
@@ -23,14 +23,13 @@ from fm_distill.data.order import example_ids
 from fm_distill.data.sources import Source
 from fm_distill.errors import UserError
 
-SMALLEST_DEVICE_BYTES = 8 * 2**30  # a TPU v2 core's, where a device does not say
 DEVICE_PREFETCH = 2  # batches that are on their way while the device works
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Examples as the step gets them (or the whole split, where it is resident).
+    """Examples as the step gets them.
 
     A tree of arrays, so its fields may also hold what a tree is mapped to, e.g. shardings.
     """
@@ -111,40 +110,6 @@ def process_rows(batch_size: int) -> tuple[int, int]:
     return jax.process_index() * rows, rows
 
 
-class ResidentFeed:
-    """The decoded split lies in device memory; the host sends ids."""
-
-    def __init__(
-        self,
-        reader: Reader,
-        seed: int,
-        batch_size: int,
-        replicated: Any,
-        split: Any,
-        targets: np.ndarray | None = None,  # of each example, where the teachers are fixed
-    ):
-        self.seed, self.batch_size, self.ids_sharding = seed, batch_size, split
-        arrays, whole = load_split(reader)
-        if not whole.any():
-            raise UserError(f"no image of {reader.source.identity} is whole")
-        self.skipped = int((~whole).sum())
-        self.stand_in = _next_whole(whole)
-        self.data: Batch | None = jax.device_put(
-            dataclasses.replace(arrays, targets=targets), replicated
-        )
-
-    def feed(
-        self, start_step: int, dispatches: Iterator[int], skipped_steps: int = 0
-    ) -> Iterator[Array]:
-        """For each dispatch of n steps the ids of its batches, (n, batch)."""
-        step = start_step + skipped_steps
-        for steps in dispatches:
-            positions = np.arange(step * self.batch_size, (step + steps) * self.batch_size)
-            ids = self.stand_in[example_ids(self.seed, positions, len(self.stand_in))]
-            yield _send(ids.reshape(steps, self.batch_size).astype(np.int32), self.ids_sharding, 1)
-            step += steps
-
-
 class StreamingFeed:
     """Grain reads and decodes ahead; batches are sent to the devices before they are needed."""
 
@@ -161,7 +126,7 @@ class StreamingFeed:
         self.stream = TrainingStream(reader, seed, total_steps, batch_size, first, rows)
         self.sharding, self.workers = sharding, reader.config.workers
         self.targets = targets
-        self.data: Batch | None = None
+        self.data = None
         self.skipped = 0
 
     def feed(
@@ -173,7 +138,7 @@ class StreamingFeed:
             self.stream, total_steps=self.stream.total_steps + skipped_steps
         )
         dataset = grain.MapDataset.source(stream)[(start_step + skipped_steps) * rows :]
-        read = _read_ahead(dataset.batch(rows), self.workers)
+        read = read_ahead(dataset.batch(rows), self.workers)
         ready: collections.deque[Batch] = collections.deque()
         for steps in dispatches:
             assert steps == 1
@@ -182,7 +147,7 @@ class StreamingFeed:
                 batch = _batch(item)
                 if self.targets is not None:
                     batch = dataclasses.replace(batch, targets=self.targets[item["example"]])
-                ready.append(jax.tree.map(lambda x: _send(x, self.sharding, 0), batch))
+                ready.append(jax.tree.map(lambda x: send(x, self.sharding, 0), batch))
             yield ready.popleft()
 
 
@@ -194,7 +159,7 @@ def evaluation_batches(reader: Reader, batch_size: int) -> Iterator[tuple[Batch,
     first, rows = process_rows(batch_size)
     count = -(-len(reader) // batch_size)
     source = _Padded(reader, batch_size, first, rows, count)
-    for item in _read_ahead(grain.MapDataset.source(source).batch(rows), 0):
+    for item in read_ahead(grain.MapDataset.source(source).batch(rows), 0):
         yield _batch(item), item["whole"]
 
 
@@ -224,40 +189,7 @@ class _Padded:
         }
 
 
-def load_split(reader: Reader) -> tuple[Batch, np.ndarray]:
-    """The whole split as one host batch, and which of its images are whole."""
-    side, count = reader.config.canvas.side, len(reader)
-    canvases = np.zeros((count, side, side, 3), np.uint8)
-    sizes, labels = np.ones((count, 2), np.int32), np.full(count, -1, np.int32)
-    whole = np.zeros(count, bool)
-    read = _read_ahead(grain.MapDataset.source(reader), 0)
-    bar = tqdm(read, total=count, desc="decoding", unit="img", leave=False, disable=count < 5000)
-    for i, item in enumerate(bar):
-        canvases[i], sizes[i] = item["canvas"], item["size"]
-        labels[i], whole[i] = item["label"], item["whole"]
-    return Batch(canvases, sizes, labels), whole
-
-
-def fits_in_memory(config: DataConfig, examples: int) -> tuple[bool, str]:
-    """Whether `auto` holds the split in device memory, and the sentence that says so."""
-    need = examples * config.canvas.side**2 * 3
-    have = _memory_bytes()
-    fits = need <= config.resident_share * have
-    return fits, (
-        f"{examples:,} canvases need {need / 1e9:.2f} GB of each device; resident takes at most "
-        f"{config.resident_share:.0%} of its {have / 1e9:.1f} GB"
-    )
-
-
-def _memory_bytes() -> int:
-    device = jax.local_devices()[0]
-    if device.platform != "cpu":
-        return int((device.memory_stats() or {}).get("bytes_limit", SMALLEST_DEVICE_BYTES))
-    # Simulated devices share the host's memory, each with a copy of its own.
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
-
-
-def _read_ahead(dataset: Any, workers: int) -> Iterator[dict[str, np.ndarray]]:
+def read_ahead(dataset: Any, workers: int) -> Iterator[dict[str, np.ndarray]]:
     options = grain.ReadOptions(num_threads=os.cpu_count() or 1, prefetch_buffer_size=64)
     read = dataset.to_iter_dataset(options)
     if workers:
@@ -271,14 +203,8 @@ def _batch(item: dict[str, np.ndarray]) -> Batch:
     return Batch(item["canvas"], item["size"], item["label"])
 
 
-def _send(local: np.ndarray, sharding: Any, batch_axis: int) -> Array:
+def send(local: np.ndarray, sharding: Any, batch_axis: int) -> Array:
     """This process's rows, as its part of the global array on the devices."""
     if batch_axis == 1:  # ids are the same in all processes, which hold all of them
         return jax.device_put(local, sharding)
     return jax.make_array_from_process_local_data(sharding, local)
-
-
-def _next_whole(whole: np.ndarray) -> np.ndarray:
-    """For each example the first whole one at or after it, around the end."""
-    ids = np.flatnonzero(whole)
-    return ids[np.searchsorted(ids, np.arange(len(whole))) % len(ids)]

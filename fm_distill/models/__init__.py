@@ -20,11 +20,21 @@ import jax.numpy as jnp
 from fm_distill.config import InputRange, NetworkConfig
 from fm_distill.models import bit, keras_resnet_v2, mobilenet_v3
 from fm_distill.models import efficientnet_lite as lite
-from fm_distill.models.contract import HEAD, Network, Output, Variables, parameter_count
+from fm_distill.models.contract import (
+    CONVOLUTION,
+    HEAD,
+    UNIT,
+    Network,
+    Output,
+    Variables,
+    parameter_count,
+)
 
 __all__ = [
+    "CONVOLUTION",
     "HEAD",
     "MODELS",
+    "UNIT",
     "Network",
     "Output",
     "Variables",

@@ -11,12 +11,14 @@ from collections.abc import Callable
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from fm_distill.config import NetworkConfig
 from fm_distill.models.assembly import check_named, check_resolution, make_network
-from fm_distill.models.contract import HEAD, Images, Network
-from fm_distill.models.layers import Convolution, Head, Kernel, Norm, as_it_is, max_pool_zero_padded
+from fm_distill.models.contract import HEAD, UNIT, Images, Network
+from fm_distill.models.layers import Convolution, Head, Kernel, Norm, as_it_is
+from fm_distill.models.pooling import max_pool, max_pool_zero_padded
 
 Activations = Float[Array, "batch _ _ _"]
 
@@ -62,7 +64,7 @@ class Unit(nn.Module):
         h = self._convolution("a", h, self.middle, 1, 1)
         h = self._convolution("b", self._norm("b_norm", h), self.middle, 3, self.stride)
         h = self._convolution("c", self._norm("c_norm", h), out, 1, 1)
-        return shortcut + h
+        return checkpoint_name(shortcut + h, UNIT)
 
     def _norm(self, name: str, x: Activations) -> Activations:
         norm = Norm(norm_groups(self.config), NORM_EPSILON, self.train, name=name)
@@ -111,7 +113,7 @@ class ResNetV2(nn.Module):
         """The root's 3x3 maximum. Padding: zero in BiT's files and timm, -inf when released."""
         if self.config.root_pool_padding == "zero":
             return max_pool_zero_padded(x)
-        return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+        return max_pool(x)
 
 
 def build(config: NetworkConfig, classes: int, dtype: jnp.dtype) -> Network:

@@ -11,6 +11,10 @@ Images = Float[Array, "batch height width 3"]
 
 # The module of the classifier, in every network.
 HEAD = "head"
+# What a network calls the outputs of its convolutions and of its residual blocks, for those who
+# keep only these for the gradient.
+CONVOLUTION = "convolution"
+UNIT = "unit"
 
 
 @jax.tree_util.register_dataclass

@@ -9,9 +9,10 @@ from collections.abc import Callable
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from fm_distill.models.contract import Images
+from fm_distill.models.contract import UNIT, Images
 from fm_distill.models.layers import Convolution, DepthwiseConvolution, Norm, Padding
 
 Activations = Float[Array, "batch _ _ _"]
@@ -99,7 +100,7 @@ class InvertedResidual(nn.Module):
         name = "conv_pw" if b.expanded is None else "conv_pwl"
         h = Convolution(b.channels, 1, 1, self.dtype, name=name)(h)
         h = self._norm(next(norms), h)
-        return x + h if b.stride == 1 and x.shape == h.shape else h
+        return checkpoint_name(x + h if b.stride == 1 and x.shape == h.shape else h, UNIT)
 
     def _norm(self, name: str, x: Activations) -> Activations:
         d = self.design

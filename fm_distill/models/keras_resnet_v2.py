@@ -7,12 +7,14 @@ shortcut that takes every second pixel, and the convolutions without a norm behi
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from fm_distill.config import NetworkConfig
 from fm_distill.models.assembly import check_plain, make_network
-from fm_distill.models.contract import HEAD, Images, Network
-from fm_distill.models.layers import Convolution, Head, Norm, as_it_is, max_pool_zero_padded
+from fm_distill.models.contract import HEAD, UNIT, Images, Network
+from fm_distill.models.layers import Convolution, Head, Norm, as_it_is
+from fm_distill.models.pooling import max_pool_zero_padded
 
 Activations = Float[Array, "batch _ _ _"]
 
@@ -60,7 +62,8 @@ class KerasResNetV2(nn.Module):
         h = self._norm_relu(f"{name}_1_bn", h, train)
         h = self._convolution(f"{name}_2_conv", h, middle, 3, stride, False)
         h = self._norm_relu(f"{name}_2_bn", h, train)
-        return shortcut + self._convolution(f"{name}_3_conv", h, 4 * middle, 1, 1, True)
+        h = self._convolution(f"{name}_3_conv", h, 4 * middle, 1, 1, True)
+        return checkpoint_name(shortcut + h, UNIT)
 
     def _convolution(
         self, name: str, x: Activations, channels: int, size: int, stride: int, bias: bool

@@ -10,7 +10,10 @@ from typing import Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
+
+from fm_distill.models.contract import CONVOLUTION
 
 Activations = Float[Array, "batch _ _ channels"]
 Kernel = Float[Array, "_ _ inputs outputs"]
@@ -146,17 +149,19 @@ def group_norm(
     """GroupNorm over contiguous channels, moments in float32.
 
     As per-channel moments and one multiply-add: the usual form reshapes the activations into
-    groups, which is 8 times slower on a CPU and moves more memory on a TPU.
+    groups, which is 8 times slower on a CPU and moves more memory on a TPU. There, reshaped
+    moments would too: groups are summed, and spread again, by a small matrix.
     """
-    n, _, _, channels = x.shape
+    channels = x.shape[-1]
     wide = x.astype(jnp.float32)
-    moments = jnp.stack([wide.mean(axis=(1, 2)), jnp.square(wide).mean(axis=(1, 2))])
-    moments = moments.reshape(2, n, groups, channels // groups).mean(axis=-1)
-    mean, variance = moments[0], jnp.maximum(moments[1] - jnp.square(moments[0]), 0)
+    members = jnp.repeat(jnp.eye(groups, dtype=jnp.float32), channels // groups, axis=0)
+    product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    mean = product(wide.mean(axis=(1, 2)), members) * (groups / channels)
+    square = product(jnp.square(wide).mean(axis=(1, 2)), members) * (groups / channels)
+    variance = jnp.maximum(square - jnp.square(mean), 0)
     inverse = jax.lax.rsqrt(variance + epsilon)
-    spread = jnp.repeat(jnp.stack([mean, inverse]), channels // groups, axis=-1)
-    factor = spread[1] * scale
-    offset = bias - spread[0] * factor
+    factor = product(inverse, members.T) * scale
+    offset = bias - product(mean, members.T) * factor
     return (wide * factor[:, None, None] + offset[:, None, None]).astype(x.dtype)
 
 
@@ -168,11 +173,6 @@ def channel_moments(x: Activations) -> tuple[PerChannel, PerChannel]:
     wide = x.astype(jnp.float32)
     mean = wide.mean(axis=(0, 1, 2))
     return mean, jnp.maximum(jnp.square(wide).mean(axis=(0, 1, 2)) - jnp.square(mean), 0)
-
-
-def max_pool_zero_padded(x: Activations) -> Activations:
-    """The 3x3 maximum with stride 2, where what is outside of the picture counts as zero."""
-    return nn.max_pool(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), (3, 3), (2, 2), "VALID")
 
 
 def as_it_is(kernel: Kernel) -> Kernel:
@@ -200,7 +200,7 @@ class Convolution(nn.Module):
         if self.bias:
             bias = self.param("bias", nn.initializers.zeros, (self.channels,), jnp.float32)
             x = x + bias.astype(self.dtype)
-        return x
+        return checkpoint_name(x, CONVOLUTION)
 
 
 class DepthwiseConvolution(nn.Module):
@@ -215,7 +215,8 @@ class DepthwiseConvolution(nn.Module):
     def __call__(self, x: Float[Array, "batch _ _ _"]) -> Float[Array, "batch _ _ _"]:
         shape = (self.size, self.size, 1, x.shape[-1])
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, jnp.float32)
-        return convolve_depthwise(x, kernel.astype(self.dtype), self.stride, self.padding)
+        x = convolve_depthwise(x, kernel.astype(self.dtype), self.stride, self.padding)
+        return checkpoint_name(x, CONVOLUTION)
 
 
 class Norm(nn.Module):

@@ -1,0 +1,136 @@
+"""The whole split in device memory: decoded once, then gathered by ids inside of the step."""
+
+import dataclasses
+import math
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, PyTree
+from tqdm import tqdm
+
+from fm_distill.config import DataConfig
+from fm_distill.data.feeding import Batch, Reader, read_ahead, send
+from fm_distill.data.order import example_ids
+from fm_distill.errors import UserError
+
+SMALLEST_DEVICE_BYTES = 8 * 2**30  # a TPU v2 core's, where a device does not say
+# What a TPU moves at once, of bytes. Source: shapes and layouts in its compiler's output.
+TILE = (32, 128)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Resident:
+    """The whole split in device memory. A tree of arrays, as `Batch`."""
+
+    # uint8 (examples, tiles, 32, 128): each canvas as planes of red, green and blue, row by row,
+    # with zeros behind. A TPU keeps this shape as it is; any other it would copy whole into one
+    # that it can gather from, in each dispatch.
+    tiles: PyTree
+    sizes: PyTree
+    labels: PyTree
+    targets: PyTree
+    side: int = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, split: Batch) -> "Resident":
+        """A split on the host."""
+        examples, side = split.canvases.shape[:2]
+        tiles = np.zeros((examples, *tiles_of(side)), np.uint8)
+        planes = np.moveaxis(split.canvases, -1, 1).reshape(examples, -1)
+        tiles.reshape(examples, -1)[:, : planes.shape[1]] = planes
+        return cls(tiles, split.sizes, split.labels, split.targets, side)
+
+    def at(self, ids: Int[Array, " batch"]) -> Batch:
+        """The examples `ids`."""
+        flat = self.tiles[ids].reshape(len(ids), -1)[:, : 3 * self.side**2]
+        canvases = jnp.moveaxis(flat.reshape(-1, 3, self.side, self.side), 1, -1)
+        targets = None if self.targets is None else self.targets[ids]
+        return Batch(canvases, self.sizes[ids], self.labels[ids], targets)
+
+
+def tiles_of(side: int) -> tuple[int, int, int]:
+    """Shape of one canvas in `Resident.tiles`."""
+    return -(-3 * side**2 // math.prod(TILE)), *TILE
+
+
+class ResidentFeed:
+    """The decoded split lies in device memory; the host sends ids."""
+
+    def __init__(
+        self,
+        reader: Reader,
+        seed: int,
+        batch_size: int,
+        replicated: Any,
+        split: Any,
+        targets: np.ndarray | None = None,  # of each example, where the teachers are fixed
+    ):
+        self.seed, self.batch_size, self.ids_sharding = seed, batch_size, split
+        arrays, whole = load_split(reader)
+        if not whole.any():
+            raise UserError(f"no image of {reader.source.identity} is whole")
+        self.skipped = int((~whole).sum())
+        self.stand_in = _next_whole(whole)
+        everything = Resident.of(dataclasses.replace(arrays, targets=targets))
+        self.data: Resident | None = jax.device_put(everything, replicated)
+
+    def feed(
+        self, start_step: int, dispatches: Iterator[int], skipped_steps: int = 0
+    ) -> Iterator[Array]:
+        """For each dispatch of n steps the ids of its batches, (n, batch)."""
+        step = start_step + skipped_steps
+        for steps in dispatches:
+            positions = np.arange(step * self.batch_size, (step + steps) * self.batch_size)
+            ids = self.stand_in[example_ids(self.seed, positions, len(self.stand_in))]
+            yield send(ids.reshape(steps, self.batch_size).astype(np.int32), self.ids_sharding, 1)
+            step += steps
+
+
+def load_split(reader: Reader) -> tuple[Batch, np.ndarray]:
+    """The whole split as one host batch, and which of its images are whole."""
+    side, count = reader.config.canvas.side, len(reader)
+    canvases = np.zeros((count, side, side, 3), np.uint8)
+    sizes, labels = np.ones((count, 2), np.int32), np.full(count, -1, np.int32)
+    whole = np.zeros(count, bool)
+    read = read_ahead(grain.MapDataset.source(reader), 0)
+    bar = tqdm(read, total=count, desc="decoding", unit="img", leave=False, disable=count < 5000)
+    for i, item in enumerate(bar):
+        canvases[i], sizes[i] = item["canvas"], item["size"]
+        labels[i], whole[i] = item["label"], item["whole"]
+    return Batch(canvases, sizes, labels), whole
+
+
+def fits_in_memory(
+    config: DataConfig, examples: int, memory_bytes: int | None = None
+) -> tuple[bool, str]:
+    """Whether `auto` holds the split in device memory, and the sentence that says so.
+
+    `memory_bytes` is what a device has; None for those that are here.
+    """
+    need = examples * math.prod(tiles_of(config.canvas.side))
+    have = _memory_bytes() if memory_bytes is None else memory_bytes
+    fits = need <= config.resident_share * have
+    return fits, (
+        f"{examples:,} canvases need {need / 1e9:.2f} GB of each device; resident takes at most "
+        f"{config.resident_share:.0%} of its {have / 1e9:.1f} GB"
+    )
+
+
+def _memory_bytes() -> int:
+    device = jax.local_devices()[0]
+    if device.platform != "cpu":
+        return int((device.memory_stats() or {}).get("bytes_limit", SMALLEST_DEVICE_BYTES))
+    # Simulated devices share the host's memory, each with a copy of its own.
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
+
+
+def _next_whole(whole: np.ndarray) -> np.ndarray:
+    """For each example the first whole one at or after it, around the end."""
+    ids = np.flatnonzero(whole)
+    return ids[np.searchsorted(ids, np.arange(len(whole))) % len(ids)]

@@ -1,0 +1,78 @@
+"""The 3x3 maximum with stride 2 behind a root, and its gradient."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Activations = Float[Array, "batch _ _ channels"]
+
+
+def _forward_pass(x: Activations) -> Activations:
+    return nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+
+
+@jax.custom_vjp
+def max_pool(x: Activations) -> Activations:
+    """The maximum of what is inside of the picture: outside is minus infinity.
+
+    The gradient goes to the first of equal pixels. XLA has one instruction for that, which is right
+    on a TPU, several times slower on a CPU than a sum of nine shifted pictures, and on a GPU not
+    deterministic (XLA's documentation, determinism).
+    """
+    return _forward_pass(x)
+
+
+def _forward(x: Activations) -> tuple[Activations, tuple[Activations, Activations]]:
+    out = _forward_pass(x)
+    return out, (x, out)
+
+
+def _backward(saved: tuple[Activations, Activations], gradient: Activations) -> tuple[Activations]:
+    x, out = saved
+
+    def instruction(x: Array, out: Array, gradient: Array) -> Array:
+        return jax.vjp(_forward_pass, x)[1](gradient)[0]
+
+    return (jax.lax.platform_dependent(x, out, gradient, tpu=instruction, default=_by_shifts),)
+
+
+max_pool.defvjp(_forward, _backward)
+
+
+def _by_shifts(x: Activations, out: Activations, gradient: Activations) -> Activations:
+    """The gradient as a sum over the places in a window."""
+    minus_infinity, zero = jnp.array(-jnp.inf, x.dtype), jnp.zeros((), gradient.dtype)
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=minus_infinity)
+    (height, width), (rows, columns) = padded.shape[1:3], out.shape[1:3]
+    taken = jnp.zeros(out.shape, bool)
+    total = jnp.zeros(padded.shape, gradient.dtype)
+    for i in range(3):
+        for j in range(3):
+            here = padded[:, i : i + 2 * rows - 1 : 2, j : j + 2 * columns - 1 : 2] == out
+            part = jnp.where(here & ~taken, gradient, zero)
+            taken |= here
+            # Zeros between, before and behind: each window's share at its pixel.
+            below, right = height - i - (2 * rows - 1), width - j - (2 * columns - 1)
+            spread = ((0, 0, 0), (i, below, 1), (j, right, 1), (0, 0, 0))
+            total += jax.lax.pad(part, zero, spread)
+    return total[:, 1:-1, 1:-1]
+
+
+def max_pool_zero_padded(x: Activations) -> Activations:
+    """The same where what is outside of the picture counts as zero.
+
+    As the maximum of what is inside, and of zero at the border: a padded copy of the activations,
+    and of their gradient, would move a tenth of a small student's memory.
+    """
+    inside = max_pool(x)
+    rows, columns = (_reaches_outside(x.shape[i], inside.shape[i]) for i in (1, 2))
+    border = (rows[:, None] | columns[None, :])[None, :, :, None]
+    # Not `maximum`, which would send half of the gradient inside where both are zero.
+    return jnp.where(border & (inside <= 0), jnp.zeros((), x.dtype), inside)
+
+
+def _reaches_outside(size: int, windows: int) -> Array:
+    """Whether each window of three, every second pixel from the one before the first, does."""
+    first = 2 * jnp.arange(windows) - 1
+    return (first < 0) | (first + 2 >= size)
