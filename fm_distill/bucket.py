@@ -1,4 +1,4 @@
-"""A run in a bucket, brought to a folder of this machine: with `keep.py` the only file with fsspec."""
+"""A run in a bucket, brought to a folder of this machine: with `keep.py` all that knows fsspec."""
 
 import contextlib
 import pathlib
