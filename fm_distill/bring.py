@@ -5,7 +5,7 @@ import shutil
 
 from tqdm import tqdm
 
-from fm_distill.bucket import fetched, in_bucket, newest_step_in
+from fm_distill.bucket import fetched, in_bucket, progress_in
 from fm_distill.digests import DIGESTS, faults, newest_step, steps_in
 from fm_distill.errors import UserError
 from fm_distill.stopping import say
@@ -21,14 +21,14 @@ def bring(source: str, workdir: pathlib.Path) -> None:
     Checkpoints that are not whole stay behind. Where `workdir` has the run already, and is as far,
     nothing is done, so that the same command continues it. Raises `UserError`.
     """
-    if (workdir / "config.json").exists() and not _same(source, workdir):
-        here, there = newest_step(workdir / "checkpoints"), _newest_step(source)
+    if _is_run(workdir) and not _same(source, workdir):
+        here, there = _progress(workdir), _progress_there(source)
         if here < there:
             raise UserError(
-                f"{workdir} has a run of {here:,} steps, and the one in {source} has {there:,}; "
-                "choose another --workdir, or leave out --resume-from"
+                f"{workdir} has a run of {_steps(here)}, and the one in {source} has "
+                f"{_steps(there)}; choose another --workdir, or leave out --resume-from"
             )
-        say(f"{workdir} has its run already, at step {here:,}: {source} is not needed")
+        say(f"{workdir} has its run already, with {_steps(here)}: {source} is not needed")
         return
     if workdir.is_dir() and any(workdir.iterdir()) and not _same(source, workdir):
         raise UserError(f"{workdir} is not empty; --resume-from needs a new --workdir")
@@ -39,11 +39,27 @@ def bring(source: str, workdir: pathlib.Path) -> None:
         _bring(pathlib.Path(source), source, workdir)
 
 
-def _newest_step(source: str) -> int:
+def _is_run(folder: pathlib.Path) -> bool:
+    """Also one that was stopped while its teacher was trained, and has nothing else yet."""
+    return any((x / "config.json").is_file() for x in (folder, *folder.glob("teacher*")))
+
+
+def _progress(folder: pathlib.Path) -> tuple[int, int]:
+    """Steps of the student, and of its teachers in the same workdir."""
+    teachers = sum(newest_step(x / "checkpoints") for x in folder.glob("teacher*"))
+    return newest_step(folder / "checkpoints"), teachers
+
+
+def _progress_there(source: str) -> tuple[int, int]:
     if in_bucket(source):
-        return newest_step_in(source)
+        return progress_in(source)
     _check_run(pathlib.Path(source), source)
-    return newest_step(pathlib.Path(source) / "checkpoints")
+    return _progress(pathlib.Path(source))
+
+
+def _steps(progress: tuple[int, int]) -> str:
+    own, teachers = progress
+    return f"{own:,} steps" if own or not teachers else f"{teachers:,} steps of its teacher"
 
 
 def _same(source: str, workdir: pathlib.Path) -> bool:
@@ -52,7 +68,7 @@ def _same(source: str, workdir: pathlib.Path) -> bool:
 
 
 def _check_run(folder: pathlib.Path, said: str) -> None:
-    if not (folder / "config.json").is_file():
+    if not _is_run(folder):
         raise UserError(f"--resume-from {said} is not the workdir of a run: it has no config.json")
 
 

@@ -36,14 +36,21 @@ def opened(url: str) -> Iterator[tuple[Any, str]]:
         raise UserError(f"{url} cannot be read: {type(error).__name__}: {error}") from error
 
 
-def newest_step_in(url: str) -> int:
-    """The newest of the run's checkpoints, whole or not; 0 where there is none."""
+def progress_in(url: str) -> tuple[int, int]:
+    """Steps of the run's newest checkpoint, whole or not, and of its teachers' together."""
+
     with opened(url) as (system, root):
-        folder = f"{root}/checkpoints"
-        if not system.isdir(folder):
-            return 0
-        names = (str(path).rstrip("/").rpartition("/")[2] for path in system.ls(folder, False))
-        return max((int(name) for name in names if name.isdigit()), default=0)
+
+        def names(folder: str) -> list[str]:
+            found = system.ls(folder, detail=False) if system.isdir(folder) else []
+            return [str(path).rstrip("/").rpartition("/")[2] for path in found]
+
+        def newest(run: str) -> int:
+            steps = [int(name) for name in names(f"{run}/checkpoints") if name.isdigit()]
+            return max(steps, default=0)
+
+        teachers = [name for name in names(root) if name.startswith("teacher")]
+        return newest(root), sum(newest(f"{root}/{name}") for name in teachers)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@ import pathlib
 import re
 from typing import Any
 
-from fm_distill.bring import bring
 from fm_distill.errors import UserError
 
 MARK = "whole"
@@ -78,22 +77,6 @@ def fetch_copy(place: str, folder: str | os.PathLike[str]) -> pathlib.Path | Non
     except OSError as error:
         raise UserError(f"the copy in {place} cannot be read: {error}") from None
     return folder
-
-
-def go_on_from(copy: pathlib.Path, run: pathlib.Path) -> list[str]:
-    """The options of `fm-distill train` that continue in `run` the workdir `copy`, only read.
-
-    A run that was stopped while its teacher was trained has nothing but the teacher yet: that is
-    brought here. Raises `UserError`.
-    """
-    if (copy / "config.json").is_file():
-        return ["--resume-from", str(copy)]
-    teachers = [x for x in sorted(copy.glob("teacher*")) if (x / "config.json").is_file()]
-    if not teachers:
-        raise UserError(f"{copy} is not the workdir of a run: it has no config.json")
-    for teacher in teachers:
-        bring(str(teacher), run / teacher.name)
-    return []
 
 
 def _open(place: str) -> tuple[Any, str]:

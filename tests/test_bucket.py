@@ -9,6 +9,7 @@ import pytest
 from conftest import run_command, write_experiment
 
 from fm_distill.bring import bring
+from fm_distill.bucket import in_bucket
 from fm_distill.digests import steps_in
 from fm_distill.errors import UserError
 
@@ -86,3 +87,23 @@ def test_the_command_continues_from_a_url(trained, tmp_path):
     assert "continuing after step" in done.stderr
     expected = json.loads((trained / "run" / "evaluation.json").read_text())
     assert json.loads((tmp_path / "run" / "evaluation.json").read_text()) == expected
+
+
+def test_a_run_that_has_only_its_teacher_comes_too(trained, tmp_path, capsys):
+    """It was stopped before the student's first step; the same line again continues it."""
+    system = fsspec.filesystem("memory")
+    for place in (str(tmp_path / "copy"), "memory://early/run"):
+        teacher = f"{place.removeprefix('memory://')}/teacher"
+        if in_bucket(place):
+            system.put(f"{trained / 'run' / 'teacher'}/", f"/{teacher}/", recursive=True)
+        else:
+            shutil.copytree(trained / "run" / "teacher", teacher)
+        run = tmp_path / ("fetched" if in_bucket(place) else "copied")
+        bring(place, run)
+        assert contents(run / "teacher") == contents(trained / "run" / "teacher")
+        bring(place, run)
+        assert "has its run already, with 6 steps of its teacher" in capsys.readouterr().err
+        shutil.rmtree(run / "teacher" / "checkpoints" / "6")
+        with pytest.raises(UserError, match=f"and the one in {place} has 6 steps of its teacher"):
+            bring(place, run)
+    system.rm("/early", recursive=True)

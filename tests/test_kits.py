@@ -28,7 +28,7 @@ from PIL import Image
 from fm_distill import keep, kits
 from fm_distill.command_line import guarded
 from fm_distill.errors import UserError
-from fm_distill.keep import fetch_copy, go_on_from, keep_copy, keep_file
+from fm_distill.keep import fetch_copy, keep_copy, keep_file
 from fm_distill.kits import archive, pack
 from fm_distill.watch import run_and_show
 
@@ -364,19 +364,8 @@ def test_copies_are_whole_or_not_there(trained, tmp_path, monkeypatch, scheme):
     for path in run.rglob("*"):
         if path.is_file() and path.name != "lock":
             assert (copy / path.relative_to(run)).read_bytes() == path.read_bytes()
-    assert go_on_from(copy, tmp_path / "new") == ["--resume-from", str(copy)]
     assert keep_file(run / "config.json", place).endswith("run/config.json")
     files.rm(root, recursive=True)
-
-
-def test_a_run_that_had_only_its_teacher_goes_on(trained, tmp_path):
-    """It has no config of its own yet, so there is nothing to resume from but the teacher."""
-    (tmp_path / "copy").mkdir()
-    with pytest.raises(UserError, match="not the workdir of a run"):
-        go_on_from(tmp_path / "copy", tmp_path / "run")
-    shutil.copytree(trained / "run" / "teacher", tmp_path / "copy" / "teacher")
-    assert go_on_from(tmp_path / "copy", tmp_path / "run") == []
-    assert status_of(tmp_path / "run" / "teacher")[0] == "complete"
 
 
 def test_an_interrupted_cell_stops_the_command_politely(tmp_path, capsys):

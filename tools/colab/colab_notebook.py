@@ -86,7 +86,7 @@ install()
 
 # %% tags=["experiment"]
 from fm_distill.errors import EXIT_COMPLETE, EXIT_PAUSED
-from fm_distill.keep import fetch_copy, go_on_from, keep_copy, keep_file
+from fm_distill.keep import fetch_copy, keep_copy, keep_file
 from fm_distill.watch import run_and_show, show_report
 
 PLACE = f"{KEEP.rstrip('/')}/{NAME}"
@@ -94,7 +94,7 @@ resume: list[str] = []
 if not RUN.exists():
     copy = fetch_copy(PLACE, tempfile.mkdtemp())
     print(f"continuing the copy in {PLACE}" if copy else f"{PLACE} has no copy: a new run")
-    resume = go_on_from(copy, RUN) if copy else []
+    resume = ["--resume-from", os.fspath(copy)] if copy else []
 
 # %% [markdown]
 # ## Training

@@ -97,13 +97,11 @@ install()
 # ## The experiment
 
 # %% tags=["experiment"]
-from fm_distill.keep import go_on_from
-
 options = [str(find_input(x[1:])) if x.startswith("@") else x for x in OPTIONS]
 if PREVIOUS:
     previous = find_input(PREVIOUS) / "runs" / NAME
     print(f"session {SESSION} continues {previous}")
-    options += go_on_from(previous, RUN)
+    options += ["--resume-from", os.fspath(previous)]
 
 # %% [markdown]
 # ## Training
