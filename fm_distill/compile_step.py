@@ -127,10 +127,6 @@ def compile_step(request: Request) -> dict[str, Any]:
         "compiles": True,
         "arguments": memory.argument_size_in_bytes - answer["resident_data"],
         "temporaries": memory.temp_size_in_bytes,
-        # Outputs that are not the donated state, and the code.
-        "others": memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.generated_code_size_in_bytes,
         "donated": memory.alias_size_in_bytes,
         "hbm_bytes": moved,
         "collectives": {k: v / dispatch for k, v in text.collectives().items()},

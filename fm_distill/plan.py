@@ -166,11 +166,6 @@ def _planned(
 ) -> Plan:
     answer = _compiled(config, where, examples)
     chip = where.chip
-    if answer["compiles"]:
-        needs = sum(answer[x] for x in ("arguments", "temporaries", "others", "resident_data"))
-        fits = chip is None or needs <= chip.memory_bytes
-    else:
-        fits = False
     seconds, rate, hours = StepSeconds(None, None), None, None
     if chip and answer["compiles"]:
         computing = answer["flops"]["total"] / answer["devices"] / chip.peak_flops
@@ -182,7 +177,8 @@ def _planned(
         topology=where.name,
         devices=answer["devices"],
         compiles=answer["compiles"],
-        fits=fits,
+        # The compiler itself refuses what needs more than a device has.
+        fits=answer["compiles"],
         memory_bytes=Memory(
             answer.get("arguments"),
             answer.get("temporaries"),

@@ -188,7 +188,7 @@ def make_program(
     teachers: PyTree,
     data: Resident | None,
     layout: Layout,
-) -> Any:
+) -> jax.stages.Wrapped:
     """The compiled `(state, teachers, data, fed, root_key) -> (state, metrics)`.
 
     `fed` is a batch, or (steps, batch) ids into the resident `data`. The state is donated; the
