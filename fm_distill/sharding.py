@@ -85,14 +85,14 @@ def check_batch_size(config: Config, layout: Layout) -> None:
     shape = ", ".join(f"{axis}={size}" for axis, size in layout.mesh.shape.items())
     for option, parts in (
         ("", 1),
-        (" x memory.accumulate", config.memory.accumulate),
-        (" x memory.teacher_parts", config.memory.teacher_parts),
+        (" times memory.accumulate={}", config.memory.accumulate),
+        (" times memory.teacher_parts={}", config.memory.teacher_parts),
     ):
         unit = count * parts
         if batch_size % unit:
             low = batch_size // unit * unit
             near = f"{low} or {low + unit}" if low else str(unit)
             raise UserError(
-                f"batch_size={batch_size} is not divisible by {unit}, the {count} devices of the "
-                f"mesh ({shape}){option}; use {near}"
+                f"batch_size={batch_size} is not divisible by the {count} devices of the mesh "
+                f"({shape}){option.format(parts)}; use {near}"
             )

@@ -281,7 +281,7 @@ def test_evaluation_has_every_example_once(folders, batch_size):
 def test_auto_says_what_fits():
     config = tiny_config().data
     fits, said = fits_in_memory(config, 1259)
-    assert fits and "1,259 canvases need 0.00 GB" in said
+    assert fits and "1,259 canvases need 0.01 GB" in said
     large = dataclasses.replace(config, canvas=CanvasConfig(size=512))
     fits, _ = fits_in_memory(large, 1_281_167)
     assert not fits

@@ -124,12 +124,12 @@ def test_batch_norm_learns_the_same_statistics_with_the_levers_that_it_has():
     same(*states)
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
-def test_a_batch_that_has_no_such_parts_is_refused(accumulate):
-    layout = make_layout(MeshConfig())
-    config = tiny_config(batch_size=40, memory=MemoryConfig(accumulate=accumulate, teacher_parts=2))
-    with pytest.raises(UserError, match=r"not divisible by 16|not divisible by 24"):
-        check_batch_size(config, layout)
+@pytest.mark.parametrize("lever", ["accumulate", "teacher_parts"])
+def test_a_batch_that_has_no_such_parts_is_refused(lever):
+    config = tiny_config(batch_size=40, memory=MemoryConfig(**{lever: 3}))
+    said = rf"8 devices of the mesh \(data=8, fsdp=1\) times memory\.{lever}=3; use 24 or 48"
+    with pytest.raises(UserError, match=said):
+        check_batch_size(config, make_layout(MeshConfig()))
 
 
 def test_unknown_and_senseless_levers_are_refused(tmp_path):

@@ -175,7 +175,7 @@ def test_a_cpu_has_no_capacity_and_no_bound(tmp_path):
         (("--topology", "v7-8"), "--topology v7-8 is not known; expected one of v2-8, v2-32"),
         (("--topology", "v3-9"), "or cpu:N for N simulated devices"),
         ((), "plan needs --topology"),
-        (("--topology", "cpu:3"), "batch_size=16 is not divisible by 3"),
+        (("--topology", "cpu:3"), "batch_size=16 is not divisible by the 3 devices"),
         (("--topology", "cpu:8", "--max-hours", "0"), "--max-hours is 0"),
         (("--topology", "cpu:8", "--num-examples", "-5"), "--num-examples is -5"),
         (("--topology", "cpu:8", "--data.train.examples", "None"), "give --num-examples N"),
