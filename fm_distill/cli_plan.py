@@ -24,7 +24,8 @@ class _Plan:
 
 def plan_command(arguments: list[str]) -> int:
     from fm_distill.experiment import load_experiment, resolve_length
-    from fm_distill.plan import plan, text
+    from fm_distill.plan import plan
+    from fm_distill.plan_text import text
 
     experiment, rest = first(arguments, "plan EXPERIMENT.py --topology v3-8")
     default = load_experiment(experiment)

@@ -60,7 +60,7 @@ ORDER = [
     ],
     ["networks", "targets"],
     ["setup", "reporter", "resume", "loop"],
-    ["compile_step", "plan"],
+    ["compile_step", "plan", "plan_text"],
     ["train", "inference", "sweep", "export"],
     ["history", "shown", "answers", "figures", "report"],
     ["kits", "keep", "watch"],
