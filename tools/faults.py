@@ -130,10 +130,15 @@ def broken_disk(folder: pathlib.Path, count: int) -> Iterator[Tried]:
     experiment = tiny_experiment(folder / "tiny.py", "resident", "group", steps=240)
     whole = folder / "whole"
     run = Watched(experiment, whole)
-    assert run.until(lambda x: x.step() > 0)
-    second = Watched(experiment, whole)
-    assert second.finish() == EXIT_WRONG_INPUT and "in use by another" in second.text()
     assert run.finish() == EXIT_COMPLETE, run.text()
+    # One that is still there when the second process has started.
+    long = tiny_experiment(folder / "long.py", "resident", "group", steps=1_000_000)
+    first = Watched(long, folder / "long")
+    assert first.until(lambda x: x.step() > 0)
+    second = Watched(long, folder / "long")
+    assert second.finish() == EXIT_WRONG_INPUT, second.text()
+    assert "in use by another" in second.text(), second.text()
+    first.end(signal.SIGKILL)
     yield Tried("a second process on the same workdir", 1, "refused with exit code 2")
     yield spoilt(whole)
     yield resumed_from_the_one_before(folder, whole, experiment)
