@@ -7,7 +7,8 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from fm_distill.data.feeding import Batch, evaluation_batches
-from fm_distill.distances import as_one, kl_divergence
+from fm_distill.distances import kl_divergence
+from fm_distill.evaluate import student_says, teachers_say
 from fm_distill.inference import Opened
 from fm_distill.models import Variables
 from fm_distill.step import look_centrally
@@ -44,23 +45,16 @@ def answers(opened: Opened) -> Answers:
     def program(student: Variables, frozen: tuple[Variables, ...], batch: Batch) -> list[Array]:
         seats = (built.student, *built.teachers)
         pictures = look_centrally(batch, seats, config.views.central_fraction)
-        seat = built.student
-        logits = seat.network.apply(student, pictures[seat.picture], train=False).logits
+        logits = student_says(built.student, student, pictures)
         if not frozen:
             return [*say(logits)]
-        said = tuple(
-            seat.network.apply_frozen(variables, pictures[seat.picture]).logits
-            for seat, variables in zip(built.teachers, frozen, strict=True)
-        )
-        teacher = as_one(said, config.objective)
+        teacher = teachers_say(built.teachers, frozen, pictures, config.objective)
         return [*say(logits), *say(teacher), kl_divergence(logits, teacher)]
 
     compiled = jax.jit(program, out_shardings=layout.replicated)
     rows: list[list[np.ndarray]] = []
     for host_batch, mask in evaluation_batches(opened.reader, opened.batch_size):
-        batch = jax.tree.map(
-            lambda x: jax.make_array_from_process_local_data(layout.batch, x), host_batch
-        )
+        batch = layout.spread(host_batch)
         said = jax.device_get(compiled(opened.student, opened.frozen, batch))
         rows.append([host_batch.labels, mask, *map(np.asarray, said)])
     label, whole, *said = (np.concatenate(x) for x in zip(*rows, strict=True))

@@ -21,7 +21,13 @@ def bring(source: str, workdir: pathlib.Path) -> None:
     Checkpoints that are not whole stay behind. Where `workdir` has the run already, and is as far,
     nothing is done, so that the same command continues it. Raises `UserError`.
     """
-    if _is_run(workdir) and not _same(source, workdir):
+    if not in_bucket(source):
+        _check_run(pathlib.Path(source), source)
+        if workdir.exists() and workdir.samefile(source):
+            raise UserError(
+                "--resume-from and --workdir are the same folder; leave out --resume-from"
+            )
+    if _is_run(workdir):
         here, there = _progress(workdir), _progress_there(source)
         if here < there:
             raise UserError(
@@ -30,10 +36,11 @@ def bring(source: str, workdir: pathlib.Path) -> None:
             )
         say(f"{workdir} has its run already, with {_steps(here)}: {source} is not needed")
         return
-    if workdir.is_dir() and any(workdir.iterdir()) and not _same(source, workdir):
+    if workdir.is_dir() and any(workdir.iterdir()):
         raise UserError(f"{workdir} is not empty; --resume-from needs a new --workdir")
     if in_bucket(source):
         with fetched(source, workdir) as folder:
+            _check_run(folder, source)
             _bring(folder, source, workdir)
     else:
         _bring(pathlib.Path(source), source, workdir)
@@ -51,20 +58,12 @@ def _progress(folder: pathlib.Path) -> tuple[int, int]:
 
 
 def _progress_there(source: str) -> tuple[int, int]:
-    if in_bucket(source):
-        return progress_in(source)
-    _check_run(pathlib.Path(source), source)
-    return _progress(pathlib.Path(source))
+    return progress_in(source) if in_bucket(source) else _progress(pathlib.Path(source))
 
 
 def _steps(progress: tuple[int, int]) -> str:
     own, teachers = progress
     return f"{own:,} steps" if own or not teachers else f"{teachers:,} steps of its teacher"
-
-
-def _same(source: str, workdir: pathlib.Path) -> bool:
-    place = pathlib.Path(source)
-    return not in_bucket(source) and place.exists() and workdir.exists() and workdir.samefile(place)
 
 
 def _check_run(folder: pathlib.Path, said: str) -> None:
@@ -74,9 +73,6 @@ def _check_run(folder: pathlib.Path, said: str) -> None:
 
 def _bring(source: pathlib.Path, said: str, workdir: pathlib.Path) -> None:
     """The run in the folder `source`, which messages call `said`."""
-    _check_run(source, said)
-    if _same(said, workdir):
-        raise UserError("--resume-from and --workdir are the same folder; leave out --resume-from")
     arriving = workdir.with_name(workdir.name + ".arriving")
     try:
         shutil.rmtree(arriving, ignore_errors=True)

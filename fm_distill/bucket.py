@@ -36,20 +36,21 @@ def opened(url: str) -> Iterator[tuple[Any, str]]:
         raise UserError(f"{url} cannot be read: {type(error).__name__}: {error}") from error
 
 
+def names_in(system: Any, folder: str) -> list[str]:
+    """What lies in a folder of a file system, by name; empty where there is no folder."""
+    found = system.ls(folder, detail=False) if system.isdir(folder) else []
+    return [str(path).rstrip("/").rpartition("/")[2] for path in found]
+
+
 def progress_in(url: str) -> tuple[int, int]:
     """Steps of the run's newest checkpoint, whole or not, and of its teachers' together."""
-
     with opened(url) as (system, root):
 
-        def names(folder: str) -> list[str]:
-            found = system.ls(folder, detail=False) if system.isdir(folder) else []
-            return [str(path).rstrip("/").rpartition("/")[2] for path in found]
-
         def newest(run: str) -> int:
-            steps = [int(name) for name in names(f"{run}/checkpoints") if name.isdigit()]
-            return max(steps, default=0)
+            names = names_in(system, f"{run}/checkpoints")
+            return max((int(name) for name in names if name.isdigit()), default=0)
 
-        teachers = [name for name in names(root) if name.startswith("teacher")]
+        teachers = [name for name in names_in(system, root) if name.startswith("teacher")]
         return newest(root), sum(newest(f"{root}/{name}") for name in teachers)
 
 

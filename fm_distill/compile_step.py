@@ -22,17 +22,16 @@ from fm_distill.build import Build, build, steps_per_dispatch
 from fm_distill.checkpoint import bytes_of
 from fm_distill.config import Config, NetworkConfig
 from fm_distill.data.feeding import Batch
-from fm_distill.data.resident import Resident, fits_in_memory, tiles_of
+from fm_distill.data.resident import Resident, is_resident, tiles_of
 from fm_distill.errors import UserError
 from fm_distill.hlo import read
 from fm_distill.identity import from_json
 from fm_distill.length import total_steps
-from fm_distill.models import parameter_count
 from fm_distill.reporter import disk_use
-from fm_distill.sharding import check_batch_size, make_layout
+from fm_distill.sharding import Layout, check_batch_size, make_layout
 from fm_distill.step import look, make_program
 from fm_distill.topologies import Topology, topology
-from fm_distill.views import TEACHINGS
+from fm_distill.views import draws_of
 from fm_distill.weights.card import network_from_json
 
 
@@ -95,8 +94,8 @@ def compile_step(request: Request) -> dict[str, Any]:
     )
     batch = batch_of(request, built)
     chip = request.topology.chip
-    fits, _ = fits_in_memory(config.data, request.examples, chip.memory_bytes if chip else None)
-    resident = config.data.feeding == "resident" or (config.data.feeding == "auto" and fits)
+    capacity = chip.memory_bytes if chip else None
+    resident, _ = is_resident(config.data, request.examples, capacity)
     dispatch = steps_per_dispatch(config, resident, layout)
     data = split_of(request, batch) if resident else None
     fed = abstract((dispatch, config.batch_size), jnp.int32) if resident else batch
@@ -106,12 +105,8 @@ def compile_step(request: Request) -> dict[str, Any]:
         "feeding": "resident" if resident else "streaming",
         "steps_per_dispatch": dispatch,
         "total_steps": steps,
-        "parameters": {
-            "student": parameter_count(state.student.params),
-            "teachers": sum(parameter_count(x.params) for x in frozen),
-        },
         "disk": disk_use(config, steps, bytes_of(state)),
-        "flops": flops(request, steps, (state, frozen, batch, key)),
+        "flops": flops(request, layout, steps, (state, frozen, batch, key)),
         "resident_data": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(data)),
     }
     platform = "tpu" if request.topology.compiler else "cpu"
@@ -134,7 +129,9 @@ def compile_step(request: Request) -> dict[str, Any]:
     }
 
 
-def flops(request: Request, steps: int, arguments: tuple[PyTree, ...]) -> dict[str, float]:
+def flops(
+    request: Request, layout: Layout, steps: int, arguments: tuple[PyTree, ...]
+) -> dict[str, float]:
     """Of one step, over all devices: in all, and by who needs them.
 
     Of the mathematics before it is compiled, in one part where a lever makes several: loops would
@@ -143,12 +140,10 @@ def flops(request: Request, steps: int, arguments: tuple[PyTree, ...]) -> dict[s
     config = request.config
     whole = dataclasses.replace(config.memory, accumulate=1, teacher_parts=1)
     config = dataclasses.replace(config, memory=whole)
-    layout = make_layout(config.mesh, _devices(request.topology))
     built = build(config, request.classes, request.teachers, steps, layout)
     state, frozen, batch, key = arguments
     seats = (built.student, *built.taught_by)
-    labels = config.objective.target == "labels"
-    draws = TEACHINGS["function_matching" if labels else config.teaching]
+    draws = draws_of(config.objective.target, config.teaching)
 
     def views(key: Any, batch: Batch) -> PyTree:
         drawn, seen = draws(key, batch.sizes, config.views)
@@ -186,8 +181,7 @@ def _counted(function: Any, *arguments: PyTree) -> float:
 def _devices(asked: Topology) -> list[Any]:
     if asked.compiler is None:
         return list(jax.devices("cpu"))
-    options = dict(asked.compiler)
-    found = topologies.get_topology_desc(**options)
+    found = topologies.get_topology_desc(**asked.compiler)
     return list(np.asarray(found.devices).flat)
 
 

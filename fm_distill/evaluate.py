@@ -29,6 +29,25 @@ EvaluationProgram = Callable[[Variables, tuple[Variables, ...], Batch, Array, Ar
 DRAW_SEED = 0
 
 
+def student_says(student: Seat, variables: Variables, pictures: dict[Picture, Array]) -> Array:
+    """Its logits, as they are judged."""
+    return student.network.apply(variables, pictures[student.picture], train=False).logits
+
+
+def teachers_say(
+    teachers: tuple[Seat, ...],
+    frozen: tuple[Variables, ...],
+    pictures: dict[Picture, Array],
+    objective: ObjectiveConfig,
+) -> Array:
+    """The logits of all teachers as one."""
+    said = tuple(
+        seat.network.apply_frozen(variables, pictures[seat.picture]).logits
+        for seat, variables in zip(teachers, frozen, strict=True)
+    )
+    return as_one(said, objective)
+
+
 def make_evaluation_step(
     student: Seat, teachers: tuple[Seat, ...], views: ViewConfig, objective: ObjectiveConfig
 ) -> EvaluationProgram:
@@ -37,18 +56,6 @@ def make_evaluation_step(
     `index` is the batch's number: the training view's draw is a function of it. Of a mixture, both
     images have to be kept.
     """
-
-    def student_says(variables: Variables, pictures: dict[Picture, Array]) -> Array:
-        return student.network.apply(variables, pictures[student.picture], train=False).logits
-
-    def teachers_say(
-        teacher_variables: tuple[Variables, ...], pictures: dict[Picture, Array]
-    ) -> Array:
-        said = tuple(
-            seat.network.apply_frozen(frozen, pictures[seat.picture]).logits
-            for seat, frozen in zip(teachers, teacher_variables, strict=True)
-        )
-        return as_one(said, objective)
 
     def evaluation_step(
         variables: Variables,
@@ -59,15 +66,18 @@ def make_evaluation_step(
     ) -> Sums:
         seats = (student, *teachers)
         central = look_centrally(batch, seats, views.central_fraction)
-        logits = student_says(variables, central)
+        logits = student_says(student, variables, central)
         sums: Sums = {"examples": mask.sum(), "student": _measure(logits, batch.labels, mask)}
         if not teachers:
             return sums
-        teacher = teachers_say(teacher_variables, central)
+        teacher = teachers_say(teachers, teacher_variables, central, objective)
         drawn = draw(jax.random.fold_in(jax.random.key(DRAW_SEED), index), batch.sizes, views)
         both = mask & (mix(drawn, 1 - mask.astype(jnp.float32)) == 0)
         mixed = look(drawn, batch, seats)
-        pair = student_says(variables, mixed), teachers_say(teacher_variables, mixed)
+        pair = (
+            student_says(student, variables, mixed),
+            teachers_say(teachers, teacher_variables, mixed, objective),
+        )
         return sums | {
             "teacher": _measure(teacher, batch.labels, mask),
             "match": _compare(logits, teacher, mask, objective.temperature),
@@ -132,9 +142,7 @@ def evaluate_batches(
     """Sums over all batches, accumulated in float64 on the host."""
     total: PyTree = None
     for index, (host_batch, mask) in enumerate(batches):
-        batch, kept = jax.tree.map(
-            lambda x: jax.make_array_from_process_local_data(layout.batch, x), (host_batch, mask)
-        )
+        batch, kept = layout.spread((host_batch, mask))
         sums = jax.tree.map(
             lambda x: np.asarray(x, np.float64),
             jax.device_get(program(student, teachers, batch, kept, jnp.int32(index))),

@@ -41,7 +41,7 @@ PANELS: dict[str, tuple[tuple[str, str, str, str], ...]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Rates:
     """A learning rate over steps: as planned, and as it was logged so far."""
 
     planned: Curve
@@ -75,15 +75,15 @@ def curves(runs: Mapping[str, History]) -> bytes:
     return _png(figure)
 
 
-def schedules(runs: Mapping[str, Plan]) -> bytes:
+def schedules(runs: Mapping[str, Rates]) -> bytes:
     """The learning rate over steps: the plan as a line, what was logged as dots."""
     figure = _figure(7.0, 3.2)
     axes = figure.subplots()
-    for number, (run, plan) in enumerate(runs.items()):
+    for number, (run, rates) in enumerate(runs.items()):
         of_run = "" if len(runs) == 1 else f"{run}: "
-        axes.plot(*plan.planned, color=f"C{number}", label=_plain(f"{of_run}planned"))
-        if plan.logged[0]:
-            axes.plot(*plan.logged, ".", color=f"C{number}", label=_plain(f"{of_run}logged"), ms=4)
+        axes.plot(*rates.planned, color=f"C{number}", label=_plain(f"{of_run}planned"))
+        if rates.logged[0]:
+            axes.plot(*rates.logged, ".", color=f"C{number}", label=_plain(f"{of_run}logged"), ms=4)
     _finish(axes, "learning rate", "steps")
     return _png(figure)
 

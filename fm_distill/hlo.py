@@ -6,6 +6,7 @@ often it runs.
 
 import collections
 import dataclasses
+import functools
 import math
 import re
 
@@ -47,7 +48,7 @@ class Program:
     computations: dict[str, tuple[Instruction, ...]]
     entry: str
 
-    @property
+    @functools.cached_property
     def times(self) -> dict[str, float]:
         """How often each computation that is not fused into another runs."""
         found: dict[str, float] = collections.defaultdict(float, {self.entry: 1.0})

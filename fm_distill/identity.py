@@ -63,6 +63,20 @@ def flatten(config: Config) -> dict[str, Any]:
     return leaves("", to_json(config))
 
 
+def changed(config: Config, values: dict[str, Any]) -> Config:
+    """`config` with fields replaced by their dotted names. Raises `UserError`."""
+    tree = to_json(config)
+    for name, value in values.items():
+        if name not in flatten(config):
+            raise UserError(f"there is no option {name!r}; `show` lists them all")
+        *parents, leaf = name.split(".")
+        place = tree
+        for parent in parents:
+            place = place[parent]
+        place[leaf] = value
+    return from_json(tree)
+
+
 def differences(stored: Config, asked: Config) -> list[str]:
     """One line for each field that changes the student and is not the same in both."""
     a, b = flatten(stored), flatten(asked)

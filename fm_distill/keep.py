@@ -10,6 +10,7 @@ import pathlib
 import re
 from typing import Any
 
+from fm_distill.bucket import names_in
 from fm_distill.errors import UserError
 
 MARK = "whole"
@@ -95,10 +96,7 @@ def _folders(files: Any, root: str) -> list[int]:
     """Numbers of all copies, whole or not."""
     # What a bucket listed before may be older than what was written since.
     files.invalidate_cache()
-    if not files.isdir(root):
-        return []
-    names = (str(path).rstrip("/").rpartition("/")[2] for path in files.ls(root, detail=False))
-    return [int(found[1]) for name in names if (found := COPY.fullmatch(name))]
+    return [int(x[1]) for name in names_in(files, root) if (x := COPY.fullmatch(name))]
 
 
 def _copies(files: Any, root: str) -> list[int]:

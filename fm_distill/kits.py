@@ -15,7 +15,9 @@ import re
 import tarfile
 import tempfile
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
+
+import tyro
 
 from fm_distill.command_line import Settings, parse
 from fm_distill.config import Config
@@ -31,9 +33,22 @@ INSTALLED = "installed"
 INPUT = re.compile(r"@([\w-]+/[\w-]+)(/.*)?")
 
 
+Tool = TypeVar("Tool")
+
+
 @dataclasses.dataclass(frozen=True)
 class _Options:
     config: Settings
+
+
+def tool_options(
+    kind: type[Tool], arguments: list[str], program: str
+) -> tuple[Tool, list[str], list[str]]:
+    """A tool's own options, read, and as they were written; the training's options behind `--`."""
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    own, options = arguments[:cut], arguments[cut + 1 :]
+    asked = tyro.cli(kind, args=own, prog=program, config=(tyro.conf.FlagCreatePairsOff,))
+    return asked, own, options
 
 
 def read_options(experiment: str, options: list[str], program: str) -> Config:

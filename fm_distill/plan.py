@@ -16,10 +16,10 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-from fm_distill.config import Config, MemoryConfig
+from fm_distill.config import Config
 from fm_distill.errors import UserError
 from fm_distill.experiment import check
-from fm_distill.identity import to_json
+from fm_distill.identity import changed, to_json
 from fm_distill.length import transfer_examples
 from fm_distill.networks import described_teachers
 from fm_distill.stopping import say
@@ -139,26 +139,14 @@ def variants(config: Config, devices: int) -> list[tuple[dict[str, Any], Config]
             "memory.teacher_parts": 8,
             "memory.accumulate": 8,
             "memory.rematerialise": "units",
+            "mesh.data": "auto",
             "mesh.fsdp": devices,
         },
     ]
     if config.data.feeding == "resident":
-        steps = [{"data.feeding": "streaming"}] + [x | {"data.feeding": "streaming"} for x in steps]
-    found = []
-    for options in steps:
-        memory = MemoryConfig(
-            accumulate=options.get("memory.accumulate", config.memory.accumulate),
-            teacher_parts=options.get("memory.teacher_parts", config.memory.teacher_parts),
-            rematerialise=options.get("memory.rematerialise", config.memory.rematerialise),
-        )
-        mesh = dataclasses.replace(
-            config.mesh, fsdp=options.get("mesh.fsdp", config.mesh.fsdp), data="auto"
-        )
-        data = dataclasses.replace(
-            config.data, feeding=options.get("data.feeding", config.data.feeding)
-        )
-        found.append((options, dataclasses.replace(config, memory=memory, mesh=mesh, data=data)))
-    return found
+        streaming = {"data.feeding": "streaming"}
+        steps = [streaming, *(options | streaming for options in steps)]
+    return [(options, changed(config, options)) for options in steps]
 
 
 def _planned(
@@ -170,9 +158,10 @@ def _planned(
     if chip and answer["compiles"]:
         computing = answer["flops"]["total"] / answer["devices"] / chip.peak_flops
         bound = max(computing, answer["hbm_bytes"] / chip.bandwidth)
-        seconds = StepSeconds(bound, bound * TIME_OVER_BOUND)
-        rate = config.batch_size / (bound * TIME_OVER_BOUND)
-        hours = answer["total_steps"] * bound * TIME_OVER_BOUND / 3600
+        expected = bound * TIME_OVER_BOUND
+        seconds = StepSeconds(bound, expected)
+        rate = config.batch_size / expected
+        hours = answer["total_steps"] * expected / 3600
     return Plan(
         topology=where.name,
         devices=answer["devices"],
@@ -230,10 +219,7 @@ def _compiled(config: Config, where: Topology, examples: int) -> dict[str, Any]:
     if where.compiler is None:
         environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={where.devices}"
     with tempfile.TemporaryDirectory(prefix="fm_distill_plan_") as folder:
-        asked, answered = (
-            pathlib.Path(folder) / "request.json",
-            pathlib.Path(folder) / "answer.json",
-        )
+        asked, answered = (pathlib.Path(folder, x) for x in ("request.json", "answer.json"))
         asked.write_text(json.dumps(request))
         child = subprocess.run(
             [sys.executable, "-m", "fm_distill.compile_step", str(asked), str(answered)],

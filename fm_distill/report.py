@@ -71,7 +71,7 @@ def report(
     whole = "\n".join(
         [
             _image("curves", figures.curves({run.name: run.history for run in runs})),
-            _image("learning rate", figures.schedules({run.name: _plan(run) for run in runs})),
+            _image("learning rate", figures.schedules({run.name: _rates(run) for run in runs})),
             *(_of_run(run, data_dir, teacher_weights) for run in runs),
         ]
     )
@@ -89,7 +89,7 @@ def report(
     return out
 
 
-def plan_of(config: Config, total_steps: int, history: History) -> figures.Plan:
+def rates_of(config: Config, total_steps: int, history: History) -> figures.Rates:
     """The learning rate of a run of `total_steps`, planned and logged."""
     planned: Curve = ([], [])
     if total_steps:
@@ -99,7 +99,7 @@ def plan_of(config: Config, total_steps: int, history: History) -> figures.Plan:
         planned = steps.astype(float).tolist(), rates.tolist()
     steps_done, logged = history.curve("train", "learning_rate", over="step")
     # A line is written after its step, which is one less where steps are counted from zero.
-    return figures.Plan(planned, ([step - 1 for step in steps_done], logged))
+    return figures.Rates(planned, ([step - 1 for step in steps_done], logged))
 
 
 def _read(workdirs: Sequence[str | os.PathLike[str]]) -> list[_Run]:
@@ -118,8 +118,8 @@ def _read(workdirs: Sequence[str | os.PathLike[str]]) -> list[_Run]:
     return runs
 
 
-def _plan(run: _Run) -> figures.Plan:
-    return plan_of(run.config, int(run.status.get("total_steps", 0)), run.history)
+def _rates(run: _Run) -> figures.Rates:
+    return rates_of(run.config, int(run.status.get("total_steps", 0)), run.history)
 
 
 def _table(runs: list[_Run]) -> str:
@@ -217,14 +217,11 @@ def _judged(opened: Opened) -> str:
     if classes is not None:
         picture = figures.confusion(confusions(found, opened.run.classes), names, expected)
         parts.append(_image("confusions", picture))
-    if disagree := [_disagreement(opened, found, names, row) for row in _rows(found)]:
+    wanted = most_disagreeing(found, DISAGREEMENTS)
+    if disagree := [_disagreement(opened, found, names, row) for row in wanted]:
         parts.append("<p>Where KL(teacher || student) is largest:</p>")
         parts.append(_image("disagreements", figures.disagreements(disagree)))
     return "\n".join(parts)
-
-
-def _rows(found: Answers) -> list[int]:
-    return most_disagreeing(found, DISAGREEMENTS)
 
 
 def _disagreement(

@@ -17,7 +17,7 @@ from fm_distill.data.feeding import (
     StreamingFeed,
     evaluation_batches,
 )
-from fm_distill.data.resident import ResidentFeed, fits_in_memory
+from fm_distill.data.resident import ResidentFeed, is_resident
 from fm_distill.data.sources import Source, open_source
 from fm_distill.data.transfer import open_training
 from fm_distill.evaluate import Evaluator
@@ -155,8 +155,7 @@ def prepare(
     built = build(config, classes, seen, steps, layout)
     frozen = frozen_teachers(built, networks.teachers, layout)
     reader = Reader(data.train, config.data, classes)
-    fits, reason = fits_in_memory(config.data, len(reader))
-    resident = config.data.feeding == "resident" or (config.data.feeding == "auto" and fits)
+    resident, reason = is_resident(config.data, len(reader))
     remarks = _remarks_on_canvas(config.data.canvas.size, built)
     remarks.append(f"feeding: {'resident' if resident else 'streaming'} ({reason})")
     targets = None

@@ -36,6 +36,10 @@ class Layout:
         """(steps, batch): second axis over all devices."""
         return NamedSharding(self.mesh, PartitionSpec(None, BATCH_AXES))
 
+    def spread(self, rows: PyTree) -> PyTree:
+        """This process's rows of a batch, as its part of the global arrays."""
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(self.batch, x), rows)
+
     def variables(self, tree: PyTree) -> PyTree:
         """For each array (or its shape): its largest axis that `fsdp` divides, else replicated."""
         return jax.tree.map(self._place, tree)

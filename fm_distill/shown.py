@@ -15,9 +15,9 @@ from fm_distill.data.feeding import Reader, TrainingStream
 from fm_distill.data.transfer import open_training
 from fm_distill.views import (
     INPUT_RANGES,
-    TEACHINGS,
     Draw,
     Picture,
+    draws_of,
     render,
     render_central,
 )
@@ -102,9 +102,7 @@ def views_of_step(
     `seats` begins with the student's. Pictures are uint8 (rows, resolution, resolution, 3).
     """
     batch = config.batch_size
-    draws = TEACHINGS[
-        "function_matching" if config.objective.target == "labels" else config.teaching
-    ]
+    draws = draws_of(config.objective.target, config.teaching)
     # Partners do not depend on sizes, and boxes only on the own one: the others are not read.
     key = jax.random.fold_in(root_key, step)
     drawn, seen = draws(key, jnp.ones((batch, 2), jnp.int32), config.views)

@@ -21,7 +21,7 @@ from fm_distill.distances import DISTANCES, combine, cross_entropy, smooth
 from fm_distill.memory import accumulated, in_parts, rematerialised
 from fm_distill.models import Network, Output, Variables
 from fm_distill.sharding import Layout
-from fm_distill.views import TEACHINGS, Draw, Picture, mix, render, render_central
+from fm_distill.views import Draw, Picture, draws_of, mix, render, render_central
 
 Metrics = dict[str, Float[Array, ""]]
 # Metrics without which the state after a step is worth nothing.
@@ -105,7 +105,7 @@ def make_train_step(
     """
     labels = objective.target == "labels"
     distance = DISTANCES[objective.distance]
-    draws = TEACHINGS["function_matching" if labels else teaching]
+    draws = draws_of(objective.target, teaching)
 
     def apply(variables: Variables, images: Array) -> Output:
         return student.network.apply(variables, images, train=not keep_statistics)

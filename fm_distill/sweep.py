@@ -16,7 +16,7 @@ from typing import Any
 from fm_distill.config import Config
 from fm_distill.errors import UserError
 from fm_distill.experiment import check
-from fm_distill.identity import flatten, from_json, to_json
+from fm_distill.identity import changed
 from fm_distill.stopping import Stop, say, stop_signals
 from fm_distill.train import train_until
 
@@ -55,20 +55,6 @@ def sweep(
             group = {name: value for name, value in values.items() if name != SEED}
             groups.setdefault(_name(group, ", "), []).append(result.evaluation)
     return comparison(groups)
-
-
-def changed(config: Config, values: dict[str, Any]) -> Config:
-    """`config` with fields replaced by their dotted names. Raises `UserError`."""
-    tree = to_json(config)
-    for name, value in values.items():
-        if name not in flatten(config):
-            raise UserError(f"there is no option {name!r} to sweep over; `show` lists them all")
-        *parents, leaf = name.split(".")
-        place = tree
-        for parent in parents:
-            place = place[parent]
-        place[leaf] = value
-    return from_json(tree)
 
 
 def parse_over(text: str) -> tuple[str, tuple[Any, ...]]:

@@ -49,9 +49,7 @@ def fixed_targets(
     count = -(-len(reader) // config.batch_size)
     rows = []
     for index, (host_batch, _) in enumerate(tqdm(batches, "fixed targets", count, leave=False)):
-        batch = jax.tree.map(
-            lambda x: jax.make_array_from_process_local_data(layout.batch, x), host_batch
-        )
+        batch = layout.spread(host_batch)
         # A loop on the device would be many times slower on a CPU.
         crops = (
             np.asarray(program(frozen, batch, np.int32(index), np.int32(crop)))

@@ -98,6 +98,13 @@ TEACHINGS: dict[str, Callable[[PRNGKeyArray, Sizes, ViewConfig], tuple[Draw, Dra
 }
 
 
+def draws_of(
+    target: str, teaching: str
+) -> Callable[[PRNGKeyArray, Sizes, ViewConfig], tuple[Draw, Draw | None]]:
+    """The line of `TEACHINGS` of a run; labels are mixed with what the student sees."""
+    return TEACHINGS["function_matching" if target == "labels" else teaching]
+
+
 def mix(draw: Draw, values: Float[Array, "batch ..."]) -> Float[Array, "batch ..."]:
     """The mixture of each example's values with its partner's: pictures, or class probabilities.
 

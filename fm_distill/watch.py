@@ -11,6 +11,7 @@ import queue
 import re
 import shlex
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterable, Sequence
@@ -21,7 +22,7 @@ import jax
 from fm_distill import figures
 from fm_distill.errors import UserError
 from fm_distill.history import read_history
-from fm_distill.report import plan_of
+from fm_distill.report import rates_of
 from fm_distill.shown import shown_views
 from fm_distill.workdir import Workdir
 
@@ -53,6 +54,22 @@ def run_and_show(command: Sequence[str], run: str | os.PathLike[str], every_s: f
             return process.wait()
         except KeyboardInterrupt:
             process.terminate()
+
+
+def report_and_show(run: str | os.PathLike[str], page: str | os.PathLike[str]) -> bool:
+    """`fm-distill report` on `run` as `page`, and that in the notebook; whether there is one.
+
+    In a process of its own, which may have the accelerator now.
+    """
+    command = [sys.executable, "-m", "fm_distill", "report", os.fspath(run)]
+    done = subprocess.run(
+        [*command, "--out", os.fspath(page), "--overwrite"], capture_output=True, text=True
+    )
+    if done.returncode:
+        print(done.stderr[-3000:])
+        return False
+    show_report(page)
+    return True
 
 
 def show_report(page: str | os.PathLike[str]) -> None:
@@ -133,5 +150,5 @@ class Screen:
             print(f"the views cannot be shown: {error}")
             return
         total = int((place.glance("status.json") or {}).get("total_steps", 0))
-        plan = plan_of(config, total, read_history(self.run))
-        display(Image(figures.schedules({config.name: plan})))
+        rates = rates_of(config, total, read_history(self.run))
+        display(Image(figures.schedules({config.name: rates})))

@@ -381,7 +381,7 @@ def test_an_interrupted_cell_stops_the_command_politely(tmp_path, capsys):
         time.sleep(3)
         os.kill(os.getpid(), signal.SIGINT)
 
-    # As in a notebook, whatever other tests of this process made of it.
+    # As in a notebook: a shell starts what runs in the background with it ignored.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=interrupt).start()
     try:

@@ -256,7 +256,9 @@ def test_flops_are_those_that_timm_counts():
     key = jax.eval_shape(lambda: jax.random.key(0))
     teacher = built.teachers[0].network
     frozen = (jax.eval_shape(teacher.freeze, jax.eval_shape(teacher.init, key)),)
-    found = flops(request, 6, (built.abstract_state(), frozen, batch_of(request, built), key))
+    found = flops(
+        request, layout, 6, (built.abstract_state(), frozen, batch_of(request, built), key)
+    )
     # XLA leaves out the products with the zeros of the padding: 6 % here.
     assert 0.92 * 8 * 2 * 4.23e9 < found["teacher"] < 8 * 2 * 4.23e9
 

@@ -25,7 +25,7 @@ from fm_distill.data.feeding import Reader, TrainingStream
 from fm_distill.data.sources import open_source
 from fm_distill.history import read_history
 from fm_distill.inference import open_split
-from fm_distill.report import plan_of
+from fm_distill.report import rates_of
 from fm_distill.setup import Setup
 from fm_distill.sharding import make_layout
 from fm_distill.shown import EXAMPLES, STEPS, as_pixels, shown_views, views_of_step
@@ -164,7 +164,7 @@ def test_of_many_classes_the_most_confused_pairs_are_drawn():
 
 def test_the_schedule_is_planned_to_the_end_and_logged_so_far(trained):
     run = trained / "run"
-    plan = plan_of(Workdir(run).stored_config(), 6, read_history(run))
+    plan = rates_of(Workdir(run).stored_config(), 6, read_history(run))
     assert plan.planned[0] == [0, 1, 2, 3, 4, 5] == plan.logged[0]
     assert plan.planned[1] == pytest.approx(plan.logged[1], rel=1e-6)
     assert max(plan.planned[1]) == pytest.approx(3e-3)

@@ -9,7 +9,8 @@ from tiny import tiny_config
 
 from fm_distill.config import LogConfig, ScheduleConfig
 from fm_distill.errors import UserError
-from fm_distill.sweep import changed, comparison, parse_over, sweep
+from fm_distill.identity import changed
+from fm_distill.sweep import comparison, parse_over, sweep
 
 
 def quick_config():

@@ -11,6 +11,7 @@ import argparse
 import functools
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,25 +20,17 @@ import jax
 import numpy as np
 
 from fm_distill.build import build
-from fm_distill.config import Config, NetworkConfig
+from fm_distill.command_line import guarded
+from fm_distill.config import Config
 from fm_distill.data.feeding import Batch
+from fm_distill.errors import EXIT_COMPLETE
 from fm_distill.experiment import load_experiment
 from fm_distill.models import Variables
+from fm_distill.networks import described_teachers
 from fm_distill.setup import freeze_on_devices
 from fm_distill.sharding import make_layout
 from fm_distill.step import make_program
 from fm_distill.views import draw, render
-
-
-def teacher_network(config: Config) -> tuple[NetworkConfig, ...]:
-    """The network of the teacher, from the config or from the teacher's own experiment."""
-    if config.teacher is None:
-        return ()
-    if config.teacher.network:
-        return (config.teacher.network,)
-    if config.teacher.experiment is None:
-        raise SystemExit("this experiment's teacher is a workdir; give one with teacher.network")
-    return (load_experiment(config.teacher.experiment).student,)
 
 
 def random_batch(config: Config) -> Batch:
@@ -56,14 +49,14 @@ def seconds(function: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def main() -> None:
+def main(own: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("experiment")
     parser.add_argument("--rounds", type=int, default=10)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(own)
     config = load_experiment(arguments.experiment)
     layout = make_layout(config.mesh)
-    built = build(config, config.data.classes or 10, teacher_network(config), 1000, layout)
+    built = build(config, config.data.classes or 10, described_teachers(config), 1000, layout)
     batch = jax.device_put(random_batch(config), layout.batch)
     key = jax.random.key(0)
     state = jax.jit(built.init, out_shardings=layout.variables(built.abstract_state()))(key)
@@ -128,7 +121,8 @@ def main() -> None:
             }
         )
     )
+    return EXIT_COMPLETE
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main, sys.argv[1:]))

@@ -11,8 +11,11 @@ Each line takes the TPU compiler one to several minutes.
 import argparse
 import dataclasses
 import pathlib
+import sys
 
+from fm_distill.command_line import guarded
 from fm_distill.config import Config
+from fm_distill.errors import EXIT_COMPLETE
 from fm_distill.experiment import load_experiment
 from fm_distill.plan import TIME_OVER_BOUND, Plan, plan
 
@@ -103,20 +106,21 @@ def published() -> None:
         )
 
 
-def main() -> None:
+def main(own: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("experiments", nargs="+", help="experiment files, or `published`")
     parser.add_argument("--topology", nargs="+", default=["v3-8"])
-    asked = parser.parse_args()
+    asked = parser.parse_args(own)
     if asked.experiments == ["published"]:
         published()
-        return
+        return EXIT_COMPLETE
     print(HEAD)
     for path in asked.experiments:
         for name in asked.topology:
             found = plan(load_experiment(path), name, search=False)
             print(line(pathlib.Path(path).stem, found), flush=True)
+    return EXIT_COMPLETE
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main, sys.argv[1:]))

@@ -106,13 +106,21 @@ def load_split(reader: Reader) -> tuple[Batch, np.ndarray]:
     return Batch(canvases, sizes, labels), whole
 
 
-def fits_in_memory(
+def is_resident(
     config: DataConfig, examples: int, memory_bytes: int | None = None
 ) -> tuple[bool, str]:
-    """Whether `auto` holds the split in device memory, and the sentence that says so.
+    """Whether the split lies in device memory, and the sentence that says so.
 
     `memory_bytes` is what a device has; None for those that are here.
     """
+    fits, reason = fits_in_memory(config, examples, memory_bytes)
+    return config.feeding == "resident" or (config.feeding == "auto" and fits), reason
+
+
+def fits_in_memory(
+    config: DataConfig, examples: int, memory_bytes: int | None = None
+) -> tuple[bool, str]:
+    """Whether `auto` holds the split in device memory, and the sentence that says so."""
     need = examples * math.prod(tiles_of(config.canvas.side))
     have = _memory_bytes() if memory_bytes is None else memory_bytes
     fits = need <= config.resident_share * have

@@ -87,7 +87,7 @@ install()
 # %% tags=["experiment"]
 from fm_distill.errors import EXIT_COMPLETE, EXIT_PAUSED
 from fm_distill.keep import fetch_copy, keep_copy, keep_file
-from fm_distill.watch import run_and_show, show_report
+from fm_distill.watch import report_and_show, run_and_show
 
 PLACE = f"{KEEP.rstrip('/')}/{NAME}"
 resume: list[str] = []
@@ -103,8 +103,10 @@ if not RUN.exists():
 # loss, agreement and accuracy, drawn anew every minute.
 
 # %%
-fm_distill = [sys.executable, "-m", "fm_distill"]
-train = [*fm_distill, "train", os.fspath(FILES / EXPERIMENT), "--workdir", os.fspath(RUN)]
+train = [
+    sys.executable, "-m", "fm_distill", "train", os.fspath(FILES / EXPERIMENT),
+    "--workdir", os.fspath(RUN),
+]  # fmt: skip
 while True:
     left = HOURS - (time.monotonic() - STARTED) / 3600
     hours = max(min(STRETCH, left), 0.001)
@@ -123,15 +125,7 @@ while True:
 
 # %%
 page = pathlib.Path(WORK, "report.html")
-# A process of its own, which may have the accelerator now.
-done = subprocess.run(
-    [*fm_distill, "report", os.fspath(RUN), "--out", os.fspath(page), "--overwrite"],
-    capture_output=True, text=True,
-)  # fmt: skip
-if done.returncode:
-    print(done.stderr[-3000:])
-else:
-    show_report(page)
+if report_and_show(RUN, page):
     print(f"kept as {keep_file(page, PLACE)}")
 
 # %%

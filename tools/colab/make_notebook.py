@@ -17,7 +17,7 @@ import tyro
 
 from fm_distill.command_line import guarded, quiet
 from fm_distill.errors import EXIT_COMPLETE, UserError
-from fm_distill.kits import archive, make_notebook, pack, read_options
+from fm_distill.kits import archive, make_notebook, pack, read_options, tool_options
 
 NOTEBOOK = pathlib.Path(__file__).with_name("colab_notebook.py")
 
@@ -46,14 +46,7 @@ class Notebook:
 
 def main(arguments: list[str]) -> int:
     quiet()
-    cut = arguments.index("--") if "--" in arguments else len(arguments)
-    own, options = arguments[:cut], arguments[cut + 1 :]
-    asked = tyro.cli(
-        Notebook,
-        args=own,
-        prog="make_notebook.py",
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    asked, _, options = tool_options(Notebook, arguments, "make_notebook.py")
     check(asked)
     config = read_options(asked.experiment, options, "make_notebook.py EXPERIMENT.py ... --")
     values = {

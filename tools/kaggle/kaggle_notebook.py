@@ -61,14 +61,10 @@ ARCHIVE = ""  # the package as it was where this notebook was made, in base64
 # %%
 def pinned() -> pathlib.Path:
     """A constraints file that keeps every part of JAX as it is."""
-    parts = [
-        x
-        for x in importlib.metadata.distributions()
-        if (x.name or "").startswith(("jax", "libtpu"))
-    ]
-    kept = {x.name for x in parts} - {"jaxtyping"}
+    found = importlib.metadata.distributions()
+    parts = [x for x in found if (x.name or "").startswith(("jax", "libtpu"))]
     path = pathlib.Path(tempfile.mkdtemp(), "constraints.txt")
-    path.write_text("".join(f"{x.name}=={x.version}\n" for x in parts if x.name in kept))
+    path.write_text("".join(f"{x.name}=={x.version}\n" for x in parts if x.name != "jaxtyping"))
     return path
 
 
@@ -111,14 +107,13 @@ if PREVIOUS:
 
 # %%
 from fm_distill.errors import EXIT_COMPLETE, EXIT_PAUSED
-from fm_distill.watch import run_and_show, show_report
+from fm_distill.watch import report_and_show, run_and_show
 
-fm_distill = [sys.executable, "-m", "fm_distill"]
 hours = HOURS - (time.monotonic() - STARTED) / 3600
 code = run_and_show(
     [
-        *fm_distill, "train", os.fspath(FILES / EXPERIMENT), "--workdir", os.fspath(RUN),
-        "--max-hours", f"{hours:.3f}", *options,
+        sys.executable, "-m", "fm_distill", "train", os.fspath(FILES / EXPERIMENT),
+        "--workdir", os.fspath(RUN), "--max-hours", f"{hours:.3f}", *options,
     ],
     RUN,
 )  # fmt: skip
@@ -132,15 +127,7 @@ if code not in (EXIT_COMPLETE, EXIT_PAUSED):
 
 # %%
 page = pathlib.Path(WORK, "report.html")
-# A process of its own, which may have the accelerator now.
-done = subprocess.run(
-    [*fm_distill, "report", os.fspath(RUN), "--out", os.fspath(page), "--overwrite"],
-    capture_output=True, text=True,
-)  # fmt: skip
-if done.returncode:
-    print(done.stderr[-3000:])
-else:
-    show_report(page)
+report_and_show(RUN, page)
 
 # %%
 if code == EXIT_COMPLETE:

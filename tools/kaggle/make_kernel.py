@@ -20,7 +20,15 @@ import tyro
 
 from fm_distill.command_line import guarded, quiet
 from fm_distill.errors import EXIT_COMPLETE, UserError
-from fm_distill.kits import INPUT, INSTALLED, archive, make_notebook, pack, read_options
+from fm_distill.kits import (
+    INPUT,
+    INSTALLED,
+    archive,
+    make_notebook,
+    pack,
+    read_options,
+    tool_options,
+)
 
 # Source: docs/kernels.md of the repository Kaggle/kaggle-cli, February and September 2026. "Some of
 # these are only available to participants of specific competitions, and some ... to Kaggle admins".
@@ -84,14 +92,7 @@ class Kernel:
 
 def main(arguments: list[str]) -> int:
     quiet()
-    cut = arguments.index("--") if "--" in arguments else len(arguments)
-    own, options = arguments[:cut], arguments[cut + 1 :]
-    asked = tyro.cli(
-        Kernel,
-        args=own,
-        prog="make_kernel.py",
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
+    asked, own, options = tool_options(Kernel, arguments, "make_kernel.py")
     check(asked)
     config = read_options(asked.experiment, options, "make_kernel.py EXPERIMENT.py ... --")
     slug = asked.slug or "fm-distill-" + re.sub(r"[^a-z0-9]+", "-", config.name.lower()).strip("-")
