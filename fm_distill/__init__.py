@@ -14,14 +14,14 @@ The fields of `Config` are in `fm_distill.config`. Wrong input raises `UserError
 """
 
 from fm_distill.config import Config
-from fm_distill.experiment import load_experiment
-from fm_distill.export import export
-from fm_distill.inference import evaluate, predict
-from fm_distill.plan import plan
-from fm_distill.report import report
-from fm_distill.run import open_run
-from fm_distill.sweep import sweep
-from fm_distill.train import train
+from fm_distill.evaluation.inference import evaluate, predict
+from fm_distill.exporting.export import export
+from fm_distill.planning.plan import plan
+from fm_distill.reports.report import report
+from fm_distill.runs.open_run import open_run
+from fm_distill.training.experiment import load_experiment
+from fm_distill.training.sweep import sweep
+from fm_distill.training.train import train
 
 __all__ = [
     "Config",

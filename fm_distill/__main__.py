@@ -1,6 +1,6 @@
 """`python -m fm_distill` is `fm-distill`."""
 
-from fm_distill.cli import main
+from fm_distill.cli.main import main
 
 if __name__ == "__main__":
     main()

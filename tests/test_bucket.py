@@ -8,10 +8,10 @@ import fsspec
 import pytest
 from conftest import run_command, write_experiment
 
-from fm_distill.bring import bring
-from fm_distill.bucket import in_bucket
-from fm_distill.digests import steps_in
 from fm_distill.errors import UserError
+from fm_distill.runs.integrity import steps_in
+from fm_distill.runs.remote import is_remote
+from fm_distill.runs.resume_from import copy_run
 
 URL = "memory://bucket/runs/mine"
 
@@ -34,11 +34,11 @@ def contents(folder):
 
 
 def test_a_run_comes_from_a_bucket_whole(bucket, tmp_path, capsys):
-    bring(URL, tmp_path / "run")
+    copy_run(URL, tmp_path / "run")
     assert contents(tmp_path / "run") == contents(bucket)
     assert f"is a copy of the run in {URL}" in capsys.readouterr().err
     assert [x.name for x in tmp_path.iterdir()] == ["run"]
-    bring(URL, tmp_path / "run")  # the same line again
+    copy_run(URL, tmp_path / "run")  # the same line again
     assert "has its run already" in capsys.readouterr().err
 
 
@@ -49,22 +49,22 @@ def test_a_damaged_checkpoint_stays_in_the_bucket(bucket, tmp_path):
     damaged = next(x for x in sorted(system.find(folder)) if "digests" not in x)
     content = system.cat(damaged)
     system.pipe(damaged, bytes([content[0] ^ 1]) + content[1:])
-    bring(URL, tmp_path / "run")
+    copy_run(URL, tmp_path / "run")
     assert newest not in steps_in(tmp_path / "run" / "checkpoints")
     with pytest.raises(UserError, match=f"and the one in {URL} has {newest}"):
-        bring(URL, tmp_path / "run")
+        copy_run(URL, tmp_path / "run")
 
 
 def test_what_a_bucket_has_not_is_refused(bucket, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="there is no folder memory://bucket/nothing"):
-        bring("memory://bucket/nothing", tmp_path / "run")
+        copy_run("memory://bucket/nothing", tmp_path / "run")
     with pytest.raises(UserError, match=r"memory://bucket/runs is not the workdir of a run"):
-        bring("memory://bucket/runs", tmp_path / "run")
+        copy_run("memory://bucket/runs", tmp_path / "run")
     with pytest.raises(UserError, match=r"nonsense://x cannot be read: .*nonsense"):
-        bring("nonsense://x", tmp_path / "run")
+        copy_run("nonsense://x", tmp_path / "run")
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(UserError, match=r"pip install 'fm-distill\[bucket\]'"):
-        bring("gs://bucket/run", tmp_path / "run")
+        copy_run("gs://bucket/run", tmp_path / "run")
     assert not list(tmp_path.iterdir())
 
 
@@ -94,16 +94,16 @@ def test_a_run_that_has_only_its_teacher_comes_too(trained, tmp_path, capsys):
     system = fsspec.filesystem("memory")
     for place in (str(tmp_path / "copy"), "memory://early/run"):
         teacher = f"{place.removeprefix('memory://')}/teacher"
-        if in_bucket(place):
+        if is_remote(place):
             system.put(f"{trained / 'run' / 'teacher'}/", f"/{teacher}/", recursive=True)
         else:
             shutil.copytree(trained / "run" / "teacher", teacher)
-        run = tmp_path / ("fetched" if in_bucket(place) else "copied")
-        bring(place, run)
+        run = tmp_path / ("fetched" if is_remote(place) else "copied")
+        copy_run(place, run)
         assert contents(run / "teacher") == contents(trained / "run" / "teacher")
-        bring(place, run)
+        copy_run(place, run)
         assert "has its run already, with 6 steps of its teacher" in capsys.readouterr().err
         shutil.rmtree(run / "teacher" / "checkpoints" / "6")
         with pytest.raises(UserError, match=f"and the one in {place} has 6 steps of its teacher"):
-            bring(place, run)
+            copy_run(place, run)
     system.rm("/early", recursive=True)

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, command_environment, run_command, write_experiment
 from PIL import Image
 
-from fm_distill import cli
+from fm_distill.cli import main as cli
 
 
 def command(capsys, *arguments) -> tuple[int, str, str]:
@@ -166,7 +166,7 @@ def test_a_workdir_in_use(capsys, tiny, tmp_path):
     assert "is in use by another process" in error
     process.kill()  # the lock does not outlive its holder
     process.communicate()
-    from fm_distill.workdir import Workdir
+    from fm_distill.runs.workdir import Workdir
 
     with Workdir(tmp_path / "run").locked():
         pass

@@ -11,17 +11,13 @@ from PIL import Image
 from tiny import tiny_config
 
 from fm_distill.config import CanvasConfig, DataConfig, MeshConfig, SplitConfig
-from fm_distill.data.feeding import (
-    Reader,
-    StreamingFeed,
-    evaluation_batches,
-)
+from fm_distill.data.feeding import Reader, StreamingFeed, evaluation_batches
 from fm_distill.data.images import CorruptImage, decode, shrink
 from fm_distill.data.order import epoch_permutation, example_ids
 from fm_distill.data.resident import ResidentFeed, fits_in_memory
 from fm_distill.data.sources import Raw, open_source
 from fm_distill.errors import UserError
-from fm_distill.sharding import make_layout
+from fm_distill.system.sharding import make_layout
 
 
 def test_each_epoch_has_each_example_once_and_another_order():

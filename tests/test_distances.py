@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fm_distill.config import ObjectiveConfig
-from fm_distill.distances import DISTANCES, cross_entropy, kl_divergence, smooth
+from fm_distill.objectives.distances import DISTANCES, cross_entropy, kl_divergence, smooth
 
 
 def log_softmax(x):

@@ -9,12 +9,13 @@ import pytest
 from tiny import tiny_config
 
 from fm_distill.config import MeshConfig, ObjectiveConfig, ViewConfig
-from fm_distill.data.feeding import Batch
-from fm_distill.evaluate import Evaluator, table
+from fm_distill.data.batch import Batch
+from fm_distill.evaluation.evaluate import Evaluator, table
 from fm_distill.models import Network, Output, Variables
-from fm_distill.sharding import make_layout
-from fm_distill.step import Seat
-from fm_distill.views import Picture, draw, render
+from fm_distill.networks.branch import Branch
+from fm_distill.system.sharding import make_layout
+from fm_distill.views.draws import draw
+from fm_distill.views.rendering import InputSpec, render
 
 
 def lookup_network(logits: np.ndarray) -> Network:
@@ -51,12 +52,12 @@ def evaluate(student, teacher, labels, devices=1, size=16, temperature=2.0):
         config, objective=dataclasses.replace(config.objective, temperature=temperature)
     )
     layout = make_layout(MeshConfig(data=devices))
-    picture = Picture(4, "zero_one")
+    input_spec = InputSpec(4, "zero_one")
     networks = [lookup_network(x) for x in (student, teacher) if x is not None]
-    seats = [Seat(n, picture) for n in networks]
+    branches = [Branch(n, input_spec) for n in networks]
     variables = [n.init(jax.random.key(0)) for n in networks]
     variables = jax.device_put(variables, layout.replicated)
-    evaluator = Evaluator.make(config, seats[0], tuple(seats[1:]), layout)
+    evaluator = Evaluator.make(config, branches[0], tuple(branches[1:]), layout)
     return evaluator(variables[0], tuple(variables[1:]), batches(labels, size), "test", 7)
 
 
@@ -147,7 +148,7 @@ def test_the_training_view_is_measured_on_whole_mixtures_only():
     rng = np.random.default_rng(0)
     weights = rng.standard_normal((2, 48, 6)).astype(np.float32)
 
-    def seat(kernel):
+    def branch(kernel):
         def apply(variables, images, *, train=False, features=()):
             return Output(images.reshape(images.shape[0], -1) @ kernel, {}, {})
 
@@ -158,7 +159,7 @@ def test_the_training_view_is_measured_on_whole_mixtures_only():
             lambda variables: variables,
             lambda frozen, images, *, features=(): apply(frozen, images),
         )
-        return Seat(network, Picture(4, "minus_one_one"))
+        return Branch(network, InputSpec(4, "minus_one_one"))
 
     canvases = rng.integers(0, 256, (20, 12, 12, 3), np.uint8)
     padded = np.concatenate([canvases, np.zeros((4, 12, 12, 3), np.uint8)])
@@ -168,7 +169,7 @@ def test_the_training_view_is_measured_on_whole_mixtures_only():
         (Batch(padded[i : i + 8], sizes[i : i + 8], labels[i : i + 8]), mask[i : i + 8])
         for i in (0, 8, 16)
     ]
-    student, teacher = seat(weights[0]), seat(weights[1])
+    student, teacher = branch(weights[0]), branch(weights[1])
     evaluator = Evaluator.make(config, student, (teacher,), layout)
     nothing = Variables({}, {})
     found = evaluator(nothing, (nothing,), host, "test", 1)["training_view"]
@@ -177,7 +178,7 @@ def test_the_training_view_is_measured_on_whole_mixtures_only():
         drawn = draw(
             jax.random.fold_in(jax.random.key(0), index), jnp.asarray(batch.sizes), config.views
         )
-        images = render(drawn, jnp.asarray(batch.canvases), student.picture)
+        images = render(drawn, jnp.asarray(batch.canvases), student.input_spec)
         s, t = (np.asarray(images).reshape(8, -1) @ w for w in weights)
         ls, lt = log_softmax(s / 2), log_softmax(t / 2)
         both = keep & np.roll(keep, 1)

@@ -9,10 +9,10 @@ from conftest import ROOT
 from tiny import NETWORK, tiny_config
 
 from fm_distill.config import Config, MeshConfig, ScheduleConfig, TeacherConfig
+from fm_distill.config.serialization import from_json, to_json
 from fm_distill.errors import UserError
-from fm_distill.experiment import describe, load_experiment
-from fm_distill.identity import from_json, to_json
-from fm_distill.train import train
+from fm_distill.training.experiment import describe, load_experiment
+from fm_distill.training.train import train
 
 FILES = sorted((ROOT / "experiments").glob("*.py"))
 GOLDEN = ROOT / "tests" / "golden"

@@ -20,12 +20,13 @@ from fm_distill.config import (
     TeacherConfig,
 )
 from fm_distill.errors import UserError
-from fm_distill.export import export
+from fm_distill.exporting.export import export
 from fm_distill.models import Variables, build_network
-from fm_distill.run import agreed_classes, load_teachers, open_run, pretrained
-from fm_distill.train import train
+from fm_distill.networks.teachers import agreed_classes, load_teachers, pretrained
+from fm_distill.runs.open_run import open_run
+from fm_distill.runs.workdir import Workdir
+from fm_distill.training.train import train
 from fm_distill.weights.load import load_weights
-from fm_distill.workdir import Workdir
 
 # As timm's BiT, but small.
 STUDENT = StudentConfig(

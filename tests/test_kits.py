@@ -25,12 +25,12 @@ from conftest import ROOT, command_environment
 from nbclient import NotebookClient
 from PIL import Image
 
-from fm_distill import keep, kits
-from fm_distill.command_line import guarded
+from fm_distill.cli.options import guarded
 from fm_distill.errors import UserError
-from fm_distill.keep import fetch_copy, keep_copy, keep_file
-from fm_distill.kits import archive, pack
-from fm_distill.watch import run_and_show
+from fm_distill.notebooks import backup, packing
+from fm_distill.notebooks.backup import fetch_copy, keep_copy, keep_file
+from fm_distill.notebooks.live import run_and_show
+from fm_distill.notebooks.packing import archive, pack
 
 STEPS = 40
 SHRUNK = (
@@ -343,7 +343,7 @@ def test_copies_are_whole_or_not_there(trained, tmp_path, monkeypatch, scheme):
     run = shutil.copytree(trained / "run", tmp_path / "run")
     assert fetch_copy(place, tmp_path / "none") is None
     assert keep_copy(run, place).endswith("copy-000001")
-    files, root = keep._open(place)
+    files, root = backup._open(place)
     real, calls = files.put_file, []
 
     def failing(*paths):
@@ -355,11 +355,11 @@ def test_copies_are_whole_or_not_there(trained, tmp_path, monkeypatch, scheme):
     monkeypatch.setattr(type(files), "put_file", lambda self, *paths: failing(*paths))
     with pytest.raises(UserError, match="the drive is full"):
         keep_copy(run, place)
-    assert sorted(keep._folders(files, root)) == [1, 2] and keep._copies(files, root) == [1]
+    assert sorted(backup._folders(files, root)) == [1, 2] and backup._copies(files, root) == [1]
     (run / "metrics.jsonl").write_text("newer")
     assert (fetch_copy(place, tmp_path / "a") / "metrics.jsonl").read_text() != "newer"
     assert keep_copy(run, place).endswith("copy-000003")
-    assert keep._folders(files, root) == [3]
+    assert backup._folders(files, root) == [3]
     copy = fetch_copy(place, tmp_path / "b")
     for path in run.rglob("*"):
         if path.is_file() and path.name != "lock":
@@ -394,7 +394,7 @@ def test_an_interrupted_cell_stops_the_command_politely(tmp_path, capsys):
 def test_what_is_not_installed_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "jupytext", None)
     with pytest.raises(UserError, match=r"pip install 'fm-distill\[kits\]'"):
-        kits.make_notebook(tmp_path, {}, {})
+        packing.make_notebook(tmp_path, {}, {})
     monkeypatch.setitem(sys.modules, "fsspec", None)
     with pytest.raises(UserError, match="pip install fsspec"):
         keep_copy(tmp_path, "memory://x")

@@ -1,4 +1,4 @@
-"""The shape of the house: imports run one way, files stay short, libraries have rooms."""
+"""The structure: imports between rooms run one way, files stay short, libraries have one place."""
 
 import ast
 import pathlib
@@ -8,66 +8,8 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "fm_distill"
 FILES = sorted(PACKAGE.rglob("*.py"))
-
-# A file may import those of its own line before it, and of the lines above.
-ORDER = [
-    ["errors", "topologies", "hlo", "config.data", "config.networks", "config.training"],
-    ["config"],
-    ["length", "identity", "stopping", "processes", "digests", "command_line"],
-    ["views", "distances", "sharding", "metrics"],
-    [
-        "models.contract",
-        "models.layers",
-        "models.pooling",
-        "models.assembly",
-        "models.inverted_residual",
-    ],
-    ["models.bit", "models.efficientnet_lite", "models.mobilenet_v3", "models.keras_resnet_v2"],
-    ["models", "optim"],
-    ["memory"],
-    [
-        "data.order",
-        "data.images",
-        "data.sources",
-        "data.transfer",
-        "data.feeding",
-        "data.resident",
-        "data",
-    ],
-    ["step"],
-    [
-        "weights.names",
-        "weights.card",
-        "weights.hub",
-        "weights.structure",
-        "weights.saved_model",
-        "weights.files",
-        "weights.description",
-        "weights.load",
-        "weights",
-        "checkpoint",
-        "evaluate",
-        "probe",
-        "build",
-        "experiment",
-        "workdir",
-        "rollback",
-        "bucket",
-        "bring",
-        "compiled",
-        "status",
-        "run",
-    ],
-    ["networks", "targets"],
-    ["setup", "reporter", "resume", "loop"],
-    ["compile_step", "plan", "plan_text"],
-    ["train", "inference", "sweep", "export"],
-    ["history", "shown", "answers", "figures", "report"],
-    ["kits", "keep", "watch"],
-    [""],
-    ["cli_train", "cli_plan", "cli", "__main__"],
-]
-RANK = {name: (i, j) for i, line in enumerate(ORDER) for j, name in enumerate(line)}
+MOST_FLOORS = 12
+MOST_LINES = 300
 
 
 def name_of(path: pathlib.Path) -> str:
@@ -88,21 +30,77 @@ def imports_of(path: pathlib.Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_imports_run_one_way(path):
+MODULES = {name_of(path) for path in FILES}
+
+
+def own_imports(path: pathlib.Path) -> set[str]:
+    """Modules of this package that a file imports, by their name inside of it."""
     own = {m.removeprefix("fm_distill.") for m in imports_of(path) if m.startswith("fm_distill.")}
-    for imported in (own & RANK.keys()) - {name_of(path)}:
-        assert RANK[imported] < RANK[name_of(path)], f"{path} imports {imported}"
+    return (own & MODULES) - {name_of(path)}
 
 
-def test_every_file_has_its_place():
-    assert {name_of(p) for p in FILES} == set(RANK)
+def arrows() -> dict[str, set[str]]:
+    """Room -> rooms that it imports. `__init__` and `__main__` stand above all."""
+    found: dict[str, set[str]] = {}
+    for path in FILES:
+        room = name_of(path).split(".")[0]
+        if room in ("", "__main__"):
+            continue
+        found.setdefault(room, set()).update(x.split(".")[0] for x in own_imports(path))
+    return {room: others - {room} for room, others in found.items()}
+
+
+def floors(graph: dict[str, set[str]]) -> dict[str, int]:
+    """Room -> floor, counted from 1; raises `RecursionError` for a circle."""
+
+    def floor(room: str) -> int:
+        return 1 + max((floor(other) for other in graph[room]), default=0)
+
+    return {room: floor(room) for room in graph}
+
+
+def test_imports_between_rooms_run_one_way_on_few_floors():
+    assert max(floors(arrows()).values()) <= MOST_FLOORS
+
+
+def test_a_circle_would_be_seen():
+    with pytest.raises(RecursionError):
+        floors({"a": {"b"}, "b": {"a"}})
+
+
+def test_imports_between_files_have_no_circle():
+    """Inside of a room too."""
+    # A package's `__init__` stands for what it exports.
+    floors({name_of(path): own_imports(path) for path in FILES})
+
+
+def test_rooms_are_packages_and_few_files_stand_beside_them():
+    beside = {x.stem for x in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
+    assert len(beside) <= 3
+
+
+def test_no_room_has_to_be_passed():
+    """Without any one room, what the rooms above it reach beside it is still reached."""
+    graph = arrows()
+    top = [room for room in graph if not any(room in others for others in graph.values())]
+
+    def reached(without: str) -> set[str]:
+        seen, waiting = set(), [room for room in top if room != without]
+        while waiting:
+            room = waiting.pop()
+            if room not in seen:
+                seen.add(room)
+                waiting += graph[room] - {without}
+        return seen
+
+    for room in graph.keys() - set(top):
+        assert len(graph) - 1 - len(reached(room)) <= len(graph) // 4, room
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_a_file_is_read_in_a_sitting(path):
-    assert len(path.read_text().splitlines()) <= 300
-    assert path.stem != "utils"
+    assert len(path.read_text().splitlines()) <= MOST_LINES
+    assert path.stem not in ("utils", "helpers", "common")
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
@@ -110,14 +108,14 @@ def test_libraries_have_rooms(path):
     roots = {m.split(".")[0] for m in imports_of(path)}
     name = name_of(path)
     assert "flax" not in roots or name.startswith("models")
-    assert "orbax" not in roots or name == "checkpoint"
+    assert "orbax" not in roots or name == "runs.checkpoint"
     assert "tensorflow" not in roots or name == "weights.saved_model"
-    assert "fsspec" not in roots or name in ("bucket", "keep")
+    assert "fsspec" not in roots or name in ("runs.remote", "notebooks.backup")
     assert "huggingface_hub" not in roots or name == "weights.hub"
-    assert "safetensors" not in roots or name in ("weights.files", "export")
-    assert "matplotlib" not in roots or name == "figures"
-    assert "IPython" not in roots or name == "watch"
-    assert not roots & {"jupytext", "nbformat"} or name == "kits"
+    assert "safetensors" not in roots or name in ("weights.files", "exporting.export")
+    assert "matplotlib" not in roots or name == "reports.plots"
+    assert "IPython" not in roots or name == "notebooks.live"
+    assert not roots & {"jupytext", "nbformat"} or name == "notebooks.packing"
     assert not roots & {"pickle", "torch"}
     assert "jax" not in roots or name.split(".")[0] not in ("config", "errors", "cli")
 
@@ -125,3 +123,10 @@ def test_libraries_have_rooms(path):
 def test_every_module_says_what_it_is():
     for path in FILES:
         assert ast.get_docstring(ast.parse(path.read_text())), path
+
+
+def test_every_room_says_what_it_may_import():
+    for room in arrows():
+        if (PACKAGE / room).is_dir():
+            text = ast.get_docstring(ast.parse((PACKAGE / room / "__init__.py").read_text()))
+            assert "mport" in text, room

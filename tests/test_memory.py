@@ -10,15 +10,15 @@ from conftest import run_command, write_experiment
 from test_step import KEY, gradients_of, matching_config, random_batch, with_random_head
 from tiny import NETWORK, tiny_config
 
-from fm_distill.build import build
 from fm_distill.config import MemoryConfig, MeshConfig, NetworkConfig, ObjectiveConfig
-from fm_distill.data.feeding import Batch
+from fm_distill.data.batch import Batch
 from fm_distill.data.resident import Resident
 from fm_distill.errors import UserError
-from fm_distill.memory import REMATERIALISE, in_parts
 from fm_distill.models import CONVOLUTION, MODELS, UNIT, build_network
-from fm_distill.sharding import check_batch_size, make_layout
-from fm_distill.step import make_program
+from fm_distill.system.sharding import check_batch_size, make_layout
+from fm_distill.training.build import build
+from fm_distill.training.memory import REMATERIALISE, in_parts
+from fm_distill.training.program import make_program
 
 LEVERS = [
     MemoryConfig(accumulate=4),
@@ -38,11 +38,11 @@ def one_step(memory: MemoryConfig, config=None, batch: Batch | None = None):
     state = built.init(jax.random.key(0))
     state = dataclasses.replace(state, student=with_random_head(state.student))
     frozen = tuple(
-        seat.network.freeze(with_random_head(seat.network.init(jax.random.key(5)), 3))
-        for seat in built.taught_by
+        branch.network.freeze(with_random_head(branch.network.init(jax.random.key(5)), 3))
+        for branch in built.taught_by
     )
-    seats = built.student, built.taught_by
-    return gradients_of(config, state, seats, frozen, batch or random_batch(), memory)
+    branches = built.student, built.taught_by
+    return gradients_of(config, state, branches, frozen, batch or random_batch(), memory)
 
 
 def same(a, b):

@@ -8,8 +8,8 @@ import pytest
 from tiny import tiny_config
 
 from fm_distill.config import OptimizerConfig, ScheduleConfig
-from fm_distill.length import total_steps
-from fm_distill.optim import (
+from fm_distill.config.steps import total_steps
+from fm_distill.training.optim import (
     OPTIMIZERS,
     cosine,
     decay_equivalent,

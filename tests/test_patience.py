@@ -16,9 +16,6 @@ from disturb import arrays_of
 from test_train import lines_of, same_bits
 from tiny import tiny_config
 
-from fm_distill.bring import bring
-from fm_distill.checkpoint import CheckpointWriter
-from fm_distill.compiled import _drop_half_written
 from fm_distill.config import (
     CheckpointConfig,
     DivergenceConfig,
@@ -29,16 +26,20 @@ from fm_distill.config import (
     ScheduleConfig,
     TeacherConfig,
 )
-from fm_distill.digests import faults, seal, steps_in
 from fm_distill.errors import Diverged, UserError
-from fm_distill.loop import Loop
-from fm_distill.metrics import MetricsWriter
-from fm_distill.processes import Distributed, asked_for
-from fm_distill.reporter import disk_use
-from fm_distill.rollback import Rollback, skipped_steps, slowness
-from fm_distill.status import status, status_text
-from fm_distill.stopping import Stop, Stopped, stop_signals, stretches
-from fm_distill.train import train, train_until
+from fm_distill.runs.checkpoint import CheckpointWriter
+from fm_distill.runs.integrity import integrity_errors, steps_in, write_manifest
+from fm_distill.runs.metrics import MetricsWriter
+from fm_distill.runs.resume_from import copy_run
+from fm_distill.runs.status import status, status_text
+from fm_distill.system.compilation_cache import _drop_half_written
+from fm_distill.system.console import sessions_left
+from fm_distill.system.preemption import Stop, Stopped, stop_signals
+from fm_distill.system.processes import Distributed, is_distributed
+from fm_distill.training.loop import Loop
+from fm_distill.training.reporter import disk_use
+from fm_distill.training.rollback import Rollback, skipped_steps, slowness
+from fm_distill.training.train import train, train_until
 
 
 def small(**changes):
@@ -135,9 +136,11 @@ def test_a_signal_ends_an_idle_process_at_once_and_a_busy_one_not(monkeypatch):
 
 
 def test_stretches_are_said():
-    assert stretches(None, 9.0) == "how long the rest takes is not known yet"
-    assert stretches(20.0, 9.0) == "about 20.0 hours left, 3 stretches of 9.0 hours like this one"
-    assert "1 stretch of" in stretches(0.5, 9.0)
+    assert sessions_left(None, 9.0) == "how long the rest takes is not known yet"
+    assert (
+        sessions_left(20.0, 9.0) == "about 20.0 hours left, 3 stretches of 9.0 hours like this one"
+    )
+    assert "1 stretch of" in sessions_left(0.5, 9.0)
 
 
 def test_status_of_a_complete_and_of_a_killed_run(complete, tmp_path):
@@ -176,34 +179,34 @@ def test_a_read_only_copy_continues_elsewhere_with_the_same_bits(complete, tmp_p
     before = {x: x.read_bytes() for x in source.rglob("*") if x.is_file()}
     for path in [*source.rglob("*"), source]:
         path.chmod(0o555 if path.is_dir() else 0o444)
-    bring(str(source), tmp_path / "run")
+    copy_run(str(source), tmp_path / "run")
     assert steps_in(tmp_path / "run" / "checkpoints") == [4]
     assert train(small(), tmp_path / "run").complete
     same_bits(complete, tmp_path / "run")
     assert lines_of(complete) == lines_of(tmp_path / "run")
     assert {x: x.read_bytes() for x in source.rglob("*") if x.is_file()} == before
-    bring(str(source), tmp_path / "run")  # the same line again: its own run is further
+    copy_run(str(source), tmp_path / "run")  # the same line again: its own run is further
     assert steps_in(tmp_path / "run" / "checkpoints") == [6, 4]
 
 
 def test_what_cannot_be_brought_is_refused(complete, tmp_path):
     with pytest.raises(UserError, match=r"no config\.json"):
-        bring(str(tmp_path), tmp_path / "new")
+        copy_run(str(tmp_path), tmp_path / "new")
     with pytest.raises(UserError, match="same folder"):
-        bring(str(complete), complete)
+        copy_run(str(complete), complete)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match="not empty"):
-        bring(str(complete), tmp_path / "full")
+        copy_run(str(complete), tmp_path / "full")
     shutil.copytree(complete, tmp_path / "behind")
     shutil.rmtree(tmp_path / "behind" / "checkpoints" / "6")
     with pytest.raises(UserError, match=r"has a run of 4 steps, and the one in .* has 6"):
-        bring(str(complete), tmp_path / "behind")
+        copy_run(str(complete), tmp_path / "behind")
     shutil.copytree(complete, tmp_path / "broken")
     for step in (4, 6):
         (tmp_path / "broken" / "checkpoints" / str(step) / "digests.json").unlink()
     with pytest.raises(UserError, match="is whole"):
-        bring(str(tmp_path / "broken"), tmp_path / "new")
+        copy_run(str(tmp_path / "broken"), tmp_path / "new")
     assert not list(tmp_path.glob("new*"))
 
 
@@ -243,7 +246,7 @@ def test_kept_are_the_newest_each_nth_and_the_best(tmp_path):
 
 
 def test_best_without_an_evaluation_is_refused():
-    from fm_distill.experiment import check
+    from fm_distill.training.experiment import check
 
     with pytest.raises(UserError, match="keep_best is 'accuracy'; expected one of agreement_top1"):
         check(small(checkpoint=CheckpointConfig(keep_best="accuracy")))
@@ -344,11 +347,11 @@ def test_rollbacks_add_up():
 
 def test_a_digest_file_with_a_changed_word_is_noticed(tmp_path):
     (tmp_path / "a").write_bytes(b"123")
-    seal(tmp_path, {"teacher": "abc"})
-    assert faults(tmp_path) == ()
+    write_manifest(tmp_path, {"teacher": "abc"})
+    assert integrity_errors(tmp_path) == ()
     path = tmp_path / "digests.json"
     path.write_text(path.read_text().replace("abc", "abd"))
-    assert faults(tmp_path) == ("digests.json has another SHA-256 than it says",)
+    assert integrity_errors(tmp_path) == ("digests.json has another SHA-256 than it says",)
 
 
 def test_a_checkpoint_of_another_teacher_is_refused(complete, tmp_path):
@@ -358,7 +361,7 @@ def test_a_checkpoint_of_another_teacher_is_refused(complete, tmp_path):
         folder = tmp_path / "run" / "checkpoints" / str(step)
         said = json.loads((folder / "digests.json").read_text())["about"]
         (folder / "digests.json").unlink()
-        seal(folder, said | {"teacher": "f" * 64})
+        write_manifest(folder, said | {"teacher": "f" * 64})
     with pytest.raises(UserError, match="belongs to another teacher: ffff"):
         train(small(), tmp_path / "run")
 
@@ -386,15 +389,15 @@ def test_half_written_programs_are_dropped(tmp_path):
 )
 def test_half_a_distribution_is_refused(given, said):
     with pytest.raises(UserError, match=said):
-        asked_for(Distributed(**given))
+        is_distributed(Distributed(**given))
 
 
 def test_several_processes_are_found_by_the_slice_s_own_variable(monkeypatch):
-    assert not asked_for(Distributed())
+    assert not is_distributed(Distributed())
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "one")
-    assert not asked_for(Distributed())
+    assert not is_distributed(Distributed())
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "one,two")
-    assert asked_for(Distributed())
+    assert is_distributed(Distributed())
 
 
 def test_the_command_stops_within_its_hours_and_says_how_to_go_on(tmp_path):
@@ -416,7 +419,7 @@ def test_the_best_checkpoint_is_not_deleted(tmp_path):
     for step, value in ((1, 0.5), (2, 0.1), (3, 0.3)):
         (tmp_path / str(step)).mkdir()
         (tmp_path / str(step) / "a").write_bytes(b"x")
-        seal(tmp_path / str(step), {"validation": {"kl_one": value}})
+        write_manifest(tmp_path / str(step), {"validation": {"kl_one": value}})
     assert writer.best() == (2, 0.1)
     assert writer.is_best({"kl_one": 0.05}) and not writer.is_best({"kl_one": 0.2})
     writer._delete_old()
@@ -430,6 +433,6 @@ def test_an_owed_evaluation_is_not_logged_twice(tmp_path):
         writer.write(3, 0.3, "validation", {"student_top1": 0.5})
     with MetricsWriter(path, 3, tensorboard=False):
         assert len(path.read_text().splitlines()) == 2
-    with MetricsWriter(path, 3, tensorboard=False, owed=True):
+    with MetricsWriter(path, 3, tensorboard=False, evaluation_pending=True):
         (line,) = path.read_text().splitlines()
         assert json.loads(line)["split"] == "train"

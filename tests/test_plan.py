@@ -16,8 +16,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tiny import tiny_config
 
 from fm_distill import plan as plan_function
-from fm_distill.build import build
-from fm_distill.compile_step import Request, abstract, batch_of, flops
 from fm_distill.config import (
     CanvasConfig,
     MemoryConfig,
@@ -28,10 +26,12 @@ from fm_distill.config import (
     TeacherConfig,
 )
 from fm_distill.errors import UserError
-from fm_distill.hlo import read
-from fm_distill.plan import COMPILER_ENVIRONMENT, variants
-from fm_distill.sharding import make_layout
-from fm_distill.topologies import CHIPS, known_topologies, topology
+from fm_distill.planning.compile_step import Request, abstract, batch_of, flops
+from fm_distill.planning.hlo import read
+from fm_distill.planning.plan import COMPILER_ENVIRONMENT, variants
+from fm_distill.planning.topologies import CHIPS, known_topologies, topology
+from fm_distill.system.sharding import make_layout
+from fm_distill.training.build import build
 
 STUDENT = StudentConfig(model="bit", resolution=48, depths=(1,), width=1.0)
 TEACHER = NetworkConfig(model="bit", resolution=64, depths=(1, 1), width=4.0)

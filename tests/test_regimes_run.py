@@ -14,10 +14,10 @@ from tiny import NETWORK, tiny_config
 from fm_distill.config import ObjectiveConfig, TeacherConfig
 from fm_distill.data import sources
 from fm_distill.errors import UserError
-from fm_distill.export import export
-from fm_distill.inference import evaluate
-from fm_distill.run import open_run
-from fm_distill.train import train
+from fm_distill.evaluation.inference import evaluate
+from fm_distill.exporting.export import export
+from fm_distill.runs.open_run import open_run
+from fm_distill.training.train import train
 
 
 def taught(trained, **changes):

@@ -18,19 +18,26 @@ from PIL import Image
 from test_cli import refused
 from tiny import tiny_config
 
-from fm_distill import evaluate, figures, report
-from fm_distill.answers import Answers, answers, confusions, most_disagreeing
+from fm_distill import evaluate, report
 from fm_distill.config import MeshConfig, ViewConfig
 from fm_distill.data.feeding import Reader, TrainingStream
 from fm_distill.data.sources import open_source
-from fm_distill.history import read_history
-from fm_distill.inference import open_split
-from fm_distill.report import rates_of
-from fm_distill.setup import Setup
-from fm_distill.sharding import make_layout
-from fm_distill.shown import EXAMPLES, STEPS, as_pixels, shown_views, views_of_step
-from fm_distill.views import TEACHINGS, Picture, render, render_central
-from fm_distill.workdir import Workdir
+from fm_distill.evaluation.inference import open_split
+from fm_distill.evaluation.predictions import (
+    SplitPredictions,
+    confusions,
+    most_disagreeing,
+    predict_split,
+)
+from fm_distill.reports import plots
+from fm_distill.reports.report import rates_of
+from fm_distill.reports.view_samples import EXAMPLES, STEPS, as_pixels, sample_views, views_of_step
+from fm_distill.runs.history import read_history
+from fm_distill.runs.workdir import Workdir
+from fm_distill.system.sharding import make_layout
+from fm_distill.training.setup import Setup
+from fm_distill.views.draws import TEACHINGS
+from fm_distill.views.rendering import InputSpec, render, render_central
 
 IMAGE = re.compile(r"<img alt='([^']*)' src='data:image/png;base64,([^']*)'>")
 
@@ -98,21 +105,21 @@ def test_views_are_those_of_the_step(teaching, target, views):
     reader = Reader(open_source(config.data, "train"), config.data, 10)
     size = config.batch_size
     stream = TrainingStream(reader, config.seed, 3, size, 0, size)
-    seats = [Picture(16, "minus_one_one"), Picture(24, "imagenet")]
-    _, shown = views_of_step(config, stream, root_key, 2, 3, seats)
+    branches = [InputSpec(16, "minus_one_one"), InputSpec(24, "imagenet")]
+    _, shown = views_of_step(config, stream, root_key, 2, 3, branches)
 
     read = [stream[2 * size + row] for row in range(size)]
     canvases = jnp.stack([x["canvas"] for x in read])
     sizes = jnp.stack([x["size"] for x in read])
     draws = TEACHINGS["function_matching" if target == "labels" else teaching]
     drawn, seen = draws(jax.random.fold_in(root_key, 2), sizes, config.views)
-    student = render(drawn, canvases, seats[0])
+    student = render(drawn, canvases, branches[0])
     teacher = (
-        render_central(canvases, sizes, config.views.central_fraction, seats[1])
+        render_central(canvases, sizes, config.views.central_fraction, branches[1])
         if seen is None
-        else render(seen, canvases, seats[1])
+        else render(seen, canvases, branches[1])
     )
-    for got, picture, whole in zip(shown, seats, (student, teacher), strict=True):
+    for got, picture, whole in zip(shown, branches, (student, teacher), strict=True):
         assert got.dtype == np.uint8 and got.shape == (3, picture.resolution, picture.resolution, 3)
         np.testing.assert_array_equal(got, as_pixels(whole, picture)[:3])
     assert shown[0].std() > 10
@@ -120,7 +127,7 @@ def test_views_are_those_of_the_step(teaching, target, views):
 
 def test_views_of_a_run(trained):
     place = Workdir(trained / "run")
-    shown = shown_views(place.stored_config(), place)
+    shown = sample_views(place.stored_config(), place)
     assert [x.name for x in shown.seen] == ["student, 16 px", "teacher, 16 px"]
     assert len(shown.titles) == STEPS * EXAMPLES == len(shown.seen[0].pictures)
     first, second = (float(x) for x in shown.titles[0].split(": ")[1].split(" and "))
@@ -130,7 +137,7 @@ def test_views_of_a_run(trained):
 
 def test_answers_are_those_of_the_evaluation(trained):
     opened = open_split(trained / "run", "validation")
-    found, stored = answers(opened), evaluate(trained / "run", "validation")
+    found, stored = predict_split(opened), evaluate(trained / "run", "validation")
     assert len(found.label) == 179 and found.example.tolist() == list(range(179))
     assert found.kl.mean() == pytest.approx(stored["kl"]["one"], rel=1e-5)
     assert (found.student == found.teacher).mean() == pytest.approx(stored["agreement"]["top1"])
@@ -144,7 +151,7 @@ def test_answers_are_those_of_the_evaluation(trained):
 
 def test_without_labels_the_teacher_is_what_is_expected():
     two = np.array([0, 1])
-    found = Answers(two, np.full(2, -1), np.array([1, 1]), two / 2, two, two / 2, two / 2)
+    found = SplitPredictions(two, np.full(2, -1), np.array([1, 1]), two / 2, two, two / 2, two / 2)
     assert found.expected[0] == "teacher"
     assert confusions(found, 2).tolist() == [[0, 1], [0, 1]]
     alone = dataclasses.replace(found, teacher=None, kl=None)
@@ -154,11 +161,11 @@ def test_without_labels_the_teacher_is_what_is_expected():
 def test_of_many_classes_the_most_confused_pairs_are_drawn():
     counts = np.diag(np.full(40, 9))
     counts[3, 7], counts[7, 3], counts[0, 39] = 5, 2, 8
-    assert figures.confused_pairs(counts) == [(0, 39, 8), (3, 7, 5), (7, 3, 2)]
+    assert plots.confused_pairs(counts) == [(0, 39, 8), (3, 7, 5), (7, 3, 2)]
     # Neither a formula, nor half of one, nor a letter that the font has not.
     names = [f"${i}_{{$ 花" for i in range(40)]
-    many = Image.open(io.BytesIO(figures.confusion(counts, names, "label")))
-    few = Image.open(io.BytesIO(figures.confusion(counts[:8, :8], names[:8], "label")))
+    many = Image.open(io.BytesIO(plots.confusion(counts, names, "label")))
+    few = Image.open(io.BytesIO(plots.confusion(counts[:8, :8], names[:8], "label")))
     assert many.width > many.height and abs(few.width - few.height) < 5
 
 

@@ -9,16 +9,19 @@ import optax
 import pytest
 from tiny import NETWORK, tiny_config
 
-from fm_distill.build import build
 from fm_distill.config import MemoryConfig, MeshConfig, ObjectiveConfig, ViewConfig
-from fm_distill.data.feeding import Batch
+from fm_distill.data.batch import Batch
 from fm_distill.data.resident import Resident
-from fm_distill.distances import kl_divergence
 from fm_distill.models import Network, Output, Variables
-from fm_distill.setup import freeze_on_devices
-from fm_distill.sharding import make_layout
-from fm_distill.step import Seat, TrainState, init_state, make_program, make_train_step
-from fm_distill.views import Picture, draw, render
+from fm_distill.networks.branch import Branch, freeze_on_devices
+from fm_distill.objectives.distances import kl_divergence
+from fm_distill.runs.state import TrainState, init_state
+from fm_distill.system.sharding import make_layout
+from fm_distill.training.build import build
+from fm_distill.training.program import make_program
+from fm_distill.training.step import make_train_step
+from fm_distill.views.draws import draw
+from fm_distill.views.rendering import InputSpec, render
 
 KEY = jax.random.key(7)
 
@@ -43,12 +46,12 @@ def with_random_head(variables: Variables, seed=0) -> Variables:
     return Variables(variables.params | {"head": head | {"kernel": kernel}}, variables.statistics)
 
 
-def gradients_of(config, state, seats, frozen, batch, memory=MemoryConfig()):
+def gradients_of(config, state, branches, frozen, batch, memory=MemoryConfig()):
     """The step's gradient, by an optimizer that returns it as the new parameters."""
     keep = optax.GradientTransformation(
         lambda params: (), lambda g, s, params: (jax.tree.map(jnp.subtract, g, params), s)
     )
-    student, teachers = seats
+    student, teachers = branches
     step = make_train_step(student, teachers, keep, config.views, config.objective, memory=memory)
     state = dataclasses.replace(state, opt_state=())
     new, metrics = jax.jit(step)(state, frozen, batch, KEY)
@@ -62,13 +65,13 @@ def test_student_equal_to_teacher_has_no_loss_and_no_gradient():
     state = built.init(jax.random.key(0))
     state = dataclasses.replace(state, student=with_random_head(state.student))
     frozen = (built.teachers[0].network.freeze(state.student),)
-    seats = built.student, built.teachers
-    gradients, metrics = gradients_of(config, state, seats, frozen, random_batch())
+    branches = built.student, built.teachers
+    gradients, metrics = gradients_of(config, state, branches, frozen, random_batch())
     assert abs(metrics["loss"]) < 1e-6 and metrics["agreement"] == 1.0
     assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(gradients)) < 1e-5
     # The same with another teacher is no zero: the check above can fail.
     other = (built.teachers[0].network.freeze(with_random_head(state.student, 1)),)
-    gradients, metrics = gradients_of(config, state, seats, other, random_batch())
+    gradients, metrics = gradients_of(config, state, branches, other, random_batch())
     assert metrics["loss"] > 0.1
     assert max(float(jnp.abs(g).max()) for g in jax.tree.leaves(gradients)) > 1e-2
 
@@ -108,8 +111,8 @@ def test_both_see_the_same_region_flip_and_mixture_at_different_resolutions():
     # Crops of more pixels than the resolution, so that no sample is clamped to the edge.
     config = matching_config()
     config = dataclasses.replace(config, views=ViewConfig(crop_area=(0.6, 1.0)))
-    student = Seat(network, Picture(16, "minus_one_one"))
-    teacher = Seat(network, Picture(32, "minus_one_one"))
+    student = Branch(network, InputSpec(16, "minus_one_one"))
+    teacher = Branch(network, InputSpec(32, "minus_one_one"))
     variables = network.init(jax.random.key(0))
     state = TrainState(jnp.int32(0), variables, (), None)
     for step in range(3):
@@ -123,8 +126,10 @@ def test_both_see_the_same_region_flip_and_mixture_at_different_resolutions():
     # A teacher that sees another draw is no zero by far.
     canvases, sizes = jnp.asarray(ramps().canvases), jnp.full((16, 2), 64)
     logits = []
-    for seed, seat in ((7, teacher), (8, student)):
-        images = render(draw(jax.random.key(seed), sizes, config.views), canvases, seat.picture)
+    for seed, branch in ((7, teacher), (8, student)):
+        images = render(
+            draw(jax.random.key(seed), sizes, config.views), canvases, branch.input_spec
+        )
         logits.append(network.apply(variables, images, train=False).logits)
     assert kl_divergence(*logits, 2.0).mean() > 0.05
 
@@ -138,9 +143,9 @@ def test_two_networks_with_the_same_picture_share_one_rendering():
         text = str(jax.make_jaxpr(built.train_step)(state, frozen, random_batch(), KEY))
         return text.count("Precision.HIGHEST")
 
-    batch, picture = random_batch(), Picture(16, "minus_one_one")
+    batch, input_spec = random_batch(), InputSpec(16, "minus_one_one")
     drawn = draw(KEY, jnp.asarray(batch.sizes), ViewConfig())
-    text = str(jax.make_jaxpr(lambda x: render(drawn, x, picture))(batch.canvases))
+    text = str(jax.make_jaxpr(lambda x: render(drawn, x, input_spec))(batch.canvases))
     a_rendering = text.count("Precision.HIGHEST")
     same = products(NETWORK)
     other = products(dataclasses.replace(NETWORK, resolution=20))
@@ -237,7 +242,7 @@ def test_labels_need_no_teacher_and_are_mixed_with_the_images():
     batch = random_batch()
     _, metrics = jax.jit(built.train_step)(state, (), batch, KEY)
     drawn = draw(jax.random.fold_in(KEY, 0), jnp.asarray(batch.sizes), config.views)
-    images = render(drawn, jnp.asarray(batch.canvases), built.student.picture)
+    images = render(drawn, jnp.asarray(batch.canvases), built.student.input_spec)
     logits = np.float64(built.student.network.apply(state.student, images, train=True).logits)
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     a = float(drawn.coefficients[0])
@@ -250,12 +255,12 @@ def test_t_squared_multiplies_loss_and_gradient():
     built = build(config, 10, (NETWORK,), 10, make_layout(MeshConfig(data=1)))
     state = built.init(jax.random.key(0))
     frozen = (built.teachers[0].network.freeze(with_random_head(state.student)),)
-    seats = built.student, built.teachers
+    branches = built.student, built.teachers
     plain = dataclasses.replace(
         config, objective=ObjectiveConfig(temperature=2.0, temperature_squared=False)
     )
-    with_square, a = gradients_of(config, state, seats, frozen, random_batch())
-    without, b = gradients_of(plain, state, seats, frozen, random_batch())
+    with_square, a = gradients_of(config, state, branches, frozen, random_batch())
+    without, b = gradients_of(plain, state, branches, frozen, random_batch())
     np.testing.assert_allclose(a["loss"], 4 * b["loss"], rtol=1e-5)
     close(with_square, jax.tree.map(lambda x: 4 * x, without), 1e-5)
 

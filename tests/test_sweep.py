@@ -8,9 +8,9 @@ from conftest import run_command, write_experiment
 from tiny import tiny_config
 
 from fm_distill.config import LogConfig, ScheduleConfig
+from fm_distill.config.serialization import changed
 from fm_distill.errors import UserError
-from fm_distill.identity import changed
-from fm_distill.sweep import comparison, parse_over, sweep
+from fm_distill.training.sweep import comparison, parse_over, sweep
 
 
 def quick_config():

@@ -10,7 +10,6 @@ from PIL import Image
 from test_step import KEY, gradients_of, random_batch, with_random_head
 from tiny import NETWORK, tiny_config
 
-from fm_distill.build import build
 from fm_distill.config import (
     MeshConfig,
     ObjectiveConfig,
@@ -22,12 +21,16 @@ from fm_distill.data.feeding import Reader, StreamingFeed
 from fm_distill.data.resident import ResidentFeed
 from fm_distill.data.sources import open_source
 from fm_distill.data.transfer import open_training
-from fm_distill.distances import as_one, combine, kl_divergence
 from fm_distill.models import Network, Output, Variables
-from fm_distill.sharding import make_layout
-from fm_distill.step import Seat, init_state, make_train_step
-from fm_distill.targets import fixed_targets
-from fm_distill.views import TEACHINGS, Picture, draw, mix, render, render_central
+from fm_distill.networks.branch import Branch
+from fm_distill.objectives.distances import as_one, combine, kl_divergence
+from fm_distill.runs.state import init_state
+from fm_distill.system.sharding import make_layout
+from fm_distill.training.build import build
+from fm_distill.training.step import make_train_step
+from fm_distill.training.targets import fixed_targets
+from fm_distill.views.draws import TEACHINGS, draw, mix
+from fm_distill.views.rendering import InputSpec, render, render_central
 
 VIEWS = ViewConfig()
 
@@ -54,13 +57,13 @@ def looking_network(side: int) -> Network:
     )
 
 
-def seat(side: int = 4) -> Seat:
-    return Seat(looking_network(side), Picture(side, "minus_one_one"))
+def branch(side: int = 4) -> Branch:
+    return Branch(looking_network(side), InputSpec(side, "minus_one_one"))
 
 
 def loss_of(teaching: str, batch) -> float:
     """The L2 between what the student and what its teacher saw, at the first step."""
-    one = seat()
+    one = branch()
     state = init_state(KEY, one.network, jnp_identity(), None)
     objective = ObjectiveConfig(distance="l2")
     step = make_train_step(one, (one,), jnp_identity(), VIEWS, objective, teaching)
@@ -75,7 +78,7 @@ def jnp_identity():
 
 
 def seen_by(drawn, batch) -> np.ndarray:
-    pictures = render(drawn, batch.canvases, Picture(4, "minus_one_one"))
+    pictures = render(drawn, batch.canvases, InputSpec(4, "minus_one_one"))
     return np.asarray(pictures, np.float64).reshape(len(batch.labels), -1)
 
 
@@ -149,22 +152,22 @@ def test_two_teachers_at_two_resolutions_teach_in_the_step(ensemble):
     state = built.init(jax.random.key(0))
     state = dataclasses.replace(state, student=with_random_head(state.student))
     frozen = tuple(
-        seat.network.freeze(with_random_head(seat.network.init(jax.random.key(i)), i))
-        for i, seat in enumerate(built.teachers, 1)
+        branch.network.freeze(with_random_head(branch.network.init(jax.random.key(i)), i))
+        for i, branch in enumerate(built.teachers, 1)
     )
     batch = jax.tree.map(jnp.asarray, random_batch())
-    seats = built.student, built.teachers
-    found, metrics = gradients_of(config, state, seats, frozen, batch)
+    branches = built.student, built.teachers
+    found, metrics = gradients_of(config, state, branches, frozen, batch)
     drawn = draw(jax.random.fold_in(KEY, 0), batch.sizes, config.views)
     said = [
-        seat.network.apply_frozen(v, render(drawn, batch.canvases, seat.picture)).logits
-        for seat, v in zip(built.teachers, frozen, strict=True)
+        branch.network.apply_frozen(v, render(drawn, batch.canvases, branch.input_spec)).logits
+        for branch, v in zip(built.teachers, frozen, strict=True)
     ]
-    assert built.teachers[1].picture.resolution == 24
+    assert built.teachers[1].input_spec.resolution == 24
 
     def loss(params):
         variables = Variables(params, {})
-        images = render(drawn, batch.canvases, built.student.picture)
+        images = render(drawn, batch.canvases, built.student.input_spec)
         logits = built.student.network.apply(variables, images, train=True).logits
         if ensemble == "sum_of_distances":
             return 4 * sum(kl_divergence(logits, t, 2.0) for t in said).mean()
@@ -196,23 +199,25 @@ def some_digits(config, count=20):
 def test_fixed_targets_are_the_central_crops_logits_computed_once(tmp_path):
     config = tiny_config(objective=ObjectiveConfig(), teaching="fixed")
     layout = make_layout(MeshConfig())
-    seats, frozen = teacher_of(config)
+    branches, frozen = teacher_of(config)
     reader, kept = some_digits(config), tmp_path / "targets.npz"
-    found = fixed_targets(config, seats, frozen, reader, layout, kept)
+    found = fixed_targets(config, branches, frozen, reader, layout, kept)
     assert found.shape == (20, 1, 10)
     canvases = jnp.stack([reader[i]["canvas"] for i in range(20)])
     sizes = jnp.stack([reader[i]["size"] for i in range(20)])
-    images = render_central(canvases, sizes, config.views.central_fraction, seats[0].picture)
-    expected = seats[0].network.apply_frozen(frozen[0], images).logits
+    images = render_central(canvases, sizes, config.views.central_fraction, branches[0].input_spec)
+    expected = branches[0].network.apply_frozen(frozen[0], images).logits
     np.testing.assert_allclose(found[:, 0], expected, atol=1e-5)
     # Kept: another teacher changes nothing while the file is there, and a broken file is made anew.
     _, others = teacher_of(config, seed=2)
-    again = fixed_targets(config, seats, others, reader, layout, kept)
+    again = fixed_targets(config, branches, others, reader, layout, kept)
     np.testing.assert_array_equal(again, found)
     data = bytearray(kept.read_bytes())
     data[len(data) // 2] ^= 0xFF
     kept.write_bytes(data)
-    np.testing.assert_array_equal(fixed_targets(config, seats, frozen, reader, layout, kept), found)
+    np.testing.assert_array_equal(
+        fixed_targets(config, branches, frozen, reader, layout, kept), found
+    )
 
 
 @pytest.mark.parametrize("ensemble", ["mean_logits", "mean_probabilities"])
@@ -220,9 +225,9 @@ def test_fixed_targets_over_many_crops(tmp_path, ensemble):
     objective = ObjectiveConfig(ensemble=ensemble, temperature=2.0)
     config = tiny_config(objective=objective, teaching="fixed", fixed_crops=3, batch_size=24)
     layout = make_layout(MeshConfig())
-    seats, frozen = teacher_of(config)
+    branches, frozen = teacher_of(config)
     reader = some_digits(config)
-    found = fixed_targets(config, seats, frozen, reader, layout, tmp_path / "t.npz")
+    found = fixed_targets(config, branches, frozen, reader, layout, tmp_path / "t.npz")
     # The one batch is padded with black pictures up to 24.
     canvases, sizes = np.zeros((24, 32, 32, 3), np.uint8), np.ones((24, 2), np.int32)
     for i in range(20):
@@ -232,9 +237,9 @@ def test_fixed_targets_over_many_crops(tmp_path, ensemble):
     for crop in range(3):
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 0), crop)
         images = render(
-            draw(key, jnp.asarray(sizes), views), jnp.asarray(canvases), seats[0].picture
+            draw(key, jnp.asarray(sizes), views), jnp.asarray(canvases), branches[0].input_spec
         )
-        said.append(np.asarray(seats[0].network.apply_frozen(frozen[0], images).logits)[:20])
+        said.append(np.asarray(branches[0].network.apply_frozen(frozen[0], images).logits)[:20])
     assert np.abs(said[0] - said[1]).max() > 0.1
     if ensemble == "mean_logits":
         np.testing.assert_allclose(found[:, 0], np.mean(said, axis=0), atol=1e-4)
@@ -309,7 +314,7 @@ def test_kept_statistics_stay_and_are_used():
         )
         assert all(jax.tree.leaves(same)) == keep
     drawn = draw(jax.random.fold_in(KEY, 0), batch.sizes, config.views)
-    images = render(drawn, batch.canvases, built.student.picture)
+    images = render(drawn, batch.canvases, built.student.input_spec)
     logits = built.student.network.apply(state.student, images, train=False).logits
     targets = mix(drawn, jax.nn.one_hot(batch.labels, 10))
     expected = -(np.asarray(targets) * log_softmax(logits)).sum(-1).mean()

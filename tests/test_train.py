@@ -16,7 +16,6 @@ from disturb import arrays_of
 from PIL import Image
 from tiny import NETWORK, tiny_config
 
-from fm_distill.build import dispatch_sizes
 from fm_distill.config import (
     CanvasConfig,
     DataConfig,
@@ -27,14 +26,15 @@ from fm_distill.config import (
     SplitConfig,
     TeacherConfig,
 )
-from fm_distill.digests import newest_whole
 from fm_distill.errors import TrainingFailed
-from fm_distill.inference import evaluate
-from fm_distill.loop import Loop
-from fm_distill.metrics import MetricsWriter
-from fm_distill.probe import judge
-from fm_distill.run import open_run
-from fm_distill.train import train
+from fm_distill.evaluation.inference import evaluate
+from fm_distill.evaluation.teacher_check import teacher_warnings
+from fm_distill.runs.integrity import newest_valid
+from fm_distill.runs.metrics import MetricsWriter
+from fm_distill.runs.open_run import open_run
+from fm_distill.training.dispatch import dispatch_sizes
+from fm_distill.training.loop import Loop
+from fm_distill.training.train import train
 from fm_distill.weights.card import only_network
 from fm_distill.weights.names import in_naming
 
@@ -185,7 +185,7 @@ def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
         train(config, tmp_path)
     status = json.loads((tmp_path / "status.json").read_text())
     assert status["state"] == "failed" and "not finite" in status["reason"]
-    if newest_whole(tmp_path / "checkpoints").step:
+    if newest_valid(tmp_path / "checkpoints").step:
         for name, array in arrays_of(tmp_path).items():
             if "params" in name:
                 assert np.isfinite(array).all(), name
@@ -304,9 +304,9 @@ def test_a_teacher_that_cannot_teach_is_warned_of():
     labels = rng.integers(0, 10, 500)
     good = np.full((500, 10), 0.01)
     good[np.arange(500), labels] = 0.91
-    assert judge(good, labels) == []
-    assert "no better than chance" in judge(rng.permutation(good), labels)[0]
+    assert teacher_warnings(good, labels) == []
+    assert "no better than chance" in teacher_warnings(rng.permutation(good), labels)[0]
     constant = np.tile(good[:1], (500, 1))
-    assert "almost the same" in judge(constant, np.full(500, -1))[0]
-    assert "not finite" in judge(good * np.nan, labels)[0]
-    assert judge(good, np.full(500, -1)) == []
+    assert "almost the same" in teacher_warnings(constant, np.full(500, -1))[0]
+    assert "not finite" in teacher_warnings(good * np.nan, labels)[0]
+    assert teacher_warnings(good, np.full(500, -1)) == []

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from fm_distill.config import MeshConfig, ViewConfig
-from fm_distill.sharding import make_layout
-from fm_distill.views import CROPS, Draw, Picture, draw, mix, render, render_central
+from fm_distill.system.sharding import make_layout
+from fm_distill.views.crops import CROPS
+from fm_distill.views.draws import Draw, draw, mix
+from fm_distill.views.rendering import InputSpec, render, render_central
 
 # Quantiles 20, 40, 60 and 80 % of 20,000 draws of tf.image.sample_distorted_bounding_box
 # (area 0.05-1, aspect 0.75-1.33), for images of (height, width): area share, aspect, and
@@ -112,7 +114,7 @@ def test_render_is_crop_then_bilinear_resize(resolution, input_range):
         coefficients=jnp.full(4, 0.75),
         partners=None,
     )
-    images = np.asarray(render(found, jnp.asarray(canvases), Picture(resolution, input_range)))
+    images = np.asarray(render(found, jnp.asarray(canvases), InputSpec(resolution, input_range)))
     plain = [
         RANGES[input_range](reference(c.astype(np.float64), b, f, resolution))
         for c, b, f in zip(canvases, found.boxes, found.flips, strict=True)
@@ -126,7 +128,7 @@ def test_render_is_crop_then_bilinear_resize(resolution, input_range):
 def test_central_view_is_resize_small_then_central_crop(size, fraction):
     canvas = np.random.default_rng(1).integers(0, 256, (1, 20, 20, 3), np.uint8)
     sizes = jnp.array([size], jnp.int32)
-    found = render_central(jnp.asarray(canvas), sizes, fraction, Picture(10, "zero_one"))
+    found = render_central(jnp.asarray(canvas), sizes, fraction, InputSpec(10, "zero_one"))
     side = fraction * min(size)
     box = ((size[0] - side) / 2, (size[1] - side) / 2, side, side)
     expected = reference(canvas[0].astype(np.float64), box, False, 10, size) / 255
@@ -138,10 +140,10 @@ def test_what_lies_beside_an_image_on_its_canvas_is_never_seen():
     canvases[:, :9, :13] = 100
     sizes = jnp.tile(jnp.array([[9, 13]]), (64, 1))
     drawn = draw(jax.random.key(3), sizes, ViewConfig())
-    picture = Picture(16, "zero_one")
+    input_spec = InputSpec(16, "zero_one")
     for images in (
-        render(drawn, jnp.asarray(canvases), picture),
-        render_central(jnp.asarray(canvases), sizes, 1.0, picture),
+        render(drawn, jnp.asarray(canvases), input_spec),
+        render_central(jnp.asarray(canvases), sizes, 1.0, input_spec),
     ):
         np.testing.assert_allclose(images, 100 / 255, atol=1e-6)
 
@@ -188,7 +190,7 @@ def test_a_draw_does_not_depend_on_devices(partner):
 
     def view(sizes, canvases):
         drawn = draw(jax.random.key(5), sizes, config)
-        return drawn, render(drawn, canvases, Picture(8, "zero_one"))
+        return drawn, render(drawn, canvases, InputSpec(8, "zero_one"))
 
     seen = []
     for devices in (1, 8):

@@ -19,18 +19,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from fm_distill.build import build
-from fm_distill.command_line import guarded
+from fm_distill.cli.options import guarded
 from fm_distill.config import Config
-from fm_distill.data.feeding import Batch
+from fm_distill.data.batch import Batch
 from fm_distill.errors import EXIT_COMPLETE
-from fm_distill.experiment import load_experiment
 from fm_distill.models import Variables
-from fm_distill.networks import described_teachers
-from fm_distill.setup import freeze_on_devices
-from fm_distill.sharding import make_layout
-from fm_distill.step import make_program
-from fm_distill.views import draw, render
+from fm_distill.networks.branch import freeze_on_devices
+from fm_distill.planning.plan import described_teachers
+from fm_distill.system.sharding import make_layout
+from fm_distill.training.build import build
+from fm_distill.training.experiment import load_experiment
+from fm_distill.training.program import make_program
+from fm_distill.views.draws import draw
+from fm_distill.views.rendering import render
 
 
 def random_batch(config: Config) -> Batch:
@@ -61,30 +62,31 @@ def main(own: list[str]) -> int:
     key = jax.random.key(0)
     state = jax.jit(built.init, out_shardings=layout.variables(built.abstract_state()))(key)
     frozen = tuple(
-        freeze_on_devices(seat.network, seat.network.init(key), layout) for seat in built.taught_by
+        freeze_on_devices(branch.network, branch.network.init(key), layout)
+        for branch in built.taught_by
     )
     program = make_program(built.train_step, built.abstract_state(), frozen, None, layout)
 
-    def look(batch: Batch) -> Any:
+    def render_views(batch: Batch) -> Any:
         drawn = draw(key, batch.sizes, config.views)
-        seats = (built.student, *built.taught_by)
-        return {s.picture: render(drawn, batch.canvases, s.picture) for s in seats}
+        branches = (built.student, *built.taught_by)
+        return {s.input_spec: render(drawn, batch.canvases, s.input_spec) for s in branches}
 
-    views = jax.jit(look)
+    views = jax.jit(render_views)
     pictures = views(batch)
     student = built.student
 
     def student_loss(variables: Variables) -> Any:
-        output = student.network.apply(variables, pictures[student.picture], train=True)
+        output = student.network.apply(variables, pictures[student.input_spec], train=True)
         return (output.logits**2).sum() + output.logits.sum()
 
     parts: dict[str, Callable[[], Any]] = {
         "views": lambda: views(batch),
         "student": jax.jit(lambda: jax.grad(student_loss)(state.student)),
     }
-    for seat, variables in zip(built.taught_by, frozen, strict=True):
-        forward = jax.jit(seat.network.apply_frozen)
-        parts["teacher"] = functools.partial(forward, variables, pictures[seat.picture])
+    for branch, variables in zip(built.taught_by, frozen, strict=True):
+        forward = jax.jit(branch.network.apply_frozen)
+        parts["teacher"] = functools.partial(forward, variables, pictures[branch.input_spec])
 
     start = time.perf_counter()
     donated = jax.tree.map(lambda x: x.copy(), state)

@@ -9,7 +9,7 @@ import json
 import pathlib
 import sys
 
-from fm_distill.sweep import comparison
+from fm_distill.training.sweep import comparison
 
 
 def main(arguments: list[str]) -> None:

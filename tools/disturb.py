@@ -19,14 +19,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from fm_distill.build import build
-from fm_distill.checkpoint import abstract, restore
 from fm_distill.config import MeshConfig
-from fm_distill.digests import newest_step, newest_whole
 from fm_distill.errors import EXIT_COMPLETE, EXIT_PAUSED
-from fm_distill.run import open_run
-from fm_distill.sharding import make_layout
-from fm_distill.workdir import Workdir
+from fm_distill.runs.checkpoint import abstract, restore
+from fm_distill.runs.integrity import newest_step, newest_valid
+from fm_distill.runs.open_run import open_run
+from fm_distill.runs.workdir import Workdir
+from fm_distill.system.sharding import make_layout
+from fm_distill.training.build import build
 
 ROOT = pathlib.Path(__file__).parents[1]
 TIMEOUT_S = 600.0
@@ -198,7 +198,7 @@ def arrays_of(workdir: pathlib.Path) -> dict[str, np.ndarray]:
     layout = make_layout(MeshConfig(data=1))
     config, classes = place.stored_config(), open_run(workdir).classes
     shapes = build(config, classes, (), 10, layout).abstract_state()
-    newest = newest_whole(place.checkpoints).step
+    newest = newest_valid(place.checkpoints).step
     like = abstract(shapes, layout.variables(shapes))
     state = restore(place.checkpoints / str(newest), like)
     leaves = jax.tree_util.tree_leaves_with_path(state)

@@ -34,13 +34,13 @@ from disturb import (
     tiny_experiment,
 )
 
-from fm_distill.digests import newest_step, newest_whole, steps_in
 from fm_distill.errors import (
     EXIT_COMPLETE,
     EXIT_PAUSED,
     EXIT_TRAINING_FAILED,
     EXIT_WRONG_INPUT,
 )
+from fm_distill.runs.integrity import newest_step, newest_valid, steps_in
 
 CASES = (
     ("resident", "batch"),
@@ -112,11 +112,11 @@ def spoilt(workdir: pathlib.Path) -> Tried:
         flipped[len(flipped) // 2] ^= 1
         for damage in (whole[:-1] if whole else None, bytes(flipped), None):
             path.unlink() if damage is None else path.write_bytes(damage)
-            found = newest_whole(folder)
+            found = newest_valid(folder)
             assert found.step == before and newest in found.damaged, f"{path}: {found}"
             path.write_bytes(whole)
             tried += 1
-    assert newest_whole(folder).step == newest
+    assert newest_valid(folder).step == newest
     return Tried(
         "each file of a checkpoint truncated, one bit flipped, or removed",
         tried,
@@ -153,7 +153,7 @@ def broken_disk(folder: pathlib.Path, count: int) -> Iterator[Tried]:
         full = Watched(experiment, mounted / "run", *options)
         code = full.finish()
         assert code == EXIT_TRAINING_FAILED and "fault of ours" not in full.text(), full.text()
-        assert newest_whole(mounted / "run" / "checkpoints").step > 0
+        assert newest_valid(mounted / "run" / "checkpoints").step > 0
         (mounted / "fill").unlink()
         again = Watched(experiment, mounted / "run", "--checkpoint.keep", "1")
         assert again.finish() == EXIT_COMPLETE, again.text()
@@ -320,7 +320,7 @@ def main() -> None:
     parser.add_argument("--moments", type=int, default=25)
     asked = parser.parse_args()
     print("| fault | times | outcome |\n|---|---|---|")
-    for name in asked.faults or FAULTS:
+    for name in asked.integrity_errors or FAULTS:
         with tempfile.TemporaryDirectory() as folder:
             for tried in FAULTS[name](pathlib.Path(folder) / name, asked.moments):
                 print(f"| {tried.fault} | {tried.times} | {tried.outcome} |", flush=True)

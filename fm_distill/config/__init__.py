@@ -1,4 +1,4 @@
-"""What can be said about a run: frozen dataclasses, without JAX.
+"""What can be set about a run: frozen dataclasses, without JAX. Imports `errors`.
 
 A batch's path starts here: an experiment file builds one `Config`, `experiment.py` checks it. Its
 parts: `data.py`, `networks.py`, `training.py`.

@@ -1,1 +1,1 @@
-"""From disk to the devices: sources read, images decode, order says which, feeding sends."""
+"""From disk to the devices: sources, images, order, feeding. Imports `config`."""

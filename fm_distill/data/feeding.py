@@ -15,30 +15,16 @@ import grain
 import jax
 import numpy as np
 from absl import flags
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from fm_distill.config import DataConfig
+from fm_distill.data.batch import Batch
 from fm_distill.data.images import CorruptImage, decode, on_canvas, shrink
 from fm_distill.data.order import example_ids
 from fm_distill.data.sources import Source
 from fm_distill.errors import UserError
 
 DEVICE_PREFETCH = 2  # batches that are on their way while the device works
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """Examples as the step gets them.
-
-    A tree of arrays, so its fields may also hold what a tree is mapped to, e.g. shardings.
-    """
-
-    canvases: PyTree  # uint8 (batch, side, side, 3)
-    sizes: PyTree  # int32 (batch, 2): true height and width on the canvas
-    labels: PyTree  # int32 (batch,): -1 where there is none
-    # float32 (batch, targets, classes): what fixed teachers said of each example; or None
-    targets: PyTree = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,8 @@ from jaxtyping import Array, Int, PyTree
 from tqdm import tqdm
 
 from fm_distill.config import DataConfig
-from fm_distill.data.feeding import Batch, Reader, read_ahead, send
+from fm_distill.data.batch import Batch
+from fm_distill.data.feeding import Reader, read_ahead, send
 from fm_distill.data.order import example_ids
 from fm_distill.errors import UserError
 

@@ -1,4 +1,4 @@
-"""The networks, behind one contract; the only folder that imports Flax.
+"""The networks, behind one contract; the only room that imports Flax. Imports `config`.
 
 A `Network` is a bundle of pure functions, called by `step.py` and `evaluate.py`:
 

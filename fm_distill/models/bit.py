@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from fm_distill.config import NetworkConfig
 from fm_distill.models.assembly import check_named, check_resolution, make_network
 from fm_distill.models.contract import HEAD, UNIT, Images, Network
-from fm_distill.models.layers import Convolution, Head, Kernel, Norm, as_it_is
+from fm_distill.models.layers import Convolution, Head, Kernel, Norm, identity
 from fm_distill.models.pooling import max_pool, max_pool_zero_padded
 
 Activations = Float[Array, "batch _ _ _"]
@@ -36,7 +36,7 @@ def standardise(kernel: Kernel) -> Kernel:
 
 def preparation(config: NetworkConfig, frozen: bool) -> Callable[[Kernel], Kernel]:
     """What a convolution computes from its kernel; a frozen one was standardised already."""
-    return standardise if config.norm == "group" and not frozen else as_it_is
+    return standardise if config.norm == "group" and not frozen else identity
 
 
 def norm_groups(config: NetworkConfig) -> int | None:

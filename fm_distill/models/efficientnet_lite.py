@@ -16,7 +16,7 @@ from fm_distill.config import NetworkConfig
 from fm_distill.models.assembly import check_plain, make_network
 from fm_distill.models.contract import HEAD, Images, Network
 from fm_distill.models.inverted_residual import Block, Design, divisible_by_8, trunk
-from fm_distill.models.layers import Convolution, Head, Norm, as_it_is
+from fm_distill.models.layers import Convolution, Head, Norm, identity
 
 # Repeats, kernel, stride of the first, expansion, channels. Source: efficientnet_builder.py.
 STAGES = (
@@ -87,6 +87,6 @@ def member(number: int) -> Callable[[NetworkConfig, int, jnp.dtype], Network]:
     def build_member(config: NetworkConfig, classes: int, dtype: jnp.dtype) -> Network:
         check_plain(config, design.stride)
         module = EfficientNetLite(design, classes, dtype)
-        return make_network(module, module, as_it_is, config, classes, dtype)
+        return make_network(module, module, identity, config, classes, dtype)
 
     return build_member

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from fm_distill.config import NetworkConfig
 from fm_distill.models.assembly import check_plain, make_network
 from fm_distill.models.contract import HEAD, UNIT, Images, Network
-from fm_distill.models.layers import Convolution, Head, Norm, as_it_is
+from fm_distill.models.layers import Convolution, Head, Norm, identity
 from fm_distill.models.pooling import max_pool_zero_padded
 
 Activations = Float[Array, "batch _ _ _"]
@@ -78,4 +78,4 @@ def build(config: NetworkConfig, classes: int, dtype: jnp.dtype) -> Network:
     """ResNet50V2."""
     check_plain(config, STRIDE)
     module = KerasResNetV2(classes, dtype)
-    return make_network(module, module, as_it_is, config, classes, dtype)
+    return make_network(module, module, identity, config, classes, dtype)

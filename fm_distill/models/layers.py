@@ -175,7 +175,7 @@ def channel_moments(x: Activations) -> tuple[PerChannel, PerChannel]:
     return mean, jnp.maximum(jnp.square(wide).mean(axis=(0, 1, 2)) - jnp.square(mean), 0)
 
 
-def as_it_is(kernel: Kernel) -> Kernel:
+def identity(kernel: Kernel) -> Kernel:
     """The kernel of a family that computes none from it."""
     return kernel
 
@@ -189,7 +189,7 @@ class Convolution(nn.Module):
     dtype: jnp.dtype
     padding: Padding = "symmetric"
     bias: bool = False
-    prepare: Callable[[Kernel], Kernel] = as_it_is
+    prepare: Callable[[Kernel], Kernel] = identity
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch _ _ _"]) -> Float[Array, "batch _ _ _"]:

@@ -17,7 +17,7 @@ from fm_distill.config import NetworkConfig
 from fm_distill.models.assembly import check_plain, make_network
 from fm_distill.models.contract import HEAD, Images, Network
 from fm_distill.models.inverted_residual import Block, Design, divisible_by_8, trunk
-from fm_distill.models.layers import Convolution, Head, Norm, as_it_is
+from fm_distill.models.layers import Convolution, Head, Norm, identity
 
 # By stage: kernel, stride, expanded channels (None: no expansion), channels, squeeze and
 # excitation, activation. Stages are timm's.
@@ -139,6 +139,6 @@ def member(
     def build_member(config: NetworkConfig, classes: int, dtype: jnp.dtype) -> Network:
         check_plain(config, design.stride)
         module = MobileNetV3(design, classes, dtype)
-        return make_network(module, module, as_it_is, config, classes, dtype)
+        return make_network(module, module, identity, config, classes, dtype)
 
     return build_member

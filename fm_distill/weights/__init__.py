@@ -1,1 +1,1 @@
-"""Pretrained weights: files of other libraries into the variables of our networks, and back."""
+"""Pretrained weights: files of other libraries into our networks and back. Imports `models`."""

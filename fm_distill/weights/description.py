@@ -9,7 +9,7 @@ import numpy as np
 from fm_distill.config import InputRange, NetworkConfig
 from fm_distill.errors import UserError
 from fm_distill.models import MODELS, resolve
-from fm_distill.views import INPUT_RANGES
+from fm_distill.views.rendering import INPUT_RANGES
 from fm_distill.weights.card import only_network
 from fm_distill.weights.files import Facts, WeightFile
 

@@ -52,13 +52,13 @@ def load_weights(path: str, network: NetworkConfig | None, option: str) -> Pretr
     file = read(path)
     described, remarks = describe(file, only_network(network) if network else None, fields)
     if file.kind == "saved_model":
-        _only_bit(file, described, "bit_original", fields)
+        _check_bit(file, described, "bit_original", fields)
         names = bit_original(described, _shapes(described, 2))
         body = {x.name: x.shape for x in names.values() if x.name not in (HEAD_KERNEL, HEAD_BIAS)}
         tensors, remark = as_original(path, file.tensors, body)
         file, remarks = dataclasses.replace(file, tensors=tensors), [*remarks, remark]
     naming, tensors, head = _recognised(file)
-    _only_bit(file, described, naming, fields)
+    _check_bit(file, described, naming, fields)
     classes = int(tensors[head].size)
     remarks = [f"{path}: {classes} classes, names of the kind {naming}", *remarks]
     chosen, more = without_auto(described, file, naming, fields)
@@ -67,7 +67,7 @@ def load_weights(path: str, network: NetworkConfig | None, option: str) -> Pretr
     return Pretrained(chosen, classes, class_names, variables, (*remarks, *more))
 
 
-def _only_bit(file: WeightFile, network: NetworkConfig, naming: str, fields: str) -> None:
+def _check_bit(file: WeightFile, network: NetworkConfig, naming: str, fields: str) -> None:
     """Raises `UserError` where a naming of BiT meets another family."""
     if naming.startswith("bit") and (
         not network.model.startswith("bit") or network.norm != "group"

@@ -86,8 +86,8 @@ install()
 
 # %% tags=["experiment"]
 from fm_distill.errors import EXIT_COMPLETE, EXIT_PAUSED
-from fm_distill.keep import fetch_copy, keep_copy, keep_file
-from fm_distill.watch import report_and_show, run_and_show
+from fm_distill.notebooks.backup import fetch_copy, keep_copy, keep_file
+from fm_distill.notebooks.live import report_and_show, run_and_show
 
 PLACE = f"{KEEP.rstrip('/')}/{NAME}"
 resume: list[str] = []

@@ -15,9 +15,9 @@ import sys
 
 import tyro
 
-from fm_distill.command_line import guarded, quiet
+from fm_distill.cli.options import guarded, quiet
 from fm_distill.errors import EXIT_COMPLETE, UserError
-from fm_distill.kits import archive, make_notebook, pack, read_options, tool_options
+from fm_distill.notebooks.packing import archive, make_notebook, pack, read_options, tool_options
 
 NOTEBOOK = pathlib.Path(__file__).with_name("colab_notebook.py")
 

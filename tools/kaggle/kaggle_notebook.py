@@ -107,7 +107,7 @@ if PREVIOUS:
 
 # %%
 from fm_distill.errors import EXIT_COMPLETE, EXIT_PAUSED
-from fm_distill.watch import report_and_show, run_and_show
+from fm_distill.notebooks.live import report_and_show, run_and_show
 
 hours = HOURS - (time.monotonic() - STARTED) / 3600
 code = run_and_show(

@@ -18,9 +18,9 @@ import sys
 
 import tyro
 
-from fm_distill.command_line import guarded, quiet
+from fm_distill.cli.options import guarded, quiet
 from fm_distill.errors import EXIT_COMPLETE, UserError
-from fm_distill.kits import (
+from fm_distill.notebooks.packing import (
     INPUT,
     INSTALLED,
     archive,

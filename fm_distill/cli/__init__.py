@@ -1,0 +1,1 @@
+"""The command line: thin layers over public functions. Imports any room but `notebooks`."""

@@ -1,0 +1,208 @@
+"""The command `fm-distill`: each sub-command is a thin layer over a public function.
+
+Results go to standard output, everything else to standard error.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+import tyro
+
+from fm_distill.cli.options import Settings, first, guarded, parse, quiet
+from fm_distill.cli.plan import plan_command
+from fm_distill.cli.train import sweep_command, train_command
+from fm_distill.errors import EXIT_COMPLETE, EXIT_WRONG_INPUT, UserError
+
+USAGE = """usage: fm-distill COMMAND ...
+
+  train EXPERIMENT.py [--workdir DIR] [--max-hours H] [--any.config.field VALUE ...]
+      train the run of an experiment, or continue it; the workdir is runs/NAME
+      --resume-from DIR  continue a copy of a run that can only be read; gs://... too
+      --extend           allow a longer schedule than the workdir was trained with
+  status DIR [--json]
+      progress, time left, and whether each checkpoint is whole
+  sweep EXPERIMENT.py --over OPTION=VALUE,VALUE,... [--workdir DIR] [--any.config.field VALUE ...]
+      every combination of the values, and a table of means and spreads over the seeds
+  evaluate DIR [--split test] [--step N] [--json] [--data.data-dir PATH] [--teacher.weights FILE]
+      student and teacher on every example of a split
+  predict DIR IMAGE [IMAGE ...] [--top 5]
+      the student's classes and probabilities for own images
+  export DIR OUT.safetensors [--step N] [--overwrite]
+      the student as a weight file in timm's or Keras's names, with a card
+  report DIR [DIR ...] [--out report.html] [--data-dir PATH] [--teacher-weights FILE] [--overwrite]
+      one HTML file: figures of the runs side by side, curves, views, disagreements
+  show EXPERIMENT.py [--any.config.field VALUE ...]
+      the resolved config, and what follows from it
+  plan EXPERIMENT.py --topology v3-8 [--max-hours 9] [--weekly-hours 20] [--num-examples N] [--json]
+      whether the run compiles and fits there, and how long it would take; no TPU is needed
+
+`fm-distill train EXPERIMENT.py --help` lists every field."""
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Runs one command and exits with its code."""
+    sys.exit(guarded(_dispatch, sys.argv[1:] if arguments is None else arguments))
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return EXIT_COMPLETE if arguments else EXIT_WRONG_INPUT
+    command, *rest = arguments
+    if command not in COMMANDS:
+        raise UserError(f"there is no command {command!r}; expected {', '.join(COMMANDS)}")
+    quiet()
+    return COMMANDS[command](rest)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Evaluate:
+    config: Settings
+    # train, validation or test.
+    split: str = "test"
+    # Of the checkpoint after so many steps; None: the newest.
+    step: int | None = None
+    # Print one JSON object.
+    json: bool = False
+
+
+def _evaluate(arguments: list[str]) -> int:
+    from fm_distill.evaluation.evaluate import table
+    from fm_distill.evaluation.inference import evaluate
+    from fm_distill.runs.workdir import Workdir
+
+    workdir, rest = first(arguments, "evaluate DIR")
+    stored = Workdir(workdir).stored_config()
+    asked = parse(_Evaluate, _Evaluate(config=stored), rest, f"evaluate {workdir}")
+    if stored.ema_decay is not None:
+        print("evaluating the moving average (EMA) of the student", file=sys.stderr)
+    figures = evaluate(workdir, asked.split, asked.config, asked.step)
+    print(json.dumps(figures) if asked.json else table(figures))
+    return EXIT_COMPLETE
+
+
+@dataclasses.dataclass(frozen=True)
+class _Predict:
+    # Image files.
+    images: tyro.conf.Positional[tuple[str, ...]]
+    # How many classes are shown.
+    top: int = 5
+
+
+def _predict(arguments: list[str]) -> int:
+    from fm_distill.evaluation.inference import predict
+
+    workdir, rest = first(arguments, "predict DIR IMAGE...")
+    asked = parse(_Predict, None, rest, f"predict {workdir}")
+    if not asked.images:
+        raise UserError("predict needs at least one image: fm-distill predict DIR IMAGE...")
+    if asked.top < 1:
+        raise UserError(f"--top is {asked.top}; expected 1 or more")
+    for found in predict(workdir, list(asked.images), asked.top):
+        print(found.image)
+        for name, probability in zip(found.classes, found.probabilities, strict=True):
+            print(f"  {100 * probability:6.2f} %  {name}")
+    return EXIT_COMPLETE
+
+
+@dataclasses.dataclass(frozen=True)
+class _Export:
+    # The file to write; its card comes beside it as .json.
+    out: tyro.conf.Positional[str]
+    # Of the checkpoint after so many steps; None: the newest.
+    step: int | None = None
+    # Replace what is there.
+    overwrite: bool = False
+
+
+def _export(arguments: list[str]) -> int:
+    from fm_distill.exporting.export import export
+
+    workdir, rest = first(arguments, "export DIR OUT.safetensors")
+    asked = parse(_Export, None, rest, f"export {workdir}")
+    card = export(workdir, asked.out, asked.overwrite, asked.step)
+    what = "the moving average (EMA) of the student" if card.averaged else "the student"
+    print(
+        f"{asked.out}: {what} after {card.step:,} steps, {card.model}, {card.classes} classes, "
+        f"with the names of {card.naming}"
+    )
+    return EXIT_COMPLETE
+
+
+@dataclasses.dataclass(frozen=True)
+class _Report:
+    # Further workdirs, side by side with the first.
+    more: tyro.conf.Positional[tuple[str, ...]] = ()
+    # The file to write.
+    out: str = "report.html"
+    # Where the data lie now, if not where the runs had them.
+    data_dir: str | None = None
+    # Where the teacher's weights lie now.
+    teacher_weights: str | None = None
+    # Replace what is there.
+    overwrite: bool = False
+
+
+def _report(arguments: list[str]) -> int:
+    from fm_distill.reports.report import report
+
+    workdir, rest = first(arguments, "report DIR [DIR ...]")
+    asked = parse(_Report, None, rest, f"report {workdir}")
+    written = report(
+        [workdir, *asked.more],
+        asked.out,
+        overwrite=asked.overwrite,
+        data_dir=asked.data_dir,
+        teacher_weights=asked.teacher_weights,
+    )
+    print(written)
+    return EXIT_COMPLETE
+
+
+@dataclasses.dataclass(frozen=True)
+class _Show:
+    config: Settings
+
+
+def _show(arguments: list[str]) -> int:
+    from fm_distill.training.experiment import check, describe, load_experiment, resolve_length
+
+    experiment, rest = first(arguments, "show EXPERIMENT.py")
+    default = load_experiment(experiment)
+    asked = parse(_Show, _Show(config=default), rest, f"show {experiment}")
+    config = resolve_length(default, asked.config)
+    check(config)
+    print(describe(config))
+    return EXIT_COMPLETE
+
+
+@dataclasses.dataclass(frozen=True)
+class _Status:
+    # Print one JSON object.
+    json: bool = False
+
+
+def _status(arguments: list[str]) -> int:
+    from fm_distill.runs.status import status, status_text
+
+    workdir, rest = first(arguments, "status DIR")
+    asked = parse(_Status, None, rest, f"status {workdir}")
+    found = status(workdir)
+    print(json.dumps(dataclasses.asdict(found)) if asked.json else status_text(found))
+    return EXIT_COMPLETE
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": train_command,
+    "sweep": sweep_command,
+    "evaluate": _evaluate,
+    "predict": _predict,
+    "export": _export,
+    "show": _show,
+    "plan": plan_command,
+    "status": _status,
+    "report": _report,
+}

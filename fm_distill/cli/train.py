@@ -1,0 +1,138 @@
+"""The commands that train: `fm-distill train` and `fm-distill sweep`."""
+
+import dataclasses
+import os
+import pathlib
+import shlex
+import sys
+
+from fm_distill.cli.options import Settings, first, guarded, parse, quiet
+from fm_distill.errors import EXIT_COMPLETE, EXIT_PAUSED, UserError
+from fm_distill.system.console import log, sessions_left
+from fm_distill.system.preemption import Stop, stop_signals
+from fm_distill.system.processes import (
+    Distributed,
+    broadcast_from_first,
+    first_process,
+    is_distributed,
+    join,
+    supervised,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Train:
+    config: Settings
+    # Where the run lies.
+    workdir: str
+    # Stop inside this many hours, teachers that are trained first included, all safe on disk.
+    max_hours: float | None
+    # Continue a copy of the run in this workdir or bucket (gs://...), which is only read.
+    resume_from: str | None
+    # Allow a longer schedule than the workdir was trained with.
+    extend: bool
+    distributed: Distributed
+
+
+def train_command(arguments: list[str]) -> int:
+    # Before the libraries are there, which takes seconds.
+    stop = Stop(
+        leave=lambda reason: _say_paused(["train", *arguments], f": {reason}; nothing is lost")
+    )
+    with stop_signals(stop):
+        asked, workdir = _train_options(arguments)
+        if not is_distributed(asked.distributed):
+            return _train_here(asked, workdir, stop, arguments)
+    return supervised(_train_as_one_of_many, arguments)
+
+
+def _train_as_one_of_many(arguments: list[str]) -> None:
+    """In a child of its own; see `processes.supervised`."""
+
+    def command(arguments: list[str]) -> int:
+        quiet()
+        asked, workdir = _train_options(arguments)
+        join(asked.distributed)
+        stop = Stop()
+        with stop_signals(stop):
+            return _train_here(asked, workdir, stop, arguments)
+
+    code = guarded(command, arguments)
+    if code not in (EXIT_COMPLETE, EXIT_PAUSED):
+        os._exit(code)  # a leave-taking that waits for peers would hide the error
+    sys.exit(code)
+
+
+def _train_options(arguments: list[str]) -> tuple[_Train, str]:
+    from fm_distill.training.experiment import load_experiment, resolve_length
+
+    experiment, rest = first(arguments, "train EXPERIMENT.py")
+    default = load_experiment(experiment)
+    options = _Train(default, "", None, None, False, Distributed())
+    asked = parse(_Train, options, rest, f"train {experiment}")
+    if asked.max_hours is not None and not asked.max_hours > 0:
+        raise UserError(f"--max-hours is {asked.max_hours}; expected a number above zero")
+    config = resolve_length(default, asked.config)
+    asked = dataclasses.replace(asked, config=config)
+    return asked, asked.workdir or os.path.join("runs", config.name)
+
+
+def _train_here(asked: _Train, workdir: str, stop: Stop, arguments: list[str]) -> int:
+    from fm_distill.evaluation.evaluate import table
+    from fm_distill.runs.resume_from import copy_run
+    from fm_distill.system.compilation_cache import use_compilation_cache
+    from fm_distill.training.train import train_until
+
+    stop.max_hours = asked.max_hours
+    if asked.resume_from and first_process():
+        copy_run(asked.resume_from, pathlib.Path(workdir))
+    broadcast_from_first(0)  # the others wait until it is there
+    log(use_compilation_cache(pathlib.Path(workdir)))
+    result = train_until(asked.config, workdir, stop, asked.extend)
+    if result.complete:
+        assert result.evaluation is not None
+        if first_process():
+            print(table(result.evaluation))
+        return EXIT_COMPLETE
+    left = sessions_left(result.hours_left, stop.max_hours or stop.hours())
+    steps = f"after {result.step:,} of {result.total_steps:,} steps"
+    _say_paused(["train", *arguments], f" {steps}: {result.reason}; {left}")
+    return EXIT_PAUSED
+
+
+def _say_paused(command: list[str], reason: str) -> None:
+    line = shlex.join(["fm-distill", *command])
+    print(f"paused{reason}; run again to continue:\n  {line}", file=sys.stderr)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sweep:
+    config: Settings
+    # Options and their values, e.g. `seed=0,1,2 objective.temperature=1,2`.
+    over: tuple[str, ...]
+    # Where the runs lie, each in a folder of its own.
+    workdir: str
+    # Stop inside this many hours, all safe on disk.
+    max_hours: float | None
+
+
+def sweep_command(arguments: list[str]) -> int:
+    from fm_distill.system.compilation_cache import use_compilation_cache
+    from fm_distill.training.experiment import load_experiment, resolve_length
+    from fm_distill.training.sweep import parse_over, sweep
+
+    experiment, rest = first(arguments, "sweep EXPERIMENT.py --over seed=0,1,2")
+    default = load_experiment(experiment)
+    asked = parse(_Sweep, _Sweep(default, (), "", None), rest, f"sweep {experiment}")
+    if not asked.over:
+        raise UserError("sweep needs what to sweep over: --over seed=0,1,2 optimizer.name=adam,sgd")
+    config = resolve_length(default, asked.config)
+    workdir = asked.workdir or os.path.join("runs", f"{config.name}_sweep")
+    log(use_compilation_cache(pathlib.Path(workdir)))
+    over = dict(parse_over(x) for x in asked.over)
+    table = sweep(config, over, workdir, max_hours=asked.max_hours)
+    if table is None:
+        _say_paused(["sweep", *arguments], "")
+        return EXIT_PAUSED
+    print(table)
+    return EXIT_COMPLETE

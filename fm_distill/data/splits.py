@@ -1,0 +1,60 @@
+"""The splits of a run, opened."""
+
+import dataclasses
+
+from fm_distill.config import Config, SplitConfig
+from fm_distill.config.choices import check_choice
+from fm_distill.config.steps import transfer_examples
+from fm_distill.data.sources import Source, open_source
+from fm_distill.data.transfer import open_training
+from fm_distill.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """The opened splits of a run."""
+
+    train: Source
+    validation: Source | None
+    test: Source | None
+
+    @property
+    def final(self) -> tuple[str, Source]:
+        """The split that a complete run is judged on."""
+        for name, source in (("test", self.test), ("validation", self.validation)):
+            if source is not None:
+                return name, source
+        return "train", self.train
+
+
+def open_data(config: Config) -> tuple[Data, list[str]]:
+    """All splits that the experiment names, and what is worth saying. Raises `UserError`."""
+
+    def opened(split: SplitConfig | None) -> Source | None:
+        return None if split is None else open_source(config.data, split.name)
+
+    data = config.data
+    train = open_training(data)
+    remarks = []
+    if (said := transfer_examples(data)) is not None and said != len(train):
+        option = "data.transfer.examples" if data.transfer else "data.train.examples"
+        remarks.append(
+            f"WARNING: {option} is {said:,}, but {train.identity} has {len(train):,}; the run's "
+            "length follows the data"
+        )
+    return Data(train, opened(data.validation), opened(data.test)), remarks
+
+
+def split_of(config: Config, split: str) -> SplitConfig:
+    """The data set's own name of `split`; raises `UserError` where the experiment has none."""
+    splits: dict[str, SplitConfig | None] = {
+        "train": config.data.train,
+        "validation": config.data.validation,
+        "test": config.data.test,
+    }
+    check_choice("split", split, splits)
+    found = splits[split]
+    if found is None:
+        have = ", ".join(name for name, value in splits.items() if value)
+        raise UserError(f"this experiment has no {split} split; it has {have}")
+    return found

@@ -1,0 +1,1 @@
+"""Student against teacher on whole splits, and predictions. Imports `networks` and below."""

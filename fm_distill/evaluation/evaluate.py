@@ -1,0 +1,259 @@
+"""Student and teacher on every example of a split exactly once.
+
+On the central view, where their accuracies are compared; and on the training view, mixed images
+included, since that is where one function is to match the other. Each network sees its own
+resolution. Several teachers are measured as the one that they teach as.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, PyTree
+
+from fm_distill.config import Config, ObjectiveConfig, ViewConfig
+from fm_distill.data.batch import Batch
+from fm_distill.models import Variables
+from fm_distill.networks.branch import Branch, render_central_views, render_views
+from fm_distill.objectives.distances import as_one, kl_divergence
+from fm_distill.system.sharding import Layout
+from fm_distill.views.draws import draw, mix
+from fm_distill.views.rendering import InputSpec
+
+ECE_BINS = 15
+Sums = dict[str, Any]
+EvaluationProgram = Callable[[Variables, tuple[Variables, ...], Batch, Array, Array], Sums]
+# Of the training view: its own, so that runs of other seeds and teachings are measured alike.
+DRAW_SEED = 0
+
+
+def student_logits(
+    student: Branch, variables: Variables, pictures: dict[InputSpec, Array]
+) -> Array:
+    """Its logits, as they are judged."""
+    return student.network.apply(variables, pictures[student.input_spec], train=False).logits
+
+
+def teacher_logits(
+    teachers: tuple[Branch, ...],
+    frozen: tuple[Variables, ...],
+    pictures: dict[InputSpec, Array],
+    objective: ObjectiveConfig,
+) -> Array:
+    """The logits of all teachers as one."""
+    said = tuple(
+        branch.network.apply_frozen(variables, pictures[branch.input_spec]).logits
+        for branch, variables in zip(teachers, frozen, strict=True)
+    )
+    return as_one(said, objective)
+
+
+def make_evaluation_step(
+    student: Branch, teachers: tuple[Branch, ...], views: ViewConfig, objective: ObjectiveConfig
+) -> EvaluationProgram:
+    """`(student, frozen teachers, batch, mask, index) -> sums over what the mask keeps`.
+
+    `index` is the batch's number: the training view's draw is a function of it. Of a mixture, both
+    images have to be kept.
+    """
+
+    def evaluation_step(
+        variables: Variables,
+        teacher_variables: tuple[Variables, ...],
+        batch: Batch,
+        mask: Bool[Array, " batch"],
+        index: Array,
+    ) -> Sums:
+        branches = (student, *teachers)
+        central = render_central_views(batch, branches, views.central_fraction)
+        logits = student_logits(student, variables, central)
+        sums: Sums = {"examples": mask.sum(), "student": _measure(logits, batch.labels, mask)}
+        if not teachers:
+            return sums
+        teacher = teacher_logits(teachers, teacher_variables, central, objective)
+        drawn = draw(jax.random.fold_in(jax.random.key(DRAW_SEED), index), batch.sizes, views)
+        both = mask & (mix(drawn, 1 - mask.astype(jnp.float32)) == 0)
+        mixed = render_views(drawn, batch, branches)
+        pair = (
+            student_logits(student, variables, mixed),
+            teacher_logits(teachers, teacher_variables, mixed, objective),
+        )
+        return sums | {
+            "teacher": _measure(teacher, batch.labels, mask),
+            "match": _compare(logits, teacher, mask, objective.temperature),
+            "training_view": _compare(*pair, both, objective.temperature),
+        }
+
+    return evaluation_step
+
+
+def _measure(logits: Float[Array, "batch classes"], labels: Array, mask: Array) -> Sums:
+    """Sums over the labelled examples, and over 15 equal bins of confidence.
+
+    Expected calibration error: Guo et al. 2017 (arXiv 1706.04599), bins (0, 1/15], (1/15, 2/15]...
+    """
+    known = mask & (labels >= 0)
+    log_probabilities = jax.nn.log_softmax(logits)
+    label = jnp.maximum(labels, 0)
+    right = (jnp.argmax(logits, -1) == label) & known
+    top5 = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1]
+    picked = jnp.take_along_axis(log_probabilities, label[:, None], axis=-1)[:, 0]
+    confidence = jnp.exp(log_probabilities.max(axis=-1))
+    bins = jnp.clip(jnp.ceil(confidence * ECE_BINS).astype(jnp.int32) - 1, 0, ECE_BINS - 1)
+    in_bin = jax.nn.one_hot(bins, ECE_BINS) * known[:, None]
+    return {
+        "labelled": known.sum(),
+        "top1": right.sum(),
+        "top5": ((top5 == label[:, None]).any(-1) & known).sum(),
+        "cross_entropy": -jnp.where(known, picked, 0.0).sum(),
+        "bin_confidence": (in_bin * confidence[:, None]).sum(0),
+        "bin_right": (in_bin * right[:, None]).sum(0),
+    }
+
+
+def _compare(
+    student: Float[Array, "batch classes"],
+    teacher: Float[Array, "batch classes"],
+    mask: Array,
+    temperature: float,
+) -> Sums:
+    first = jnp.argmax(teacher, -1)
+    top5 = jax.lax.top_k(student, min(5, student.shape[-1]))[1]
+
+    def total(values: Array) -> Array:
+        return jnp.where(mask, values, 0).sum()
+
+    return {
+        "examples": mask.sum(),
+        "top1": total(jnp.argmax(student, -1) == first),
+        "top5": total((top5 == first[:, None]).any(-1)),
+        "kl_train_temperature": total(kl_divergence(student, teacher, temperature)),
+        "kl_one": total(kl_divergence(student, teacher)),
+    }
+
+
+def evaluate_batches(
+    program: EvaluationProgram,
+    student: Variables,
+    teachers: tuple[Variables, ...],
+    batches: Iterable[tuple[Batch, np.ndarray]],
+    layout: Layout,
+) -> Sums:
+    """Sums over all batches, accumulated in float64 on the host."""
+    total: PyTree = None
+    for index, (host_batch, mask) in enumerate(batches):
+        batch, kept = layout.spread((host_batch, mask))
+        sums = jax.tree.map(
+            lambda x: np.asarray(x, np.float64),
+            jax.device_get(program(student, teachers, batch, kept, jnp.int32(index))),
+        )
+        total = sums if total is None else jax.tree.map(np.add, total, sums)
+    return total
+
+
+def summarise(sums: Sums, split: str, step: int) -> dict[str, Any]:
+    """The figures of one evaluation; null where there are no labels, teacher or fifth class."""
+    classes = int(sums["classes"])
+    examples = int(sums["examples"])
+    student = _figures(sums["student"], classes)
+    teacher = _figures(sums["teacher"], classes) if "teacher" in sums else _figures(None, classes)
+    central = _match(sums.get("match"), classes)
+    top1, aim = student["top1"], teacher["top1"]
+    return {
+        "split": split,
+        "examples": examples,
+        "step": step,
+        "student": student,
+        "teacher": teacher,
+        **central,
+        "training_view": _match(sums.get("training_view"), classes),
+        "retention": top1 / aim if top1 is not None and aim else None,
+        "gap": aim - top1 if top1 is not None and aim is not None else None,
+    }
+
+
+def _match(sums: Sums | None, classes: int) -> dict[str, dict[str, float | None]]:
+    """Agreement as a fraction of 1, KL in nats."""
+
+    def mean(name: str) -> float | None:
+        return float(sums[name] / sums["examples"]) if sums and sums["examples"] else None
+
+    return {
+        "agreement": {"top1": mean("top1"), "top5": mean("top5") if classes >= 5 else None},
+        "kl": {"train_temperature": mean("kl_train_temperature"), "one": mean("kl_one")},
+    }
+
+
+def _figures(sums: Sums | None, classes: int) -> dict[str, float | None]:
+    if sums is None or sums["labelled"] == 0:
+        return dict.fromkeys(("top1", "top5", "cross_entropy", "ece"))
+    count = float(sums["labelled"])
+    return {
+        "top1": float(sums["top1"]) / count,
+        "top5": float(sums["top5"]) / count if classes >= 5 else None,
+        "cross_entropy": float(sums["cross_entropy"]) / count,
+        "ece": float(np.abs(sums["bin_confidence"] - sums["bin_right"]).sum()) / count,
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """All that is needed to evaluate one student and its teachers on host batches."""
+
+    program: EvaluationProgram
+    layout: Layout
+    classes: int
+
+    @classmethod
+    def make(
+        cls, config: Config, student: Branch, teachers: tuple[Branch, ...], layout: Layout
+    ) -> "Evaluator":
+        step = make_evaluation_step(student, teachers, config.views, config.objective)
+        program = jax.jit(step, out_shardings=layout.replicated)
+        return cls(program, layout, student.network.classes)
+
+    def __call__(
+        self,
+        student: Variables,
+        teachers: tuple[Variables, ...],
+        batches: Iterable[tuple[Batch, np.ndarray]],
+        split: str,
+        step: int,
+    ) -> dict[str, Any]:
+        """The figures of `summarise`."""
+        sums = evaluate_batches(self.program, student, teachers, batches, self.layout)
+        return summarise(sums | {"classes": self.classes}, split, step)
+
+
+def rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
+    """The figures that people look at first, by name; those that there are."""
+    student, teacher = figures["student"], figures["teacher"]
+    mixed = figures["training_view"]
+    found = [
+        ("teacher accuracy", _percent(teacher["top1"])),
+        ("student accuracy", _percent(student["top1"])),
+        ("accuracy kept", _percent(figures["retention"])),
+        ("top-1 agreement", _percent(figures["agreement"]["top1"])),
+        ("KL at training temperature", _nats(figures["kl"]["train_temperature"])),
+        ("KL at temperature 1", _nats(figures["kl"]["one"])),
+        ("agreement, training view", _percent(mixed["agreement"]["top1"])),
+        ("KL, training view and temp.", _nats(mixed["kl"]["train_temperature"])),
+    ]
+    return [(name, value) for name, value in found if value]
+
+
+def table(figures: dict[str, Any]) -> str:
+    """`rows` as text."""
+    title = f"{figures['split']}, {figures['examples']:,} examples, step {figures['step']:,}"
+    return "\n".join([title, *(f"  {name:<28}{value:>12}" for name, value in rows(figures))])
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.2f} %"
+
+
+def _nats(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f} nats"

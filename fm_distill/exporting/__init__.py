@@ -1,0 +1,1 @@
+"""Students as files for other tools. Imports `runs`, `weights`, `views`."""

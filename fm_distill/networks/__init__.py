@@ -1,0 +1,1 @@
+"""Student and teachers with their inputs and weights. Imports `runs`, `data` and below."""

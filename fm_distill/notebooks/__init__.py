@@ -1,0 +1,1 @@
+"""Runs inside notebooks: packing, live figures, backups. Imports `reports`, `cli` and below."""

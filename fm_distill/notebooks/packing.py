@@ -1,0 +1,168 @@
+"""An experiment packed into a notebook: what the tools in `tools/kaggle` and `tools/colab` share.
+
+A notebook's source is a Python file with `# %%` cells. Those with the tag `parameters` get their
+values, one with the tag `hidden` is folded, and before the one with the tag `experiment` stands a
+cell for each of the experiment's files.
+"""
+
+import ast
+import base64
+import dataclasses
+import io
+import os
+import pathlib
+import re
+import tarfile
+import tempfile
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import tyro
+
+from fm_distill.cli.options import Settings, parse
+from fm_distill.config import Config
+from fm_distill.errors import UserError
+from fm_distill.training.experiment import check, load_experiment, resolve_length
+
+ROOT = pathlib.Path(__file__).parents[2]
+# What a notebook needs of a checkout to install the package.
+PACKAGE = ("pyproject.toml", "README.md", "LICENSE", "fm_distill")
+# Of `--package`: the image has it already.
+INSTALLED = "installed"
+# `OWNER/NAME` and whatever lies inside it, in an option of the training.
+INPUT = re.compile(r"@([\w-]+/[\w-]+)(/.*)?")
+
+
+Tool = TypeVar("Tool")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    config: Settings
+
+
+def tool_options(
+    kind: type[Tool], arguments: list[str], program: str
+) -> tuple[Tool, list[str], list[str]]:
+    """A tool's own options, read, and as they were written; the training's options behind `--`."""
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    own, options = arguments[:cut], arguments[cut + 1 :]
+    asked = tyro.cli(kind, args=own, prog=program, config=(tyro.conf.FlagCreatePairsOff,))
+    return asked, own, options
+
+
+def read_options(experiment: str, options: list[str], program: str) -> Config:
+    """The config of an experiment with the options of its training. Raises `UserError`."""
+    default = load_experiment(experiment)
+    asked = parse(_Options, _Options(default), options, program)
+    config = resolve_length(default, asked.config)
+    check(config)
+    return config
+
+
+def pack(experiment: str | os.PathLike[str]) -> dict[str, str]:
+    """The experiment file and those beside it that it reads, by name; the experiment comes first.
+
+    A file is read where another one names it in a string or imports it. Raises `UserError` where
+    the packed files cannot be loaded on their own.
+    """
+    path = pathlib.Path(experiment)
+    load_experiment(path)
+    files: dict[str, str] = {}
+    waiting = [path.name]
+    while waiting:
+        name = waiting.pop(0)
+        if name not in files:
+            files[name] = (path.parent / name).read_text()
+            waiting += [x for x in _named(files[name]) if (path.parent / x).is_file()]
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in files.items():
+            (pathlib.Path(folder) / name).write_text(text)
+        try:
+            config = load_experiment(pathlib.Path(folder) / path.name)
+            for teacher in (config.teacher, *config.more_teachers):
+                if teacher and teacher.experiment:
+                    load_experiment(teacher.experiment)
+        except UserError as error:
+            raise UserError(
+                f"{path} needs more than the files beside it ({', '.join(files)}): {error}; put "
+                "what it reads into the same folder"
+            ) from None
+    return files
+
+
+def _named(text: str) -> list[str]:
+    """Names of Python files in a file's strings and imports, in order."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.append(node.value)
+        elif isinstance(node, ast.Import):
+            found += [f"{alias.name}.py" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.append(f"{node.module}.py")
+    return [x for x in found if re.fullmatch(r"\w+\.py", x)]
+
+
+def archive() -> str:
+    """The package of this checkout as a source archive that pip installs, in base64."""
+    if missing := [name for name in PACKAGE if not (ROOT / name).exists()]:
+        raise UserError(
+            f"{ROOT} is no checkout of fm-distill (it has no {missing[0]}), so the package cannot "
+            "be put into the notebook; give --package SPEC, as for pip"
+        )
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w:xz") as tar:
+        for name in PACKAGE:
+            tar.add(ROOT / name, f"fm-distill/{name}", filter=_source_only)
+    return base64.b64encode(out.getvalue()).decode()
+
+
+def _source_only(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+    member.uid = member.gid = member.mtime = 0
+    member.uname = member.gname = ""
+    return None if member.name.endswith("__pycache__") else member
+
+
+def make_notebook(source: pathlib.Path, values: Mapping[str, Any], files: Mapping[str, str]) -> str:
+    """The notebook of `source` as JSON, with its parameters and the files of the experiment."""
+    try:
+        import jupytext
+        import nbformat
+    except ImportError:
+        raise UserError(
+            "notebooks are made with jupytext: pip install 'fm-distill[kits]'"
+        ) from None
+    notebook = jupytext.read(source)
+    notebook.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    left, cells = dict(values), []
+    for cell in notebook.cells:
+        tags = cell.metadata.get("tags", [])
+        if "parameters" in tags:
+            cell.source = _filled(cell.source, left)
+        if "hidden" in tags:
+            cell.metadata |= {"_kg_hide-input": True, "jupyter": {"source_hidden": True}}
+        if "experiment" in tags:
+            for name, text in files.items():
+                cells.append(nbformat.v4.new_code_cell(f"%%writefile {{FILES}}/{name}\n{text}"))
+        cells.append(cell)
+    assert not left, f"{source} has no parameters {', '.join(left)}"
+    for number, cell in enumerate(cells):
+        # Drawn at random otherwise, and a notebook that is made twice is to be the same.
+        cell.id = f"cell-{number}"
+    notebook.cells = cells
+    return str(jupytext.writes(notebook, fmt="ipynb"))
+
+
+def _filled(source: str, values: dict[str, Any]) -> str:
+    """The lines `NAME = value  # remark` of a cell with the values, which are taken out."""
+    lines = []
+    for line in source.splitlines():
+        found = re.match(r"(([A-Z]+)(?:: \S+)? = ).*?(  # .*)?$", line)
+        if found and found[2] in values:
+            line = f"{found[1]}{values.pop(found[2])!r}{found[3] or ''}"
+        lines.append(line)
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Distances between student and teacher outputs. Imports `config`."""

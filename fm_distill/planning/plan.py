@@ -1,0 +1,265 @@
+"""What a run would need on devices that are not here: `fm-distill plan`.
+
+The very step that `train` runs is compiled by the devices' own compiler, in a child process;
+nothing is guessed but the time it takes. See `compile_step.py`, which is that child.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+from fm_distill.config import Config, NetworkConfig, TeacherConfig
+from fm_distill.config.serialization import changed, to_json
+from fm_distill.config.steps import transfer_examples
+from fm_distill.errors import UserError
+from fm_distill.models import resolve
+from fm_distill.planning.topologies import Topology, topology
+from fm_distill.runs.workdir import Workdir
+from fm_distill.system.console import log
+from fm_distill.training.experiment import check, load_experiment
+from fm_distill.weights.card import only_network
+
+# Expected time of a step over its lower bound. Calibrated on the one published v3-8 row: food101
+# for 3,000 epochs in 14 hours, evaluations included (big_vision, configs/proj/distill), in that
+# row's float32. `tools/plan_table.py published` prints it, and rows that it was not fitted to.
+TIME_OVER_BOUND = 2.34
+
+
+# The compiler's environment: it must not look for a TPU, nor mind that another process has it.
+COMPILER_ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v3-8",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+TIMEOUT_S = 3600
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of one JAX device."""
+
+    arguments: int | None  # state and teachers; None where the compiler gave up
+    temporaries: int | None
+    resident_data: int
+    capacity: int | None  # None on a CPU
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSeconds:
+    """Of one step; None on a CPU, or where it does not compile."""
+
+    lower_bound: float | None  # what peak FLOP/s and bandwidth allow
+    expected: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What `fm-distill plan --json` prints."""
+
+    topology: str
+    devices: int
+    compiles: bool
+    fits: bool
+    memory_bytes: Memory
+    flops: dict[str, float]  # total, teacher, student, views: a step, over all devices
+    hbm_bytes: float | None  # a step, a device
+    collectives: dict[str, float]  # name -> how often a step
+    host_transfers: int | None
+    step_seconds: StepSeconds
+    images_per_second: float | None
+    epochs_per_hour: float | None
+    hours: float | None
+    sessions: int | None  # of `max_hours` each
+    weeks: float | None  # of `weekly_hours` each
+    feeding: str
+    steps_per_dispatch: int
+    total_steps: int
+    donated_bytes: int | None  # of the state, updated in place: a device
+    disk: str
+    notes: tuple[str, ...]  # what the figures leave out
+    compiler_said: str | None  # why it does not compile
+    fits_with: dict[str, Any] | None  # options of the first variant that was tried and fits
+
+
+def plan(
+    config: Config,
+    topology_name: str,
+    *,
+    max_hours: float = 9.0,
+    weekly_hours: float = 20.0,
+    num_examples: int | None = None,
+    search: bool = True,
+) -> Plan:
+    """Compiles the step of `config` for devices that need not be here.
+
+    Neither weights nor data are read: `num_examples`, or the counts in the config, stand for the
+    data. Where it does not fit, `search` compiles variants until one does. Raises `UserError`.
+    """
+    check(config)
+    where = topology(topology_name)
+    examples = num_examples or transfer_examples(config.data)
+    if examples is None:
+        raise UserError(
+            "the number of training examples is not in the experiment; give --num-examples N"
+        )
+    if config.data.classes is None:
+        raise UserError("the number of classes is not in the experiment; give --data.classes N")
+    if where.compiler and importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            "planning for a TPU needs its compiler: pip install 'fm-distill[tpu]' (libtpu, Linux "
+            "on x86-64)"
+        )
+    found = _planned(config, where, examples, max_hours, weekly_hours)
+    if found.fits or not search:
+        return found
+    for options, variant in variants(config, where.devices):
+        log(f"does not fit; trying {' '.join(f'--{k} {v}' for k, v in options.items())}")
+        try:
+            if _planned(variant, where, examples, max_hours, weekly_hours).fits:
+                return dataclasses.replace(found, fits_with=options)
+        except UserError:  # this lever is not for this run: BatchNorm, or an odd batch
+            continue
+    return found
+
+
+def variants(config: Config, devices: int) -> list[tuple[dict[str, Any], Config]]:
+    """What is tried where a run does not fit, the cheapest in time first, as options and config."""
+    steps: list[dict[str, Any]] = [
+        {"memory.teacher_parts": 4},
+        {"memory.teacher_parts": 4, "memory.rematerialise": "units"},
+        {"memory.teacher_parts": 4, "memory.accumulate": 4},
+        {
+            "memory.teacher_parts": 8,
+            "memory.accumulate": 8,
+            "memory.rematerialise": "units",
+            "mesh.data": "auto",
+            "mesh.fsdp": devices,
+        },
+    ]
+    if config.data.feeding == "resident":
+        streaming = {"data.feeding": "streaming"}
+        steps = [streaming, *(options | streaming for options in steps)]
+    return [(options, changed(config, options)) for options in steps]
+
+
+def _planned(
+    config: Config, where: Topology, examples: int, max_hours: float, weekly_hours: float
+) -> Plan:
+    answer = _compiled(config, where, examples)
+    chip = where.chip
+    seconds, rate, hours = StepSeconds(None, None), None, None
+    if chip and answer["compiles"]:
+        computing = answer["flops"]["total"] / answer["devices"] / chip.peak_flops
+        bound = max(computing, answer["hbm_bytes"] / chip.bandwidth)
+        expected = bound * TIME_OVER_BOUND
+        seconds = StepSeconds(bound, expected)
+        rate = config.batch_size / expected
+        hours = answer["total_steps"] * expected / 3600
+    return Plan(
+        topology=where.name,
+        devices=answer["devices"],
+        compiles=answer["compiles"],
+        # The compiler itself refuses what needs more than a device has.
+        fits=answer["compiles"],
+        memory_bytes=Memory(
+            answer.get("arguments"),
+            answer.get("temporaries"),
+            answer["resident_data"],
+            chip.memory_bytes if chip else None,
+        ),
+        flops=answer["flops"],
+        hbm_bytes=answer.get("hbm_bytes"),
+        collectives=answer.get("collectives", {}),
+        host_transfers=answer.get("host_transfers"),
+        step_seconds=seconds,
+        images_per_second=rate,
+        epochs_per_hour=None if rate is None else 3600 * rate / examples,
+        hours=hours,
+        sessions=None if hours is None else math.ceil(hours / max_hours),
+        weeks=None if hours is None else hours / weekly_hours,
+        feeding=answer["feeding"],
+        steps_per_dispatch=answer["steps_per_dispatch"],
+        total_steps=answer["total_steps"],
+        donated_bytes=answer.get("donated"),
+        disk=answer["disk"],
+        notes=tuple(_notes(config, answer["feeding"], rate)),
+        compiler_said=answer.get("compiler_said"),
+        fits_with=None,
+    )
+
+
+def _notes(config: Config, feeding: str, rate: float | None) -> Iterator[str]:
+    if feeding == "streaming" and rate is not None:
+        yield f"the host has to read and decode {rate:,.0f} images a second for that"
+    for teacher in (config.teacher, *config.more_teachers):
+        if teacher and teacher.experiment:
+            yield f"without the training of the teacher first: {teacher.experiment}, a plan itself"
+    if config.objective.target == "teacher" and config.teaching == "fixed":
+        yield "without the teachers' answers before the training"
+
+
+def _compiled(config: Config, where: Topology, examples: int) -> dict[str, Any]:
+    """The child's answer."""
+    request = {
+        "config": to_json(config),
+        "teachers": [dataclasses.asdict(x) for x in described_teachers(config)],
+        "classes": config.data.classes,
+        "examples": examples,
+        "topology": where.name,
+    }
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("TPU_", "LIBTPU", "XLA_"))}
+    environment = kept | COMPILER_ENVIRONMENT | {"TF_CPP_MIN_LOG_LEVEL": "3"}
+    if where.compiler is None:
+        environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={where.devices}"
+    with tempfile.TemporaryDirectory(prefix="fm_distill_plan_") as folder:
+        asked, answered = (pathlib.Path(folder, x) for x in ("request.json", "answer.json"))
+        asked.write_text(json.dumps(request))
+        child = subprocess.run(
+            [sys.executable, "-m", "fm_distill.planning.compile_step", str(asked), str(answered)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+        )
+        if not answered.exists():
+            last = "\n  ".join(child.stderr.strip().splitlines()[-8:])
+            raise RuntimeError(f"the compiler's process ended with {child.returncode}:\n  {last}")
+        answer: dict[str, Any] = json.loads(answered.read_text())
+    if "error" in answer:
+        raise UserError(answer["error"])
+    return answer
+
+
+def described_teachers(config: Config) -> tuple[NetworkConfig, ...]:
+    """The teachers' networks as far as the config says them; no weights are read.
+
+    Raises `UserError` where it does not.
+    """
+    given = (config.teacher, *config.more_teachers) if config.teacher else ()
+    return tuple(_described(teacher, i) for i, teacher in enumerate(given) if teacher)
+
+
+def _described(teacher: TeacherConfig, index: int) -> NetworkConfig:
+    if teacher.network:
+        return resolve(teacher.network)
+    if teacher.experiment:
+        return resolve(only_network(load_experiment(teacher.experiment).student))
+    if teacher.workdir:
+        return resolve(only_network(Workdir(teacher.workdir).stored_config().student))
+    option = "teacher" if index == 0 else f"more_teachers.{index - 1}"
+    raise UserError(
+        f"the network of {option} is not known without its weights; give --{option}.network.model "
+        f"and --{option}.network.resolution"
+    )

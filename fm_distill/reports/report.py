@@ -1,0 +1,252 @@
+"""One self-contained HTML file about runs: figures side by side, curves, views, disagreements.
+
+It reads workdirs and runs no code from them. What cannot be shown, because the data or the teacher
+are not there any more, is said with the option that gives it.
+"""
+
+import base64
+import dataclasses
+import html
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from fm_distill.config import Config
+from fm_distill.errors import UserError
+from fm_distill.evaluation.evaluate import rows
+from fm_distill.evaluation.inference import Opened, open_split
+from fm_distill.evaluation.predictions import (
+    SplitPredictions,
+    confusions,
+    most_disagreeing,
+    predict_split,
+)
+from fm_distill.reports import plots
+from fm_distill.reports.view_samples import sample_views
+from fm_distill.runs.history import Curve, History, read_history
+from fm_distill.runs.workdir import Workdir
+from fm_distill.training.optim import make_schedule
+
+DISAGREEMENTS = 12
+PLAN_POINTS = 500
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em }
+table { border-collapse: collapse } td, th { border: 1px solid #ccc; padding: .2em .7em }
+th { text-align: left } td { text-align: right } img { max-width: 100% }
+.missing { background: #fff3cd; padding: .5em 1em }
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """One run as the report needs it."""
+
+    name: str
+    place: Workdir
+    config: Config
+    history: History
+    status: dict[str, Any]
+    figures: dict[str, Any] | None  # of the complete run
+
+
+def report(
+    workdirs: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    data_dir: str | None = None,
+    teacher_weights: str | None = None,
+) -> pathlib.Path:
+    """Writes the report of one run, or of several side by side, and returns its path.
+
+    Runs that are not complete are shown as far as they are. `data_dir` and `teacher_weights` say
+    where data and teacher lie now. Raises `UserError`.
+    """
+    out = pathlib.Path(out)
+    if out.is_dir() or (out.exists() and not overwrite):
+        raise UserError(f"{out} is there already; choose another --out, or give --overwrite")
+    if not out.parent.is_dir():
+        raise UserError(f"there is no folder {out.parent} for {out.name}; make it first")
+    if not workdirs:
+        raise UserError("a report needs the workdir of at least one run")
+    runs = _read(workdirs)
+    whole = "\n".join(
+        [
+            _image("curves", plots.curves({run.name: run.history for run in runs})),
+            _image("learning rate", plots.schedules({run.name: _rates(run) for run in runs})),
+            *(_of_run(run, data_dir, teacher_weights) for run in runs),
+        ]
+    )
+    title = html.escape(", ".join(run.name for run in runs))
+    temporary = out.with_name(out.name + ".tmp")
+    try:
+        temporary.write_text(
+            f"<!DOCTYPE html>\n<html lang='en'><head><meta charset='utf-8'><title>{title}</title>"
+            f"<style>{STYLE}</style></head><body>\n<h1>{title}</h1>\n{_table(runs)}\n{whole}\n"
+            "</body></html>\n"
+        )
+        temporary.replace(out)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error}") from None
+    return out
+
+
+def rates_of(config: Config, total_steps: int, history: History) -> plots.Rates:
+    """The learning rate of a run of `total_steps`, planned and logged."""
+    planned: Curve = ([], [])
+    if total_steps:
+        shape = make_schedule(config.schedule, total_steps)
+        steps = np.unique(np.linspace(0, total_steps - 1, PLAN_POINTS).astype(int))
+        rates = config.optimizer.learning_rate * np.asarray([shape(int(x)) for x in steps])
+        planned = steps.astype(float).tolist(), rates.tolist()
+    steps_done, logged = history.curve("train", "learning_rate", over="step")
+    # A line is written after its step, which is one less where steps are counted from zero.
+    return plots.Rates(planned, ([step - 1 for step in steps_done], logged))
+
+
+def _read(workdirs: Sequence[str | os.PathLike[str]]) -> list[_Run]:
+    paths = [pathlib.Path(x) for x in workdirs]
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise UserError("a workdir is given twice; give each once")
+    short = [path.resolve().name for path in paths]
+    names = short if len(set(short)) == len(short) else [str(path) for path in paths]
+    runs = []
+    for path, name in zip(paths, names, strict=True):
+        place = Workdir(path)
+        config = place.stored_config()
+        status = place.read_or_none("status.json") or {}
+        history = read_history(path)
+        runs.append(
+            _Run(name, place, config, history, status, place.read_or_none("evaluation.json"))
+        )
+    return runs
+
+
+def _rates(run: _Run) -> plots.Rates:
+    return rates_of(run.config, int(run.status.get("total_steps", 0)), run.history)
+
+
+def _table(runs: list[_Run]) -> str:
+    """The figures that people look at first, a column a run."""
+    columns = [_column(run) for run in runs]
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    head = "".join(f"<th>{html.escape(run.name)}</th>" for run in runs)
+    lines = [
+        f"<tr><th>{html.escape(name)}</th>"
+        + "".join(f"<td>{html.escape(column.get(name, ''))}</td>" for column in columns)
+        + "</tr>"
+        for name in names
+    ]
+    return f"<table><tr><th></th>{head}</tr>{''.join(lines)}</table>"
+
+
+def _column(run: _Run) -> dict[str, str]:
+    config, status, teacher = run.config, run.status, run.config.teacher
+    said = teacher and (teacher.weights or teacher.experiment or teacher.workdir)
+    found = {
+        "state": str(status.get("state", "not begun")),
+        "steps": f"{int(status.get('step', 0)):,} of {int(status.get('total_steps', 0)):,}",
+        "student": f"{config.student.model}, {config.student.resolution} px",
+        "teacher": str(said or "none"),
+        "learns from": config.teaching if config.objective.target == "teacher" else "labels",
+        "batch size": f"{config.batch_size:,}",
+        "seed": str(config.seed),
+    }
+    if run.figures:
+        judged = f"{run.figures['split']}, {run.figures['examples']:,} examples"
+        return found | {"judged on": judged} | dict(rows(run.figures))
+    last = run.history.last("validation")
+    if not last:
+        return found
+    so_far = {k: f"{v:.4f}" for k, v in last.items() if isinstance(v, float) and k != "epoch"}
+    return found | {"judged on": f"validation, at step {last['step']:,}"} | so_far
+
+
+def _of_run(run: _Run, data_dir: str | None, teacher_weights: str | None) -> str:
+    config = _elsewhere(run.config, data_dir, teacher_weights)
+    parts = [f"<h2>{html.escape(run.name)}</h2>"]
+    parts.append(_or_missing("The views of the first steps", lambda: _views(run, config)))
+    split = "test" if config.data.test else "validation" if config.data.validation else "train"
+    parts.append(
+        _or_missing(
+            f"Confusions and disagreements on {split}",
+            lambda: _judged(open_split(run.place.path, split, config)),
+        )
+    )
+    return "\n".join(parts)
+
+
+def _elsewhere(config: Config, data_dir: str | None, teacher_weights: str | None) -> Config:
+    if data_dir is not None:
+        transfer = tuple(
+            dataclasses.replace(part, data_dir=data_dir) if part.data_dir else part
+            for part in config.data.transfer
+        )
+        data = dataclasses.replace(config.data, data_dir=data_dir, transfer=transfer)
+        config = dataclasses.replace(config, data=data)
+    if teacher_weights is not None and config.teacher is not None:
+        teacher = dataclasses.replace(
+            config.teacher, weights=teacher_weights, experiment=None, workdir=None
+        )
+        config = dataclasses.replace(config, teacher=teacher)
+    return config
+
+
+def _or_missing(title: str, make: Callable[[], str]) -> str:
+    """What `make` returns; or why there is none, and what would give it."""
+    heading = f"<h3>{html.escape(title)}</h3>\n"
+    try:
+        return heading + make()
+    except UserError as error:
+        return (
+            f"{heading}<p class='missing'>Missing: {html.escape(str(error))}<br>Where data or "
+            "teacher lie elsewhere now, give --data-dir PATH or --teacher-weights FILE.</p>"
+        )
+
+
+def _views(run: _Run, config: Config) -> str:
+    shown = sample_views(config, run.place)
+    text = (
+        "What each network was given, at its own resolution, cropped, flipped and mixed as in "
+        f"the step. {shown.remark}"
+    )
+    return f"<p>{html.escape(text)}</p>\n{_image('views', plots.views(shown))}"
+
+
+def _judged(opened: Opened) -> str:
+    found = predict_split(opened)
+    names = opened.run.class_names or tuple(f"class {i}" for i in range(opened.run.classes))
+    expected, classes = found.expected
+    parts = [f"<p>The student after {opened.run.step:,} steps.</p>"]
+    if classes is not None:
+        picture = plots.confusion(confusions(found, opened.run.classes), names, expected)
+        parts.append(_image("confusions", picture))
+    wanted = most_disagreeing(found, DISAGREEMENTS)
+    if disagree := [_disagreement(opened, found, names, row) for row in wanted]:
+        parts.append("<p>Where KL(teacher || student) is largest:</p>")
+        parts.append(_image("disagreements", plots.disagreements(disagree)))
+    return "\n".join(parts)
+
+
+def _disagreement(
+    opened: Opened, found: SplitPredictions, names: Sequence[str], row: int
+) -> plots.Disagreement:
+    assert found.teacher is not None and found.teacher_probability is not None
+    assert found.kl is not None
+    read = opened.reader[int(found.example[row])]
+    height, width = read["size"]
+    label = int(found.label[row])
+    lines = (
+        f"teacher: {names[found.teacher[row]]}, {found.teacher_probability[row]:.0%}",
+        f"student: {names[found.student[row]]}, {found.student_probability[row]:.0%}",
+        f"label: {names[label]}" if label >= 0 else "no label",
+        f"KL {found.kl[row]:.2f} nats, example {found.example[row]}",
+    )
+    return plots.Disagreement(read["canvas"][:height, :width], lines)
+
+
+def _image(name: str, png: bytes) -> str:
+    return f"<p><img alt='{name}' src='data:image/png;base64,{base64.b64encode(png).decode()}'></p>"

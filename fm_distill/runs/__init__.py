@@ -1,0 +1,1 @@
+"""A run on disk: state, checkpoints, metrics, status. Imports `weights` and below."""

@@ -1,0 +1,69 @@
+"""A run in a bucket, brought to a folder of this machine: with `keep.py` all that knows fsspec."""
+
+import contextlib
+import pathlib
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+from fm_distill.errors import UserError
+from fm_distill.system.console import log
+
+
+def is_remote(place: str) -> bool:
+    """Whether `place` is a URL, e.g. `gs://bucket/runs/digits`, and not a path."""
+    return "://" in place
+
+
+@contextlib.contextmanager
+def opened(url: str) -> Iterator[tuple[Any, str]]:
+    """Its file system and the path there. Raises `UserError` for whatever goes wrong with it."""
+    try:
+        import fsspec
+
+        system, root = fsspec.core.url_to_fs(url)
+        if not system.isdir(root):
+            raise UserError(f"there is no folder {url}, or this account may not read it")
+        yield system, root
+    except UserError:
+        raise
+    except ImportError as error:
+        raise UserError(
+            f"{url} cannot be read: {error}; for gs:// install the extra with "
+            "`pip install 'fm-distill[bucket]'`, for others their fsspec package"
+        ) from None
+    except Exception as error:  # each kind of bucket has exceptions of its own
+        raise UserError(f"{url} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def names_in(system: Any, folder: str) -> list[str]:
+    """What lies in a folder of a file system, by name; empty where there is no folder."""
+    found = system.ls(folder, detail=False) if system.isdir(folder) else []
+    return [str(path).rstrip("/").rpartition("/")[2] for path in found]
+
+
+def progress_in(url: str) -> tuple[int, int]:
+    """Steps of the run's newest checkpoint, whole or not, and of its teachers' together."""
+    with opened(url) as (system, root):
+
+        def newest(run: str) -> int:
+            names = names_in(system, f"{run}/checkpoints")
+            return max((int(name) for name in names if name.isdigit()), default=0)
+
+        teachers = [name for name in names_in(system, root) if name.startswith("teacher")]
+        return newest(root), sum(newest(f"{root}/{name}") for name in teachers)
+
+
+@contextlib.contextmanager
+def fetched(url: str, beside: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A copy of the folder, beside that of the run, for as long as it is needed."""
+    place = beside.with_name(beside.name + ".fetched")
+    shutil.rmtree(place, ignore_errors=True)
+    try:
+        with opened(url) as (system, root):
+            log(f"fetching {url} ({system.du(root) / 1e6:,.1f} MB)")
+            place.parent.mkdir(parents=True, exist_ok=True)
+            system.get(root.rstrip("/") + "/", f"{place}/", recursive=True)
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)

@@ -1,0 +1,243 @@
+"""The folder of one run: its lock, `config.json`, `status.json` and `evaluation.json`."""
+
+import contextlib
+import datetime
+import fcntl
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Iterator
+from typing import IO, Any, Literal
+
+import jax
+
+from fm_distill.config import Config
+from fm_distill.config.serialization import differences, from_json, to_json
+from fm_distill.errors import UserError
+from fm_distill.system.compilation_cache import COMPILED
+from fm_distill.system.console import log
+from fm_distill.system.processes import first_process
+
+Status = Literal["running", "paused", "complete", "failed"]
+
+
+LENGTH = ("schedule.total_steps:", "schedule.total_epochs:")
+
+
+LIBRARIES = ("fm-distill", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+class Workdir:
+    """The files of a run that are not arrays. Of several processes, the first one writes them."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = pathlib.Path(path)
+
+    @property
+    def checkpoints(self) -> pathlib.Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> pathlib.Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def fixed_targets(self) -> pathlib.Path:
+        return self.path / "fixed_targets.npz"
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the folder for this process. A crash frees it, since the kernel holds the lock."""
+        if not first_process():
+            yield
+            return
+        known = re.compile(
+            r"(config|status)\.json(\.tmp)?|lock|teacher(_\d+)?|fixed_targets\.npz.*|" + COMPILED
+        )
+        try:
+            if self.path.is_dir() and not (self.path / "config.json").exists():
+                others = sorted(x.name for x in self.path.iterdir() if not known.fullmatch(x.name))
+                if others:
+                    raise UserError(
+                        f"{self.path} is not empty and not a workdir of a run (it has "
+                        f"{', '.join(others[:3])}); choose another --workdir"
+                    )
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle = (self.path / "lock").open("w")
+        except OSError as error:
+            raise UserError(f"the workdir {self.path} cannot be written: {error}") from None
+        with handle:
+            if not _lock(handle):
+                raise UserError(
+                    f"the workdir {self.path} is in use by another process; wait for it, or "
+                    "choose another --workdir"
+                )
+            yield
+
+    def in_use(self) -> bool:
+        """Whether a process holds the folder now; a crash frees it."""
+        try:
+            with (self.path / "lock").open() as handle:
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
+
+    def read_or_none(self, name: str) -> Any:
+        """As `read`, but None for a damaged file too: for what can be made again."""
+        try:
+            return self.read(name)
+        except UserError as error:
+            log(f"WARNING: {error}; it is made again")
+            return None
+
+    def read(self, name: str) -> Any:
+        """The contents of a JSON file here, or None where it is not there."""
+        path = self.path / name
+        if not path.exists():
+            return None
+        try:
+            return json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read: {error}") from None
+
+    def write(self, name: str, value: Any) -> None:
+        """Writes a JSON file whole or not at all."""
+        if not first_process():
+            return
+        path = self.path / name
+        temporary = path.with_name(path.name + ".tmp")
+        with temporary.open("w") as file:
+            file.write(json.dumps(value, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+
+    def stored_config(self) -> Config:
+        """The config of the run that lies here."""
+        stored = self.read("config.json")
+        if stored is None:
+            raise UserError(f"{self.path} is not the workdir of a run: it has no config.json")
+        if not isinstance(stored, dict) or "config" not in stored:
+            raise UserError(f"{self.path / 'config.json'} is not the config of a run")
+        return from_json(stored["config"])
+
+    def refuse_another(
+        self, config: Config, contents: dict[str, Any], extend: bool = False
+    ) -> bool:
+        """Raises `UserError` that lists what differs where this is another run's workdir.
+
+        `contents` are fingerprints of what the run is made from (data, teacher): paths may
+        change, contents may not. Returns whether only the length differs, which `extend` allows.
+        """
+        stored = self.read("config.json")
+        if stored is None:
+            return False
+        differ = differences(self.stored_config(), config)
+        length = [line for line in differ if line.startswith(LENGTH)]
+        if extend:
+            differ = [line for line in differ if line not in length]
+        before = stored.get("contents", {})
+        differ += [
+            f"{name}: {before[name]} in the workdir, {value} now (its contents, not its place)"
+            for name, value in contents.items()
+            if before.get(name, value) != value
+        ]
+        if differ:
+            raise UserError(
+                f"the workdir {self.path} belongs to another run:\n  "
+                + "\n  ".join(differ)
+                + "\nchoose another --workdir, or give the old values"
+                + (", or lengthen the schedule knowingly with --extend" if length else "")
+            )
+        return bool(length)
+
+    def claim(
+        self, config: Config, contents: dict[str, Any], extend: bool = False
+    ) -> tuple[int, ...]:
+        """Makes this the workdir of `config`; call it when nothing is left to be refused.
+
+        Returns the ends of the schedules that were lengthened: those students are kept.
+        """
+        stored = self.read("config.json") or {}
+        ends = tuple(stored.get("lengthened_after", ()))
+        status = self.read_or_none("status.json") or {}
+        if self.refuse_another(config, contents, extend) and status.get("state") == "complete":
+            ends += (status["step"],)
+            figures = self.path / "evaluation.json"
+            if figures.exists() and first_process():
+                figures.rename(self.path / f"evaluation_{status['step']}.json")
+        self.write(
+            "config.json",
+            {
+                "lengthened_after": list(ends),
+                "config": to_json(config),
+                "contents": contents,
+                "versions": {name: _version(name) for name in LIBRARIES}
+                | {"python": platform.python_version()},
+                "devices": [f"{d.platform}:{d.device_kind}" for d in jax.devices()],
+                "commit": _commit(),
+            },
+        )
+        return ends
+
+    def set_status(
+        self,
+        status: Status,
+        step: int,
+        total_steps: int,
+        reason: str = "",
+        hours_left: float | None = None,
+        images_per_second: float | None = None,
+    ) -> None:
+        self.write(
+            "status.json",
+            {
+                "state": status,
+                "step": step,
+                "total_steps": total_steps,
+                "reason": reason,
+                "hours_left": hours_left,
+                "images_per_second": images_per_second,
+                "updated": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            },
+        )
+
+
+def _lock(handle: IO[str]) -> bool:
+    """Tries for a second, since a look at the lock (`in_use`) holds it for a moment."""
+    for _ in range(10):
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of this checkout, where the package runs from one."""
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=pathlib.Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() if found.returncode == 0 else None

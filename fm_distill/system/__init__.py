@@ -1,0 +1,1 @@
+"""Devices, processes, signals and the console. Imports `config` and `errors`."""

@@ -1,0 +1,1 @@
+"""From a config to a trained student: step, program, loop. Imports `evaluation` and below."""

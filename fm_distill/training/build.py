@@ -1,0 +1,79 @@
+"""A config made into networks, optimizer and step: what `train` runs, and what can be planned."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import optax
+from jaxtyping import Array, PRNGKeyArray
+
+from fm_distill.config import Config, NetworkConfig
+from fm_distill.errors import UserError
+from fm_distill.networks.branch import Branch, compute_dtype, make_branch
+from fm_distill.runs.state import TrainState, init_state
+from fm_distill.system.sharding import Layout
+from fm_distill.training.optim import make_optimizer, make_schedule
+from fm_distill.training.step import TrainStep, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Build:
+    """The parts of a run that do not depend on data or weights."""
+
+    student: Branch
+    teachers: tuple[Branch, ...]  # those that are compared with
+    schedule: Callable[[Array | int], Array]
+    optimizer: optax.GradientTransformation
+    train_step: TrainStep
+    # Those that the step runs: none where labels are the target, or the teachers are fixed.
+    taught_by: tuple[Branch, ...]
+    config: Config
+
+    def init(self, key: PRNGKeyArray) -> TrainState:
+        return init_state(key, self.student.network, self.optimizer, self.config.ema_decay)
+
+    def abstract_state(self) -> TrainState:
+        """Shapes of the state."""
+        return jax.eval_shape(self.init, jax.random.key(0))
+
+
+def build(
+    config: Config,
+    classes: int,
+    teacher_networks: tuple[NetworkConfig, ...],
+    total_steps: int,
+    layout: Layout,
+) -> Build:
+    """Everything that the step needs, from the config alone."""
+    dtype = compute_dtype(config, layout)
+    student = make_branch(config.student, classes, dtype)
+    teachers = tuple(make_branch(network, classes, dtype) for network in teacher_networks)
+    _check_accumulation(config, student)
+    online = config.objective.target == "teacher" and config.teaching != "fixed"
+    taught_by = teachers if online else ()
+    schedule = make_schedule(config.schedule, total_steps)
+    optimizer = make_optimizer(config.optimizer, schedule)
+    step = make_train_step(
+        student,
+        taught_by,
+        optimizer,
+        config.views,
+        config.objective,
+        config.teaching,
+        config.ema_decay,
+        config.student.keep_statistics,
+        config.memory,
+    )
+    return Build(student, teachers, schedule, optimizer, step, taught_by, config)
+
+
+def _check_accumulation(config: Config, student: Branch) -> None:
+    """Raises `UserError` where accumulating would change the statistics of the student."""
+    if config.memory.accumulate == 1 or config.student.keep_statistics:
+        return
+    if jax.tree.leaves(jax.eval_shape(student.network.init, jax.random.key(0)).statistics):
+        raise UserError(
+            f"memory.accumulate={config.memory.accumulate} would give {config.student.model}'s "
+            "BatchNorm the statistics of parts of the batch: use memory.accumulate=1 with another "
+            "lever (memory.rematerialise, memory.teacher_parts, mesh.fsdp), or a GroupNorm student"
+        )

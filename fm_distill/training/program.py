@@ -1,0 +1,64 @@
+"""The train step as one compiled, sharded program."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PRNGKeyArray, PyTree
+
+from fm_distill.data.resident import Resident
+from fm_distill.runs.state import TrainState
+from fm_distill.system.sharding import Layout
+from fm_distill.training.step import Metrics, TrainStep
+
+# Metrics without which the state after a step is worth nothing.
+FINITE = ("loss", "gradient_norm", "update_norm")
+
+
+def make_program(
+    train_step: TrainStep,
+    state: TrainState,
+    teachers: PyTree,
+    data: Resident | None,
+    layout: Layout,
+) -> jax.stages.Wrapped:
+    """The compiled `(state, teachers, data, fed, root_key) -> (state, metrics)`.
+
+    `fed` is a batch, or (steps, batch) ids into the resident `data`. The state is donated; the
+    teachers are arguments, so that they are neither baked into the program nor copied. `state`
+    and `teachers` may be shapes. Metrics are the last step's; the loss is NaN where any of
+    `FINITE` was not finite in any step.
+    """
+
+    def program(
+        state: TrainState, teachers: PyTree, data: Resident | None, fed: Any, root_key: PRNGKeyArray
+    ) -> tuple[TrainState, Metrics]:
+        if data is None:
+            return train_step(state, teachers, fed, root_key)
+
+        def one(state: TrainState, ids: Array) -> tuple[TrainState, Metrics]:
+            batch = jax.lax.with_sharding_constraint(data.at(ids), layout.batch)
+            return train_step(state, teachers, batch, root_key)
+
+        if fed.shape[0] == 1:  # a convolution in a loop is many times slower on a CPU
+            return one(state, fed[0])
+        state, metrics = jax.lax.scan(one, state, fed)
+        last = {name: values[-1] for name, values in metrics.items()}
+        finite = jnp.isfinite(jnp.stack([metrics[name] for name in FINITE])).all()
+        return state, last | {"loss": jnp.where(finite, last["loss"], jnp.nan)}
+
+    state_shardings = layout.variables(state)
+    fed_sharding = layout.batch if data is None else layout.ids
+    return jax.jit(
+        program,
+        in_shardings=(
+            state_shardings,
+            layout.variables(teachers),
+            None if data is None else layout.replicated,
+            fed_sharding,
+            layout.replicated,
+        ),
+        # The same as the inputs', or the second call compiles again.
+        out_shardings=(state_shardings, layout.replicated),
+        donate_argnums=0,
+    )

@@ -1,0 +1,185 @@
+"""What a running loop says: lines of `metrics.jsonl`, remarks, and the progress bar."""
+
+import math
+import sys
+import time
+from typing import Any
+
+import jax
+from jaxtyping import Array
+from tqdm import tqdm
+
+from fm_distill.config import Config
+from fm_distill.errors import Diverged
+from fm_distill.evaluation.teacher_check import check_teacher
+from fm_distill.models import parameter_count
+from fm_distill.runs.checkpoint import bytes_of
+from fm_distill.runs.metrics import MetricsWriter
+from fm_distill.runs.workdir import Workdir
+from fm_distill.system.console import log
+from fm_distill.system.preemption import Stop
+from fm_distill.system.processes import first_process
+from fm_distill.training.dispatch import due
+from fm_distill.training.program import FINITE
+from fm_distill.training.setup import Setup
+
+# `status.json` is written with a logged line, but not more often than this.
+STATUS_EVERY_S = 5.0
+LINE_BYTES = 300  # of metrics.jsonl, about
+
+
+class Reporter:
+    """Fetches metrics a dispatch late, so that the device never waits for the host."""
+
+    def __init__(
+        self,
+        setup: Setup,
+        workdir: Workdir,
+        writer: MetricsWriter,
+        bar: Any,
+        start: int,
+        stop: Stop,
+    ):
+        self.setup, self.workdir, self.writer, self.bar = setup, workdir, writer, bar
+        self.stop = stop
+        self.late: tuple[int, int, dict[str, Array]] | None = None
+        self.mark = start, time.monotonic()
+        # Step and time when the first dispatch was done.
+        self.first: tuple[int, float] | None = None
+        self.step = start
+        self.figures: dict[int, dict[str, float]] = {}  # step -> of the last evaluation
+        self.status_at = -STATUS_EVERY_S
+
+    def dispatched(self, step: int, steps: int, metrics: dict[str, Array]) -> None:
+        """Reports the dispatch before, and keeps this one for later."""
+        self.catch_up()
+        self.late = step, steps, metrics
+
+    def catch_up(self) -> None:
+        """Reports what is late. Raises `Diverged` where loss, gradient or update is not finite."""
+        if self.late is None:
+            return
+        (step, steps, metrics), self.late = self.late, None
+        values = {name: float(x) for name, x in jax.device_get(metrics).items()}
+        if not all(math.isfinite(values[name]) for name in FINITE):
+            raise Diverged(step)
+        self.step = step
+        if self.first is None:
+            self.first = step, time.monotonic()
+            log(f"the first new step is done {3600 * self.stop.hours():.1f} s after the start")
+        self.bar.update(steps)
+        every = self.setup.config.log.every_steps
+        if due(every, step, steps) or step == self.setup.total_steps:
+            self._log(step, values)
+
+    def evaluated(self, figures: dict[str, Any]) -> None:
+        """Writes the figures of the validation split."""
+        values = {
+            "student_top1": figures["student"]["top1"],
+            "student_cross_entropy": figures["student"]["cross_entropy"],
+            "teacher_top1": figures["teacher"]["top1"],
+            "agreement_top1": figures["agreement"]["top1"],
+            "kl_train_temperature": figures["kl"]["train_temperature"],
+            "kl_one": figures["kl"]["one"],
+            "training_view_agreement_top1": figures["training_view"]["agreement"]["top1"],
+            "training_view_kl": figures["training_view"]["kl"]["train_temperature"],
+        }
+        known = {name: value for name, value in values.items() if value is not None}
+        step = figures["step"]
+        self.figures = {step: known}
+        self.writer.write(step, self._epoch(step), "validation", known)
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in known.items())
+        log(f"step {step:,} validation: {shown}")
+        self.mark = step, time.monotonic()
+
+    def hours_left(self) -> float | None:
+        """At the pace of this stretch, evaluations and checkpoints included; None if not known."""
+        if self.first is None or self.step == self.first[0]:
+            return None
+        pace_s = (time.monotonic() - self.first[1]) / (self.step - self.first[0])
+        return (self.setup.total_steps - self.step) * pace_s / 3600
+
+    def say_pace(self, blocked_s: float) -> None:
+        """What this stretch did after its first dispatch, and what its checkpoints cost."""
+        if self.first is None or self.step == self.first[0]:
+            return
+        steps, seconds = self.step - self.first[0], time.monotonic() - self.first[1]
+        log(
+            f"{steps:,} steps in {seconds:,.1f} s; checkpoints held them up for {blocked_s:.2f} s "
+            f"({blocked_s / seconds:.2%})"
+        )
+
+    def _log(self, step: int, values: dict[str, float]) -> None:
+        before, since = self.mark
+        self.mark = step, time.monotonic()
+        seconds = max(self.mark[1] - since, 1e-9)
+        config = self.setup.config
+        rate = (step - before) * config.batch_size / seconds
+        shape = float(jax.device_get(self.setup.built.schedule(step - 1)))
+        epoch = self._epoch(step)
+        values |= {
+            "learning_rate": config.optimizer.learning_rate * shape,
+            "images_per_second": rate,
+        }
+        if self.setup.feed.skipped:
+            values["corrupt_images"] = self.setup.feed.skipped
+        self.writer.write(step, epoch, "train", values)
+        text = f"epoch {epoch:.1f}, loss {values['loss']:.4f}, {rate:,.0f} img/s"
+        self.bar.set_postfix_str(text, refresh=False)
+        if self.mark[1] - self.status_at > STATUS_EVERY_S:
+            self.status_at = self.mark[1]
+            self.workdir.set_status(
+                "running", step, self.setup.total_steps, "", self.hours_left(), rate
+            )
+
+    def _epoch(self, step: int) -> float:
+        return step * self.setup.config.batch_size / len(self.setup.reader)
+
+
+def progress_bar(setup: Setup, start: int) -> Any:
+    """On standard error."""
+    return tqdm(
+        total=setup.total_steps,
+        initial=start,
+        unit="step",
+        desc=setup.config.name,
+        disable=not first_process(),
+        # A log file gets a line every half minute, a terminal ten a second.
+        mininterval=0.1 if sys.stderr.isatty() else 30,
+        dynamic_ncols=True,
+    )
+
+
+def introduce(setup: Setup, start: int) -> None:
+    """Says what is about to run, and warns of a teacher that cannot teach."""
+    config = setup.config
+    shapes = setup.built.abstract_state()
+    students = parameter_count(shapes.student.params)
+    teachers = sum(parameter_count(x.params) for x in setup.frozen)
+    against = f", teacher of {teachers:,}" if teachers else ""
+    log(
+        f"{config.name}: student of {students:,} parameters{against}; {setup.total_steps:,} steps "
+        f"of {config.batch_size} on {setup.layout.mesh.size} x "
+        f"{jax.devices()[0].device_kind}" + (f", continuing after step {start:,}" if start else "")
+    )
+    log(disk_use(config, setup.total_steps, bytes_of(shapes)))
+    if start == 0:
+        for branch, frozen in zip(setup.built.teachers, setup.frozen, strict=True):
+            for warning in check_teacher(config, branch, frozen, setup.reader, setup.layout):
+                log(warning)
+
+
+def disk_use(config: Config, total: int, state_bytes: int) -> str:
+    """What the run will need on disk, in a sentence."""
+    kept = config.checkpoint
+    count = kept.keep + 1 + (1 if kept.keep_best else 0)  # one more while it is written
+    if kept.keep_every_steps:
+        count += total // kept.keep_every_steps
+    lines = total // config.log.every_steps
+    if config.log.evaluate_every_steps:
+        lines += total // config.log.evaluate_every_steps
+    return (
+        f"disk: up to {count:,} checkpoints of {state_bytes / 1e6:,.1f} MB, "
+        f"{count * state_bytes / 1e9:,.2f} GB in all; metrics.jsonl grows to {lines:,} "
+        f"lines, about {lines * LINE_BYTES / 1e6:,.1f} MB"
+    )

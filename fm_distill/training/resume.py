@@ -1,0 +1,81 @@
+"""Where a run goes on: the newest whole checkpoint, whether it may be used, and its state."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fm_distill.errors import UserError
+from fm_distill.runs.checkpoint import abstract, restore
+from fm_distill.runs.integrity import NewestCheckpoint
+from fm_distill.runs.state import TrainState
+from fm_distill.runs.workdir import Workdir
+from fm_distill.system.console import log
+from fm_distill.system.sharding import on_devices
+from fm_distill.training.rollback import ROLLBACKS, Rollback, as_json
+from fm_distill.training.setup import Setup
+from fm_distill.weights.load import start_from
+
+
+def accept(
+    found: NewestCheckpoint,
+    workdir: Workdir,
+    metadata: dict[str, Any],
+    rollbacks: tuple[Rollback, ...],
+) -> None:
+    """Names damaged checkpoints; raises `UserError` where the newest whole one cannot be used."""
+    for step, wrong in found.damaged.items():
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        where = f"checkpoint {step:,} in {workdir.checkpoints}"
+        log(f"WARNING: {where} is damaged: {wrong[0]}{more}")
+    if found.damaged and not found.step:
+        raise UserError(
+            f"no checkpoint in {workdir.checkpoints} is valid ({len(found.damaged)} damaged); "
+            "bring back a copy of one, or remove the folder to begin anew"
+        )
+    if not found.step:
+        return
+    if found.damaged:
+        log(f"continuing from checkpoint {found.step:,}, the newest whole one")
+    before = found.metadata
+    for name in ("data", "teacher"):
+        if before.get(name) != metadata[name]:
+            raise UserError(
+                f"checkpoint {found.step:,} in {workdir.checkpoints} belongs to another {name}: "
+                f"{before.get(name)}, and now it is {metadata[name]}"
+            )
+    if before.get("rollbacks", []) != as_json(rollbacks[: len(before.get("rollbacks", []))]):
+        raise UserError(
+            f"{workdir.path / ROLLBACKS} does not agree with checkpoint {found.step:,}; restore it"
+        )
+    names = ("jax", "device_kind", "mesh", "memory", "processes")
+    changed = [
+        f"{x} {before.get(x)} -> {metadata[x]}" for x in names if before.get(x) != metadata[x]
+    ]
+    if changed:
+        log(
+            f"NOTICE: checkpoint {found.step:,} was written with other {', '.join(changed)}: the "
+            "run goes on, but equality in every bit is promised only for the same"
+        )
+
+
+def first_state(setup: Setup, workdir: Workdir, start: int) -> TrainState:
+    """The state of the newest checkpoint, or a new one, straight on its shards."""
+    shapes = setup.built.abstract_state()
+    shardings = setup.layout.variables(shapes)
+    if start:
+        return restore(workdir.checkpoints / str(start), abstract(shapes, shardings))
+    init_key, _ = setup.keys
+    state = jax.jit(setup.built.init, out_shardings=shardings)(init_key)
+    networks = setup.networks
+    if networks.pretrained is None:
+        return state
+    student, remark = start_from(
+        state.student, networks.pretrained, networks.classes, networks.class_names
+    )
+    log(remark)
+    student = on_devices(student, shardings.student)
+    # A copy: the same buffer cannot be donated twice.
+    ema = None if state.ema is None else jax.tree.map(jnp.copy, student)
+    return dataclasses.replace(state, student=student, ema=ema)

@@ -1,0 +1,132 @@
+"""Many runs of one experiment: every combination of given values, and their means and spreads.
+
+Each combination is a run of its own in a folder of its own, so a sweep that was stopped goes on
+where it was, and one that is complete only prints its table.
+"""
+
+import dataclasses
+import itertools
+import json
+import os
+import pathlib
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fm_distill.config import Config
+from fm_distill.config.serialization import changed
+from fm_distill.errors import UserError
+from fm_distill.system.console import log
+from fm_distill.system.preemption import Stop, stop_signals
+from fm_distill.training.experiment import check
+from fm_distill.training.train import train_until
+
+Figures = dict[str, Any]
+SEED = "seed"
+
+
+def sweep(
+    config: Config,
+    over: dict[str, tuple[Any, ...]],
+    workdir: str | os.PathLike[str],
+    *,
+    max_hours: float | None = None,
+) -> str | None:
+    """Runs every combination of `over` (option -> values) in folders of `workdir`.
+
+    Returns the table, a line for each combination of what is not the seed, with mean and sample
+    standard deviation over the seeds; None where a signal or `max_hours` stopped it. Teachers that
+    are experiments are trained once, in `workdir`. Raises `UserError` before the first run where a
+    combination is wrong.
+    """
+    folder = pathlib.Path(workdir)
+    config = _with_shared_teachers(config, folder)
+    chosen = [dict(zip(over, x, strict=True)) for x in itertools.product(*over.values())]
+    runs = [changed(config, values) for values in chosen]
+    for run in runs:
+        check(run)
+    groups: dict[str, list[Figures]] = {}
+    with stop_signals(Stop(max_hours)) as stop:
+        for i, (values, run) in enumerate(zip(chosen, runs, strict=True), 1):
+            log(f"run {i} of {len(runs)}: {_name(values, ', ')}")
+            result = train_until(run, folder / _name(values, "__").replace("/", "_"), stop)
+            if not result.complete:
+                return None
+            assert result.evaluation is not None
+            group = {name: value for name, value in values.items() if name != SEED}
+            groups.setdefault(_name(group, ", "), []).append(result.evaluation)
+    return comparison(groups)
+
+
+def parse_over(text: str) -> tuple[str, tuple[Any, ...]]:
+    """`"objective.temperature=1,2.5"` as a name and values, each read as JSON or else as text."""
+    name, equals, values = text.partition("=")
+    if not equals or not name or not values:
+        raise UserError(f"--over {text!r}: expected OPTION=VALUE,VALUE,..., e.g. seed=0,1,2")
+
+    def value(part: str) -> Any:
+        try:
+            return json.loads(part)
+        except ValueError:
+            return part
+
+    return name.strip().replace("-", "_"), tuple(value(part.strip()) for part in values.split(","))
+
+
+def _name(values: dict[str, Any], between: str) -> str:
+    return between.join(f"{name}={value}" for name, value in values.items()) or "all"
+
+
+def _with_shared_teachers(config: Config, folder: pathlib.Path) -> Config:
+    """Teachers that are trained first lie beside the runs, not in each of them."""
+
+    def shared(teacher: Any, name: str) -> Any:
+        if teacher is None or not teacher.experiment or teacher.workdir:
+            return teacher
+        return dataclasses.replace(teacher, workdir=str(folder / name))
+
+    return dataclasses.replace(
+        config,
+        teacher=shared(config.teacher, "teacher"),
+        more_teachers=tuple(
+            shared(teacher, f"teacher_{i}") for i, teacher in enumerate(config.more_teachers, 2)
+        ),
+    )
+
+
+COLUMNS: dict[str, Callable[[Figures], float | None]] = {
+    "student top-1, %": lambda x: _percent(x["student"]["top1"]),
+    "teacher top-1, %": lambda x: _percent(x["teacher"]["top1"]),
+    "kept, %": lambda x: _percent(x["retention"]),
+    "agreement, %": lambda x: _percent(x["agreement"]["top1"]),
+    "KL at T=1, nats": lambda x: x["kl"]["one"],
+    "agreement on the training view, %": lambda x: _percent(
+        x["training_view"]["agreement"]["top1"]
+    ),
+    "KL on it, at T, nats": lambda x: x["training_view"]["kl"]["train_temperature"],
+}
+
+
+def comparison(groups: dict[str, list[Figures]]) -> str:
+    """A table in Markdown: a line a group of evaluated runs, mean ± sample standard deviation."""
+    lines = [
+        "| runs | seeds | " + " | ".join(COLUMNS) + " |",
+        "|---" * (len(COLUMNS) + 2) + "|",
+    ]
+    for name, found in groups.items():
+        cells = [_cell([column(x) for x in found]) for column in COLUMNS.values()]
+        lines.append(f"| {name} | {len(found)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _percent(value: float | None) -> float | None:
+    return None if value is None else 100 * value
+
+
+def _cell(values: Sequence[float | None]) -> str:
+    known = [x for x in values if x is not None]
+    if not known:
+        return "-"
+    digits = 2 if max(known) > 2 else 4
+    spread = f" ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else ""
+    return f"{statistics.mean(known):.{digits}f}{spread}"

@@ -1,0 +1,111 @@
+"""What fixed teachers say of each training image, computed once, before the training begins.
+
+Only for `teaching="fixed"`: of the central crop, or the mean over many random crops (the paper's
+`fix/cc` and `fix/ic_ens`). `setup.py` sends the result along with the examples.
+"""
+
+import dataclasses
+import functools
+import math
+import pathlib
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from tqdm import tqdm
+
+from fm_distill.config import Config
+from fm_distill.data.batch import Batch
+from fm_distill.data.feeding import Reader, evaluation_batches
+from fm_distill.models import Variables
+from fm_distill.networks.branch import Branch, render_central_views, render_views
+from fm_distill.objectives.distances import combine
+from fm_distill.system.processes import first_process
+from fm_distill.system.sharding import Layout
+from fm_distill.views.draws import draw
+
+Targets = Float[np.ndarray, "examples targets classes"]
+
+
+def fixed_targets(
+    config: Config,
+    teachers: tuple[Branch, ...],
+    frozen: tuple[Variables, ...],
+    reader: Reader,
+    layout: Layout,
+    kept: pathlib.Path,
+) -> Targets:
+    """The targets of each example of `reader`, in its order; read from `kept` if they are there.
+
+    A file that is not whole is made again.
+    """
+    if (found := _read(kept, len(reader))) is not None:
+        return found
+    program = jax.jit(_program(config, teachers), out_shardings=layout.replicated)
+    batches = evaluation_batches(reader, config.batch_size)
+    count = -(-len(reader) // config.batch_size)
+    rows = []
+    for index, (host_batch, _) in enumerate(tqdm(batches, "fixed targets", count, leave=False)):
+        batch = layout.spread(host_batch)
+        # A loop on the device would be many times slower on a CPU.
+        crops = (
+            np.asarray(program(frozen, batch, np.int32(index), np.int32(crop)))
+            for crop in range(max(config.fixed_crops, 1))
+        )
+        logits = _mean(crops, config)
+        rows.append(np.stack(combine(tuple(map(jnp.asarray, logits)), config.objective), axis=1))
+    targets = np.concatenate(rows)[: len(reader)]
+    _write(kept, targets)
+    return targets
+
+
+def _program(
+    config: Config, teachers: tuple[Branch, ...]
+) -> Callable[[tuple[Variables, ...], Batch, Array, Array], Array]:
+    """`(frozen, batch, its index, crop) -> logits (teachers, batch, classes)`."""
+    views = dataclasses.replace(config.views, mixup="none")
+
+    def program(frozen: tuple[Variables, ...], batch: Batch, index: Array, crop: Array) -> Array:
+        if config.fixed_crops:
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), index), crop)
+            pictures = render_views(draw(key, batch.sizes, views), batch, teachers)
+        else:
+            pictures = render_central_views(batch, teachers, views.central_fraction)
+        return jnp.stack(
+            [
+                branch.network.apply_frozen(variables, pictures[branch.input_spec]).logits
+                for branch, variables in zip(teachers, frozen, strict=True)
+            ]
+        )
+
+    return program
+
+
+def _mean(crops: Iterator[np.ndarray], config: Config) -> np.ndarray:
+    """Over crops as over teachers: of logits, or of probabilities at the training's temperature."""
+    temperature, count = config.objective.temperature, max(config.fixed_crops, 1)
+    if config.objective.ensemble != "mean_probabilities" or count == 1:
+        return np.asarray(functools.reduce(np.add, crops) / np.float32(count))
+    logs = (np.asarray(jax.nn.log_softmax(x / temperature)) for x in crops)
+    return temperature * (functools.reduce(np.logaddexp, logs) - np.float32(math.log(count)))
+
+
+def _read(kept: pathlib.Path, examples: int) -> Targets | None:
+    try:
+        with np.load(kept, allow_pickle=False) as archive:
+            targets = archive["targets"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        return None
+    return targets if targets.shape[0] == examples else None
+
+
+def _write(kept: pathlib.Path, targets: Targets) -> None:
+    if not first_process():
+        return
+    temporary = kept.with_name(kept.name + ".tmp.npz")
+    np.savez(temporary, targets=targets)
+    temporary.replace(kept)

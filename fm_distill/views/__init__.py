@@ -1,0 +1,1 @@
+"""What networks see of a batch: crops, draws, rendering. Imports `config`."""

@@ -1,0 +1,101 @@
+"""Laws of the random crop, one box per example: a table from which a config chooses."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from fm_distill.config import ViewConfig
+
+Sizes = Int[Array, "batch 2"]
+
+
+Boxes = Float[Array, "batch 4"]
+
+
+def tensorflow_crop(key: PRNGKeyArray, sizes: Sizes, config: ViewConfig) -> Boxes:
+    """The law of `tf.image.sample_distorted_bounding_box` without a box: the recipe's crop.
+
+    Aspect (width / height) uniform, then height uniform between the heights of the smallest and
+    the largest area that fit, width = round(height * aspect), offsets uniform. No rejection is
+    needed, so the law is closed-form. Source: TensorFlow's sample_distorted_bounding_box_op.cc
+    (GenerateRandomCrop); its offsets leave out the last pixel, which is not reproduced.
+    """
+    height, width = sizes[:, 0].astype(jnp.float32), sizes[:, 1].astype(jnp.float32)
+    aspect_key, height_key, offset_key = jax.random.split(key, 3)
+    low, high = config.crop_aspect
+    aspect = jax.random.uniform(aspect_key, height.shape, minval=low, maxval=high)
+    area = height * width
+    smallest = jnp.round(jnp.sqrt(config.crop_area[0] * area / aspect))
+    largest = jnp.round(jnp.sqrt(config.crop_area[1] * area / aspect))
+    # The largest height whose rounded width still fits the image.
+    widest = jnp.floor((width + 0.5 - 1e-4) / aspect)
+    largest = jnp.minimum(jnp.minimum(largest, height), widest)
+    smallest = jnp.clip(smallest, 1, largest)
+    step = jnp.floor(jax.random.uniform(height_key, height.shape) * (largest - smallest + 1))
+    # float32's uniform * n can round up to n.
+    crop_height = jnp.minimum(smallest + step, largest)
+    crop_width = jnp.clip(jnp.round(crop_height * aspect), 1, width)
+    # As in the op: where rounding fell below the smallest area, one row more.
+    short = (crop_height * crop_width < config.crop_area[0] * area) & (crop_height < largest)
+    crop_height = crop_height + short
+    crop_width = jnp.clip(jnp.round(crop_height * aspect), 1, width)
+    return _place(offset_key, height, width, crop_height, crop_width)
+
+
+def torchvision_crop(key: PRNGKeyArray, sizes: Sizes, config: ViewConfig) -> Boxes:
+    """The law of torchvision's `RandomResizedCrop`: area uniform, aspect log-uniform.
+
+    Ten attempts, then the largest central crop within the aspect range. Source: torchvision's
+    transforms.RandomResizedCrop.get_params. Crops are larger than TensorFlow's on average.
+    """
+    attempts = 10
+    height, width = sizes[:, 0].astype(jnp.float32), sizes[:, 1].astype(jnp.float32)
+    area_key, aspect_key, offset_key = jax.random.split(key, 3)
+    shape = (height.shape[0], attempts)
+    share = jax.random.uniform(
+        area_key, shape, minval=config.crop_area[0], maxval=config.crop_area[1]
+    )
+    low, high = jnp.log(config.crop_aspect[0]), jnp.log(config.crop_aspect[1])
+    aspect = jnp.exp(jax.random.uniform(aspect_key, shape, minval=low, maxval=high))
+    area = (height * width)[:, None] * share
+    widths, heights = jnp.round(jnp.sqrt(area * aspect)), jnp.round(jnp.sqrt(area / aspect))
+    fits = (widths > 0) & (widths <= width[:, None]) & (heights > 0)
+    fits &= heights <= height[:, None]
+    first = jnp.argmax(fits, axis=1)[:, None]
+    crop_height = jnp.take_along_axis(heights, first, axis=1)[:, 0]
+    crop_width = jnp.take_along_axis(widths, first, axis=1)[:, 0]
+    placed = _place(offset_key, height, width, crop_height, crop_width)
+    # Fallback: the image's own aspect, brought into the range.
+    aspect_image = width / height
+    back_width = jnp.where(
+        aspect_image > config.crop_aspect[1], jnp.round(height * config.crop_aspect[1]), width
+    )
+    back_height = jnp.where(
+        aspect_image < config.crop_aspect[0], jnp.round(width / config.crop_aspect[0]), height
+    )
+    top, left = jnp.floor((height - back_height) / 2), jnp.floor((width - back_width) / 2)
+    central = jnp.stack([top, left, back_height, back_width], axis=1)
+    return jnp.where(fits.any(axis=1)[:, None], placed, central)
+
+
+def whole_image(key: PRNGKeyArray, sizes: Sizes, config: ViewConfig) -> Boxes:
+    """No crop: the whole image, squeezed into the network's square."""
+    height, width = sizes[:, 0].astype(jnp.float32), sizes[:, 1].astype(jnp.float32)
+    return jnp.stack([jnp.zeros_like(height), jnp.zeros_like(width), height, width], axis=1)
+
+
+CROPS: dict[str, Callable[[PRNGKeyArray, Sizes, ViewConfig], Boxes]] = {
+    "tensorflow": tensorflow_crop,
+    "torchvision": torchvision_crop,
+    "whole": whole_image,
+}
+
+
+def _place(key: PRNGKeyArray, height: Array, width: Array, rows: Array, columns: Array) -> Boxes:
+    """Boxes of `rows` x `columns` at uniform whole-pixel offsets inside the image."""
+    u = jax.random.uniform(key, (2, *height.shape))
+    top = jnp.minimum(jnp.floor(u[0] * (height - rows + 1)), height - rows)
+    left = jnp.minimum(jnp.floor(u[1] * (width - columns + 1)), width - columns)
+    return jnp.stack([top, left, rows, columns], axis=1)
