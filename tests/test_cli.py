@@ -154,7 +154,7 @@ def test_a_folder_that_is_no_workdir(capsys, tiny, tmp_path):
 
 def test_a_workdir_in_use(capsys, tiny, tmp_path):
     holder = (
-        "import sys, time; from fm_distill.workdir import Workdir\n"
+        "import sys, time; from fm_distill.runs.workdir import Workdir\n"
         "with Workdir(sys.argv[1]).locked():\n print('held', flush=True); time.sleep(100)"
     )
     process = subprocess.Popen(

@@ -14,7 +14,7 @@ from fm_distill.config import CanvasConfig, DataConfig, MeshConfig, SplitConfig
 from fm_distill.data.feeding import Reader, StreamingFeed, evaluation_batches
 from fm_distill.data.images import CorruptImage, decode, shrink
 from fm_distill.data.order import epoch_permutation, example_ids
-from fm_distill.data.resident import ResidentFeed, fits_in_memory
+from fm_distill.data.resident import ResidentFeed, feeding_note, is_resident
 from fm_distill.data.sources import Raw, open_source
 from fm_distill.errors import UserError
 from fm_distill.system.sharding import make_layout
@@ -276,8 +276,8 @@ def test_evaluation_has_every_example_once(folders, batch_size):
 
 def test_auto_says_what_fits():
     config = tiny_config().data
-    fits, said = fits_in_memory(config, 1259)
-    assert fits and "1,259 canvases need 0.01 GB" in said
+    assert is_resident(config, 1259)
+    assert "1,259 canvases need 0.01 GB" in feeding_note(config, 1259)
     large = dataclasses.replace(config, canvas=CanvasConfig(size=512))
-    fits, _ = fits_in_memory(large, 1_281_167)
-    assert not fits
+    assert not is_resident(large, 1_281_167)
+    assert is_resident(dataclasses.replace(large, feeding="resident"), 1_281_167)

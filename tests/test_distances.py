@@ -7,6 +7,7 @@ import pytest
 
 from fm_distill.config import ObjectiveConfig
 from fm_distill.objectives.distances import DISTANCES, cross_entropy, kl_divergence, smooth
+from fm_distill.objectives.terms import Targets, make_terms, weighted_sum
 
 
 def log_softmax(x):
@@ -40,9 +41,10 @@ def logits():
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 10.0])
 @pytest.mark.parametrize("squared", [True, False])
 def test_against_numpy(name, temperature, squared, logits):
-    objective = ObjectiveConfig(temperature=temperature, temperature_squared=squared)
+    objective = ObjectiveConfig(distance=name, temperature=temperature, temperature_squared=squared)
     student, teacher = logits
-    found = DISTANCES[name](jnp.float32(student), jnp.float32(teacher), objective)
+    targets = Targets((jnp.float32(teacher),))
+    found = weighted_sum(make_terms(objective), jnp.float32(student), targets)
     assert found.shape == (6,) and found.dtype == jnp.float32
     np.testing.assert_allclose(found, REFERENCES[name](student, teacher, objective), rtol=2e-5)
 
@@ -56,7 +58,7 @@ def test_zero_value_and_gradient_at_equality(name, logits):
     x = jnp.float32(logits[0])
 
     def total(student):
-        return DISTANCES[name](student, x, ObjectiveConfig(temperature=2.0)).sum()
+        return DISTANCES[name](student, x, 2.0).sum()
 
     value, gradient = jax.value_and_grad(total)(x)
     assert abs(value) < 1e-5
@@ -66,10 +68,8 @@ def test_zero_value_and_gradient_at_equality(name, logits):
 @pytest.mark.parametrize("name", DISTANCES)
 def test_bfloat16_logits_are_compared_in_float32(name, logits):
     student, teacher = jnp.bfloat16(logits[0]), jnp.bfloat16(logits[1])
-    found = DISTANCES[name](student, teacher, ObjectiveConfig())
-    wide = DISTANCES[name](
-        student.astype(jnp.float32), teacher.astype(jnp.float32), ObjectiveConfig()
-    )
+    found = DISTANCES[name](student, teacher, 1.0)
+    wide = DISTANCES[name](student.astype(jnp.float32), teacher.astype(jnp.float32), 1.0)
     assert found.dtype == jnp.float32
     np.testing.assert_array_equal(found, wide)
 
@@ -108,3 +108,19 @@ def test_smoothed_labels_against_numpy(logits):
     np.testing.assert_allclose(smooth(jnp.float32(one_hot), 0.1), expected, atol=1e-7)
     found = cross_entropy(jnp.float32(logits[0]), smooth(jnp.float32(one_hot), 0.1))
     np.testing.assert_allclose(found, -(expected * log_softmax(logits[0])).sum(-1), rtol=1e-5)
+
+
+def test_a_sum_of_distances_is_over_the_teachers(logits):
+    student, teacher = (jnp.float32(x) for x in logits)
+    terms = make_terms(ObjectiveConfig(temperature=3.0))
+    found = weighted_sum(terms, student, Targets((teacher, student, teacher / 2)))
+    expected = sum(9 * numpy_kl(logits[0], t, 3.0) for t in (*logits[::-1], logits[1] / 2))
+    np.testing.assert_allclose(found, expected, rtol=2e-5)
+
+
+def test_labels_are_one_term(logits):
+    (term,) = make_terms(ObjectiveConfig(target="labels", temperature=5.0))
+    labels = np.eye(11)[[3, 0, 10, 5, 5, 1]]
+    found = weighted_sum((term,), jnp.float32(logits[0]), Targets(labels=jnp.float32(labels)))
+    np.testing.assert_allclose(found, -(labels * log_softmax(logits[0])).sum(-1), rtol=1e-5)
+    assert term.name == "cross_entropy"

@@ -22,7 +22,7 @@ from fm_distill.config import (
 from fm_distill.errors import UserError
 from fm_distill.exporting.export import export
 from fm_distill.models import Variables, build_network
-from fm_distill.networks.teachers import agreed_classes, load_teachers, pretrained
+from fm_distill.networks.teachers import agreed_classes, load_pretrained, load_teachers
 from fm_distill.runs.open_run import open_run
 from fm_distill.runs.workdir import Workdir
 from fm_distill.training.train import train
@@ -169,21 +169,21 @@ def test_a_run_and_its_export_are_the_same_teacher(workdir, exported, tmp_path):
         TeacherConfig(weights=str(exported)),
         TeacherConfig(weights=str(workdir)),
     )
-    teachers = load_teachers(config, Workdir(tmp_path))
+    teachers = load_teachers(config, tmp_path)
     assert len({x.fingerprint for x in teachers}) == 1
     assert len({x.network for x in teachers}) == 1
     assert {x.class_names for x in teachers} == {tuple("0123456789")}
-    assert all(x.remarks for x in teachers)
-    assert load_teachers(tiny_config(), Workdir(tmp_path)) == ()
+    assert all(x.notes for x in teachers)
+    assert load_teachers(tiny_config(), tmp_path) == ()
 
 
 def test_the_places_of_several_teachers(tmp_path):
     config = taught_by(TeacherConfig(experiment="a.py"), TeacherConfig(experiment="b.py"))
     with pytest.raises(UserError, match=r"/teacher is not the workdir of a run"):
-        load_teachers(config, Workdir(tmp_path))
+        load_teachers(config, tmp_path)
     config = taught_by(TeacherConfig(workdir="x"), TeacherConfig())
     with pytest.raises(UserError, match=r"x is not the workdir"):
-        load_teachers(config, Workdir(tmp_path))
+        load_teachers(config, tmp_path)
     (tmp_path / "teacher_2").mkdir()
     with Workdir(tmp_path).locked():
         pass
@@ -194,18 +194,22 @@ def test_the_places_of_several_teachers(tmp_path):
 
 def test_a_run_as_weights(workdir, tmp_path):
     run = open_run(workdir)
-    found = pretrained(str(workdir), dataclasses.replace(STUDENT, input_range="auto"), "student")
-    assert found.network == run.network and "after 2 steps" in found.remarks[0]
+    found = load_pretrained(
+        str(workdir), dataclasses.replace(STUDENT, input_range="auto"), "student"
+    )
+    assert found.network == run.network and "after 2 steps" in found.notes[0]
     with pytest.raises(UserError, match="trained another network than the student's: width is"):
-        pretrained(str(workdir), dataclasses.replace(STUDENT, width=1.0), "student")
+        load_pretrained(str(workdir), dataclasses.replace(STUDENT, width=1.0), "student")
     with pytest.raises(UserError, match="trained with input_range=zero_one"):
-        pretrained(str(workdir), dataclasses.replace(STUDENT, input_range="imagenet"), "student")
+        load_pretrained(
+            str(workdir), dataclasses.replace(STUDENT, input_range="imagenet"), "student"
+        )
     status = json.loads((workdir / "status.json").read_text())
     try:
         (workdir / "status.json").write_text(json.dumps(status | {"state": "paused"}))
         with pytest.raises(UserError, match=r"the teacher's run in .* is not complete"):
-            pretrained(str(workdir), None, "teacher")
-        assert pretrained(str(workdir), None, "student").classes == 10
+            load_pretrained(str(workdir), None, "teacher")
+        assert load_pretrained(str(workdir), None, "student").classes == 10
         assert export(workdir, tmp_path / "x.safetensors").metrics is None
     finally:
         (workdir / "status.json").write_text(json.dumps(status))
@@ -217,7 +221,7 @@ def test_the_network_of_a_run_is_the_stored_one(workdir):
     network = dataclasses.asdict(open_run(workdir).network) | {
         "root_pool_padding": "minus_infinity"
     }
-    stored["contents"]["student_network"] = network
+    stored["resolved"]["student"] = network
     try:
         (workdir / "config.json").write_text(json.dumps(stored))
         assert open_run(workdir).network.root_pool_padding == "minus_infinity"
@@ -226,7 +230,7 @@ def test_the_network_of_a_run_is_the_stored_one(workdir):
 
 
 def test_classes_have_to_agree(workdir, tmp_path):
-    teachers = load_teachers(taught_by(TeacherConfig(workdir=str(workdir))), Workdir(tmp_path))
+    teachers = load_teachers(taught_by(TeacherConfig(workdir=str(workdir))), tmp_path)
     names = tuple("0123456789")
     assert agreed_classes(None, 10, names, teachers) == 10
     assert agreed_classes(None, None, None, teachers) == 10

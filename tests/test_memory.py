@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import run_command, write_experiment
 from test_step import KEY, gradients_of, matching_config, random_batch, with_random_head
-from tiny import NETWORK, tiny_config
+from tiny import NETWORK, resolved_run, tiny_config
 
 from fm_distill.config import MemoryConfig, MeshConfig, NetworkConfig, ObjectiveConfig
 from fm_distill.data.batch import Batch
@@ -34,14 +34,14 @@ def one_step(memory: MemoryConfig, config=None, batch: Batch | None = None):
     """Gradient and metrics of one step, of a teacher with a picture of its own."""
     config = config or matching_config()
     teachers = (TEACHER,) if config.objective.target == "teacher" else ()
-    built = build(config, 10, teachers, 10, make_layout(MeshConfig(data=1)))
+    built = build(config, resolved_run(config, teachers))
     state = built.init(jax.random.key(0))
     state = dataclasses.replace(state, student=with_random_head(state.student))
     frozen = tuple(
         branch.network.freeze(with_random_head(branch.network.init(jax.random.key(5)), 3))
-        for branch in built.taught_by
+        for branch in built.live_teachers
     )
-    branches = built.student, built.taught_by
+    branches = built.student, built.live_teachers
     return gradients_of(config, state, branches, frozen, batch or random_batch(), memory)
 
 
@@ -71,7 +71,7 @@ def test_eight_devices_accumulate_what_one_does_at_once(memory):
     for mesh, levers in ((MeshConfig(data=1), MemoryConfig()), (MeshConfig(fsdp=2), memory)):
         config = matching_config(memory=levers, batch_size=64)
         layout = make_layout(mesh)
-        built = build(config, 10, (TEACHER,), 10, layout)
+        built = build(config, resolved_run(config, (TEACHER,), layout))
         shapes = built.abstract_state()
         state = jax.jit(built.init, out_shardings=layout.variables(shapes))(jax.random.key(0))
         frozen = (built.teachers[0].network.init(jax.random.key(5)),)
@@ -101,12 +101,18 @@ def test_accumulation_with_batch_norm_is_refused():
     layout = make_layout(MeshConfig(data=1))
     config = matching_config(student=student, memory=MemoryConfig(accumulate=2))
     with pytest.raises(UserError, match=r"memory\.accumulate=2 would give bit's BatchNorm"):
-        build(config, 10, (TEACHER,), 10, layout)
+        build(config, resolved_run(config, (TEACHER,), layout))
     # Statistics that are kept do not differ, and the other levers are no harm.
     kept = dataclasses.replace(student, keep_statistics=True, weights="x.npz")
-    build(dataclasses.replace(config, student=kept), 10, (TEACHER,), 10, layout)
+    build(
+        dataclasses.replace(config, student=kept),
+        resolved_run(dataclasses.replace(config, student=kept), (TEACHER,), layout),
+    )
     other = MemoryConfig(teacher_parts=2, rematerialise="units")
-    build(dataclasses.replace(config, memory=other), 10, (TEACHER,), 10, layout)
+    build(
+        dataclasses.replace(config, memory=other),
+        resolved_run(dataclasses.replace(config, memory=other), (TEACHER,), layout),
+    )
 
 
 def test_batch_norm_learns_the_same_statistics_with_the_levers_that_it_has():
@@ -114,7 +120,7 @@ def test_batch_norm_learns_the_same_statistics_with_the_levers_that_it_has():
     states = []
     for memory in (MemoryConfig(), MemoryConfig(teacher_parts=4, rematerialise="units")):
         config = matching_config(student=student, memory=memory)
-        built = build(config, 10, (TEACHER,), 10, make_layout(MeshConfig(data=1)))
+        built = build(config, resolved_run(config, (TEACHER,)))
         state = built.init(jax.random.key(0))
         frozen = (built.teachers[0].network.init(jax.random.key(5)),)
         frozen = (built.teachers[0].network.freeze(frozen[0]),)
@@ -145,12 +151,12 @@ def test_unknown_and_senseless_levers_are_refused(tmp_path):
 
 def convolutions(memory: MemoryConfig) -> int:
     config = matching_config(memory=memory)
-    built = build(config, 10, (), 10, make_layout(MeshConfig(data=1)))
+    built = build(config, resolved_run(config, ()))
     network = built.student.network
 
     def gradient(state, batch):
         config_labels = dataclasses.replace(config, objective=ObjectiveConfig(target="labels"))
-        step = build(config_labels, 10, (), 10, make_layout(MeshConfig(data=1))).train_step
+        step = build(config_labels, resolved_run(config_labels, ())).train_step
         return step(state, (), batch, KEY)[0]
 
     assert network.classes == 10

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, run_command, write_experiment
 from jax.sharding import NamedSharding, PartitionSpec
-from tiny import tiny_config
+from tiny import resolved_run, tiny_config
 
 from fm_distill import plan as plan_function
 from fm_distill.config import (
@@ -57,7 +57,10 @@ def pair(**changes):
 def state_bytes(config) -> tuple[int, int]:
     """Of the student's state and of the frozen teacher in bfloat16."""
     layout = make_layout(MeshConfig(data=1))
-    built = build(dataclasses.replace(config, precision="bfloat16"), 10, (TEACHER,), 6, layout)
+    built = build(
+        dataclasses.replace(config, precision="bfloat16"),
+        resolved_run(dataclasses.replace(config, precision="bfloat16"), (TEACHER,), layout),
+    )
     teacher = built.teachers[0].network
     frozen = jax.eval_shape(teacher.freeze, jax.eval_shape(teacher.init, jax.random.key(0)))
     return tuple(
@@ -231,7 +234,7 @@ def test_the_compiler_knows_every_topology():
     """Devices and the kind of chip, for all names of the table."""
     code = (
         "import json, sys\nfrom jax.experimental import topologies\n"
-        "from fm_distill.topologies import known_topologies, topology\n"
+        "from fm_distill.planning.topologies import known_topologies, topology\n"
         "print(json.dumps({n: len(topologies.get_topology_desc(**topology(n).compiler).devices)"
         " for n in known_topologies()}))"
     )
@@ -252,13 +255,13 @@ def test_flops_are_those_that_timm_counts():
     config = dataclasses.replace(config, teacher=TeacherConfig(network=network))
     request = Request(config, (network,), 1000, 1259, topology("cpu:1"))
     layout = make_layout(MeshConfig(data=1))
-    built = build(config, 1000, (network,), 6, layout)
+    resolved = resolved_run(config, (network,), layout, classes=1000)
+    built = build(config, resolved)
     key = jax.eval_shape(lambda: jax.random.key(0))
     teacher = built.teachers[0].network
     frozen = (jax.eval_shape(teacher.freeze, jax.eval_shape(teacher.init, key)),)
-    found = flops(
-        request, layout, 6, (built.abstract_state(), frozen, batch_of(request, built), key)
-    )
+    arguments = (built.abstract_state(), frozen, batch_of(request, built), key)
+    found = flops(config, resolved, arguments)
     # XLA leaves out the products with the zeros of the padding: 6 % here.
     assert 0.92 * 8 * 2 * 4.23e9 < found["teacher"] < 8 * 2 * 4.23e9
 

@@ -99,7 +99,7 @@ def test_a_student_starts_from_weights_and_goes_on_without_them(trained, tmp_pat
     # At this learning rate the student is where it started: the head too, of the same classes.
     for a, b in zip(np_leaves(begun.params), np_leaves(before.params), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
-    stored = json.loads((tmp_path / "run" / "config.json").read_text())["contents"]
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())["resolved"]
     assert len(stored["student_weights"]) == 64
     # Other weights under the same path are another run.
     scratch = dataclasses.replace(config, student=NETWORK)

@@ -9,7 +9,6 @@ import shutil
 import sys
 import types
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,6 +19,7 @@ from tiny import tiny_config
 
 from fm_distill import evaluate, report
 from fm_distill.config import MeshConfig, ViewConfig
+from fm_distill.config.regime import regime_of
 from fm_distill.data.feeding import Reader, TrainingStream
 from fm_distill.data.sources import open_source
 from fm_distill.evaluation.inference import open_split
@@ -36,7 +36,7 @@ from fm_distill.runs.history import read_history
 from fm_distill.runs.workdir import Workdir
 from fm_distill.system.sharding import make_layout
 from fm_distill.training.setup import Setup
-from fm_distill.views.draws import TEACHINGS
+from fm_distill.views.draws import step_draws
 from fm_distill.views.rendering import InputSpec, render, render_central
 
 IMAGE = re.compile(r"<img alt='([^']*)' src='data:image/png;base64,([^']*)'>")
@@ -99,24 +99,24 @@ def test_views_are_those_of_the_step(teaching, target, views):
     config = dataclasses.replace(
         config, objective=dataclasses.replace(config.objective, target=target)
     )
-    # The root key of the run itself.
+    # The key of the run itself.
     layout = make_layout(MeshConfig(data=1))
-    _, root_key = Setup.keys.func(types.SimpleNamespace(config=config, layout=layout))
+    draws_key = Setup.keys.func(types.SimpleNamespace(config=config, layout=layout)).draws
     reader = Reader(open_source(config.data, "train"), config.data, 10)
     size = config.batch_size
     stream = TrainingStream(reader, config.seed, 3, size, 0, size)
     branches = [InputSpec(16, "minus_one_one"), InputSpec(24, "imagenet")]
-    _, shown = views_of_step(config, stream, root_key, 2, 3, branches)
+    _, shown = views_of_step(config, stream, draws_key, 2, 3, branches)
 
     read = [stream[2 * size + row] for row in range(size)]
     canvases = jnp.stack([x["canvas"] for x in read])
     sizes = jnp.stack([x["size"] for x in read])
-    draws = TEACHINGS["function_matching" if target == "labels" else teaching]
-    drawn, seen = draws(jax.random.fold_in(root_key, 2), sizes, config.views)
+    regime = regime_of(target, teaching)
+    drawn, seen, _ = step_draws(regime.views, draws_key, 2, sizes, config.views)
     student = render(drawn, canvases, branches[0])
     teacher = (
         render_central(canvases, sizes, config.views.central_fraction, branches[1])
-        if seen is None
+        if regime.targets == "table"
         else render(seen, canvases, branches[1])
     )
     for got, picture, whole in zip(shown, branches, (student, teacher), strict=True):
@@ -127,7 +127,7 @@ def test_views_are_those_of_the_step(teaching, target, views):
 
 def test_views_of_a_run(trained):
     place = Workdir(trained / "run")
-    shown = sample_views(place.stored_config(), place)
+    shown = sample_views(place.stored().config, place)
     assert [x.name for x in shown.seen] == ["student, 16 px", "teacher, 16 px"]
     assert len(shown.titles) == STEPS * EXAMPLES == len(shown.seen[0].pictures)
     first, second = (float(x) for x in shown.titles[0].split(": ")[1].split(" and "))
@@ -171,7 +171,7 @@ def test_of_many_classes_the_most_confused_pairs_are_drawn():
 
 def test_the_schedule_is_planned_to_the_end_and_logged_so_far(trained):
     run = trained / "run"
-    plan = rates_of(Workdir(run).stored_config(), 6, read_history(run))
+    plan = rates_of(Workdir(run).stored().config, 6, read_history(run))
     assert plan.planned[0] == [0, 1, 2, 3, 4, 5] == plan.logged[0]
     assert plan.planned[1] == pytest.approx(plan.logged[1], rel=1e-6)
     assert max(plan.planned[1]) == pytest.approx(3e-3)

@@ -129,7 +129,7 @@ def test_a_module_with_the_original_names(tf, tmp_path):
     found = load_weights(str(tmp_path / "model"), NETWORK, "teacher")
     same_arrays(found)
     assert found.classes == CLASSES and found.network.root_pool_padding == "zero"
-    assert "variables matched by their names" in found.remarks
+    assert "variables matched by their names" in found.notes
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -139,7 +139,7 @@ def test_a_list_of_variables_without_names(tf, tmp_path, order):
     tf.saved_model.save(module, str(tmp_path / "model"))
     found = load_weights(str(tmp_path / "model"), NETWORK, "teacher")
     same_arrays(found)
-    assert any("check the teacher's accuracy" in remark for remark in found.remarks)
+    assert any("check the teacher's accuracy" in remark for remark in found.notes)
 
 
 def test_a_keras_model_around_a_layer(tf, tmp_path):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny import NETWORK, tiny_config
+from tiny import NETWORK, resolved_run, tiny_config
 
 from fm_distill.config import MemoryConfig, MeshConfig, ObjectiveConfig, ViewConfig
 from fm_distill.data.batch import Batch
@@ -61,7 +61,7 @@ def gradients_of(config, state, branches, frozen, batch, memory=MemoryConfig()):
 def test_student_equal_to_teacher_has_no_loss_and_no_gradient():
     config = matching_config()
     layout = make_layout(MeshConfig(data=1))
-    built = build(config, 10, (NETWORK,), 10, layout)
+    built = build(config, resolved_run(config, (NETWORK,), layout))
     state = built.init(jax.random.key(0))
     state = dataclasses.replace(state, student=with_random_head(state.student))
     frozen = (built.teachers[0].network.freeze(state.student),)
@@ -137,7 +137,7 @@ def test_both_see_the_same_region_flip_and_mixture_at_different_resolutions():
 def test_two_networks_with_the_same_picture_share_one_rendering():
     def products(teacher):
         config = matching_config()
-        built = build(config, 10, (teacher,), 10, make_layout(MeshConfig(data=1)))
+        built = build(config, resolved_run(config, (teacher,)))
         state = built.abstract_state()
         frozen = (jax.eval_shape(built.teachers[0].network.freeze, state.student),)
         text = str(jax.make_jaxpr(built.train_step)(state, frozen, random_batch(), KEY))
@@ -155,7 +155,7 @@ def test_two_networks_with_the_same_picture_share_one_rendering():
 def run_steps(layout, config, resident: bool, dispatches, batches: Batch, norm="group"):
     """State and metrics after the steps, with the program that `train` runs."""
     config = dataclasses.replace(config, student=dataclasses.replace(config.student, norm=norm))
-    built = build(config, 10, (NETWORK,), 10, layout)
+    built = build(config, resolved_run(config, (NETWORK,), layout))
     teacher = with_random_head(build_teacher(built))
     frozen = (freeze_on_devices(built.teachers[0].network, teacher, layout),)
     shapes = built.abstract_state()
@@ -236,7 +236,7 @@ def test_each_program_compiles_once_and_the_teacher_is_untouched():
 
 def test_labels_need_no_teacher_and_are_mixed_with_the_images():
     config = tiny_config(views=ViewConfig())
-    built = build(config, 10, (), 10, make_layout(MeshConfig(data=1)))
+    built = build(config, resolved_run(config, ()))
     state = built.init(jax.random.key(0))
     state = dataclasses.replace(state, student=with_random_head(state.student))
     batch = random_batch()
@@ -252,7 +252,7 @@ def test_labels_need_no_teacher_and_are_mixed_with_the_images():
 
 def test_t_squared_multiplies_loss_and_gradient():
     config = matching_config()
-    built = build(config, 10, (NETWORK,), 10, make_layout(MeshConfig(data=1)))
+    built = build(config, resolved_run(config, (NETWORK,)))
     state = built.init(jax.random.key(0))
     frozen = (built.teachers[0].network.freeze(with_random_head(state.student)),)
     branches = built.student, built.teachers
@@ -267,7 +267,7 @@ def test_t_squared_multiplies_loss_and_gradient():
 
 def test_average_of_the_student():
     config = matching_config(ema_decay=0.5)
-    built = build(config, 10, (NETWORK,), 10, make_layout(MeshConfig(data=1)))
+    built = build(config, resolved_run(config, (NETWORK,)))
     state = built.init(jax.random.key(0))
     frozen = (built.teachers[0].network.freeze(with_random_head(state.student)),)
     state = dataclasses.replace(state, step=jnp.int32(1))
@@ -295,7 +295,7 @@ def test_a_loss_that_was_not_finite_within_a_dispatch_is_reported():
 
 
 def test_init_is_a_function_of_the_key():
-    built = build(matching_config(), 10, (NETWORK,), 10, make_layout(MeshConfig(data=1)))
+    built = build(matching_config(), resolved_run(matching_config(), (NETWORK,)))
     a, b, c = (
         init_state(jax.random.key(k), built.student.network, built.optimizer, None)
         for k in (0, 0, 1)

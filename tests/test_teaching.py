@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_step import KEY, gradients_of, random_batch, with_random_head
-from tiny import NETWORK, tiny_config
+from tiny import NETWORK, resolved_run, tiny_config
 
 from fm_distill.config import (
     MeshConfig,
@@ -17,19 +17,21 @@ from fm_distill.config import (
     TransferConfig,
     ViewConfig,
 )
+from fm_distill.config.regime import Regime, regime_of
 from fm_distill.data.feeding import Reader, StreamingFeed
 from fm_distill.data.resident import ResidentFeed
 from fm_distill.data.sources import open_source
 from fm_distill.data.transfer import open_training
 from fm_distill.models import Network, Output, Variables
 from fm_distill.networks.branch import Branch
-from fm_distill.objectives.distances import as_one, combine, kl_divergence
+from fm_distill.objectives.distances import kl_divergence
+from fm_distill.objectives.ensemble import as_one, combine
 from fm_distill.runs.state import init_state
 from fm_distill.system.sharding import make_layout
 from fm_distill.training.build import build
 from fm_distill.training.step import make_train_step
 from fm_distill.training.targets import fixed_targets
-from fm_distill.views.draws import TEACHINGS, draw, mix
+from fm_distill.views.draws import VIEW_LAWS, draw, mix
 from fm_distill.views.rendering import InputSpec, render, render_central
 
 VIEWS = ViewConfig()
@@ -89,20 +91,21 @@ def test_each_teaching_shows_what_the_paper_says():
     # XLA may round otherwise where it fuses the same pictures twice.
     assert loss_of("function_matching", batch) < 1e-12
     assert loss_of("consistent", batch) < 1e-12
-    matching, _ = TEACHINGS["function_matching"](key, batch.sizes, VIEWS)
-    consistent, _ = TEACHINGS["consistent"](key, batch.sizes, VIEWS)
+    matching = VIEW_LAWS["mixed"](key, batch.sizes, VIEWS).student
+    consistent = VIEW_LAWS["unmixed"](key, batch.sizes, VIEWS).student
     assert matching.coefficients is not None and consistent.coefficients is None
     np.testing.assert_array_equal(matching.boxes, consistent.boxes)
     # Independent: two draws of the same images.
-    own, teachers = TEACHINGS["independent"](key, batch.sizes, VIEWS)
+    own, teachers, shared = VIEW_LAWS["independent"](key, batch.sizes, VIEWS)
+    assert not shared
     assert own.coefficients is None and teachers.coefficients is None
     assert (np.asarray(own.boxes) != np.asarray(teachers.boxes)).any(axis=1).mean() > 0.9
     expected = ((seen_by(own, batch) - seen_by(teachers, batch)) ** 2).sum(-1).mean()
     assert loss_of("independent", batch) == pytest.approx(expected, rel=1e-5) and expected > 1
     # Fixed: the batch brings the targets, the student sees a crop of its own.
     targets = np.random.default_rng(0).standard_normal((16, 1, 48)).astype(np.float32)
-    own, nothing = TEACHINGS["fixed"](key, batch.sizes, VIEWS)
-    assert nothing is None and own.coefficients is None
+    assert regime_of("teacher", "fixed") == Regime("unmixed", "table")
+    own = VIEW_LAWS["unmixed"](key, batch.sizes, VIEWS).student
     expected = ((seen_by(own, batch) - targets[:, 0]) ** 2).sum(-1).mean()
     found = loss_of("fixed", dataclasses.replace(batch, targets=targets))
     assert found == pytest.approx(expected, rel=1e-5)
@@ -113,30 +116,28 @@ def test_several_teachers_against_numpy():
     logits = 3 * rng.standard_normal((3, 6, 7))
     teachers = tuple(jnp.float32(x) for x in logits)
     for temperature in (1.0, 2.5):
-        mean = ObjectiveConfig(temperature=temperature)
-        (found,) = combine(teachers, mean)
+        (found,) = combine(teachers, "mean_logits", temperature)
         np.testing.assert_allclose(found, logits.mean(0), rtol=1e-5, atol=1e-6)
-        probabilities = dataclasses.replace(mean, ensemble="mean_probabilities")
-        (found,) = combine(teachers, probabilities)
+        (found,) = combine(teachers, "mean_probabilities", temperature)
         expected = np.exp(log_softmax(logits / temperature)).mean(0)
         np.testing.assert_allclose(jax.nn.softmax(found / temperature), expected, rtol=1e-5)
         np.testing.assert_allclose(found, temperature * np.log(expected), atol=1e-4)
-        total = dataclasses.replace(mean, ensemble="sum_of_distances")
-        assert len(combine(teachers, total)) == 3
-        np.testing.assert_array_equal(as_one(teachers, total), found)
-    assert combine(teachers[:1], mean) == teachers[:1]
+        total = "sum_of_distances", temperature
+        assert len(combine(teachers, *total)) == 3
+        np.testing.assert_array_equal(as_one(teachers, *total), found)
+    assert combine(teachers[:1], "mean_logits", 1.0) == teachers[:1]
 
 
 def test_a_sum_of_distances_pulls_to_the_mean_probability():
     rng = np.random.default_rng(1)
     student, *teachers = (jnp.float32(x) for x in 2 * rng.standard_normal((4, 5, 7)))
-    objective = ObjectiveConfig(ensemble="sum_of_distances", temperature=2.0)
+    summed = "sum_of_distances", 2.0
 
     def total(s):
-        return sum(kl_divergence(s, t, 2.0) for t in combine(tuple(teachers), objective)).sum()
+        return sum(kl_divergence(s, t, 2.0) for t in combine(tuple(teachers), *summed)).sum()
 
     def to_mean(s):
-        return 3 * kl_divergence(s, as_one(tuple(teachers), objective), 2.0).sum()
+        return 3 * kl_divergence(s, as_one(tuple(teachers), *summed), 2.0).sum()
 
     np.testing.assert_allclose(jax.grad(total)(student), jax.grad(to_mean)(student), atol=1e-5)
 
@@ -148,7 +149,7 @@ def test_two_teachers_at_two_resolutions_teach_in_the_step(ensemble):
         objective=ObjectiveConfig(temperature=2.0, ensemble=ensemble), views=ViewConfig()
     )
     other = dataclasses.replace(NETWORK, resolution=24, input_range="zero_one")
-    built = build(config, 10, (NETWORK, other), 10, make_layout(MeshConfig(data=1)))
+    built = build(config, resolved_run(config, (NETWORK, other)))
     state = built.init(jax.random.key(0))
     state = dataclasses.replace(state, student=with_random_head(state.student))
     frozen = tuple(
@@ -184,7 +185,7 @@ def test_two_teachers_at_two_resolutions_teach_in_the_step(ensemble):
 
 
 def teacher_of(config, seed=1):
-    built = build(config, 10, (NETWORK,), 10, make_layout(MeshConfig()))
+    built = build(config, resolved_run(config, (NETWORK,), make_layout(MeshConfig())))
     network = built.teachers[0].network
     variables = with_random_head(network.init(jax.random.key(seed)), seed)
     return built.teachers, (network.freeze(variables),)
@@ -295,7 +296,7 @@ def test_kept_statistics_stay_and_are_used():
     """In training BatchNorm reads the running averages, and leaves them as they are."""
     student = dataclasses.replace(NETWORK, norm="batch")
     config = tiny_config(student=student)
-    built = build(config, 10, (), 10, make_layout(MeshConfig(data=1)))
+    built = build(config, resolved_run(config, ()))
     state = built.init(jax.random.key(0))
     variables = with_random_head(state.student)
     moved = jax.tree.map(lambda x: x + 0.3, variables.statistics)

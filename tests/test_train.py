@@ -156,7 +156,8 @@ def test_a_run_continues_after_workdir_and_teacher_moved(trained, tmp_path):
 def test_what_a_run_leaves_behind(trained):
     run = trained / "run"
     stored = json.loads((run / "config.json").read_text())
-    assert stored["contents"]["classes"] == 10 and len(stored["contents"]["teacher"]) == 64
+    assert stored["resolved"]["classes"] == 10
+    assert [len(x) for x in stored["resolved"]["teacher_weights"]] == [64]
     assert stored["versions"]["jax"] == jax.__version__ and stored["devices"] == ["cpu:cpu"]
     assert json.loads((run / "status.json").read_text())["state"] == "complete"
     assert json.loads((run / "teacher" / "status.json").read_text())["state"] == "complete"

@@ -68,8 +68,8 @@ def test_the_original_naming(tmp_path):
     assert found.classes == CLASSES and found.class_names is None
     assert found.network.root_pool_padding == "zero"
     assert found.network.input_range == "minus_one_one"
-    assert any("zero: as bit_original" in remark for remark in found.remarks)
-    assert any("does not say" in remark for remark in found.remarks)
+    assert any("zero: as bit_original" in remark for remark in found.notes)
+    assert any("does not say" in remark for remark in found.notes)
 
 
 def test_numbered_convolutions(tmp_path):
@@ -89,7 +89,7 @@ def test_the_trainers_naming_with_its_prefixes(tmp_path, prefix):
     found = load_weights(written(tmp_path / "x.npz", tensors), SMALL, "teacher")
     same_arrays(found.variables)
     assert found.network.root_pool_padding == "minus_infinity"
-    assert any("minus_infinity" in remark for remark in found.remarks)
+    assert any("minus_infinity" in remark for remark in found.notes)
 
 
 def test_timms_naming(tmp_path):
@@ -138,7 +138,7 @@ def test_the_input_range_is_the_files(tmp_path, mean, std, expected):
     path = written(tmp_path / "x.safetensors", tensors_in("timm"), {"mean": mean, "std": std})
     found = load_weights(path, SMALL, "teacher")
     assert found.network.input_range == expected
-    assert f"input range {expected}: as the file says" in found.remarks
+    assert f"input range {expected}: as the file says" in found.notes
 
 
 def test_an_unknown_input_range_is_refused(tmp_path):
@@ -391,7 +391,7 @@ def test_a_repository_of_the_hub(hub_cache):
     cached_repository(hub_cache)
     found = load_weights("hf://someone/small", SMALL, "teacher")
     same_arrays(found.variables)
-    assert "hf://someone/small: 7 classes" in found.remarks[0]
+    assert "hf://someone/small: 7 classes" in found.notes[0]
     refused("hf://someone/small@v2", "hf://someone/small@v2 cannot be had")
 
 
@@ -460,7 +460,7 @@ def test_timms_file_of_efficientnet_lite0():
     asked = NetworkConfig(model="efficientnet_lite0", resolution=224)
     found = load_weights(str(LITE), asked, "teacher")
     assert found.classes == 1000 and found.network.input_range == "minus_one_one"
-    assert "input range minus_one_one: as the file says" in found.remarks
+    assert "input range minus_one_one: as the file says" in found.notes
     refused(LITE, "but not at what resolution", "model='efficientnet_lite0'", network=None)
     other = NetworkConfig(model="efficientnet_lite1", resolution=224)
     refused(LITE, "is a tf_efficientnet_lite0 (efficientnet_lite0)", network=other)

@@ -8,6 +8,7 @@ from fm_distill.config import (
     Config,
     DataConfig,
     LogConfig,
+    MeshConfig,
     ObjectiveConfig,
     OptimizerConfig,
     ScheduleConfig,
@@ -15,6 +16,9 @@ from fm_distill.config import (
     StudentConfig,
     ViewConfig,
 )
+from fm_distill.config.resolved import ResolvedRun
+from fm_distill.system.sharding import make_layout
+from fm_distill.training.resolve import resolve_described
 
 NETWORK = StudentConfig(
     model="bit", resolution=16, depths=(1,), width=0.125, groups=4, stem="small"
@@ -43,3 +47,9 @@ def tiny_config(**changes) -> Config:
         log=LogConfig(every_steps=1, evaluate_every_steps=3, tensorboard=False),
     )
     return dataclasses.replace(config, **changes)
+
+
+def resolved_run(config: Config, teachers=(), layout=None, classes=10, examples=160) -> ResolvedRun:
+    """The run of `config` where neither its data nor its weights are there."""
+    layout = layout or make_layout(MeshConfig(data=1))
+    return resolve_described(config, tuple(teachers), classes, examples, layout)

@@ -18,20 +18,24 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Array
 
 from fm_distill.cli.options import guarded
 from fm_distill.config import Config
+from fm_distill.config.regime import regime_of
 from fm_distill.data.batch import Batch
 from fm_distill.errors import EXIT_COMPLETE
 from fm_distill.models import Variables
-from fm_distill.networks.branch import freeze_on_devices
+from fm_distill.networks.branch import Views, frozen_teachers, step_views, teacher_outputs
 from fm_distill.planning.plan import described_teachers
 from fm_distill.system.sharding import make_layout
 from fm_distill.training.build import build
 from fm_distill.training.experiment import load_experiment
 from fm_distill.training.program import make_program
-from fm_distill.views.draws import draw
-from fm_distill.views.rendering import render
+from fm_distill.training.resolve import resolve_described
+
+# Of the training split, as the step does not know it.
+EXAMPLES = 1000
 
 
 def random_batch(config: Config) -> Batch:
@@ -57,36 +61,41 @@ def main(own: list[str]) -> int:
     arguments = parser.parse_args(own)
     config = load_experiment(arguments.experiment)
     layout = make_layout(config.mesh)
-    built = build(config, config.data.classes or 10, described_teachers(config), 1000, layout)
+    resolved = resolve_described(
+        config, described_teachers(config), config.data.classes or 10, EXAMPLES, layout
+    )
+    built = build(config, resolved)
+    student, teachers = built.student, built.live_teachers
     batch = jax.device_put(random_batch(config), layout.batch)
     key = jax.random.key(0)
     state = jax.jit(built.init, out_shardings=layout.variables(built.abstract_state()))(key)
-    frozen = tuple(
-        freeze_on_devices(branch.network, branch.network.init(key), layout)
-        for branch in built.taught_by
-    )
+    frozen = frozen_teachers(teachers, tuple(x.network.init(key) for x in teachers), layout)
     program = make_program(built.train_step, built.abstract_state(), frozen, None, layout)
+    law = regime_of(config.objective.target, config.teaching).views
 
-    def render_views(batch: Batch) -> Any:
-        drawn = draw(key, batch.sizes, config.views)
-        branches = (built.student, *built.taught_by)
-        return {s.input_spec: render(drawn, batch.canvases, s.input_spec) for s in branches}
+    # What is timed is an argument, or XLA computes it once, when it compiles.
+    @jax.jit
+    def views(batch: Batch) -> tuple[Array, Views]:
+        seen = step_views(law, config.views, student, teachers, batch, key, 0)
+        return seen.student, seen.teachers
 
-    views = jax.jit(render_views)
-    pictures = views(batch)
-    student = built.student
+    @jax.jit
+    def student_gradient(variables: Variables, images: Array) -> Any:
+        def loss(params: Any) -> Array:
+            trained = Variables(params, variables.statistics)
+            logits = student.network.apply(trained, images, train=True).logits
+            return (logits**2).sum() + logits.sum()
 
-    def student_loss(variables: Variables) -> Any:
-        output = student.network.apply(variables, pictures[student.input_spec], train=True)
-        return (output.logits**2).sum() + output.logits.sum()
+        return jax.grad(loss)(variables.params)
 
+    student_view, teacher_views = views(batch)
     parts: dict[str, Callable[[], Any]] = {
         "views": lambda: views(batch),
-        "student": jax.jit(lambda: jax.grad(student_loss)(state.student)),
+        "student": lambda: student_gradient(state.student, student_view),
     }
-    for branch, variables in zip(built.taught_by, frozen, strict=True):
-        forward = jax.jit(branch.network.apply_frozen)
-        parts["teacher"] = functools.partial(forward, variables, pictures[branch.input_spec])
+    if teachers:
+        outputs = jax.jit(functools.partial(teacher_outputs, teachers))
+        parts["teacher"] = lambda: outputs(frozen, teacher_views)
 
     start = time.perf_counter()
     donated = jax.tree.map(lambda x: x.copy(), state)

@@ -23,7 +23,6 @@ from fm_distill.config import MeshConfig
 from fm_distill.errors import EXIT_COMPLETE, EXIT_PAUSED
 from fm_distill.runs.checkpoint import abstract, restore
 from fm_distill.runs.integrity import newest_step, newest_valid
-from fm_distill.runs.open_run import open_run
 from fm_distill.runs.workdir import Workdir
 from fm_distill.system.sharding import make_layout
 from fm_distill.training.build import build
@@ -196,8 +195,8 @@ def arrays_of(workdir: pathlib.Path) -> dict[str, np.ndarray]:
     """Every array of the newest checkpoint: student, optimizer, average and step."""
     place = Workdir(workdir)
     layout = make_layout(MeshConfig(data=1))
-    config, classes = place.stored_config(), open_run(workdir).classes
-    shapes = build(config, classes, (), 10, layout).abstract_state()
+    stored = place.stored()
+    shapes = build(stored.config, stored.resolved).abstract_state()
     newest = newest_valid(place.checkpoints).step
     like = abstract(shapes, layout.variables(shapes))
     state = restore(place.checkpoints / str(newest), like)

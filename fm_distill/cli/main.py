@@ -75,7 +75,7 @@ def _evaluate(arguments: list[str]) -> int:
     from fm_distill.runs.workdir import Workdir
 
     workdir, rest = first(arguments, "evaluate DIR")
-    stored = Workdir(workdir).stored_config()
+    stored = Workdir(workdir).stored().config
     asked = parse(_Evaluate, _Evaluate(config=stored), rest, f"evaluate {workdir}")
     if stored.ema_decay is not None:
         print("evaluating the moving average (EMA) of the student", file=sys.stderr)

@@ -2,20 +2,20 @@
 
 import dataclasses
 
-import jax
-from jaxtyping import PyTree
+from jaxtyping import Float32, Int32, UInt8
+
+from fm_distill.array_tree import AnyArray, array_tree
 
 
-@jax.tree_util.register_dataclass
+@array_tree
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Examples as the step gets them.
+    """Examples of one step, or of a whole split."""
 
-    A tree of arrays, so its fields may also hold what a tree is mapped to, e.g. shardings.
-    """
-
-    canvases: PyTree  # uint8 (batch, side, side, 3)
-    sizes: PyTree  # int32 (batch, 2): true height and width on the canvas
-    labels: PyTree  # int32 (batch,): -1 where there is none
-    # float32 (batch, targets, classes): what fixed teachers said of each example; or None
-    targets: PyTree = None
+    canvases: UInt8[AnyArray, "batch side side 3"]
+    # True height and width on the canvas.
+    sizes: Int32[AnyArray, "batch 2"]
+    # -1 where there is none.
+    labels: Int32[AnyArray, " batch"]
+    # Teacher logits of each example, where the targets are a table.
+    targets: Float32[AnyArray, "batch targets classes"] | None = None

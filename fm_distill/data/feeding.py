@@ -185,6 +185,12 @@ def read_ahead(dataset: Any, workers: int) -> Iterator[dict[str, np.ndarray]]:
     return iter(read)
 
 
+def stack(items: list[dict[str, Any]]) -> Batch:
+    """A batch of what a `Reader` returns."""
+    names = ("canvas", "size", "label")
+    return _batch({name: np.stack([x[name] for x in items]) for name in names})
+
+
 def _batch(item: dict[str, np.ndarray]) -> Batch:
     return Batch(item["canvas"], item["size"], item["label"])
 

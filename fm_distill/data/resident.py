@@ -10,9 +10,10 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Float32, Int, Int32, UInt8
 from tqdm import tqdm
 
+from fm_distill.array_tree import AnyArray, array_tree
 from fm_distill.config import DataConfig
 from fm_distill.data.batch import Batch
 from fm_distill.data.feeding import Reader, read_ahead, send
@@ -24,18 +25,18 @@ SMALLEST_DEVICE_BYTES = 8 * 2**30  # a TPU v2 core's, where a device does not sa
 TILE = (32, 128)
 
 
-@jax.tree_util.register_dataclass
+@array_tree
 @dataclasses.dataclass(frozen=True)
 class Resident:
-    """The whole split in device memory. A tree of arrays, as `Batch`."""
+    """The whole split in device memory."""
 
-    # uint8 (examples, tiles, 32, 128): each canvas as planes of red, green and blue, row by row,
-    # with zeros behind. A TPU keeps this shape as it is; any other it would copy whole into one
-    # that it can gather from, in each dispatch.
-    tiles: PyTree
-    sizes: PyTree
-    labels: PyTree
-    targets: PyTree
+    # Each canvas as planes of red, green and blue, row by row, with zeros behind. A TPU keeps this
+    # shape as it is; any other it would copy whole into one that it can gather from, in each
+    # dispatch.
+    tiles: UInt8[AnyArray, "examples tiles 32 128"]
+    sizes: Int32[AnyArray, "examples 2"]
+    labels: Int32[AnyArray, " examples"]
+    targets: Float32[AnyArray, "examples targets classes"] | None
     side: int = dataclasses.field(metadata={"static": True})
 
     @classmethod
@@ -107,27 +108,27 @@ def load_split(reader: Reader) -> tuple[Batch, np.ndarray]:
     return Batch(canvases, sizes, labels), whole
 
 
-def is_resident(
-    config: DataConfig, examples: int, memory_bytes: int | None = None
-) -> tuple[bool, str]:
-    """Whether the split lies in device memory, and the sentence that says so.
+def is_resident(config: DataConfig, examples: int, memory_bytes: int | None = None) -> bool:
+    """Whether the split lies in device memory.
 
     `memory_bytes` is what a device has; None for those that are here.
     """
-    fits, reason = fits_in_memory(config, examples, memory_bytes)
-    return config.feeding == "resident" or (config.feeding == "auto" and fits), reason
-
-
-def fits_in_memory(
-    config: DataConfig, examples: int, memory_bytes: int | None = None
-) -> tuple[bool, str]:
-    """Whether `auto` holds the split in device memory, and the sentence that says so."""
-    need = examples * math.prod(tiles_of(config.canvas.side))
+    if config.feeding != "auto":
+        return config.feeding == "resident"
     have = _memory_bytes() if memory_bytes is None else memory_bytes
-    fits = need <= config.resident_share * have
-    return fits, (
-        f"{examples:,} canvases need {need / 1e9:.2f} GB of each device; resident takes at most "
-        f"{config.resident_share:.0%} of its {have / 1e9:.1f} GB"
+    return split_bytes(config, examples) <= config.resident_share * have
+
+
+def split_bytes(config: DataConfig, examples: int) -> int:
+    """What the canvases of a split need in the memory of each device."""
+    return examples * math.prod(tiles_of(config.canvas.side))
+
+
+def feeding_note(config: DataConfig, examples: int) -> str:
+    """Why `auto` chooses as it does on the devices that are here."""
+    return (
+        f"{examples:,} canvases need {split_bytes(config, examples) / 1e9:.2f} GB of each device; "
+        f"resident takes at most {config.resident_share:.0%} of its {_memory_bytes() / 1e9:.1f} GB"
     )
 
 

@@ -4,6 +4,7 @@ import dataclasses
 
 from fm_distill.config import Config, SplitConfig
 from fm_distill.config.choices import check_choice
+from fm_distill.config.resolved import DataFacts
 from fm_distill.config.steps import transfer_examples
 from fm_distill.data.sources import Source, open_source
 from fm_distill.data.transfer import open_training
@@ -26,23 +27,28 @@ class Data:
                 return name, source
         return "train", self.train
 
+    @property
+    def facts(self) -> DataFacts:
+        """What the run depends on of its training data."""
+        return DataFacts(self.train.identity, len(self.train))
+
 
 def open_data(config: Config) -> tuple[Data, list[str]]:
-    """All splits that the experiment names, and what is worth saying. Raises `UserError`."""
+    """All splits that the experiment names, and warnings. Raises `UserError`."""
 
     def opened(split: SplitConfig | None) -> Source | None:
         return None if split is None else open_source(config.data, split.name)
 
     data = config.data
     train = open_training(data)
-    remarks = []
-    if (said := transfer_examples(data)) is not None and said != len(train):
+    warnings = []
+    if (given := transfer_examples(data)) is not None and given != len(train):
         option = "data.transfer.examples" if data.transfer else "data.train.examples"
-        remarks.append(
-            f"WARNING: {option} is {said:,}, but {train.identity} has {len(train):,}; the run's "
+        warnings.append(
+            f"WARNING: {option} is {given:,}, but {train.identity} has {len(train):,}; the run's "
             "length follows the data"
         )
-    return Data(train, opened(data.validation), opened(data.test)), remarks
+    return Data(train, opened(data.validation), opened(data.test)), warnings
 
 
 def split_of(config: Config, split: str) -> SplitConfig:

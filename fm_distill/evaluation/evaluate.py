@@ -17,11 +17,17 @@ from jaxtyping import Array, Bool, Float, PyTree
 from fm_distill.config import Config, ObjectiveConfig, ViewConfig
 from fm_distill.data.batch import Batch
 from fm_distill.models import Variables
-from fm_distill.networks.branch import Branch, render_central_views, render_views
-from fm_distill.objectives.distances import as_one, kl_divergence
+from fm_distill.networks.branch import (
+    Branch,
+    Views,
+    render_central_views,
+    render_views,
+    teacher_outputs,
+)
+from fm_distill.objectives.distances import kl_divergence
+from fm_distill.objectives.ensemble import as_one
 from fm_distill.system.sharding import Layout
 from fm_distill.views.draws import draw, mix
-from fm_distill.views.rendering import InputSpec
 
 ECE_BINS = 15
 Sums = dict[str, Any]
@@ -30,25 +36,20 @@ EvaluationProgram = Callable[[Variables, tuple[Variables, ...], Batch, Array, Ar
 DRAW_SEED = 0
 
 
-def student_logits(
-    student: Branch, variables: Variables, pictures: dict[InputSpec, Array]
-) -> Array:
-    """Its logits, as they are judged."""
-    return student.network.apply(variables, pictures[student.input_spec], train=False).logits
+def student_logits(student: Branch, variables: Variables, views: Views) -> Array:
+    """Its logits in evaluation mode, (batch, classes)."""
+    return student.network.apply(variables, views[student.input_spec], train=False).logits
 
 
 def teacher_logits(
     teachers: tuple[Branch, ...],
     frozen: tuple[Variables, ...],
-    pictures: dict[InputSpec, Array],
+    views: Views,
     objective: ObjectiveConfig,
 ) -> Array:
-    """The logits of all teachers as one."""
-    said = tuple(
-        branch.network.apply_frozen(variables, pictures[branch.input_spec]).logits
-        for branch, variables in zip(teachers, frozen, strict=True)
-    )
-    return as_one(said, objective)
+    """The logits of all teachers as one, (batch, classes)."""
+    logits = teacher_outputs(teachers, frozen, views)
+    return as_one(logits, objective.ensemble, objective.temperature)
 
 
 def make_evaluation_step(

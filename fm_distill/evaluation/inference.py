@@ -18,8 +18,7 @@ from fm_distill.data.splits import split_of
 from fm_distill.errors import UserError
 from fm_distill.evaluation.evaluate import Evaluator
 from fm_distill.models import Variables
-from fm_distill.networks.branch import Branch, compute_dtype, frozen_teachers, make_branch
-from fm_distill.networks.loading import teachers_fingerprint, with_student
+from fm_distill.networks.branch import Branch, frozen_teachers, make_branch
 from fm_distill.networks.teachers import load_teachers
 from fm_distill.runs.open_run import Run, open_run
 from fm_distill.system.sharding import Layout, make_layout, on_devices
@@ -74,19 +73,19 @@ def open_split(
     if differ := differences(run.config, config):
         raise UserError(f"the run in {workdir} was trained otherwise:\n  " + "\n  ".join(differ))
     source = open_source(config.data, split_of(config, split).name)
-    teachers = load_teachers(config, run.workdir)
-    stored = run.workdir.read("config.json")["contents"].get("teacher")
-    if teachers and stored and teachers_fingerprint(teachers) != stored:
+    teachers = load_teachers(config, run.workdir.path)
+    weights, expected = tuple(x.fingerprint for x in teachers), run.resolved.teacher_weights
+    if teachers and weights != expected:
         raise UserError(
             f"this is not the teacher of the run in {workdir}: its weights have SHA-256 "
-            f"{teachers_fingerprint(teachers)}, expected {stored}"
+            f"{' + '.join(weights)}, expected {' + '.join(expected)}"
         )
     layout = _evaluation_layout(config)
-    dtype = compute_dtype(config, layout)
+    dtype = jnp.dtype(run.resolved.precision)
     branches = tuple(make_branch(teacher.network, run.classes, dtype) for teacher in teachers)
     return Opened(
         run=run,
-        config=with_student(config, run.network),
+        config=config,
         student_branch=make_branch(run.network, run.classes, dtype),
         teacher_branches=branches,
         layout=layout,
@@ -122,9 +121,8 @@ def predict(
     """
     run = open_run(workdir)
     config = run.config
-    dtype = compute_dtype(config, make_layout(MeshConfig()))
-    branch = make_branch(run.network, run.classes, dtype)
-    names = run.class_names or tuple(f"class {i}" for i in range(run.classes))
+    branch = make_branch(run.network, run.classes, jnp.dtype(run.resolved.precision))
+    names = run.class_names
 
     @jax.jit
     def probabilities(canvas: jax.Array, size: jax.Array) -> jax.Array:

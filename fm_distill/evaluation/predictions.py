@@ -57,7 +57,7 @@ def predict_split(opened: Opened) -> SplitPredictions:
     for host_batch, mask in evaluation_batches(opened.reader, opened.batch_size):
         batch = layout.spread(host_batch)
         said = jax.device_get(compiled(opened.student, opened.frozen, batch))
-        rows.append([host_batch.labels, mask, *map(np.asarray, said)])
+        rows.append([np.asarray(host_batch.labels), mask, *map(np.asarray, said)])
     label, whole, *said = (np.concatenate(x) for x in zip(*rows, strict=True))
     student, student_probability, *teachers = (x[whole] for x in said)
     teacher, teacher_probability, kl = teachers or (None, None, None)

@@ -1,19 +1,19 @@
-"""A look at the teacher on the training view, before hours are spent on learning from it."""
+"""A check of the teacher on the training view, before hours are spent on learning from it."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
 from fm_distill.config import Config
+from fm_distill.config.regime import regime_of
 from fm_distill.data.batch import Batch
-from fm_distill.data.feeding import Reader
+from fm_distill.data.feeding import Reader, stack
 from fm_distill.data.order import example_ids
 from fm_distill.models import Variables
-from fm_distill.networks.branch import Branch
+from fm_distill.networks.branch import Branch, step_views, teacher_outputs
 from fm_distill.system.sharding import Layout
-from fm_distill.views.draws import draw, mix
-from fm_distill.views.rendering import render
+from fm_distill.views.draws import mix, run_keys
 
 EXAMPLES = 512
 # Mean total variation between the teacher's outputs and their mean, below which they say nothing.
@@ -21,38 +21,39 @@ CONSTANT = 0.01
 
 
 def check_teacher(
-    config: Config, teacher: Branch, frozen: Variables, reader: Reader, layout: Layout
+    config: Config,
+    student: Branch,
+    teacher: Branch,
+    frozen: Variables,
+    reader: Reader,
+    layout: Layout,
 ) -> list[str]:
     """Warnings about a teacher that cannot teach: no better than chance, or almost constant.
 
-    Runs it on the first batches of the run, as the student will see them.
+    Runs it on its views of the first steps of the run.
     """
     classes = teacher.network.classes
-    batches = max(1, round(EXAMPLES / config.batch_size))
+    law = regime_of(config.objective.target, config.teaching).views
 
-    def render_views(
-        frozen: Variables, batch: Batch, key: PRNGKeyArray
-    ) -> tuple[jax.Array, jax.Array]:
-        drawn = draw(key, batch.sizes, config.views)
-        images = render(drawn, batch.canvases, teacher.input_spec)
-        probabilities = jax.nn.softmax(teacher.network.apply_frozen(frozen, images).logits)
+    def outputs(
+        frozen: Variables, batch: Batch, draws_key: PRNGKeyArray, step: Array
+    ) -> tuple[Array, Array]:
+        views = step_views(law, config.views, student, (teacher,), batch, draws_key, step)
+        (logits,) = teacher_outputs((teacher,), (frozen,), views.teachers)
         # Of a mixture, the label of its larger part; -1 stays unlabelled.
-        mixed = mix(drawn, jax.nn.one_hot(batch.labels, classes))
+        mixed = mix(views.draw, jax.nn.one_hot(batch.labels, classes))
         label = jnp.where((batch.labels >= 0).all(), mixed.argmax(-1), -1)
-        return probabilities, label
+        return jax.nn.softmax(logits), label
 
-    compiled = jax.jit(render_views, out_shardings=layout.replicated)
-    seen = []
-    for step in range(batches):
+    compiled = jax.jit(outputs, out_shardings=layout.replicated)
+    draws_key = run_keys(config.seed).draws
+    rows = []
+    for step in range(max(1, round(EXAMPLES / config.batch_size))):
         positions = np.arange(step * config.batch_size, (step + 1) * config.batch_size)
         ids = example_ids(config.seed, positions, len(reader))
-        read = [reader[i] for i in ids.tolist()]
-        host = Batch(*(np.stack([x[name] for x in read]) for name in ("canvas", "size", "label")))
-        batch = jax.device_put(host, layout.batch)
-        key = jax.random.fold_in(jax.random.key(config.seed), step)
-        seen.append(jax.device_get(compiled(frozen, batch, key)))
-    probabilities = np.concatenate([p for p, _ in seen])
-    labels = np.concatenate([label for _, label in seen])
+        batch = jax.device_put(stack([reader[i] for i in ids.tolist()]), layout.batch)
+        rows.append(jax.device_get(compiled(frozen, batch, draws_key, jnp.int32(step))))
+    probabilities, labels = (np.concatenate(x) for x in zip(*rows, strict=True))
     return teacher_warnings(probabilities, labels)
 
 

@@ -1,20 +1,21 @@
-"""A network together with the input that it expects, and the views that it sees."""
+"""A network together with the input that it expects, and the views that it sees of a batch."""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Int, PRNGKeyArray
 
-from fm_distill.config import (
-    Config,
-    NetworkConfig,
-)
+from fm_distill.config import NetworkConfig, ViewConfig
+from fm_distill.config.regime import ViewLaw
 from fm_distill.data.batch import Batch
 from fm_distill.models import Network, Variables, build_network, resolve
 from fm_distill.system.sharding import Layout, on_devices
-from fm_distill.views.draws import Draw
+from fm_distill.views.draws import Draw, step_draws
 from fm_distill.views.rendering import InputSpec, render, render_central
+
+# Network inputs by what they were rendered for, (batch, resolution, resolution, 3).
+Views = dict[InputSpec, Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,18 +26,65 @@ class Branch:
     input_spec: InputSpec
 
 
-def render_views(drawn: Draw, batch: Batch, branches: tuple[Branch, ...]) -> dict[InputSpec, Array]:
-    """What the networks in `branches` see of a draw, rendered once for all that want the same."""
-    wanted = sorted({branch.input_spec for branch in branches})
-    return {input_spec: render(drawn, batch.canvases, input_spec) for input_spec in wanted}
+def make_branch(config: NetworkConfig, classes: int, dtype: jnp.dtype) -> Branch:
+    """The network of `config`, computing in `dtype`, with its input."""
+    return Branch(build_network(config, classes, dtype), InputSpec.of(resolve(config)))
 
 
-def render_central_views(
-    batch: Batch, branches: tuple[Branch, ...], fraction: float
-) -> dict[InputSpec, Array]:
-    """What they see in evaluation: the central crop."""
-    wanted = sorted({branch.input_spec for branch in branches})
-    return {p: render_central(batch.canvases, batch.sizes, fraction, p) for p in wanted}
+@dataclasses.dataclass(frozen=True)
+class StepViews:
+    """What the networks see in one step."""
+
+    draw: Draw  # of the student's view
+    student: Array
+    teachers: Views
+
+
+def step_views(
+    law: ViewLaw,
+    views: ViewConfig,
+    student: Branch,
+    teachers: tuple[Branch, ...],
+    batch: Batch,
+    draws_key: PRNGKeyArray,
+    step: Int[Array, ""] | int,
+) -> StepViews:
+    """The views of `step`, a function of the run's key, the step and the batch.
+
+    The one place where they are made, for the step itself and for whatever shows or checks it.
+    """
+    draws = step_draws(law, draws_key, step, batch.sizes, views)
+    if draws.shared:
+        # Networks that expect the same input share one rendering.
+        together = render_views(draws.student, batch, (student, *teachers))
+        rendered = {branch.input_spec: together[branch.input_spec] for branch in teachers}
+        return StepViews(draws.student, together[student.input_spec], rendered)
+    own = render_views(draws.student, batch, (student,))
+    return StepViews(
+        draws.student, own[student.input_spec], render_views(draws.teacher, batch, teachers)
+    )
+
+
+def render_views(draw: Draw, batch: Batch, branches: tuple[Branch, ...]) -> Views:
+    """What `branches` see of a draw, rendered once for all that expect the same input."""
+    specs = sorted({branch.input_spec for branch in branches})
+    return {spec: render(draw, batch.canvases, spec) for spec in specs}
+
+
+def render_central_views(batch: Batch, branches: tuple[Branch, ...], fraction: float) -> Views:
+    """What `branches` see in evaluation: the central crop."""
+    specs = sorted({branch.input_spec for branch in branches})
+    return {spec: render_central(batch.canvases, batch.sizes, fraction, spec) for spec in specs}
+
+
+def teacher_outputs(
+    teachers: tuple[Branch, ...], frozen: tuple[Variables, ...], views: Views
+) -> tuple[Array, ...]:
+    """The logits of each teacher, float32 (batch, classes)."""
+    return tuple(
+        branch.network.apply_frozen(variables, views[branch.input_spec]).logits
+        for branch, variables in zip(teachers, frozen, strict=True)
+    )
 
 
 def freeze_on_devices(network: Network, variables: Variables, layout: Layout) -> Variables:
@@ -47,22 +95,10 @@ def freeze_on_devices(network: Network, variables: Variables, layout: Layout) ->
 
 
 def frozen_teachers(
-    branches: tuple[Branch, ...], variables: tuple[Variables, ...], layout: Layout
+    teachers: tuple[Branch, ...], variables: tuple[Variables, ...], layout: Layout
 ) -> tuple[Variables, ...]:
     """The frozen form of the variables of each teacher."""
     return tuple(
         freeze_on_devices(branch.network, x, layout)
-        for branch, x in zip(branches, variables, strict=True)
+        for branch, x in zip(teachers, variables, strict=True)
     )
-
-
-def compute_dtype(config: Config, layout: Layout) -> jnp.dtype:
-    """`auto`: bfloat16 on TPU and GPU, float32 on CPU."""
-    if config.precision != "auto":
-        return jnp.dtype(config.precision)
-    platform = layout.mesh.devices.flat[0].platform
-    return jnp.dtype("float32" if platform == "cpu" else "bfloat16")
-
-
-def make_branch(config: NetworkConfig, classes: int, dtype: jnp.dtype) -> Branch:
-    return Branch(build_network(config, classes, dtype), InputSpec.of(resolve(config)))

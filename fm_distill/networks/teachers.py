@@ -5,17 +5,17 @@ import itertools
 import pathlib
 
 from fm_distill.config import Config, NetworkConfig, TeacherConfig
+from fm_distill.config.teachers import teachers_of
 from fm_distill.errors import UserError
 from fm_distill.models import Variables
 from fm_distill.runs.open_run import open_run
-from fm_distill.runs.workdir import Workdir
 from fm_distill.weights.card import only_network
 from fm_distill.weights.description import differing
 from fm_distill.weights.hub import WEIGHTS_FILE
 from fm_distill.weights.load import Pretrained, fingerprint, load_weights
 
 
-def pretrained(path: str, network: NetworkConfig | None, option: str) -> Pretrained:
+def load_pretrained(path: str, network: NetworkConfig | None, option: str) -> Pretrained:
     """The weights at `path`, which may be the workdir of a run; see `load_weights`.
 
     A teacher's run has to be complete.
@@ -46,8 +46,8 @@ def pretrained(path: str, network: NetworkConfig | None, option: str) -> Pretrai
                     f"the run in {path} was trained with {field}={own}, but the {option}'s is "
                     f"{given}; use auto"
                 )
-    remark = f"{path}: the run's student after {run.step:,} steps, {chosen.model}"
-    return Pretrained(chosen, run.classes, run.class_names, run.student, (remark,))
+    note = f"{path}: the run's student after {run.step:,} steps, {chosen.model}"
+    return Pretrained(chosen, run.classes, run.resolved.class_names, run.student, (note,))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,31 +59,31 @@ class Teacher:
     class_names: tuple[str, ...] | None
     variables: Variables
     fingerprint: str  # SHA-256 of the weights, wherever they lie
-    remarks: tuple[str, ...]  # what was recognised and what was chosen
+    notes: tuple[str, ...]  # what was recognised and what was chosen
 
 
-def load_teachers(config: Config, workdir: Workdir) -> tuple[Teacher, ...]:
+def load_teachers(config: Config, workdir: pathlib.Path) -> tuple[Teacher, ...]:
     """The teachers of `config`, each from its weights or its run; empty where there is none.
 
     Raises `UserError`, also where a teacher's run is not complete.
     """
     return tuple(
-        _load_teacher(teacher, option, where)
-        for option, teacher, where in teachers_of(config, workdir)
+        _load_teacher(teacher.config, teacher.option, where)
+        for teacher, where in zip(
+            teachers_of(config), teacher_workdirs(config, workdir), strict=True
+        )
     )
 
 
-def teachers_of(config: Config, workdir: Workdir) -> list[tuple[str, TeacherConfig, str]]:
-    """Of each teacher: its option, its config, and where its run lies.
+def teacher_workdirs(config: Config, workdir: pathlib.Path) -> tuple[str, ...]:
+    """Where the run of each teacher lies, in the order of `teachers_of`.
 
-    The run lies as given, else inside the student's workdir, in `teacher`, `teacher_2`, ...
+    As given, else inside the student's workdir in `teacher`, `teacher_2`, ...
     """
-    given = [("teacher", config.teacher)] if config.teacher else []
-    given += [(f"more_teachers.{i}", x) for i, x in enumerate(config.more_teachers)]
-    return [
-        (option, x, x.workdir or str(workdir.path / (f"teacher_{i}" if i > 1 else "teacher")))
-        for i, (option, x) in enumerate(given, 1)
-    ]
+    return tuple(
+        x.config.workdir or str(workdir / (f"teacher_{i}" if i > 1 else "teacher"))
+        for i, x in enumerate(teachers_of(config), 1)
+    )
 
 
 def _load_teacher(teacher: TeacherConfig, option: str, where: str) -> Teacher:
@@ -95,14 +95,14 @@ def _load_teacher(teacher: TeacherConfig, option: str, where: str) -> Teacher:
     path = teacher.weights or where
     if not teacher.weights and not (pathlib.Path(path) / "config.json").is_file():
         raise UserError(f"{path} is not the workdir of a run: it has no config.json")
-    found = pretrained(path, teacher.network, option)
+    loaded = load_pretrained(path, teacher.network, option)
     return Teacher(
-        network=found.network,
-        classes=found.classes,
-        class_names=found.class_names,
-        variables=found.variables,
-        fingerprint=fingerprint(found.variables),
-        remarks=found.remarks,
+        network=loaded.network,
+        classes=loaded.classes,
+        class_names=loaded.class_names,
+        variables=loaded.variables,
+        fingerprint=fingerprint(loaded.variables),
+        notes=loaded.notes,
     )
 
 

@@ -143,7 +143,7 @@ class Screen:
 
         place = Workdir(self.run)
         try:
-            config = place.stored_config()
+            config = place.stored().config
             print("what each network sees in the first steps, and the learning rate:")
             display(Image(plots.views(sample_views(config, place))))
         except UserError as error:

@@ -1,7 +1,7 @@
 """Distances between the student's and the teacher's outputs: per-example, pure, float32.
 
-Called by `step.py` after both networks have seen their view. To add one: a function and a line in
-`DISTANCES`; the tests run over the table.
+`terms.py` makes the loss of them. To add one: a function and a line in `DISTANCES`; the tests run
+over the table.
 """
 
 from collections.abc import Callable
@@ -9,8 +9,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-
-from fm_distill.config import ObjectiveConfig
 
 Logits = Float[Array, "batch classes"]
 PerExample = Float[Array, " batch"]
@@ -30,56 +28,20 @@ def kl_divergence(student: Logits, teacher: Logits, temperature: float = 1.0) ->
     return terms.sum(axis=-1)
 
 
-def kl(student: Logits, teacher: Logits, objective: ObjectiveConfig) -> PerExample:
-    """`kl_divergence`, times T^2 unless `temperature_squared` is off.
-
-    Source: the released code multiplies (big_vision, evaluators/proj/distill/distance.py), so that
-    the gradient's scale does not depend on T (Hinton et al. 2015, section 2); the paper's
-    equation 1 does not.
-    """
-    factor = objective.temperature**2 if objective.temperature_squared else 1.0
-    return factor * kl_divergence(student, teacher, objective.temperature)
-
-
-def l2(student: Logits, teacher: Logits, objective: ObjectiveConfig) -> PerExample:
-    """Squared Euclidean distance of the logits. Source: big_vision's distance `l2`."""
+def l2(student: Logits, teacher: Logits, temperature: float = 1.0) -> PerExample:
+    """Squared Euclidean distance of the logits, at any temperature. Source: big_vision's `l2`."""
     difference = student.astype(jnp.float32) - teacher.astype(jnp.float32)
     return jnp.square(difference).sum(axis=-1)
 
 
-def euclidean(student: Logits, teacher: Logits, objective: ObjectiveConfig) -> PerExample:
+def euclidean(student: Logits, teacher: Logits, temperature: float = 1.0) -> PerExample:
     """Euclidean distance of the logits, smoothed by 1e-12. Source: big_vision's `euclidean`."""
-    return jnp.sqrt(l2(student, teacher, objective) + 1e-12)
+    return jnp.sqrt(l2(student, teacher) + 1e-12)
 
 
-def hard(student: Logits, teacher: Logits, objective: ObjectiveConfig) -> PerExample:
+def hard(student: Logits, teacher: Logits, temperature: float = 1.0) -> PerExample:
     """Cross-entropy to the teacher's most likely class, in nats. Source: big_vision's `hard`."""
     return -_pick(jax.nn.log_softmax(student.astype(jnp.float32)), jnp.argmax(teacher, axis=-1))
-
-
-def combine(teachers: tuple[Logits, ...], objective: ObjectiveConfig) -> tuple[Logits, ...]:
-    """What several teachers say together: one target, or one for each distance of a sum.
-
-    The mean of probabilities is that at `temperature`, given as logits: the softmax of the result
-    at this temperature is the mean. Source: Beyer et al. 2021, section 3.6 (mean of logits);
-    big_vision's trainer (sum of the distances).
-    """
-    if len(teachers) == 1 or objective.ensemble == "sum_of_distances":
-        return teachers
-    return (_mean(teachers, objective),)
-
-
-def as_one(teachers: tuple[Logits, ...], objective: ObjectiveConfig) -> Logits:
-    """`combine` as one network. A sum of KLs has the gradient of the KL to the mean probability."""
-    return teachers[0] if len(teachers) == 1 else _mean(teachers, objective)
-
-
-def _mean(teachers: tuple[Logits, ...], objective: ObjectiveConfig) -> Logits:
-    logits = jnp.stack(teachers).astype(jnp.float32)
-    if objective.ensemble == "mean_logits":
-        return logits.mean(axis=0)
-    t = objective.temperature
-    return t * jax.nn.logsumexp(jax.nn.log_softmax(logits / t), axis=0, b=1 / len(teachers))
 
 
 def smooth(probabilities: Float[Array, "batch classes"], share: float) -> Array:
@@ -96,8 +58,11 @@ def _pick(values: Logits, classes: Array) -> PerExample:
     return jnp.take_along_axis(values, classes[:, None], axis=-1)[:, 0]
 
 
-DISTANCES: dict[str, Callable[[Logits, Logits, ObjectiveConfig], PerExample]] = {
-    "kl": kl,
+Distance = Callable[[Logits, Logits, float], PerExample]
+
+# `(student logits, teacher logits, temperature) -> distances`.
+DISTANCES: dict[str, Distance] = {
+    "kl": kl_divergence,
     "l2": l2,
     "euclidean": euclidean,
     "hard": hard,

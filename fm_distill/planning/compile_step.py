@@ -16,24 +16,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from fm_distill.config import Config, NetworkConfig
+from fm_distill.config.regime import regime_of
+from fm_distill.config.resolved import ResolvedRun
 from fm_distill.config.serialization import from_json
-from fm_distill.config.steps import total_steps
 from fm_distill.data.batch import Batch
-from fm_distill.data.resident import Resident, is_resident, tiles_of
+from fm_distill.data.resident import Resident, tiles_of
 from fm_distill.errors import UserError
-from fm_distill.networks.branch import render_views
+from fm_distill.networks.branch import step_views, teacher_outputs
 from fm_distill.planning.hlo import read
 from fm_distill.planning.topologies import Topology, topology
 from fm_distill.runs.checkpoint import bytes_of
-from fm_distill.system.sharding import Layout, check_batch_size, make_layout
-from fm_distill.training.build import Build, build
-from fm_distill.training.dispatch import steps_per_dispatch
+from fm_distill.system.sharding import check_batch_size, make_layout
+from fm_distill.training.build import build
 from fm_distill.training.program import make_program
 from fm_distill.training.reporter import disk_use
-from fm_distill.views.draws import draws_of
+from fm_distill.training.resolve import resolve_described
 from fm_distill.weights.card import network_from_json
 
 
@@ -52,33 +52,35 @@ def abstract(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def batch_of(request: Request, built: Build) -> Batch:
+def batch_of(request: Request) -> Batch:
     """Shapes of one batch."""
-    config, count = request.config, request.config.batch_size
-    side = config.data.canvas.side
+    return jax.eval_shape(lambda: _zeros(request, request.config.batch_size))
+
+
+def split_of(request: Request) -> Resident:
+    """Shapes of the whole training split in device memory."""
+    side, examples = request.config.data.canvas.side, request.examples
+
+    def split() -> Resident:
+        rows = _zeros(request, examples)
+        tiles = jnp.zeros((examples, *tiles_of(side)), jnp.uint8)
+        return Resident(tiles, rows.sizes, rows.labels, rows.targets, side)
+
+    return jax.eval_shape(split)
+
+
+def _zeros(request: Request, count: int) -> Batch:
+    config, side = request.config, request.config.data.canvas.side
     targets = None
-    if config.objective.target == "teacher" and not built.taught_by:
+    if regime_of(config.objective.target, config.teaching).targets == "table":
         sums = config.objective.ensemble == "sum_of_distances"
         asked = len(request.teachers) if sums else 1
-        targets = abstract((count, asked, request.classes), jnp.float32)
+        targets = jnp.zeros((count, asked, request.classes), jnp.float32)
     return Batch(
-        abstract((count, side, side, 3), jnp.uint8),
-        abstract((count, 2), jnp.int32),
-        abstract((count,), jnp.int32),
+        jnp.zeros((count, side, side, 3), jnp.uint8),
+        jnp.zeros((count, 2), jnp.int32),
+        jnp.zeros((count,), jnp.int32),
         targets,
-    )
-
-
-def split_of(request: Request, batch: Batch) -> Resident:
-    """Shapes of the whole training split in device memory."""
-    n, side = request.examples, request.config.data.canvas.side
-    targets = batch.targets and abstract((n, *batch.targets.shape[1:]), jnp.float32)
-    return Resident(
-        abstract((n, *tiles_of(side)), jnp.uint8),
-        abstract((n, 2), jnp.int32),
-        abstract((n,), jnp.int32),
-        targets,
-        side,
     )
 
 
@@ -87,28 +89,30 @@ def compile_step(request: Request) -> dict[str, Any]:
     config, devices = request.config, _devices(request.topology)
     layout = make_layout(config.mesh, devices)
     check_batch_size(config, layout)
-    steps = total_steps(config, request.examples)
-    built = build(config, request.classes, request.teachers, steps, layout)
+    chip = request.topology.chip
+    capacity = chip.memory_bytes if chip else None
+    resolved = resolve_described(
+        config, request.teachers, request.classes, request.examples, layout, capacity
+    )
+    resident, steps = resolved.feeding == "resident", resolved.total_steps
+    dispatch = resolved.steps_per_dispatch
+    built = build(config, resolved)
     state, key = built.abstract_state(), jax.eval_shape(lambda: jax.random.key(0))
     frozen = tuple(
         jax.eval_shape(branch.network.freeze, jax.eval_shape(branch.network.init, key))
-        for branch in built.taught_by
+        for branch in built.live_teachers
     )
-    batch = batch_of(request, built)
-    chip = request.topology.chip
-    capacity = chip.memory_bytes if chip else None
-    resident, _ = is_resident(config.data, request.examples, capacity)
-    dispatch = steps_per_dispatch(config, resident, layout)
-    data = split_of(request, batch) if resident else None
+    batch = batch_of(request)
+    data = split_of(request) if resident else None
     fed = abstract((dispatch, config.batch_size), jnp.int32) if resident else batch
     program = make_program(built.train_step, state, frozen, data, layout)
     answer: dict[str, Any] = {
         "devices": layout.mesh.size,
-        "feeding": "resident" if resident else "streaming",
+        "feeding": resolved.feeding,
         "steps_per_dispatch": dispatch,
         "total_steps": steps,
         "disk": disk_use(config, steps, bytes_of(state)),
-        "flops": flops(request, layout, steps, (state, frozen, batch, key)),
+        "flops": flops(config, resolved, (state, frozen, batch, key)),
         "resident_data": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(data)),
     }
     platform = "tpu" if request.topology.compiler else "cpu"
@@ -131,40 +135,34 @@ def compile_step(request: Request) -> dict[str, Any]:
     }
 
 
-def flops(
-    request: Request, layout: Layout, steps: int, arguments: tuple[PyTree, ...]
-) -> dict[str, float]:
+def flops(config: Config, resolved: ResolvedRun, arguments: tuple[PyTree, ...]) -> dict[str, float]:
     """Of one step, over all devices: in all, and by who needs them.
 
-    Of the mathematics before it is compiled, in one part where a lever makes several: loops would
-    be counted once. What is rematerialised counts twice.
+    `arguments` are shapes of state, frozen teachers, batch and key. Of the mathematics before it is
+    compiled, in one part where a lever makes several: loops would be counted once. What is
+    rematerialised counts twice.
     """
-    config = request.config
-    whole = dataclasses.replace(config.memory, accumulate=1, teacher_parts=1)
-    config = dataclasses.replace(config, memory=whole)
-    built = build(config, request.classes, request.teachers, steps, layout)
+    undivided = dataclasses.replace(config.memory, accumulate=1, teacher_parts=1)
+    config = dataclasses.replace(config, memory=undivided)
+    built = build(config, resolved)
     state, frozen, batch, key = arguments
-    branches = (built.student, *built.taught_by)
-    draws = draws_of(config.objective.target, config.teaching)
+    teachers = built.live_teachers
+    law = regime_of(config.objective.target, config.teaching).views
 
     def views(key: Any, batch: Batch) -> PyTree:
-        drawn, seen = draws(key, batch.sizes, config.views)
-        if seen is drawn or seen is None:
-            return render_views(drawn, batch, branches)
-        return render_views(drawn, batch, branches[:1]), render_views(seen, batch, branches[1:])
+        seen = step_views(law, config.views, built.student, teachers, batch, key, 0)
+        return seen.student, list(seen.teachers.values())
 
-    def teacher(frozen: PyTree, pictures: PyTree) -> PyTree:
-        return [
-            branch.network.apply_frozen(x, input_spec).logits
-            for branch, x, input_spec in zip(built.taught_by, frozen, pictures, strict=True)
-        ]
+    def teacher(frozen: PyTree, images: list[Array]) -> PyTree:
+        seen = {x.input_spec: y for x, y in zip(teachers, images, strict=True)}
+        return teacher_outputs(teachers, frozen, seen)
 
-    def input_spec(resolution: int) -> jax.ShapeDtypeStruct:
-        return abstract((config.batch_size, resolution, resolution, 3), jnp.float32)
-
-    pictures = [input_spec(branch.input_spec.resolution) for branch in built.taught_by]
+    images = [
+        abstract((config.batch_size, *(branch.input_spec.resolution,) * 2, 3), jnp.float32)
+        for branch in teachers
+    ]
     of_views = _counted(views, key, batch)
-    of_teacher = _counted(teacher, frozen, pictures) if frozen else 0.0
+    of_teacher = _counted(teacher, frozen, images) if frozen else 0.0
     total = _counted(built.train_step, state, frozen, batch, key)
     return {
         "total": total,

@@ -16,9 +16,11 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-from fm_distill.config import Config, NetworkConfig, TeacherConfig
+from fm_distill.config import Config, NetworkConfig
+from fm_distill.config.regime import regime_of
 from fm_distill.config.serialization import changed, to_json
 from fm_distill.config.steps import transfer_examples
+from fm_distill.config.teachers import NamedTeacher, teachers_of
 from fm_distill.errors import UserError
 from fm_distill.models import resolve
 from fm_distill.planning.topologies import Topology, topology
@@ -203,11 +205,11 @@ def _planned(
 def _notes(config: Config, feeding: str, rate: float | None) -> Iterator[str]:
     if feeding == "streaming" and rate is not None:
         yield f"the host has to read and decode {rate:,.0f} images a second for that"
-    for teacher in (config.teacher, *config.more_teachers):
-        if teacher and teacher.experiment:
+    for _, teacher in teachers_of(config):
+        if teacher.experiment:
             yield f"without the training of the teacher first: {teacher.experiment}, a plan itself"
-    if config.objective.target == "teacher" and config.teaching == "fixed":
-        yield "without the teachers' answers before the training"
+    if regime_of(config.objective.target, config.teaching).targets == "table":
+        yield "without the teachers' targets, which are computed before the training"
 
 
 def _compiled(config: Config, where: Topology, examples: int) -> dict[str, Any]:
@@ -247,18 +249,17 @@ def described_teachers(config: Config) -> tuple[NetworkConfig, ...]:
 
     Raises `UserError` where it does not.
     """
-    given = (config.teacher, *config.more_teachers) if config.teacher else ()
-    return tuple(_described(teacher, i) for i, teacher in enumerate(given) if teacher)
+    return tuple(_described(teacher) for teacher in teachers_of(config))
 
 
-def _described(teacher: TeacherConfig, index: int) -> NetworkConfig:
-    if teacher.network:
-        return resolve(teacher.network)
-    if teacher.experiment:
-        return resolve(only_network(load_experiment(teacher.experiment).student))
-    if teacher.workdir:
-        return resolve(only_network(Workdir(teacher.workdir).stored_config().student))
-    option = "teacher" if index == 0 else f"more_teachers.{index - 1}"
+def _described(teacher: NamedTeacher) -> NetworkConfig:
+    option, config = teacher
+    if config.network:
+        return resolve(config.network)
+    if config.experiment:
+        return resolve(only_network(load_experiment(config.experiment).student))
+    if config.workdir:
+        return Workdir(config.workdir).stored().resolved.student
     raise UserError(
         f"the network of {option} is not known without its weights; give --{option}.network.model "
         f"and --{option}.network.resolution"

@@ -116,7 +116,7 @@ def _read(workdirs: Sequence[str | os.PathLike[str]]) -> list[_Run]:
     runs = []
     for path, name in zip(paths, names, strict=True):
         place = Workdir(path)
-        config = place.stored_config()
+        config = place.stored().config
         status = place.read_or_none("status.json") or {}
         history = read_history(path)
         runs.append(
@@ -211,7 +211,7 @@ def _views(run: _Run, config: Config) -> str:
     shown = sample_views(config, run.place)
     text = (
         "What each network was given, at its own resolution, cropped, flipped and mixed as in "
-        f"the step. {shown.remark}"
+        f"the step. {shown.note}"
     )
     return f"<p>{html.escape(text)}</p>\n{_image('views', plots.views(shown))}"
 

@@ -5,18 +5,17 @@ The same keys, order, draw and rendering as in `step.py`, for a few examples of 
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray, UInt8
 
 from fm_distill.config import Config
+from fm_distill.config.regime import regime_of
 from fm_distill.data.feeding import Reader, TrainingStream
 from fm_distill.data.transfer import open_training
 from fm_distill.runs.workdir import Workdir
-from fm_distill.views.draws import Draw, draws_of
+from fm_distill.views.draws import Draw, run_keys, step_draws
 from fm_distill.views.rendering import INPUT_RANGES, InputSpec, render, render_central
-from fm_distill.weights.card import network_from_json
 
 STEPS = 4  # the first ones: a mixup coefficient belongs to a batch, so one step shows only one
 EXAMPLES = 2  # of each
@@ -36,7 +35,7 @@ class ViewSamples:
 
     titles: tuple[str, ...]  # one an example: its step and its mixture
     seen: tuple[NetworkView, ...]  # the student first
-    remark: str  # what the pictures do not say
+    note: str  # what the pictures do not say
 
 
 def sample_views(config: Config, workdir: Workdir) -> ViewSamples:
@@ -45,33 +44,32 @@ def sample_views(config: Config, workdir: Workdir) -> ViewSamples:
     `config` is the run's, perhaps with another place of the data. Raises `UserError` where the
     data are not there.
     """
-    contents = workdir.read("config.json")["contents"]
-    networks = [("student", network_from_json(contents["student_network"]))]
-    taught = config.objective.target == "teacher"
-    if taught:
-        stored = contents["teacher_networks"]
-        names = ["teacher", *(f"teacher {i}" for i in range(2, len(stored) + 1))]
-        networks += [(name, network_from_json(x)) for name, x in zip(names, stored, strict=True)]
-    remark = ""
-    if taught and config.teaching == "fixed" and config.fixed_crops:
+    resolved = workdir.stored().resolved
+    regime = regime_of(config.objective.target, config.teaching)
+    networks = [("student", resolved.student)]
+    if regime.targets != "labels":
+        names = ["teacher", *(f"teacher {i}" for i in range(2, len(resolved.teachers) + 1))]
+        networks += list(zip(names, resolved.teachers, strict=True))
+    note = ""
+    if regime.targets == "table" and config.fixed_crops:
         networks = networks[:1]
-        remark = (
-            f"The teacher's answers are the mean over {config.fixed_crops} random crops, "
+        note = (
+            f"The teacher's targets are the mean over {config.fixed_crops} random crops, "
             "computed before the training."
         )
-    elif taught and config.teaching == "fixed":
-        remark = "The teacher saw the central crop, once, before the training."
+    elif regime.targets == "table":
+        note = "The teacher saw the central crop, once, before the training."
     branches = [(name, InputSpec.of(network)) for name, network in networks]
     source = open_training(config.data)
-    reader = Reader(source, config.data, int(contents["classes"]))
+    reader = Reader(source, config.data, resolved.classes)
     stream = TrainingStream(reader, config.seed, STEPS, config.batch_size, 0, config.batch_size)
-    _, root_key = jax.random.split(jax.random.key(config.seed))
+    draws_key = run_keys(config.seed).draws
     titles: list[str] = []
     pictures: list[list[np.ndarray]] = [[] for _ in branches]
     for step in range(STEPS):
         rows = min(EXAMPLES, config.batch_size)
         own, rendered = views_of_step(
-            config, stream, root_key, step, rows, [input_spec for _, input_spec in branches]
+            config, stream, draws_key, step, rows, [input_spec for _, input_spec in branches]
         )
         titles += [f"step {step}{_mixture(own, row)}" for row in range(rows)]
         for kept, new in zip(pictures, rendered, strict=True):
@@ -80,33 +78,34 @@ def sample_views(config: Config, workdir: Workdir) -> ViewSamples:
         NetworkView(f"{name}, {input_spec.resolution} px", np.concatenate(kept))
         for (name, input_spec), kept in zip(branches, pictures, strict=True)
     )
-    return ViewSamples(tuple(titles), seen, remark)
+    return ViewSamples(tuple(titles), seen, note)
 
 
 def views_of_step(
     config: Config,
     stream: TrainingStream,
-    root_key: PRNGKeyArray,
+    draws_key: PRNGKeyArray,
     step: int,
     rows: int,
     branches: list[InputSpec],
 ) -> tuple[Draw, list[np.ndarray]]:
     """The student's draw for the first `rows` of a step, and what each network saw of them.
 
-    `seats` begins with the student's. Pictures are uint8 (rows, resolution, resolution, 3).
+    `branches` begins with the student's. Pictures are uint8 (rows, resolution, resolution, 3).
     """
     batch = config.batch_size
-    draws = draws_of(config.objective.target, config.teaching)
+    regime = regime_of(config.objective.target, config.teaching)
     # Partners do not depend on sizes, and boxes only on the own one: the others are not read.
-    key = jax.random.fold_in(root_key, step)
-    drawn, seen = draws(key, jnp.ones((batch, 2), jnp.int32), config.views)
+    unknown = jnp.ones((batch, 2), jnp.int32)
+    drawn = step_draws(regime.views, draws_key, step, unknown, config.views).student
     partners = jnp.roll(jnp.arange(batch), 1) if drawn.partners is None else drawn.partners
     shown = np.concatenate([np.arange(rows), np.asarray(partners)[:rows]])
     read = [stream[step * batch + int(row)] for row in shown]
     sizes = np.ones((batch, 2), np.int32)
     for row, item in zip(shown, read, strict=True):
         sizes[row] = item["size"]
-    drawn, seen = draws(key, jnp.asarray(sizes), config.views)
+    draws = step_draws(regime.views, draws_key, step, jnp.asarray(sizes), config.views)
+    taught = None if regime.targets == "table" else draws.teacher
     canvases = jnp.stack([item["canvas"] for item in read])
     own_sizes = jnp.asarray(sizes[shown])
 
@@ -118,7 +117,8 @@ def views_of_step(
         return as_pixels(found[:rows], input_spec)
 
     student, *teachers = branches
-    return drawn, [view(student, drawn), *(view(input_spec, seen) for input_spec in teachers)]
+    views = (view(student, draws.student), *(view(x, taught) for x in teachers))
+    return draws.student, list(views)
 
 
 def as_pixels(pictures: Array, input_spec: InputSpec) -> np.ndarray:
@@ -131,13 +131,11 @@ def as_pixels(pictures: Array, input_spec: InputSpec) -> np.ndarray:
 def _part(drawn: Draw, shown: np.ndarray, rows: int) -> Draw:
     """The draw of `shown`: `rows` examples, and then the partner of each."""
     behind = jnp.arange(rows, 2 * rows)
-    mixed = drawn.coefficients is not None
-    return Draw(
-        boxes=drawn.boxes[shown],
-        flips=drawn.flips[shown],
-        coefficients=drawn.coefficients[shown] if mixed else None,
-        partners=jnp.concatenate([behind, behind]) if mixed else None,
-    )
+    boxes, flips = drawn.boxes[shown], drawn.flips[shown]
+    if drawn.coefficients is None:
+        return Draw(boxes, flips, None, None)
+    partners = jnp.concatenate([behind, behind])
+    return Draw(boxes, flips, drawn.coefficients[shown], partners)
 
 
 def _mixture(drawn: Draw, row: int) -> str:

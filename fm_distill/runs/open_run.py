@@ -7,28 +7,49 @@ import jax
 import jax.numpy as jnp
 
 from fm_distill.config import Config, NetworkConfig
+from fm_distill.config.resolved import ResolvedRun
 from fm_distill.errors import UserError
-from fm_distill.models import Variables, build_network, resolve
+from fm_distill.models import Variables, build_network
 from fm_distill.runs.checkpoint import abstract, restore_student
 from fm_distill.runs.integrity import NewestCheckpoint, integrity_errors, newest_valid, steps_in
+from fm_distill.runs.stored_run import StoredRun
 from fm_distill.runs.workdir import Workdir
 from fm_distill.system.console import log
-from fm_distill.weights.card import network_from_json, only_network
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
     """A student as it stands in a workdir. Where the run keeps an average, that is the student."""
 
-    config: Config
-    network: NetworkConfig  # of the student; nothing in it is `auto`
+    stored: StoredRun
     workdir: Workdir
     step: int
     complete: bool
     averaged: bool
-    class_names: tuple[str, ...] | None
-    classes: int
     student: Variables
+
+    @property
+    def config(self) -> Config:
+        return self.stored.config
+
+    @property
+    def resolved(self) -> ResolvedRun:
+        return self.stored.resolved
+
+    @property
+    def network(self) -> NetworkConfig:
+        """Of the student; nothing in it is `auto`."""
+        return self.resolved.student
+
+    @property
+    def classes(self) -> int:
+        return self.resolved.classes
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """`class 0`, `class 1`, ... where the run does not know them."""
+        names = self.resolved.class_names
+        return names or tuple(f"class {i}" for i in range(self.classes))
 
 
 def open_run(path: str | os.PathLike[str], step: int | None = None) -> Run:
@@ -37,30 +58,22 @@ def open_run(path: str | os.PathLike[str], step: int | None = None) -> Run:
     Raises `UserError`, also where the checkpoint at `step` is not whole.
     """
     workdir = Workdir(path)
-    config = workdir.stored_config()
-    contents = workdir.read("config.json")["contents"]
-    classes = int(contents["classes"])
-    names = contents.get("class_names")
-    # What the student's `auto` became, where its weights decided it.
-    stored = contents.get("student_network")
-    network = network_from_json(stored) if stored else resolve(only_network(config.student))
+    stored = workdir.stored()
+    resolved = stored.resolved
     step = _step_to_read(workdir, step)
-    built = build_network(network, classes, jnp.dtype("float32"))
-    shapes = jax.eval_shape(built.init, jax.random.key(0))
+    network = build_network(resolved.student, resolved.classes, jnp.dtype("float32"))
+    shapes = jax.eval_shape(network.init, jax.random.key(0))
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = abstract(shapes, jax.tree.map(lambda _: here, shapes))
-    averaged = config.ema_decay is not None
+    averaged = stored.config.ema_decay is not None
     student = restore_student(workdir.checkpoints / str(step), like, averaged)
     status = workdir.read_or_none("status.json") or {}
     return Run(
-        config=config,
-        network=network,
+        stored=stored,
         workdir=workdir,
         step=step,
         complete=status.get("state") == "complete" and status.get("step") == step,
         averaged=averaged,
-        class_names=tuple(names) if names else None,
-        classes=classes,
         student=student,
     )
 

@@ -5,23 +5,21 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import PRNGKeyArray, PyTree
+from jaxtyping import Int32, PRNGKeyArray, PyTree
 
-from fm_distill.models import Network
+from fm_distill.array_tree import AnyArray, array_tree
+from fm_distill.models import Network, Variables
 
 
-@jax.tree_util.register_dataclass
+@array_tree
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that changes in training, and nothing else: `step` batches have been consumed.
+    """All that changes in training, and nothing else: `step` batches have been consumed."""
 
-    A tree of arrays, so its fields may also hold what a tree is mapped to, e.g. shardings.
-    """
-
-    step: PyTree  # int32 ()
-    student: PyTree  # Variables
+    step: Int32[AnyArray, ""]
+    student: Variables
     opt_state: PyTree
-    ema: PyTree  # Variables: moving average of the student; or None
+    ema: Variables | None  # moving average of the student
 
 
 def init_state(

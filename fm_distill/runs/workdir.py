@@ -3,22 +3,19 @@
 import contextlib
 import datetime
 import fcntl
-import importlib.metadata
 import json
 import os
 import pathlib
-import platform
 import re
-import subprocess
 import time
 from collections.abc import Iterator
 from typing import IO, Any, Literal
 
-import jax
-
 from fm_distill.config import Config
-from fm_distill.config.serialization import differences, from_json, to_json
+from fm_distill.config.resolved import ResolvedRun
+from fm_distill.config.serialization import differences
 from fm_distill.errors import UserError
+from fm_distill.runs.stored_run import StoredRun, describe_run, stored_run
 from fm_distill.system.compilation_cache import COMPILED
 from fm_distill.system.console import log
 from fm_distill.system.processes import first_process
@@ -27,9 +24,6 @@ Status = Literal["running", "paused", "complete", "failed"]
 
 
 LENGTH = ("schedule.total_steps:", "schedule.total_epochs:")
-
-
-LIBRARIES = ("fm-distill", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 class Workdir:
@@ -120,72 +114,56 @@ class Workdir:
             os.fsync(file.fileno())
         temporary.replace(path)
 
-    def stored_config(self) -> Config:
-        """The config of the run that lies here."""
-        stored = self.read("config.json")
-        if stored is None:
+    def stored(self) -> StoredRun:
+        """The run that lies here. Raises `UserError` where there is none of this version."""
+        tree = self.read("config.json")
+        if tree is None:
             raise UserError(f"{self.path} is not the workdir of a run: it has no config.json")
-        if not isinstance(stored, dict) or "config" not in stored:
-            raise UserError(f"{self.path / 'config.json'} is not the config of a run")
-        return from_json(stored["config"])
+        return stored_run(tree, self.path / "config.json")
 
-    def refuse_another(
-        self, config: Config, contents: dict[str, Any], extend: bool = False
-    ) -> bool:
-        """Raises `UserError` that lists what differs where this is another run's workdir.
+    def refuse_another_config(self, config: Config, extend: bool = False) -> bool:
+        """Raises `UserError` that lists what differs where this is the workdir of another config.
 
-        `contents` are fingerprints of what the run is made from (data, teacher): paths may
-        change, contents may not. Returns whether only the length differs, which `extend` allows.
+        Returns whether only the length differs, which `extend` allows.
         """
-        stored = self.read("config.json")
-        if stored is None:
+        if self.read("config.json") is None:
             return False
-        differ = differences(self.stored_config(), config)
+        differ = differences(self.stored().config, config)
         length = [line for line in differ if line.startswith(LENGTH)]
         if extend:
             differ = [line for line in differ if line not in length]
-        before = stored.get("contents", {})
-        differ += [
-            f"{name}: {before[name]} in the workdir, {value} now (its contents, not its place)"
-            for name, value in contents.items()
-            if before.get(name, value) != value
-        ]
+        self._refuse(differ, ", or lengthen the schedule knowingly with --extend" if length else "")
+        return bool(length)
+
+    def refuse_other_contents(self, resolved: ResolvedRun) -> None:
+        """Raises `UserError` that lists what differs where the run that lies here was made from
+        other data or weights. Their paths may change, their contents may not."""
+        if self.read("config.json") is not None:
+            self._refuse(self.stored().resolved.differences(resolved), "")
+
+    def _refuse(self, differ: list[str], more: str) -> None:
         if differ:
             raise UserError(
                 f"the workdir {self.path} belongs to another run:\n  "
                 + "\n  ".join(differ)
                 + "\nchoose another --workdir, or give the old values"
-                + (", or lengthen the schedule knowingly with --extend" if length else "")
+                + more
             )
-        return bool(length)
 
-    def claim(
-        self, config: Config, contents: dict[str, Any], extend: bool = False
-    ) -> tuple[int, ...]:
+    def claim(self, config: Config, resolved: ResolvedRun, lengthened: bool) -> tuple[int, ...]:
         """Makes this the workdir of `config`; call it when nothing is left to be refused.
 
-        Returns the ends of the schedules that were lengthened: those students are kept.
+        `lengthened`: its schedule is longer than the one before. Returns the ends of the schedules
+        that were lengthened: those students are kept.
         """
-        stored = self.read("config.json") or {}
-        ends = tuple(stored.get("lengthened_after", ()))
+        ends = self.stored().lengthened_after if self.read("config.json") is not None else ()
         status = self.read_or_none("status.json") or {}
-        if self.refuse_another(config, contents, extend) and status.get("state") == "complete":
+        if lengthened and status.get("state") == "complete":
             ends += (status["step"],)
             figures = self.path / "evaluation.json"
             if figures.exists() and first_process():
                 figures.rename(self.path / f"evaluation_{status['step']}.json")
-        self.write(
-            "config.json",
-            {
-                "lengthened_after": list(ends),
-                "config": to_json(config),
-                "contents": contents,
-                "versions": {name: _version(name) for name in LIBRARIES}
-                | {"python": platform.python_version()},
-                "devices": [f"{d.platform}:{d.device_kind}" for d in jax.devices()],
-                "commit": _commit(),
-            },
-        )
+        self.write("config.json", describe_run(config, resolved, ends))
         return ends
 
     def set_status(
@@ -219,25 +197,3 @@ def _lock(handle: IO[str]) -> bool:
             return True
         time.sleep(0.1)
     return False
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    """The commit of this checkout, where the package runs from one."""
-    try:
-        found = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=pathlib.Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return found.stdout.strip() if found.returncode == 0 else None

@@ -23,6 +23,11 @@ class Layout:
     mesh: Mesh
 
     @property
+    def platform(self) -> str:
+        """`cpu`, `gpu` or `tpu`."""
+        return str(self.mesh.devices.flat[0].platform)
+
+    @property
     def replicated(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec())
 

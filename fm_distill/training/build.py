@@ -1,17 +1,19 @@
-"""A config made into networks, optimizer and step: what `train` runs, and what can be planned."""
+"""A resolved run made into networks, optimizer and step: what is trained, and what is planned."""
 
 import dataclasses
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PRNGKeyArray
 
-from fm_distill.config import Config, NetworkConfig
+from fm_distill.config import Config
+from fm_distill.config.regime import regime_of
+from fm_distill.config.resolved import ResolvedRun
 from fm_distill.errors import UserError
-from fm_distill.networks.branch import Branch, compute_dtype, make_branch
+from fm_distill.networks.branch import Branch, make_branch
 from fm_distill.runs.state import TrainState, init_state
-from fm_distill.system.sharding import Layout
 from fm_distill.training.optim import make_optimizer, make_schedule
 from fm_distill.training.step import TrainStep, make_train_step
 
@@ -25,8 +27,8 @@ class Build:
     schedule: Callable[[Array | int], Array]
     optimizer: optax.GradientTransformation
     train_step: TrainStep
-    # Those that the step runs: none where labels are the target, or the teachers are fixed.
-    taught_by: tuple[Branch, ...]
+    # Those that the step runs: none where the targets are labels or a table.
+    live_teachers: tuple[Branch, ...]
     config: Config
 
     def init(self, key: PRNGKeyArray) -> TrainState:
@@ -37,25 +39,19 @@ class Build:
         return jax.eval_shape(self.init, jax.random.key(0))
 
 
-def build(
-    config: Config,
-    classes: int,
-    teacher_networks: tuple[NetworkConfig, ...],
-    total_steps: int,
-    layout: Layout,
-) -> Build:
-    """Everything that the step needs, from the config alone."""
-    dtype = compute_dtype(config, layout)
-    student = make_branch(config.student, classes, dtype)
-    teachers = tuple(make_branch(network, classes, dtype) for network in teacher_networks)
+def build(config: Config, resolved: ResolvedRun) -> Build:
+    """Everything that the step needs. Raises `UserError`."""
+    dtype = jnp.dtype(resolved.precision)
+    student = make_branch(resolved.student, resolved.classes, dtype)
+    teachers = tuple(make_branch(x, resolved.classes, dtype) for x in resolved.teachers)
     _check_accumulation(config, student)
-    online = config.objective.target == "teacher" and config.teaching != "fixed"
-    taught_by = teachers if online else ()
-    schedule = make_schedule(config.schedule, total_steps)
+    live = regime_of(config.objective.target, config.teaching).targets == "teachers"
+    live_teachers = teachers if live else ()
+    schedule = make_schedule(config.schedule, resolved.total_steps)
     optimizer = make_optimizer(config.optimizer, schedule)
     step = make_train_step(
         student,
-        taught_by,
+        live_teachers,
         optimizer,
         config.views,
         config.objective,
@@ -64,7 +60,7 @@ def build(
         config.student.keep_statistics,
         config.memory,
     )
-    return Build(student, teachers, schedule, optimizer, step, taught_by, config)
+    return Build(student, teachers, schedule, optimizer, step, live_teachers, config)
 
 
 def _check_accumulation(config: Config, student: Branch) -> None:

@@ -1,21 +1,6 @@
-"""Steps per dispatch, and what is due after one."""
+"""How steps are dispatched, and what is due after a dispatch."""
 
 from collections.abc import Iterator
-
-from fm_distill.config import Config
-from fm_distill.system.sharding import Layout
-
-# Steps a dispatch of `auto` on an accelerator with resident data.
-STEPS_PER_DISPATCH = 16
-
-
-def steps_per_dispatch(config: Config, resident: bool, layout: Layout) -> int:
-    """Steps that one call does: several in one loop on the device save an accelerator's time
-    between calls, and cost a CPU a multiple of the step's time."""
-    if config.steps_per_dispatch != "auto":
-        return config.steps_per_dispatch
-    on_cpu = layout.mesh.devices.flat[0].platform == "cpu"
-    return STEPS_PER_DISPATCH if resident and not on_cpu else 1
 
 
 def due(every: int, step: int, steps: int) -> bool:

@@ -41,13 +41,15 @@ class Loop:
         All is on disk then. `owed`: an evaluation at `step` was left undone. Raises `Diverged`,
         and `TrainingFailed` where the disk does not take a checkpoint.
         """
-        setup, config, total = self.setup, self.setup.config, self.setup.total_steps
-        _, root_key = setup.keys
+        setup, config, total = self.setup, self.setup.config, self.setup.resolved.total_steps
+        draws_key = setup.keys.draws
         start, steps, reason, slowest_s = step, 0, None, 0.0
         fed = setup.feed.feed(
-            step, dispatch_sizes(step, total, setup.dispatch), skipped_steps=self.skipped_steps
+            step,
+            dispatch_sizes(step, total, setup.resolved.steps_per_dispatch),
+            skipped_steps=self.skipped_steps,
         )
-        sizes = dispatch_sizes(step, total, setup.dispatch)
+        sizes = dispatch_sizes(step, total, setup.resolved.steps_per_dispatch)
         if evaluation_pending and (reason := self._evaluate(state, step, RESERVE_S)) is None:
             evaluation_pending = False
         while reason is None and step < total:
@@ -56,7 +58,7 @@ class Loop:
                 break
             began = time.monotonic()
             steps, batch = next(sizes), next(fed)
-            state, metrics = self._dispatch(state, batch, root_key)
+            state, metrics = self._dispatch(state, batch, draws_key)
             self.stop.busy()
             step += steps
             self.reporter.dispatched(step, steps, metrics)
@@ -76,11 +78,11 @@ class Loop:
             self.checkpoints.wait()
         return state, step, reason
 
-    def _dispatch(self, state: TrainState, batch: Any, root_key: Any) -> tuple[TrainState, Any]:
+    def _dispatch(self, state: TrainState, batch: Any, draws_key: Any) -> tuple[TrainState, Any]:
         setup = self.setup
         # Whatever were sent to the devices unasked for, each step would wait for.
         with jax.transfer_guard("disallow"):
-            return setup.program(state, setup.taught_by, setup.feed.data, batch, root_key)
+            return setup.program(state, setup.live_teachers, setup.feed.data, batch, draws_key)
 
     def _asked(self, step: int, steps: int, reserve_s: float) -> str | None:
         """Why to stop. Several processes ask each other where a line is logged."""

@@ -22,7 +22,7 @@ def make_program(
     data: Resident | None,
     layout: Layout,
 ) -> jax.stages.Wrapped:
-    """The compiled `(state, teachers, data, fed, root_key) -> (state, metrics)`.
+    """The compiled `(state, teachers, data, fed, draws_key) -> (state, metrics)`.
 
     `fed` is a batch, or (steps, batch) ids into the resident `data`. The state is donated; the
     teachers are arguments, so that they are neither baked into the program nor copied. `state`
@@ -31,14 +31,18 @@ def make_program(
     """
 
     def program(
-        state: TrainState, teachers: PyTree, data: Resident | None, fed: Any, root_key: PRNGKeyArray
+        state: TrainState,
+        teachers: PyTree,
+        data: Resident | None,
+        fed: Any,
+        draws_key: PRNGKeyArray,
     ) -> tuple[TrainState, Metrics]:
         if data is None:
-            return train_step(state, teachers, fed, root_key)
+            return train_step(state, teachers, fed, draws_key)
 
         def one(state: TrainState, ids: Array) -> tuple[TrainState, Metrics]:
             batch = jax.lax.with_sharding_constraint(data.at(ids), layout.batch)
-            return train_step(state, teachers, batch, root_key)
+            return train_step(state, teachers, batch, draws_key)
 
         if fed.shape[0] == 1:  # a convolution in a loop is many times slower on a CPU
             return one(state, fed[0])

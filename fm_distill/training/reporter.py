@@ -69,7 +69,7 @@ class Reporter:
             log(f"the first new step is done {3600 * self.stop.hours():.1f} s after the start")
         self.bar.update(steps)
         every = self.setup.config.log.every_steps
-        if due(every, step, steps) or step == self.setup.total_steps:
+        if due(every, step, steps) or step == self.setup.resolved.total_steps:
             self._log(step, values)
 
     def evaluated(self, figures: dict[str, Any]) -> None:
@@ -97,7 +97,7 @@ class Reporter:
         if self.first is None or self.step == self.first[0]:
             return None
         pace_s = (time.monotonic() - self.first[1]) / (self.step - self.first[0])
-        return (self.setup.total_steps - self.step) * pace_s / 3600
+        return (self.setup.resolved.total_steps - self.step) * pace_s / 3600
 
     def say_pace(self, blocked_s: float) -> None:
         """What this stretch did after its first dispatch, and what its checkpoints cost."""
@@ -129,7 +129,7 @@ class Reporter:
         if self.mark[1] - self.status_at > STATUS_EVERY_S:
             self.status_at = self.mark[1]
             self.workdir.set_status(
-                "running", step, self.setup.total_steps, "", self.hours_left(), rate
+                "running", step, self.setup.resolved.total_steps, "", self.hours_left(), rate
             )
 
     def _epoch(self, step: int) -> float:
@@ -139,7 +139,7 @@ class Reporter:
 def progress_bar(setup: Setup, start: int) -> Any:
     """On standard error."""
     return tqdm(
-        total=setup.total_steps,
+        total=setup.resolved.total_steps,
         initial=start,
         unit="step",
         desc=setup.config.name,
@@ -157,15 +157,18 @@ def introduce(setup: Setup, start: int) -> None:
     students = parameter_count(shapes.student.params)
     teachers = sum(parameter_count(x.params) for x in setup.frozen)
     against = f", teacher of {teachers:,}" if teachers else ""
+    devices = f"{setup.layout.mesh.size} x {jax.devices()[0].device_kind}"
     log(
-        f"{config.name}: student of {students:,} parameters{against}; {setup.total_steps:,} steps "
-        f"of {config.batch_size} on {setup.layout.mesh.size} x "
-        f"{jax.devices()[0].device_kind}" + (f", continuing after step {start:,}" if start else "")
+        f"{config.name}: student of {students:,} parameters{against}; "
+        f"{setup.resolved.total_steps:,} steps of {config.batch_size} on {devices}"
+        + (f", continuing after step {start:,}" if start else "")
     )
-    log(disk_use(config, setup.total_steps, bytes_of(shapes)))
+    log(disk_use(config, setup.resolved.total_steps, bytes_of(shapes)))
     if start == 0:
         for branch, frozen in zip(setup.built.teachers, setup.frozen, strict=True):
-            for warning in check_teacher(config, branch, frozen, setup.reader, setup.layout):
+            for warning in check_teacher(
+                config, setup.built.student, branch, frozen, setup.reader, setup.layout
+            ):
                 log(warning)
 
 

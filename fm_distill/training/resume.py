@@ -66,7 +66,7 @@ def first_state(setup: Setup, workdir: Workdir, start: int) -> TrainState:
     shardings = setup.layout.variables(shapes)
     if start:
         return restore(workdir.checkpoints / str(start), abstract(shapes, shardings))
-    init_key, _ = setup.keys
+    init_key = setup.keys.init
     state = jax.jit(setup.built.init, out_shardings=shardings)(init_key)
     networks = setup.networks
     if networks.pretrained is None:

@@ -1,11 +1,10 @@
-"""The arithmetic of one batch: draw, views, teachers, student, distance, gradient, update.
+"""The arithmetic of one batch: views, targets, student, loss, gradient, update.
 
-`make_train_step` is the library; everything else here makes programs of it. Nothing in this file
-reads a file or knows a device.
+A step has two halves: `teach` makes the targets of a batch, and `update` moves the student towards
+them. Nothing in this file reads a file or knows a device.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 
 import jax
@@ -14,21 +13,126 @@ import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from fm_distill.config import MemoryConfig, ObjectiveConfig, ViewConfig
+from fm_distill.config.regime import TargetSource, regime_of
 from fm_distill.data.batch import Batch
 from fm_distill.models import Output, Variables
-from fm_distill.networks.branch import Branch, render_views
-from fm_distill.objectives.distances import DISTANCES, combine, cross_entropy, smooth
+from fm_distill.networks.branch import Branch, StepViews, Views, step_views, teacher_outputs
+from fm_distill.objectives.distances import smooth
+from fm_distill.objectives.ensemble import combine
+from fm_distill.objectives.terms import Targets, Term, make_terms, weighted_sum
 from fm_distill.runs.state import TrainState
 from fm_distill.training.memory import accumulated, in_parts, rematerialised
-from fm_distill.views.draws import draws_of, mix
-from fm_distill.views.rendering import InputSpec
+from fm_distill.views.draws import mix
 
 Metrics = dict[str, Float[Array, ""]]
-
 
 TrainStep = Callable[
     [TrainState, tuple[Variables, ...], Batch, PRNGKeyArray], tuple[TrainState, Metrics]
 ]
+# `(frozen teachers, batch, views) -> targets`.
+Teach = Callable[[tuple[Variables, ...], Batch, StepViews], Targets]
+# `(state, student view, targets) -> (state, metrics)`.
+Update = Callable[[TrainState, Array, Targets], tuple[TrainState, Metrics]]
+
+
+def teach_live(
+    teachers: tuple[Branch, ...], classes: int, objective: ObjectiveConfig, memory: MemoryConfig
+) -> Teach:
+    """Targets are the outputs of the teachers on their views of this step."""
+
+    def teach(frozen: tuple[Variables, ...], batch: Batch, views: StepViews) -> Targets:
+        def combined(part: Views) -> tuple[Array, ...]:
+            with jax.named_scope("teacher"):
+                logits = teacher_outputs(teachers, frozen, part)
+                return combine(logits, objective.ensemble, objective.temperature)
+
+        return Targets(in_parts(combined, memory.teacher_parts, views.teachers))
+
+    return teach
+
+
+def teach_labels(
+    teachers: tuple[Branch, ...], classes: int, objective: ObjectiveConfig, memory: MemoryConfig
+) -> Teach:
+    """Targets are the labels, smoothed, and mixed as the student's view is."""
+
+    def teach(frozen: tuple[Variables, ...], batch: Batch, views: StepViews) -> Targets:
+        one_hot = jax.nn.one_hot(batch.labels, classes)
+        return Targets(labels=mix(views.draw, smooth(one_hot, objective.label_smoothing)))
+
+    return teach
+
+
+def teach_table(
+    teachers: tuple[Branch, ...], classes: int, objective: ObjectiveConfig, memory: MemoryConfig
+) -> Teach:
+    """Targets were computed before training, one row for each example, and came with the batch."""
+
+    def teach(frozen: tuple[Variables, ...], batch: Batch, views: StepViews) -> Targets:
+        assert batch.targets is not None
+        return Targets(tuple(jnp.moveaxis(batch.targets, 1, 0)))
+
+    return teach
+
+
+TARGET_SOURCES: dict[
+    TargetSource, Callable[[tuple[Branch, ...], int, ObjectiveConfig, MemoryConfig], Teach]
+] = {
+    "teachers": teach_live,
+    "labels": teach_labels,
+    "table": teach_table,
+}
+
+
+def make_update(
+    student: Branch,
+    optimizer: optax.GradientTransformation,
+    terms: tuple[Term, ...],
+    ema_decay: float | None = None,
+    keep_statistics: bool = False,
+    memory: MemoryConfig = MemoryConfig(),
+) -> Update:
+    """`(state, student view, targets) -> (state, metrics)`, pure: one step of the student.
+
+    The loss is the mean over the batch of the weighted sum of `terms`. With `keep_statistics`
+    BatchNorm stays as it is. `memory` changes what is kept at a time, not what comes out.
+    """
+
+    def apply(variables: Variables, images: Array) -> Output:
+        return student.network.apply(variables, images, train=not keep_statistics)
+
+    def update(state: TrainState, view: Array, targets: Targets) -> tuple[TrainState, Metrics]:
+        def loss_of(
+            params: PyTree, part: tuple[Array, Targets]
+        ) -> tuple[Array, tuple[PyTree, Array]]:
+            images, expected = part
+            with jax.named_scope("student"):
+                variables = dataclasses.replace(state.student, params=params)
+                output = rematerialised(apply, memory.rematerialise)(variables, images)
+            values = weighted_sum(terms, output.logits, expected)
+            return values.mean(), (output.statistics, output.logits)
+
+        gradient_of = jax.value_and_grad(loss_of, has_aux=True)
+        (loss, (statistics, logits)), gradients = accumulated(
+            gradient_of, memory.accumulate, state.student.params, (view, targets)
+        )
+        with jax.named_scope("update"):
+            updates, opt_state = optimizer.update(gradients, state.opt_state, state.student.params)
+            new = Variables(optax.apply_updates(state.student.params, updates), statistics)
+            ema = state.ema
+            if ema_decay is not None:
+                ema = jax.tree.map(lambda e, x: ema_decay * e + (1 - ema_decay) * x, ema, new)
+        metrics = {
+            "loss": loss,
+            "gradient_norm": optax.global_norm(gradients),
+            "update_norm": optax.global_norm(updates),
+        }
+        if targets.teacher_logits:
+            same = jnp.argmax(logits, -1) == jnp.argmax(targets.teacher_logits[0], -1)
+            metrics["agreement"] = same.mean(dtype=jnp.float32)
+        return TrainState(state.step + 1, new, opt_state, ema), metrics
+
+    return update
 
 
 def make_train_step(
@@ -42,88 +146,23 @@ def make_train_step(
     keep_statistics: bool = False,
     memory: MemoryConfig = MemoryConfig(),
 ) -> TrainStep:
-    """`(state, teacher_variables, batch, root_key) -> (state, metrics)`, pure.
+    """`(state, frozen teachers, batch, draws_key) -> (state, metrics)`, pure.
 
-    `teacher_variables` holds the frozen variables of each teacher. Everything random comes from
-    `fold_in(root_key, state.step)`. `teaching` says which draw each network sees: a key of
-    `TEACHINGS`; with `fixed` the targets are the batch's own, and no teacher is run. Nor is one
-    with `objective.target == "labels"`. With `keep_statistics` BatchNorm stays as it is. `memory`
-    changes what is kept at a time, not what comes out.
+    Views, targets and update of one step. Everything random comes from `draws_key` and
+    `state.step`. `teachers` are those that the step runs: none where `teaching` is `fixed` or the
+    labels are the target.
     """
-    labels = objective.target == "labels"
-    distance = DISTANCES[objective.distance]
-    draws = draws_of(objective.target, teaching)
-
-    def apply(variables: Variables, images: Array) -> Output:
-        return student.network.apply(variables, images, train=not keep_statistics)
-
-    def predict_split(
-        teacher_variables: tuple[Variables, ...], pictures: dict[InputSpec, Array]
-    ) -> tuple[Array, ...]:
-        with jax.named_scope("teacher"):
-            logits = tuple(
-                jax.lax.stop_gradient(
-                    branch.network.apply_frozen(frozen, pictures[branch.input_spec]).logits
-                )
-                for branch, frozen in zip(teachers, teacher_variables, strict=True)
-            )
-            return combine(logits, objective) if logits else ()
-
-    def per_example(logits: Array, targets: tuple[Array, ...]) -> Array:
-        if labels:
-            return cross_entropy(logits, targets[0])
-        return jnp.stack([distance(logits, target, objective) for target in targets]).sum(axis=0)
+    regime = regime_of(objective.target, teaching)
+    teach = TARGET_SOURCES[regime.targets](teachers, student.network.classes, objective, memory)
+    update = make_update(
+        student, optimizer, make_terms(objective), ema_decay, keep_statistics, memory
+    )
 
     def train_step(
-        state: TrainState,
-        teacher_variables: tuple[Variables, ...],
-        batch: Batch,
-        root_key: PRNGKeyArray,
+        state: TrainState, frozen: tuple[Variables, ...], batch: Batch, draws_key: PRNGKeyArray
     ) -> tuple[TrainState, Metrics]:
         with jax.named_scope("views"):
-            drawn, seen = draws(jax.random.fold_in(root_key, state.step), batch.sizes, views)
-            together = seen is drawn
-            pictures = render_views(drawn, batch, (student, *teachers) if together else (student,))
-            shown = pictures if together or seen is None else render_views(seen, batch, teachers)
-        if labels:
-            one_hot = jax.nn.one_hot(batch.labels, student.network.classes)
-            targets: tuple[Array, ...] = (mix(drawn, smooth(one_hot, objective.label_smoothing)),)
-        elif seen is None:
-            targets = tuple(jnp.moveaxis(batch.targets, 1, 0))
-        else:
-            answer = functools.partial(predict_split, teacher_variables)
-            shown = {branch.input_spec: shown[branch.input_spec] for branch in teachers}
-            targets = in_parts(answer, memory.teacher_parts, shown)
-
-        def loss_of(
-            params: PyTree, part: tuple[Array, tuple[Array, ...]]
-        ) -> tuple[Array, tuple[PyTree, Array]]:
-            images, expected = part
-            with jax.named_scope("student"):
-                variables = dataclasses.replace(state.student, params=params)
-                output = rematerialised(apply, memory.rematerialise)(variables, images)
-            values = per_example(output.logits, expected)
-            return values.mean(), (output.statistics, output.logits)
-
-        gradient_of = jax.value_and_grad(loss_of, has_aux=True)
-        part = pictures[student.input_spec], targets
-        (loss, (statistics, logits)), gradients = accumulated(
-            gradient_of, memory.accumulate, state.student.params, part
-        )
-        with jax.named_scope("update"):
-            updates, opt_state = optimizer.update(gradients, state.opt_state, state.student.params)
-            new = Variables(optax.apply_updates(state.student.params, updates), statistics)
-            ema = state.ema
-            if ema_decay is not None:
-                ema = jax.tree.map(lambda e, x: ema_decay * e + (1 - ema_decay) * x, ema, new)
-        metrics = {
-            "loss": loss,
-            "gradient_norm": optax.global_norm(gradients),
-            "update_norm": optax.global_norm(updates),
-        }
-        if not labels:
-            same = jnp.argmax(logits, -1) == jnp.argmax(targets[0], -1)
-            metrics["agreement"] = same.mean(dtype=jnp.float32)
-        return TrainState(state.step + 1, new, opt_state, ema), metrics
+            seen = step_views(regime.views, views, student, teachers, batch, draws_key, state.step)
+        return update(state, seen.student, teach(frozen, batch, seen))
 
     return train_step

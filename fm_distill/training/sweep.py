@@ -15,7 +15,9 @@ from typing import Any
 
 from fm_distill.config import Config
 from fm_distill.config.serialization import changed
+from fm_distill.config.teachers import teachers_of, with_teachers
 from fm_distill.errors import UserError
+from fm_distill.networks.teachers import teacher_workdirs
 from fm_distill.system.console import log
 from fm_distill.system.preemption import Stop, stop_signals
 from fm_distill.training.experiment import check
@@ -80,17 +82,16 @@ def _name(values: dict[str, Any], between: str) -> str:
 def _with_shared_teachers(config: Config, folder: pathlib.Path) -> Config:
     """Teachers that are trained first lie beside the runs, not in each of them."""
 
-    def shared(teacher: Any, name: str) -> Any:
-        if teacher is None or not teacher.experiment or teacher.workdir:
-            return teacher
-        return dataclasses.replace(teacher, workdir=str(folder / name))
-
-    return dataclasses.replace(
+    return with_teachers(
         config,
-        teacher=shared(config.teacher, "teacher"),
-        more_teachers=tuple(
-            shared(teacher, f"teacher_{i}") for i, teacher in enumerate(config.more_teachers, 2)
-        ),
+        [
+            dataclasses.replace(teacher.config, workdir=where)
+            if teacher.config.experiment
+            else teacher.config
+            for teacher, where in zip(
+                teachers_of(config), teacher_workdirs(config, folder), strict=True
+            )
+        ],
     )
 
 

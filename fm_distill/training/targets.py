@@ -22,8 +22,8 @@ from fm_distill.config import Config
 from fm_distill.data.batch import Batch
 from fm_distill.data.feeding import Reader, evaluation_batches
 from fm_distill.models import Variables
-from fm_distill.networks.branch import Branch, render_central_views, render_views
-from fm_distill.objectives.distances import combine
+from fm_distill.networks.branch import Branch, render_central_views, render_views, teacher_outputs
+from fm_distill.objectives.ensemble import combine
 from fm_distill.system.processes import first_process
 from fm_distill.system.sharding import Layout
 from fm_distill.views.draws import draw
@@ -49,6 +49,7 @@ def fixed_targets(
     batches = evaluation_batches(reader, config.batch_size)
     count = -(-len(reader) // config.batch_size)
     rows = []
+    ensemble = config.objective.ensemble, config.objective.temperature
     for index, (host_batch, _) in enumerate(tqdm(batches, "fixed targets", count, leave=False)):
         batch = layout.spread(host_batch)
         # A loop on the device would be many times slower on a CPU.
@@ -57,7 +58,7 @@ def fixed_targets(
             for crop in range(max(config.fixed_crops, 1))
         )
         logits = _mean(crops, config)
-        rows.append(np.stack(combine(tuple(map(jnp.asarray, logits)), config.objective), axis=1))
+        rows.append(np.stack(combine(tuple(map(jnp.asarray, logits)), *ensemble), axis=1))
     targets = np.concatenate(rows)[: len(reader)]
     _write(kept, targets)
     return targets
@@ -67,20 +68,15 @@ def _program(
     config: Config, teachers: tuple[Branch, ...]
 ) -> Callable[[tuple[Variables, ...], Batch, Array, Array], Array]:
     """`(frozen, batch, its index, crop) -> logits (teachers, batch, classes)`."""
-    views = dataclasses.replace(config.views, mixup="none")
+    unmixed = dataclasses.replace(config.views, mixup="none")
 
     def program(frozen: tuple[Variables, ...], batch: Batch, index: Array, crop: Array) -> Array:
         if config.fixed_crops:
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), index), crop)
-            pictures = render_views(draw(key, batch.sizes, views), batch, teachers)
+            views = render_views(draw(key, batch.sizes, unmixed), batch, teachers)
         else:
-            pictures = render_central_views(batch, teachers, views.central_fraction)
-        return jnp.stack(
-            [
-                branch.network.apply_frozen(variables, pictures[branch.input_spec]).logits
-                for branch, variables in zip(teachers, frozen, strict=True)
-            ]
-        )
+            views = render_central_views(batch, teachers, unmixed.central_fraction)
+        return jnp.stack(teacher_outputs(teachers, frozen, views))
 
     return program
 

@@ -2,28 +2,38 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from fm_distill.array_tree import AnyArray, array_tree
 from fm_distill.config import ViewConfig
+from fm_distill.config.regime import ViewLaw
 from fm_distill.views.crops import CROPS, Sizes
 
 
-@jax.tree_util.register_dataclass
+@array_tree
 @dataclasses.dataclass(frozen=True)
 class Draw:
     """Everything random about a batch of one step."""
 
-    # float32 (batch, 4): top, left, height, width in canvas pixels.
-    boxes: PyTree
-    # bool (batch,)
-    flips: PyTree
-    # float32 (batch,): weight of the example itself in its mixture; None: no mixup.
-    coefficients: PyTree
-    # int32 (batch,): the example that each is mixed with; None: the one before it.
-    partners: PyTree
+    # Top, left, height, width in canvas pixels.
+    boxes: Float[AnyArray, "batch 4"]
+    flips: Bool[AnyArray, " batch"]
+    # Weight of the example itself in its mixture; None: no mixup.
+    coefficients: Float[AnyArray, " batch"] | None
+    # The example that each is mixed with; None: the one before it.
+    partners: Int[AnyArray, " batch"] | None
+
+
+class StepDraws(NamedTuple):
+    """The draws of one step."""
+
+    student: Draw
+    teacher: Draw
+    shared: bool  # whether both are the same
 
 
 def draw(key: PRNGKeyArray, sizes: Sizes, config: ViewConfig) -> Draw:
@@ -41,40 +51,52 @@ def draw(key: PRNGKeyArray, sizes: Sizes, config: ViewConfig) -> Draw:
     )
 
 
-def _same(key: PRNGKeyArray, sizes: Sizes, config: ViewConfig) -> tuple[Draw, Draw | None]:
+def _mixed(key: PRNGKeyArray, sizes: Sizes, config: ViewConfig) -> StepDraws:
     both = draw(key, sizes, config)
-    return both, both
+    return StepDraws(both, both, shared=True)
 
 
-def _unmixed(key: PRNGKeyArray, sizes: Sizes, config: ViewConfig) -> tuple[Draw, Draw | None]:
-    return _same(key, sizes, dataclasses.replace(config, mixup="none"))
+def _unmixed(key: PRNGKeyArray, sizes: Sizes, config: ViewConfig) -> StepDraws:
+    return _mixed(key, sizes, dataclasses.replace(config, mixup="none"))
 
 
-def _independent(key: PRNGKeyArray, sizes: Sizes, config: ViewConfig) -> tuple[Draw, Draw | None]:
-    own, teachers = jax.random.split(key)
+def _independent(key: PRNGKeyArray, sizes: Sizes, config: ViewConfig) -> StepDraws:
+    student, teacher = jax.random.split(key)
     config = dataclasses.replace(config, mixup="none")
-    return draw(own, sizes, config), draw(teachers, sizes, config)
+    return StepDraws(draw(student, sizes, config), draw(teacher, sizes, config), shared=False)
 
 
-def _fixed(key: PRNGKeyArray, sizes: Sizes, config: ViewConfig) -> tuple[Draw, Draw | None]:
-    return _unmixed(key, sizes, config)[0], None
-
-
-# What the student sees and what its teachers see; None: they answered before the training began.
-# Source: Beyer et al. 2021, figure 2; only function matching mixes images.
-TEACHINGS: dict[str, Callable[[PRNGKeyArray, Sizes, ViewConfig], tuple[Draw, Draw | None]]] = {
-    "function_matching": _same,
-    "consistent": _unmixed,
+# What the student sees and what its teachers see. Source: Beyer et al. 2021, figure 2; only
+# function matching mixes images.
+VIEW_LAWS: dict[ViewLaw, Callable[[PRNGKeyArray, Sizes, ViewConfig], StepDraws]] = {
+    "mixed": _mixed,
+    "unmixed": _unmixed,
     "independent": _independent,
-    "fixed": _fixed,
 }
 
 
-def draws_of(
-    target: str, teaching: str
-) -> Callable[[PRNGKeyArray, Sizes, ViewConfig], tuple[Draw, Draw | None]]:
-    """The line of `TEACHINGS` of a run; labels are mixed with what the student sees."""
-    return TEACHINGS["function_matching" if target == "labels" else teaching]
+class RunKeys(NamedTuple):
+    """The two random keys of a run."""
+
+    init: PRNGKeyArray  # of the student's parameters
+    draws: PRNGKeyArray  # the root of the draws of all steps
+
+
+def run_keys(seed: int) -> RunKeys:
+    """All randomness of a run but its order, from its seed."""
+    init, draws = jax.random.split(jax.random.key(seed))
+    return RunKeys(init, draws)
+
+
+def step_draws(
+    law: ViewLaw,
+    draws_key: PRNGKeyArray,
+    step: Int[Array, ""] | int,
+    sizes: Sizes,
+    config: ViewConfig,
+) -> StepDraws:
+    """The draws of `step` (steps done before it), a function of the run's key and the step."""
+    return VIEW_LAWS[law](jax.random.fold_in(draws_key, step), sizes, config)
 
 
 def mix(draw: Draw, values: Float[Array, "batch ..."]) -> Float[Array, "batch ..."]:

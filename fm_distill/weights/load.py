@@ -37,7 +37,7 @@ class Pretrained:
     classes: int  # of its head
     class_names: tuple[str, ...] | None
     variables: Variables
-    remarks: tuple[str, ...]  # what was recognised and what was chosen, a sentence each
+    notes: tuple[str, ...]  # what was recognised and what was chosen, a sentence each
 
 
 def load_weights(path: str, network: NetworkConfig | None, option: str) -> Pretrained:
@@ -50,21 +50,21 @@ def load_weights(path: str, network: NetworkConfig | None, option: str) -> Pretr
     """
     fields = option if option == "student" else f"{option}.network"
     file = read(path)
-    described, remarks = describe(file, only_network(network) if network else None, fields)
+    described, notes = describe(file, only_network(network) if network else None, fields)
     if file.kind == "saved_model":
         _check_bit(file, described, "bit_original", fields)
         names = bit_original(described, _shapes(described, 2))
         body = {x.name: x.shape for x in names.values() if x.name not in (HEAD_KERNEL, HEAD_BIAS)}
-        tensors, remark = as_original(path, file.tensors, body)
-        file, remarks = dataclasses.replace(file, tensors=tensors), [*remarks, remark]
+        tensors, note = as_original(path, file.tensors, body)
+        file, notes = dataclasses.replace(file, tensors=tensors), [*notes, note]
     naming, tensors, head = _recognised(file)
     _check_bit(file, described, naming, fields)
     classes = int(tensors[head].size)
-    remarks = [f"{path}: {classes} classes, names of the kind {naming}", *remarks]
+    notes = [f"{path}: {classes} classes, names of the kind {naming}", *notes]
     chosen, more = without_auto(described, file, naming, fields)
     variables = _placed(file, chosen, classes, naming, tensors, fields)
     class_names = file.facts.card.class_names if file.facts.card else None
-    return Pretrained(chosen, classes, class_names, variables, (*remarks, *more))
+    return Pretrained(chosen, classes, class_names, variables, (*notes, *more))
 
 
 def _check_bit(file: WeightFile, network: NetworkConfig, naming: str, fields: str) -> None:

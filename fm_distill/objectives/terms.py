@@ -1,0 +1,64 @@
+"""The loss: a sum of named terms, each a distance of the student's output with its weight.
+
+To add a term: an entry in what `make_terms` returns. Each is a value per example, so that the loss
+is a mean over the batch whatever the devices and the parts it is computed in.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+from jaxtyping import Array, Float
+
+from fm_distill.config import ObjectiveConfig
+from fm_distill.objectives.distances import DISTANCES, Logits, PerExample, cross_entropy
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Targets:
+    """What a student's output is compared with, for each example of a batch."""
+
+    # One for each distance of a sum, else one; none where no teacher is asked.
+    teacher_logits: tuple[Float[Array, "*batch classes"], ...] = ()
+    # Class probabilities, smoothed and mixed as the student's view is; None without labels.
+    labels: Float[Array, "*batch classes"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """One term of the loss."""
+
+    name: str
+    weight: float
+    value: Callable[[Logits, Targets], PerExample]
+
+
+def make_terms(objective: ObjectiveConfig) -> tuple[Term, ...]:
+    """The terms of `objective`.
+
+    The KL is multiplied by T^2 unless `temperature_squared` is off. Source: the released code
+    multiplies (big_vision, evaluators/proj/distill/distance.py), so that the gradient's scale does
+    not depend on T (Hinton et al. 2015, section 2); the paper's equation 1 does not.
+    """
+    if objective.target == "labels":
+        return (Term("cross_entropy", 1.0, _to_labels),)
+    distance, temperature = DISTANCES[objective.distance], objective.temperature
+
+    def to_teachers(logits: Logits, targets: Targets) -> PerExample:
+        first, *others = (distance(logits, x, temperature) for x in targets.teacher_logits)
+        return sum(others, start=first)
+
+    squared = objective.distance == "kl" and objective.temperature_squared
+    return (Term(objective.distance, temperature**2 if squared else 1.0, to_teachers),)
+
+
+def _to_labels(logits: Logits, targets: Targets) -> PerExample:
+    assert targets.labels is not None
+    return cross_entropy(logits, targets.labels)
+
+
+def weighted_sum(terms: tuple[Term, ...], logits: Logits, targets: Targets) -> PerExample:
+    """The loss of each example."""
+    first, *others = (term.weight * term.value(logits, targets) for term in terms)
+    return sum(others, start=first)

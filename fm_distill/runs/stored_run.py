@@ -1,0 +1,82 @@
+"""`config.json` of a workdir: the config of a run, what it resolved to, and where it comes from."""
+
+import dataclasses
+import importlib.metadata
+import pathlib
+import platform
+import subprocess
+from typing import Any
+
+import jax
+import msgspec
+
+from fm_distill.config import Config
+from fm_distill.config.resolved import ResolvedRun
+from fm_distill.errors import UserError
+
+LIBRARIES = ("fm-distill", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoredRun:
+    """The contents of `config.json`."""
+
+    config: Config
+    resolved: ResolvedRun
+    versions: dict[str, str | None]
+    devices: tuple[str, ...]
+    commit: str | None
+    # Ends of schedules that were lengthened: those students are kept.
+    lengthened_after: tuple[int, ...] = ()
+
+
+def describe_run(config: Config, resolved: ResolvedRun, lengthened_after: tuple[int, ...]) -> Any:
+    """`StoredRun` as JSON, with the versions, devices and commit of this process."""
+    versions = {name: _version(name) for name in LIBRARIES} | {"python": platform.python_version()}
+    return msgspec.to_builtins(
+        StoredRun(
+            config=config,
+            resolved=resolved,
+            versions=versions,
+            devices=tuple(f"{d.platform}:{d.device_kind}" for d in jax.devices()),
+            commit=_commit(),
+            lengthened_after=lengthened_after,
+        )
+    )
+
+
+def stored_run(tree: Any, path: pathlib.Path) -> StoredRun:
+    """The inverse of `describe_run`, for the JSON in `path`. Raises `UserError`."""
+    if not isinstance(tree, dict) or "config" not in tree:
+        raise UserError(f"{path} is not the config of a run")
+    if "resolved" not in tree:
+        raise UserError(
+            f"{path} was written by an older version of fm-distill (commit {tree.get('commit')}), "
+            "whose runs this one does not read: use that version, or train again in another workdir"
+        )
+    try:
+        return msgspec.convert(tree, StoredRun)
+    except msgspec.ValidationError as error:
+        raise UserError(f"{path} is not the config of a run of this version: {error}") from None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of this checkout, where the package runs from one."""
+    try:
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=pathlib.Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() if found.returncode == 0 else None

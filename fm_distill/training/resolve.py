@@ -1,0 +1,69 @@
+"""Every `auto` of a config becomes its value here, once, before anything is compiled."""
+
+from typing import Literal
+
+from fm_distill.config import Config, NetworkConfig
+from fm_distill.config.resolved import DataFacts, ResolvedRun, WeightFacts
+from fm_distill.config.steps import total_steps
+from fm_distill.data.resident import is_resident
+from fm_distill.models import resolve as resolve_network
+from fm_distill.system.sharding import Layout
+from fm_distill.weights.card import only_network
+
+# Steps of a dispatch of `auto` on an accelerator with resident data: several steps in one loop on
+# the device save its time between calls; on a CPU they would cost a multiple of the step's time.
+STEPS_PER_DISPATCH = 16
+
+
+def resolve(
+    config: Config,
+    data: DataFacts,
+    weights: WeightFacts,
+    layout: Layout,
+    memory_bytes: int | None = None,
+) -> ResolvedRun:
+    """The run of `config` on these data, weights and devices.
+
+    `memory_bytes` is what a device has; None for those that are here. Raises `UserError`.
+    """
+    resident = is_resident(config.data, data.examples, memory_bytes)
+    dispatch = config.steps_per_dispatch
+    if dispatch == "auto":
+        dispatch = STEPS_PER_DISPATCH if resident and layout.platform != "cpu" else 1
+    return ResolvedRun(
+        data=data.identity,
+        examples=data.examples,
+        classes=weights.classes,
+        class_names=weights.class_names,
+        student=weights.student,
+        teachers=weights.teachers,
+        student_weights=weights.student_weights,
+        teacher_weights=weights.teacher_weights,
+        total_steps=total_steps(config, data.examples),
+        precision=_precision(config, layout),
+        feeding="resident" if resident else "streaming",
+        steps_per_dispatch=dispatch,
+        mesh=dict(layout.mesh.shape),
+    )
+
+
+def resolve_described(
+    config: Config,
+    teachers: tuple[NetworkConfig, ...],
+    classes: int,
+    examples: int,
+    layout: Layout,
+    memory_bytes: int | None = None,
+) -> ResolvedRun:
+    """The run as far as descriptions of its data and networks say it: neither is there.
+
+    `teachers` may hold no `auto`.
+    """
+    weights = WeightFacts(resolve_network(only_network(config.student)), teachers, classes)
+    return resolve(config, DataFacts("", examples), weights, layout, memory_bytes)
+
+
+def _precision(config: Config, layout: Layout) -> Literal["float32", "bfloat16"]:
+    if config.precision != "auto":
+        return config.precision
+    return "float32" if layout.platform == "cpu" else "bfloat16"
