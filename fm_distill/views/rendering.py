@@ -47,17 +47,25 @@ def render(draw: Draw, canvases: Canvases, input_spec: InputSpec) -> Pictures:
 def render_central(
     canvases: Canvases, sizes: Sizes, fraction: float, input_spec: InputSpec
 ) -> Pictures:
-    """The view of evaluation: short side resized, then the central square.
+    """The view of evaluation: the image resized, then its central square at whole pixels.
 
-    `fraction` is the square's side over the image's short side. Source: the paper's evaluation,
-    `resize_small(160)|central_crop(128)` (0.8) and `resize_small(256)|central_crop(224)` (0.875).
+    `fraction` is the square's side over the resized image's short side, which is
+    `round(resolution / fraction)`. Source: the released evaluation, `resize_small` and
+    `central_crop` of big_vision's `pp/ops_image.py`, 128 of 160 (0.8) and 224 of 256 (0.875); the
+    image is resized bilinearly here, by area there.
     """
+    resolution = input_spec.resolution
     size = sizes.astype(jnp.float32)
-    side = fraction * size.min(axis=1, keepdims=True)
-    boxes = jnp.concatenate([(size - side) / 2, side, side], axis=1)
+    short_side = round(resolution / fraction)
+    resized = jnp.round(size * (short_side / size.min(axis=1, keepdims=True)))
+    # Half a pixel further, as it would be without the floor, each pixel would be the mean of two.
+    offsets = jnp.floor((resized - resolution) / 2)
+    # From pixels of the resized image to pixels of the canvas.
+    scale = size / resized
+    boxes = jnp.concatenate([offsets * scale, resolution * scale], axis=1)
     flips = jnp.zeros(size.shape[0], bool)
     # The image is resized before it is cropped, so pixels beside the square count as neighbours.
-    pixels = _sample(canvases, boxes, jnp.zeros_like(size), size - 1, flips, input_spec.resolution)
+    pixels = _sample(canvases, boxes, jnp.zeros_like(size), size - 1, flips, resolution)
     return _normalise(pixels, input_spec)
 
 
