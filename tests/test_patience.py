@@ -274,15 +274,19 @@ def poisoned(trained, workdir, **changes):
     targets = np.zeros((1259, 1, 10), np.float32)
     ids = example_ids(config.seed, np.arange(3 * 16, 4 * 16), 1259)
     targets[ids] = np.nan
-    workdir.mkdir()
-    np.savez(workdir / "fixed_targets.npz", targets=targets)
+    with pytest.MonkeyPatch.context() as patch:  # before the first step
+        patch.setattr(Loop, "_asked", lambda *_: "stopped")
+        assert train(config, workdir).step == 0
+    with np.load(workdir / "fixed_targets.npz") as made:
+        identity = made["identity"]
+    np.savez(workdir / "fixed_targets.npz", targets=targets, identity=identity)
     return config
 
 
 @pytest.mark.parametrize("feeding", ["resident", "streaming"])
 def test_a_planted_nan_stops_the_run_and_may_be_skipped(trained, tmp_path, feeding):
-    config = poisoned(trained, tmp_path / "run")
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, feeding=feeding))
+    data = dataclasses.replace(tiny_config().data, feeding=feeding)
+    config = poisoned(trained, tmp_path / "run", data=data)
     with pytest.raises(Diverged, match=r"not finite at step 4(.|\n)*divergence\.action skip"):
         train(config, tmp_path / "run")
     found = status(tmp_path / "run")

@@ -22,6 +22,7 @@ from fm_distill.data.feeding import Reader, StreamingFeed
 from fm_distill.data.resident import ResidentFeed
 from fm_distill.data.sources import open_source
 from fm_distill.data.transfer import open_training
+from fm_distill.errors import UserError
 from fm_distill.models import Network, Output, Variables
 from fm_distill.networks.branch import Branch
 from fm_distill.objectives.distances import kl_divergence
@@ -197,28 +198,80 @@ def some_digits(config, count=20):
     return Reader(dataclasses.replace(source, labels=source.labels[:count]), data, 10)
 
 
+def described(config, **changes):
+    """What `some_digits` and `teacher_of` resolve to."""
+    run = resolved_run(config, (NETWORK,), examples=20)
+    changes = {"data": "digits", "teacher_weights": ("first",)} | changes
+    return dataclasses.replace(run, **changes)
+
+
 def test_fixed_targets_are_the_central_crops_logits_computed_once(tmp_path):
     config = tiny_config(objective=ObjectiveConfig(), teaching="fixed")
     layout = make_layout(MeshConfig())
     branches, frozen = teacher_of(config)
     reader, kept = some_digits(config), tmp_path / "targets.npz"
-    found = fixed_targets(config, branches, frozen, reader, layout, kept)
+    run = described(config)
+    found = fixed_targets(config, run, branches, frozen, reader, layout, kept)
     assert found.shape == (20, 1, 10)
     canvases = jnp.stack([reader[i]["canvas"] for i in range(20)])
     sizes = jnp.stack([reader[i]["size"] for i in range(20)])
     images = render_central(canvases, sizes, config.views.central_fraction, branches[0].input_spec)
     expected = branches[0].network.apply_frozen(frozen[0], images).logits
     np.testing.assert_allclose(found[:, 0], expected, atol=1e-5)
-    # Kept: another teacher changes nothing while the file is there, and a broken file is made anew.
+    # Kept: other networks would change nothing, and a broken file is made anew.
     _, others = teacher_of(config, seed=2)
-    again = fixed_targets(config, branches, others, reader, layout, kept)
+    again = fixed_targets(config, run, branches, others, reader, layout, kept)
     np.testing.assert_array_equal(again, found)
     data = bytearray(kept.read_bytes())
     data[len(data) // 2] ^= 0xFF
     kept.write_bytes(data)
     np.testing.assert_array_equal(
-        fixed_targets(config, branches, frozen, reader, layout, kept), found
+        fixed_targets(config, run, branches, frozen, reader, layout, kept), found
     )
+
+
+FIXED = tiny_config(objective=ObjectiveConfig(), teaching="fixed")
+
+
+@pytest.mark.parametrize(
+    "config, changes, said",
+    [
+        (
+            FIXED,
+            {"teacher_weights": ("second",)},
+            r"teacher_weights: \['first'\] there, \['second'\] now",
+        ),
+        (FIXED, {"data": "other digits"}, "data: digits there, other digits now"),
+        (FIXED, {"teachers": (dataclasses.replace(NETWORK, resolution=24),)}, "teachers"),
+        (
+            dataclasses.replace(FIXED, views=ViewConfig(central_fraction=0.5)),
+            {},
+            "central_fraction",
+        ),
+        (dataclasses.replace(FIXED, fixed_crops=2), {}, "crops: 0 there, 2 now"),
+    ],
+)
+def test_fixed_targets_of_another_run_are_refused(tmp_path, config, changes, said):
+    layout, kept = make_layout(MeshConfig()), tmp_path / "targets.npz"
+    branches, frozen = teacher_of(FIXED)
+    reader = some_digits(FIXED)
+    fixed_targets(FIXED, described(FIXED), branches, frozen, reader, layout, kept)
+    written = kept.read_bytes()
+    with pytest.raises(UserError, match=f"another run .*{said}.*remove it"):
+        run = described(config, **changes)
+        fixed_targets(config, run, branches, frozen, reader, layout, kept)
+    assert kept.read_bytes() == written
+
+
+def test_fixed_targets_that_do_not_say_what_made_them_are_refused(tmp_path):
+    kept = tmp_path / "targets.npz"
+    np.savez(kept, targets=np.zeros((20, 1, 10), np.float32))
+    branches, frozen = teacher_of(FIXED)
+    with pytest.raises(UserError, match=r"data: \(not said\) there, digits now"):
+        fixed_targets(
+            FIXED, described(FIXED), branches, frozen, some_digits(FIXED),
+            make_layout(MeshConfig()), kept,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("ensemble", ["mean_logits", "mean_probabilities"])
@@ -228,7 +281,9 @@ def test_fixed_targets_over_many_crops(tmp_path, ensemble):
     layout = make_layout(MeshConfig())
     branches, frozen = teacher_of(config)
     reader = some_digits(config)
-    found = fixed_targets(config, branches, frozen, reader, layout, tmp_path / "t.npz")
+    found = fixed_targets(
+        config, described(config), branches, frozen, reader, layout, tmp_path / "t.npz"
+    )
     # The one batch is padded with black pictures up to 24.
     canvases, sizes = np.zeros((24, 32, 32, 3), np.uint8), np.ones((24, 2), np.int32)
     for i in range(20):

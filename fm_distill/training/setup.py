@@ -127,7 +127,7 @@ def prepare(
     notes = [f"feeding: {resolved.feeding} ({feeding_note(config.data, len(reader))})"]
     targets = None
     if regime_of(config.objective.target, config.teaching).targets == "table":
-        targets = fixed_targets(config, built.teachers, frozen, reader, layout, table)
+        targets = fixed_targets(config, resolved, built.teachers, frozen, reader, layout, table)
     feed: ResidentFeed | StreamingFeed
     if resolved.feeding == "resident":
         feed = ResidentFeed(

@@ -6,21 +6,26 @@ Only for `teaching="fixed"`: of the central crop, or the mean over many random c
 
 import dataclasses
 import functools
+import json
 import math
 import pathlib
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 from jaxtyping import Array, Float
 from tqdm import tqdm
 
 from fm_distill.config import Config
+from fm_distill.config.resolved import ResolvedRun
 from fm_distill.data.batch import Batch
 from fm_distill.data.feeding import Reader, evaluation_batches
+from fm_distill.errors import UserError
 from fm_distill.models import Variables
 from fm_distill.networks.branch import Branch, render_central_views, render_views, teacher_outputs
 from fm_distill.objectives.ensemble import combine
@@ -33,6 +38,7 @@ Targets = Float[np.ndarray, "examples targets classes"]
 
 def fixed_targets(
     config: Config,
+    resolved: ResolvedRun,
     teachers: tuple[Branch, ...],
     frozen: tuple[Variables, ...],
     reader: Reader,
@@ -41,9 +47,11 @@ def fixed_targets(
 ) -> Targets:
     """The targets of each example of `reader`, in its order; read from `kept` if they are there.
 
-    A file that is not whole is made again.
+    A damaged file is made again. Raises `UserError` where the file was made by other teachers, from
+    other images or other views of them.
     """
-    if (found := _read(kept, len(reader))) is not None:
+    identity = _identity(config, resolved)
+    if (found := _read(kept, identity)) is not None:
         return found
     program = jax.jit(_program(config, teachers), out_shardings=layout.replicated)
     batches = evaluation_batches(reader, config.batch_size)
@@ -60,8 +68,33 @@ def fixed_targets(
         logits = _mean(crops, config)
         rows.append(np.stack(combine(tuple(map(jnp.asarray, logits)), *ensemble), axis=1))
     targets = np.concatenate(rows)[: len(reader)]
-    _write(kept, targets)
+    _write(kept, targets, identity)
     return targets
+
+
+def _identity(config: Config, resolved: ResolvedRun) -> dict[str, Any]:
+    """All that the targets depend on, as JSON."""
+    objective, views = config.objective, config.views
+    identity: dict[str, Any] = {
+        "data": resolved.data,
+        "examples": resolved.examples,
+        "classes": resolved.classes,
+        "canvas": config.data.canvas,
+        "teachers": resolved.teachers,
+        "teacher_weights": resolved.teacher_weights,
+        "ensemble": objective.ensemble,
+        "crops": config.fixed_crops,
+    }
+    if objective.ensemble == "mean_probabilities":
+        identity["temperature"] = objective.temperature
+    if config.fixed_crops:
+        # Crops are drawn from the seed, a batch at a time.
+        identity |= {"seed": config.seed, "batch_size": config.batch_size}
+        identity |= {"crop": views.crop, "area": views.crop_area, "aspect": views.crop_aspect}
+        identity["flip_probability"] = views.flip_probability
+    else:
+        identity["central_fraction"] = views.central_fraction
+    return msgspec.json.decode(msgspec.json.encode(identity))
 
 
 def _program(
@@ -90,18 +123,28 @@ def _mean(crops: Iterator[np.ndarray], config: Config) -> np.ndarray:
     return temperature * (functools.reduce(np.logaddexp, logs) - np.float32(math.log(count)))
 
 
-def _read(kept: pathlib.Path, examples: int) -> Targets | None:
+def _read(kept: pathlib.Path, identity: dict[str, Any]) -> Targets | None:
+    if kept.is_dir():
+        raise UserError(f"{kept} is a folder; expected a file of targets, so remove it")
     try:
         with np.load(kept, allow_pickle=False) as archive:
             targets = archive["targets"]
+            stored = json.loads(str(archive["identity"])) if "identity" in archive else {}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         return None
-    return targets if targets.shape[0] == examples else None
+    if stored != identity:
+        differ = [name for name in identity if stored.get(name) != identity[name]]
+        lines = [f"{x}: {stored.get(x, '(not said)')} there, {identity[x]} now" for x in differ]
+        raise UserError(
+            f"{kept} holds the targets of another run ({'; '.join(lines)}); remove it, so that it "
+            "is made again, or choose another --workdir"
+        )
+    return targets if targets.shape[0] == identity["examples"] else None
 
 
-def _write(kept: pathlib.Path, targets: Targets) -> None:
+def _write(kept: pathlib.Path, targets: Targets, identity: dict[str, Any]) -> None:
     if not first_process():
         return
     temporary = kept.with_name(kept.name + ".tmp.npz")
-    np.savez(temporary, targets=targets)
+    np.savez(temporary, targets=targets, identity=np.array(json.dumps(identity)))
     temporary.replace(kept)
