@@ -4,8 +4,21 @@ import json
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
 from conftest import ROOT
 from PIL import Image
+from safetensors.numpy import save_file
+from same_bits import main as same_bits
+
+from fm_distill.config import CheckpointConfig, MeshConfig
+from fm_distill.errors import UserError
+from fm_distill.models import Variables
+from fm_distill.runs.checkpoint import CheckpointWriter
+from fm_distill.runs.state import TrainState
+from fm_distill.system.sharding import make_layout
 
 
 def run_tool(name, *arguments):
@@ -46,3 +59,61 @@ def test_finished_runs_are_compared(trained, tmp_path):
     assert len(lines) == 4 and lines[2].startswith("| one | 1 |")
     wrong = run_tool("compare_runs.py", f"x={tmp_path}")
     assert wrong.returncode == 1 and "not complete" in wrong.stderr
+
+
+def checkpointed(folder, mesh, change="", loss=2.5):
+    """A workdir with a small checkpoint that lies on `mesh`; `change` names what differs."""
+    one = jnp.ones(8, jnp.bfloat16), jnp.zeros(4)
+    parts = {"params": one, "statistics": one, "ema": one}
+    if change:
+        first, second = parts[change]
+        parts[change] = first, -second  # minus zero: equal, and not the same bits
+    params, statistics, ema = ({"kernel": x, "bias": y} for x, y in parts.values())
+    student = Variables({"head": params}, {"norm": statistics})
+    state = TrainState(jnp.int32(3), student, ({"mu": params},), Variables({"head": ema}, {}))
+    layout = make_layout(mesh)
+    state = jax.device_put(state, layout.variables(state))
+    writer = CheckpointWriter(folder / "checkpoints", CheckpointConfig(), ())
+    writer.save(state, {"step": 3})
+    writer.wait()
+    line = {"step": 3, "split": "train", "loss": loss, "images_per_second": hash(folder)}
+    (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "part"), [("params", "student"), ("statistics", "student"), ("ema", "ema")]
+)
+def test_one_bit_of_a_student_is_seen(tmp_path, capsys, change, part):
+    a = checkpointed(tmp_path / "a", MeshConfig(data=1))
+    b = checkpointed(tmp_path / "b", MeshConfig(fsdp=2))
+    assert same_bits([str(a), str(b)]) == 0
+    assert "student: 4 the same" in capsys.readouterr().out
+    assert same_bits([str(a), str(checkpointed(tmp_path / "c", MeshConfig(), change))]) == 1
+    said = capsys.readouterr().out
+    assert f"{part}: 1 differ" in said and "bias: by up to 0" in said
+
+
+def test_one_logged_number_and_one_exported_tensor_are_seen(tmp_path, capsys):
+    a = checkpointed(tmp_path / "a", MeshConfig(data=1))
+    b = checkpointed(tmp_path / "b", MeshConfig(data=1), loss=2.5000001)
+    assert same_bits([str(a), str(b)]) == 1
+    assert "step 3, train, loss: 2.5 against 2.5000001" in capsys.readouterr().out
+    for name, values in (("a", [1, 0]), ("b", [1, 0]), ("c", [1, -0.0]), ("d", [1])):
+        save_file({"kernel": np.float32(values)}, tmp_path / f"{name}.safetensors")
+    a, b, c, d = (str(tmp_path / f"{x}.safetensors") for x in "abcd")
+    assert [same_bits([a, x]) for x in (b, c, d)] == [0, 1, 1]
+
+
+def test_what_cannot_be_compared_bit_for_bit_is_refused(tmp_path):
+    (tmp_path / "cut.safetensors").write_bytes(b"\0")
+    for pair, said in (
+        ([tmp_path / "none", tmp_path], "does not exist"),
+        ([tmp_path, tmp_path], "has no checkpoint"),
+        ([tmp_path, tmp_path / "cut.safetensors"], "two of a kind"),
+        ([tmp_path / "cut.safetensors"] * 2, "is not a safetensors file"),
+        ([tmp_path], "expected two workdirs"),
+    ):
+        with pytest.raises(UserError, match=said):
+            same_bits(list(map(str, pair)))
+    assert run_tool("same_bits.py", tmp_path, tmp_path).returncode == 2
