@@ -206,7 +206,8 @@ def described(config, **changes):
 
 
 def test_fixed_targets_are_the_central_crops_logits_computed_once(tmp_path):
-    config = tiny_config(objective=ObjectiveConfig(), teaching="fixed")
+    views = ViewConfig(central_fraction=0.5)
+    config = tiny_config(objective=ObjectiveConfig(), teaching="fixed", views=views)
     layout = make_layout(MeshConfig())
     branches, frozen = teacher_of(config)
     reader, kept = some_digits(config), tmp_path / "targets.npz"
