@@ -10,21 +10,28 @@
     table = sweep(config, {"seed": (0, 1, 2)}, "runs/digits_sweep")
     page = report(["runs/digits"], "digits.html")
 
-The fields of `Config` are in `fm_distill.config`. Wrong input raises `UserError`.
+The fields of `Config` are in `fm_distill.config`. Wrong input raises `UserError`. The names are
+imported when they are first used, so that `fm_distill.config` comes without JAX.
 """
 
-from fm_distill.config import Config
-from fm_distill.evaluation.inference import evaluate, predict
-from fm_distill.exporting.export import export
-from fm_distill.planning.plan import plan
-from fm_distill.reports.report import report
-from fm_distill.runs.open_run import open_run
-from fm_distill.training.experiment import load_experiment
-from fm_distill.training.sweep import sweep
-from fm_distill.training.train import train
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fm_distill.config import Config
+    from fm_distill.errors import UserError
+    from fm_distill.evaluation.inference import evaluate, predict
+    from fm_distill.exporting.export import export
+    from fm_distill.planning.plan import plan
+    from fm_distill.reports.report import report
+    from fm_distill.runs.open_run import open_run
+    from fm_distill.training.experiment import load_experiment
+    from fm_distill.training.sweep import sweep
+    from fm_distill.training.train import train
 
 __all__ = [
     "Config",
+    "UserError",
     "evaluate",
     "export",
     "load_experiment",
@@ -35,3 +42,27 @@ __all__ = [
     "sweep",
     "train",
 ]
+
+_MODULES = {
+    "Config": "fm_distill.config",
+    "UserError": "fm_distill.errors",
+    "evaluate": "fm_distill.evaluation.inference",
+    "export": "fm_distill.exporting.export",
+    "load_experiment": "fm_distill.training.experiment",
+    "open_run": "fm_distill.runs.open_run",
+    "plan": "fm_distill.planning.plan",
+    "predict": "fm_distill.evaluation.inference",
+    "report": "fm_distill.reports.report",
+    "sweep": "fm_distill.training.sweep",
+    "train": "fm_distill.training.train",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return vars(importlib.import_module(_MODULES[name]))[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
