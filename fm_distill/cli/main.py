@@ -11,9 +11,20 @@ from typing import NoReturn
 
 import tyro
 
-from fm_distill.cli.options import Settings, first, guarded, parse, quiet
+from fm_distill.cli.options import (
+    HELP,
+    OverConfig,
+    first,
+    first_experiment,
+    guarded,
+    parse,
+    parse_over,
+    quiet,
+)
 from fm_distill.cli.plan import plan_command
 from fm_distill.cli.train import sweep_command, train_command
+from fm_distill.config import Config
+from fm_distill.config.options import empty
 from fm_distill.errors import EXIT_COMPLETE, EXIT_WRONG_INPUT, UserError
 
 USAGE = """usage: fm-distill COMMAND ...
@@ -39,7 +50,9 @@ USAGE = """usage: fm-distill COMMAND ...
   plan EXPERIMENT.py --topology v3-8 [--max-hours 9] [--weekly-hours 20] [--num-examples N] [--json]
       whether the run compiles and fits there, and how long it would take; no TPU is needed
 
-`fm-distill train EXPERIMENT.py --help` lists every field."""
+`fm-distill train --help` lists every field; with an EXPERIMENT.py, with its values.
+--lr, --steps and --epochs stand for --optimizer.learning-rate, --schedule.total-steps and
+--schedule.total-epochs; --verbose, with any command, shows what the libraries remark."""
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -54,19 +67,20 @@ def _dispatch(arguments: list[str]) -> int:
     command, *rest = arguments
     if command not in COMMANDS:
         raise UserError(f"there is no command {command!r}; expected {', '.join(COMMANDS)}")
-    quiet()
+    quiet(rest)
     return COMMANDS[command](rest)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Evaluate:
-    config: Settings
-    # train, validation or test.
+class _Evaluate(OverConfig):
+    """Student and teacher on every example of a split."""
+
     split: str = "test"
-    # Of the checkpoint after so many steps; None: the newest.
+    """The split: train, validation or test."""
     step: int | None = None
-    # Print one JSON object.
+    """The checkpoint after so many steps; None: the newest."""
     json: bool = False
+    """Print one JSON object."""
 
 
 def _evaluate(arguments: list[str]) -> int:
@@ -75,8 +89,8 @@ def _evaluate(arguments: list[str]) -> int:
     from fm_distill.runs.workdir import Workdir
 
     workdir, rest = first(arguments, "evaluate DIR")
-    stored = Workdir(workdir).stored().config
-    asked = parse(_Evaluate, _Evaluate(config=stored), rest, f"evaluate {workdir}")
+    stored = empty(Config) if arguments[0] in HELP else Workdir(workdir).stored().config
+    asked = parse_over(_Evaluate, stored, rest, f"evaluate {workdir}")
     if stored.ema_decay is not None:
         print("evaluating the moving average (EMA) of the student", file=sys.stderr)
     figures = evaluate(workdir, asked.split, asked.config, asked.step)
@@ -86,10 +100,12 @@ def _evaluate(arguments: list[str]) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Predict:
-    # Image files.
+    """The student's classes and probabilities for images."""
+
     images: tyro.conf.Positional[tuple[str, ...]]
-    # How many classes are shown.
+    """Image files."""
     top: int = 5
+    """How many classes are shown."""
 
 
 def _predict(arguments: list[str]) -> int:
@@ -110,12 +126,14 @@ def _predict(arguments: list[str]) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Export:
-    # The file to write; its card comes beside it as .json.
+    """The student as a weight file with a card."""
+
     out: tyro.conf.Positional[str]
-    # Of the checkpoint after so many steps; None: the newest.
+    """The file to write; its card comes beside it as .json."""
     step: int | None = None
-    # Replace what is there.
+    """The checkpoint after so many steps; None: the newest."""
     overwrite: bool = False
+    """Replace what is there."""
 
 
 def _export(arguments: list[str]) -> int:
@@ -134,16 +152,18 @@ def _export(arguments: list[str]) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Report:
-    # Further workdirs, side by side with the first.
+    """One HTML file about runs, side by side."""
+
     more: tyro.conf.Positional[tuple[str, ...]] = ()
-    # The file to write.
+    """Further workdirs, side by side with the first."""
     out: str = "report.html"
-    # Where the data lie now, if not where the runs had them.
+    """The file to write."""
     data_dir: str | None = None
-    # Where the teacher's weights lie now.
+    """Where the data lie now, if not where the runs had them."""
     teacher_weights: str | None = None
-    # Replace what is there.
+    """Where the teacher's weights lie now."""
     overwrite: bool = False
+    """Replace what is there."""
 
 
 def _report(arguments: list[str]) -> int:
@@ -163,26 +183,28 @@ def _report(arguments: list[str]) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Show:
-    config: Settings
+class _Show(OverConfig):
+    """The resolved config, and what follows from it."""
 
 
 def _show(arguments: list[str]) -> int:
-    from fm_distill.training.experiment import check, describe, load_experiment, resolve_length
+    experiment, default, rest = first_experiment(arguments, "show EXPERIMENT.py")
+    asked = parse_over(_Show, default, rest, f"show {experiment}")
 
-    experiment, rest = first(arguments, "show EXPERIMENT.py")
-    default = load_experiment(experiment)
-    asked = parse(_Show, _Show(config=default), rest, f"show {experiment}")
-    config = resolve_length(default, asked.config)
-    check(config)
-    print(describe(config))
+    from fm_distill.training.check import check
+    from fm_distill.training.experiment import describe
+
+    check(asked.config)
+    print(describe(asked.config))
     return EXIT_COMPLETE
 
 
 @dataclasses.dataclass(frozen=True)
 class _Status:
-    # Print one JSON object.
+    """Progress, time left, and whether each checkpoint is whole."""
+
     json: bool = False
+    """Print one JSON object."""
 
 
 def _status(arguments: list[str]) -> int:

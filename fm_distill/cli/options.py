@@ -1,7 +1,10 @@
 """What all commands share: options over a config, exit codes, and quiet libraries."""
 
+import dataclasses
+import difflib
 import logging
 import os
+import re
 import sys
 import threading
 import warnings
@@ -11,6 +14,14 @@ from typing import Annotated, TypeVar
 import tyro
 
 from fm_distill.config import Config
+from fm_distill.config.options import (
+    empty,
+    option_names,
+    optional_parts,
+    with_parts,
+    without_parts,
+)
+from fm_distill.config.overrides import settle
 from fm_distill.errors import (
     EXIT_INTERRUPTED_TWICE,
     EXIT_OUR_FAULT,
@@ -20,9 +31,25 @@ from fm_distill.errors import (
     UserError,
 )
 
+VERBOSE = "--verbose"
+HELP = ("-h", "--help")
+# Other names of options that are typed often.
+ALIASES = {
+    "lr": "optimizer.learning_rate",
+    "steps": "schedule.total_steps",
+    "epochs": "schedule.total_epochs",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OverConfig:
+    """Options over a config, which are named as its fields are."""
+
+    config: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
+
+
 Options = TypeVar("Options")
-# The config's fields are options without a prefix.
-Settings = Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
+Over = TypeVar("Over", bound=OverConfig)
 
 
 def guarded(command: Callable[[list[str]], int], arguments: list[str]) -> int:
@@ -46,8 +73,10 @@ def guarded(command: Callable[[list[str]], int], arguments: list[str]) -> int:
         raise
 
 
-def quiet() -> None:
-    """Keeps libraries' remarks, which nobody here can act on, out of the user's sight."""
+def quiet(arguments: list[str]) -> None:
+    """Keeps libraries' remarks, which few can act on, out of sight, unless `--verbose` asks."""
+    if VERBOSE in arguments:
+        return
     warnings.filterwarnings("ignore", module="(tensorflow_datasets|orbax|flax|tensorboardX).*")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     for name in ("absl", "jax", "orbax", "grain", "tensorboardX", "huggingface_hub", "tensorflow"):
@@ -62,22 +91,95 @@ def _thread_failed(failure: threading.ExceptHookArgs) -> None:
 
 
 def first(arguments: list[str], usage: str) -> tuple[str, list[str]]:
-    """The positional argument, which says what options there are, and the options."""
+    """The positional argument, which says what options there are, and the options.
+
+    Help is also there without it.
+    """
+    arguments = [x for x in arguments if x != VERBOSE]
+    if arguments and arguments[0] in HELP:
+        return usage.split()[1], arguments
     if not arguments or arguments[0].startswith("-"):
         raise UserError(f"expected: fm-distill {usage}, with the options behind it")
     return arguments[0], arguments[1:]
 
 
-def parse(
-    kind: type[Options], default: Options | None, arguments: list[str], command: str
-) -> Options:
+def first_experiment(arguments: list[str], usage: str) -> tuple[str, Config, list[str]]:
+    """The experiment's path, its config, and the options over it."""
+    experiment, rest = first(arguments, usage)
+    if arguments[0] in HELP:
+        return experiment, empty(Config), rest
+    from fm_distill.training.experiment import load_experiment
+
+    return experiment, load_experiment(experiment), rest
+
+
+def parse(kind: type[Options], default: Options | None, given: list[str], command: str) -> Options:
     """Options, over `default`. A mistyped one prints the nearest names and exits with 2."""
     asked = tyro.cli(
         kind,
         default=default,
-        args=arguments,
+        args=given,
         prog=f"fm-distill {command}",
-        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagCreatePairsOff),
+        config=(
+            tyro.conf.AvoidSubcommands,
+            tyro.conf.FlagCreatePairsOff,
+            # Else a field without a comment inherits that of the field before.
+            tyro.conf.HelptextFromCommentsOff,
+        ),
     )
     assert asked is not None
     return asked
+
+
+def parse_over(kind: type[Over], default: Config, arguments: list[str], command: str) -> Over:
+    """Options of a command and over the config `default`, which names them.
+
+    `None` takes out a part that may be absent, and an option inside of such a part brings it in.
+    What the options replace is settled; see `settle`. Raises `UserError` for an unknown option.
+    """
+    own = {x.name: "" for x in dataclasses.fields(kind) if x.name != "config"}
+    nested = {f"{x}." for x in own}
+    fields = {*option_names(default)}
+    parts = {*optional_parts(default)}
+    options, named, dropped = [], set(), set()
+    waiting = list(arguments)
+    while waiting:
+        argument = waiting.pop(0)
+        if not argument.startswith("--") or argument in HELP:
+            options.append(argument)
+            continue
+        written, equals, value = argument.partition("=")
+        name = written.removeprefix("--").replace("-", "_")
+        name = ALIASES.get(name, name) if name not in own else name
+        if name in parts and (value or next(iter(waiting), "")) == "None":
+            dropped.add(name)
+            waiting = waiting if equals else waiting[1:]
+            continue
+        if name not in fields and name not in own and not name.startswith(tuple(nested)):
+            near = ", ".join(_written(x) for x in nearest(name, [*own, *fields]))
+            near = f"did you mean {near}?" if near else "--help lists all"
+            raise UserError(f"there is no option {written}; {near}")
+        named.add(name)
+        options.append(_written(name) + equals + value)
+    if any(x in HELP for x in arguments):
+        named |= {x for x in fields if not re.search(r"\.\d+\.", x)}
+    config = with_parts(without_parts(default, dropped), named)
+    asked = parse(kind, kind(config=config), options, command)
+    return dataclasses.replace(asked, config=settle(default, asked.config))
+
+
+def _written(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def nearest(name: str, known: list[str]) -> list[str]:
+    """Up to three of the options that may be meant by `name`, the likeliest first."""
+    section, _, leaf = name.rpartition(".")
+
+    def means(option: str) -> bool:
+        words = option.rpartition(".")[2]
+        return leaf == words or leaf == "".join(x[0] for x in words.split("_"))
+
+    same = [x for x in known if means(x) or x == ALIASES.get(leaf)]
+    inside = [x for x in same if x.rpartition(".")[0] == section]
+    return (inside or same or difflib.get_close_matches(name, known, 3, 0.6))[:3]

@@ -3,33 +3,29 @@
 import dataclasses
 import json
 
-from fm_distill.cli.options import Settings, first, parse
+from fm_distill.cli.options import OverConfig, first_experiment, parse_over
 from fm_distill.errors import EXIT_COMPLETE, EXIT_DOES_NOT_FIT, UserError
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
-    config: Settings
-    # What to plan for: v3-8, v5e-8, cpu:8, ...; a wrong one lists all.
-    topology: str
-    # How long a session may be.
+class _Plan(OverConfig):
+    """Whether the run compiles and fits on a topology, and how long it would take."""
+
+    topology: str = ""
+    """What to plan for: v3-8, v5e-8, cpu:8, ...; a wrong one lists all."""
     max_hours: float = 9.0
-    # Hours that there are in a week.
+    """How long a session may be."""
     weekly_hours: float = 20.0
-    # Training examples, where the experiment does not say them.
+    """Hours that there are in a week."""
     num_examples: int | None = None
-    # Print one JSON object.
+    """Training examples, where the experiment does not say them."""
     json: bool = False
+    """Print one JSON object."""
 
 
 def plan_command(arguments: list[str]) -> int:
-    from fm_distill.planning.plan import plan
-    from fm_distill.planning.plan_text import text
-    from fm_distill.training.experiment import load_experiment, resolve_length
-
-    experiment, rest = first(arguments, "plan EXPERIMENT.py --topology v3-8")
-    default = load_experiment(experiment)
-    asked = parse(_Plan, _Plan(default, ""), rest, f"plan {experiment}")
+    experiment, default, rest = first_experiment(arguments, "plan EXPERIMENT.py --topology v3-8")
+    asked = parse_over(_Plan, default, rest, f"plan {experiment}")
     if not asked.topology:
         raise UserError("plan needs --topology: v3-8, v5e-8, cpu:8, ...")
     for option, value in {
@@ -39,9 +35,11 @@ def plan_command(arguments: list[str]) -> int:
     }.items():
         if value is not None and not value > 0:
             raise UserError(f"--{option} is {value}; expected a number above zero")
-    config = resolve_length(default, asked.config)
+    from fm_distill.planning.plan import plan
+    from fm_distill.planning.plan_text import text
+
     found = plan(
-        config,
+        asked.config,
         asked.topology,
         max_hours=asked.max_hours,
         weekly_hours=asked.weekly_hours,

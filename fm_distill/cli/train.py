@@ -6,7 +6,7 @@ import pathlib
 import shlex
 import sys
 
-from fm_distill.cli.options import Settings, first, guarded, parse, quiet
+from fm_distill.cli.options import OverConfig, first_experiment, guarded, parse_over, quiet
 from fm_distill.errors import EXIT_COMPLETE, EXIT_PAUSED, UserError
 from fm_distill.system.console import log, sessions_left
 from fm_distill.system.preemption import Stop, stop_signals
@@ -21,17 +21,18 @@ from fm_distill.system.processes import (
 
 
 @dataclasses.dataclass(frozen=True)
-class _Train:
-    config: Settings
-    # Where the run lies.
-    workdir: str
-    # Stop inside this many hours, teachers that are trained first included, all safe on disk.
-    max_hours: float | None
-    # Continue a copy of the run in this workdir or bucket (gs://...), which is only read.
-    resume_from: str | None
-    # Allow a longer schedule than the workdir was trained with.
-    extend: bool
-    distributed: Distributed
+class _Train(OverConfig):
+    """Trains the run of an experiment, or continues it."""
+
+    workdir: str = ""
+    """Where the run lies."""
+    max_hours: float | None = None
+    """Stop inside this many hours, teachers that are trained first included, all safe on disk."""
+    resume_from: str | None = None
+    """Continue a copy of the run in this workdir or bucket (gs://...), which is only read."""
+    extend: bool = False
+    """Allow a longer schedule than the workdir was trained with."""
+    distributed: Distributed = dataclasses.field(default_factory=Distributed)
 
 
 def train_command(arguments: list[str]) -> int:
@@ -50,7 +51,7 @@ def _train_as_one_of_many(arguments: list[str]) -> None:
     """In a child of its own; see `processes.supervised`."""
 
     def command(arguments: list[str]) -> int:
-        quiet()
+        quiet(arguments)
         asked, workdir = _train_options(arguments)
         join(asked.distributed)
         stop = Stop()
@@ -64,17 +65,11 @@ def _train_as_one_of_many(arguments: list[str]) -> None:
 
 
 def _train_options(arguments: list[str]) -> tuple[_Train, str]:
-    from fm_distill.training.experiment import load_experiment, resolve_length
-
-    experiment, rest = first(arguments, "train EXPERIMENT.py")
-    default = load_experiment(experiment)
-    options = _Train(default, "", None, None, False, Distributed())
-    asked = parse(_Train, options, rest, f"train {experiment}")
+    experiment, default, rest = first_experiment(arguments, "train EXPERIMENT.py")
+    asked = parse_over(_Train, default, rest, f"train {experiment}")
     if asked.max_hours is not None and not asked.max_hours > 0:
         raise UserError(f"--max-hours is {asked.max_hours}; expected a number above zero")
-    config = resolve_length(default, asked.config)
-    asked = dataclasses.replace(asked, config=config)
-    return asked, asked.workdir or os.path.join("runs", config.name)
+    return asked, asked.workdir or os.path.join("runs", asked.config.name)
 
 
 def _train_here(asked: _Train, workdir: str, stop: Stop, arguments: list[str]) -> int:
@@ -106,31 +101,31 @@ def _say_paused(command: list[str], reason: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Sweep:
-    config: Settings
-    # Options and their values, e.g. `seed=0,1,2 objective.temperature=1,2`.
-    over: tuple[str, ...]
-    # Where the runs lie, each in a folder of its own.
-    workdir: str
-    # Stop inside this many hours, all safe on disk.
-    max_hours: float | None
+class _Sweep(OverConfig):
+    """Trains every combination of the values of some options."""
+
+    over: tuple[str, ...] = ()
+    """Options and their values, e.g. `seed=0,1,2 objective.temperature=1,2`."""
+    workdir: str = ""
+    """Where the runs lie, each in a folder of its own."""
+    max_hours: float | None = None
+    """Stop inside this many hours, all safe on disk."""
 
 
 def sweep_command(arguments: list[str]) -> int:
-    from fm_distill.system.compilation_cache import use_compilation_cache
-    from fm_distill.training.experiment import load_experiment, resolve_length
-    from fm_distill.training.sweep import parse_over, sweep
-
-    experiment, rest = first(arguments, "sweep EXPERIMENT.py --over seed=0,1,2")
-    default = load_experiment(experiment)
-    asked = parse(_Sweep, _Sweep(default, (), "", None), rest, f"sweep {experiment}")
+    usage = "sweep EXPERIMENT.py --over seed=0,1,2"
+    experiment, default, rest = first_experiment(arguments, usage)
+    asked = parse_over(_Sweep, default, rest, f"sweep {experiment}")
     if not asked.over:
         raise UserError("sweep needs what to sweep over: --over seed=0,1,2 optimizer.name=adam,sgd")
-    config = resolve_length(default, asked.config)
-    workdir = asked.workdir or os.path.join("runs", f"{config.name}_sweep")
+
+    from fm_distill.system.compilation_cache import use_compilation_cache
+    from fm_distill.training import sweep as sweeping
+
+    workdir = asked.workdir or os.path.join("runs", f"{asked.config.name}_sweep")
     log(use_compilation_cache(pathlib.Path(workdir)))
-    over = dict(parse_over(x) for x in asked.over)
-    table = sweep(config, over, workdir, max_hours=asked.max_hours)
+    over = dict(sweeping.parse_over(x) for x in asked.over)
+    table = sweeping.sweep(asked.config, over, workdir, max_hours=asked.max_hours)
     if table is None:
         _say_paused(["sweep", *arguments], "")
         return EXIT_PAUSED

@@ -5,8 +5,9 @@ parts: `data.py`, `networks.py`, `training.py`.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
+from fm_distill.config.bounds import Bounds, Decay, PositiveInt
 from fm_distill.config.data import (
     CanvasConfig,
     DataConfig,
@@ -57,31 +58,40 @@ __all__ = [
 class Config:
     """One run: one student, one workdir."""
 
-    # The default workdir is `runs/NAME`.
     name: str
-    # Of init, order and draws.
-    seed: int = 0
-    # Examples a step, over all devices.
-    batch_size: int
-    # Compute type; parameters, losses and metrics are float32. `auto`: bfloat16 on TPU and GPU.
+    """Name of the run: the default workdir is `runs/NAME`."""
+    seed: Annotated[int, Bounds(least=0, most=2**32 - 1)] = 0
+    """Seed of the initial weights, of the order of the examples and of all random draws."""
+    batch_size: PositiveInt
+    """Examples of one step, over all devices."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    # Decay of the moving average of the student a step; None for no average.
-    ema_decay: float | None = None
-    # Steps that the device does for one call; `auto` is 1 on a CPU and in streaming.
-    steps_per_dispatch: int | Literal["auto"] = "auto"
+    (
+        "Type in which networks compute; parameters, losses and metrics are float32. `auto`: "
+        "bfloat16 on TPU and GPU."
+    )
+    ema_decay: Decay | None = None
+    """Decay of the student's moving average (EMA) in a step; None for no average."""
+    steps_per_dispatch: PositiveInt | Literal["auto"] = "auto"
+    """Steps that the device does for one call; `auto` is 1 on a CPU and in streaming."""
     data: DataConfig
     views: ViewConfig = ViewConfig()
     student: StudentConfig
     teacher: TeacherConfig | None = None
-    # Further teachers; `objective.ensemble` says how they teach together.
     more_teachers: tuple[TeacherConfig, ...] = ()
-    # Figure 2 of the paper: both see the same mixed view, the same without mixup (`consistent`),
-    # each its own (`independent`), or the teacher's answer to the central crop is `fixed`.
+    """Further teachers beside `teacher`; `objective.ensemble` says how they teach together."""
     teaching: Literal["function_matching", "consistent", "independent", "fixed"] = (
         "function_matching"
     )
-    # Of `fixed`: the mean over this many random crops instead of the central one.
-    fixed_crops: int = 0
+    (
+        "Which views the networks see (figure 2 of the paper): both the same mixed view, both the "
+        "same without mixup (`consistent`), each its own (`independent`), or the teacher's answer "
+        "to the central crop is `fixed`."
+    )
+    fixed_crops: Annotated[int, Bounds(least=0, most=100_000)] = 0
+    (
+        "With `teaching=fixed`: the teacher's answer is the mean over this many random crops; 0 "
+        "takes the central one."
+    )
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig
     schedule: ScheduleConfig

@@ -1,10 +1,16 @@
 """Checks of a value against the choices that it has."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from fm_distill.errors import UserError
 
 
-def check_choice(option: str, value: str, known: Iterable[str]) -> None:
+def not_a_choice(option: str, value: str, known: Iterable[str]) -> Iterator[str]:
+    """A sentence where `value` is none of those that are `known`."""
     if value not in tuple(known):
-        raise UserError(f"{option} is {value!r}; expected one of {', '.join(sorted(known))}")
+        yield f"{option} is {value!r}; expected one of {', '.join(sorted(known))}"
+
+
+def check_choice(option: str, value: str, known: Iterable[str]) -> None:
+    for wrong in not_a_choice(option, value, known):
+        raise UserError(wrong)

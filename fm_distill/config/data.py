@@ -1,41 +1,53 @@
 """What is seen: data sets, canvases, views."""
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
+
+from fm_distill.config.bounds import Bounds, Positive, PositiveInt, Share
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SplitConfig:
     """One of the splits `train`, `validation` and `test`, as the data set itself names it."""
 
-    # The data set's own name, e.g. `train[:90%]`; for folders, the sub-folder.
     name: str
-    # For what is computed before the data are there; checked against them.
-    examples: int | None = None
+    """The data set's own name of the split, e.g. `train[:90%]`; for folders, the sub-folder."""
+    examples: PositiveInt | None = None
+    (
+        "Number of examples of the split, for what is computed before the data are there; checked "
+        "against them."
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransferConfig:
     """Images to distil on that need not show the teacher's classes; their labels are not used."""
 
-    # As in `DataConfig`; `examples` as in `SplitConfig`.
     source: str
+    """Where these images come from: `tfds`, `class_folders`, `images` or `digits`."""
     name: str = ""
+    """Name of the TFDS data set of these images; unused by the other sources."""
     data_dir: str = ""
+    """Where these images lie: TFDS's `data_dir`, or their folder."""
     split: str = "train"
-    examples: int | None = None
+    """The split of these images, as their data set names it; for folders, the sub-folder."""
+    examples: PositiveInt | None = None
+    """Number of these images, for what is computed before they are there; checked against them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CanvasConfig:
     """The fixed uint8 square on which each image lies, in its own aspect ratio."""
 
-    # Pixels of the side that `fit` names. Images are shrunk to it, never enlarged.
-    size: int
-    # Which side of an image becomes `size`: `short` keeps more pixels, `long` needs less memory.
+    size: PositiveInt
+    """Pixels of the side of an image that `fit` names. Images are shrunk to it, never enlarged."""
     fit: Literal["short", "long"] = "short"
-    # With `short`, the canvas is `size * max_aspect` wide and high; longer images shrink to fit.
-    max_aspect: float = 1.5
+    (
+        "Which side of an image becomes `size` pixels: `short` keeps more of them, `long` needs "
+        "less memory."
+    )
+    max_aspect: Annotated[float, Bounds(least=1)] = 1.5
+    """With `fit=short`, the canvas is `size * max_aspect` wide and high; longer images shrink."""
 
     @property
     def side(self) -> int:
@@ -45,54 +57,60 @@ class CanvasConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """The transfer set, and how it reaches the devices."""
+    """The data set with its splits, and how it reaches the devices."""
 
-    # A key of `data.sources.SOURCES`: `tfds`, `class_folders`, `images` or `digits`.
     source: str
-    # Name of the TFDS data set, e.g. `oxford_flowers102`; unused by the other sources.
+    """Where the images come from: `tfds`, `class_folders`, `images` (no labels) or `digits`."""
     name: str = ""
-    # Where the data lie: TFDS's `data_dir`, or the folder of images.
+    """Name of the TFDS data set, e.g. `oxford_flowers102`; unused by the other sources."""
     data_dir: str = ""
-    # What is trained on.
+    """Where the data lie: TFDS's `data_dir`, or the folder of images."""
     train: SplitConfig
-    # What is distilled on instead: other images, or a mixture with the own set named among them.
+    """The split that is trained on."""
     transfer: tuple[TransferConfig, ...] = ()
-    # What is evaluated while training.
+    (
+        "What is distilled on instead of `train`: other images, or a mixture with the own data set "
+        "named among them."
+    )
     validation: SplitConfig | None = None
-    # What a complete run is judged on.
+    """The split that is evaluated while training; None for no such evaluation."""
     test: SplitConfig | None = None
-    # Number of classes of the labels; None takes it from the data, or from the teacher.
-    classes: int | None = None
-    # On what the images lie in memory.
+    """The split that a complete run is judged on; None takes validation, or else train."""
+    classes: Annotated[int, Bounds(least=2)] | None = None
+    """Number of classes of the labels; None takes it from the data, or from the teacher."""
     canvas: CanvasConfig
-    # `resident`: decoded canvases in device memory; `streaming`: read as they are needed.
     feeding: Literal["auto", "resident", "streaming"] = "auto"
-    # `auto` takes `resident` where the canvases need at most this share of the memory.
-    resident_share: float = 0.25
-    # Reader processes of `streaming`; 0 reads in threads of this process.
-    workers: int = 0
-    # A corrupt image stops the run, or is skipped and counted.
+    (
+        "How images reach the devices: `resident` keeps decoded canvases in their memory, "
+        "`streaming` reads them as they are needed, `auto` chooses by size."
+    )
+    resident_share: Share = 0.25
+    """Largest share of the memory that canvases may need for `feeding=auto` to keep them there."""
+    workers: Annotated[int, Bounds(least=0, most=512)] = 0
+    """Reader processes of streaming; 0 reads in threads of this process."""
     corrupt: Literal["stop", "skip"] = "stop"
+    """Whether a corrupt image stops the run, or is skipped and counted."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ViewConfig:
     """What is drawn for each image of each step, and the central view of evaluation."""
 
-    # Law of the crop: see `views.CROPS`.
     crop: str = "tensorflow"
-    # Smallest and largest share of the image's area that a crop covers.
+    """Law of the random crop: `tensorflow` (Inception's), `torchvision` or `whole`."""
     crop_area: tuple[float, float] = (0.05, 1.0)
-    # Smallest and largest width / height of a crop.
+    """Smallest and largest share of the image's area that a crop covers."""
     crop_aspect: tuple[float, float] = (0.75, 1.33)
-    # Probability of a mirrored view.
-    flip_probability: float = 0.5
-    # One mixup coefficient a batch (the recipe), one an example, or no mixup.
+    """Smallest and largest width / height of a crop."""
+    flip_probability: Share = 0.5
+    """Probability that a view is mirrored."""
     mixup: Literal["batch", "example", "none"] = "batch"
-    # The coefficient is Beta(alpha, alpha), folded to max(a, 1 - a) unless `mixup_fold` is off.
-    mixup_alpha: float = 1.0
+    """Mixup: one coefficient a batch (the recipe), one an example, or none."""
+    mixup_alpha: Positive = 1.0
+    """The mixup coefficient is drawn from Beta(alpha, alpha)."""
     mixup_fold: bool = True
-    # Example i is mixed with example i - 1 (the recipe), or with a random partner.
+    """Whether a mixup coefficient a becomes max(a, 1 - a)."""
     mixup_partner: Literal["roll", "permutation"] = "roll"
-    # Evaluation: side of the central crop over the image's short side (0.8 is 128 of 160).
-    central_fraction: float = 0.875
+    ("Which example i is mixed with: `roll` takes i - 1 (the recipe), `permutation` a random one.")
+    central_fraction: Annotated[float, Bounds(least=0.01, most=1)] = 0.875
+    """Evaluation: side of the central crop over the image's short side (0.8 is 128 of 160)."""

@@ -1,7 +1,9 @@
-"""Who sees it: student and teachers."""
+"""The networks: student and teachers."""
 
 import dataclasses
 from typing import Literal
+
+from fm_distill.config.bounds import Positive, PositiveInt
 
 InputRange = Literal["auto", "minus_one_one", "zero_one", "imagenet"]
 
@@ -10,46 +12,69 @@ InputRange = Literal["auto", "minus_one_one", "zero_one", "imagenet"]
 class NetworkConfig:
     """A network and the picture that it wants to see."""
 
-    # A key of `models.MODELS`.
     model: str
-    # Height and width of its input in pixels.
-    resolution: int
-    # Of its input; `auto`: as its weights were trained, else as the model's published ones were.
+    (
+        "The architecture: `bit` (described by its depths, width, stem, norm and groups), "
+        "`bit_r50x1`, `bit_r50x3`, `bit_r101x1`, `bit_r101x3`, `bit_r152x2`, `bit_r152x4`, "
+        "`efficientnet_lite0`, `efficientnet_lite1`, `efficientnet_lite2`, `efficientnet_lite3`, "
+        "`efficientnet_lite4`, `mobilenet_v3_large`, `mobilenet_v3_small`, "
+        "`mobilenet_v3_large_gn`, `mobilenet_v3_small_gn` or `resnet50v2`."
+    )
+    resolution: PositiveInt
+    """Height and width of the network's input in pixels."""
     input_range: InputRange = "auto"
-    # Units a block, of the model `bit`; the named members of the family fix this and the next four.
+    (
+        "Normalisation of the input; `auto`: as the weights were trained, else as the model's "
+        "published ones were."
+    )
     depths: tuple[int, ...] = ()
-    # Multiplies the 64 channels of the root.
-    width: float = 1.0
-    # `imagenet`: 7x7 and a pool, together stride 4; `small`: 3x3 with stride 1.
+    """Of the model `bit`: residual units of each block, e.g. 3 4 6 3; named models fix it."""
+    width: Positive = 1.0
+    """Of the model `bit`: multiplies the 64 channels of the root; named models fix it."""
     stem: Literal["imagenet", "small"] = "imagenet"
-    # GroupNorm with weight standardisation, or BatchNorm without.
+    (
+        "Of the model `bit`: `imagenet` begins with 7x7 and a pool, together stride 4; `small` "
+        "with 3x3 and stride 1."
+    )
     norm: Literal["group", "batch"] = "group"
-    # Groups of the GroupNorm; has to divide the root's channels.
-    groups: int = 32
-    # Of BiT. Zero as in its files and timm, or minus infinity as in the released trainer; `auto`:
-    # by the naming of the weights, zero without.
+    """Of the model `bit`: GroupNorm with weight standardisation, or BatchNorm without."""
+    groups: PositiveInt | Literal["auto"] = "auto"
+    (
+        "Of the model `bit`: groups of the GroupNorm, which have to divide the root's channels; "
+        "`auto`: 32, or the most of its divisors that do."
+    )
     root_pool_padding: Literal["auto", "zero", "minus_infinity"] = "auto"
+    (
+        "Of BiT: the padding of the root's pool, zero as in its files and timm, or minus infinity "
+        "as in the released trainer; `auto`: by the naming of the weights, zero without."
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StudentConfig(NetworkConfig):
     """The network that is trained."""
 
-    # What it starts from, as `teacher.weights`, with a new head for other classes; None: scratch.
     weights: str | None = None
-    # BatchNorm keeps the statistics of its weights: for fine-tuning where a batch says little.
+    (
+        "What the student starts from, in any form of `teacher.weights`, with a new head for other "
+        "classes; None: from scratch."
+    )
     keep_statistics: bool = False
+    (
+        "Whether BatchNorm keeps the statistics of the student's weights: for fine-tuning where a "
+        "batch says little."
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
-    """Where the frozen teacher comes from: weights, or a run."""
+    """Where a frozen teacher comes from: weights, or a run."""
 
-    # A file, `hf://OWNER/REPO`, a SavedModel, or a run's workdir: see the README's table.
     weights: str | None = None
-    # The network in `weights`, where they do not say it themselves.
+    """The teacher's weights: a file, `hf://OWNER/REPO`, a SavedModel, or the workdir of a run."""
     network: NetworkConfig | None = None
-    # An experiment file: the teacher is trained first.
+    """The teacher's network, where its weights do not say it themselves."""
     experiment: str | None = None
-    # The teacher's run; None is `WORKDIR/teacher`. Alone, it names a complete run.
+    """An experiment file whose run becomes the teacher: it is trained first."""
     workdir: str | None = None
+    """Workdir of the teacher's run; None is `WORKDIR/teacher`. Alone, it names a complete run."""

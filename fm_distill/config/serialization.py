@@ -6,9 +6,12 @@ from typing import Any
 import msgspec
 
 from fm_distill.config import Config
+from fm_distill.config.options import option_names, with_parts
+from fm_distill.config.teachers import any_teacher
 from fm_distill.errors import UserError
 
-# Fields that say where things lie or what is written, not which student comes out.
+# Fields that say where things lie or what is written, not which student comes out. What holds for
+# `teacher` holds for all teachers.
 NOT_IDENTITY = (
     "name",
     "data.data_dir",
@@ -23,9 +26,6 @@ NOT_IDENTITY = (
     "teacher.weights",
     "teacher.experiment",
     "teacher.workdir",
-    "more_teachers.weights",
-    "more_teachers.experiment",
-    "more_teachers.workdir",
     "mesh",
     # The same gradient, within float error.
     "memory",
@@ -65,16 +65,21 @@ def flatten(config: Config) -> dict[str, Any]:
 
 def changed(config: Config, values: dict[str, Any]) -> Config:
     """`config` with fields replaced by their dotted names. Raises `UserError`."""
-    tree = to_json(config)
-    for name, value in values.items():
-        if name not in flatten(config):
+    known = {*option_names(config)}
+    for name in values:
+        if name not in known:
             raise UserError(f"there is no option {name!r}; `show` lists them all")
+    tree = to_json(with_parts(config, values))
+    for name, value in values.items():
         *parents, leaf = name.split(".")
         place = tree
         for parent in parents:
-            place = place[parent]
+            place = place[int(parent) if isinstance(place, list | tuple) else parent]
         place[leaf] = value
-    return from_json(tree)
+    try:
+        return msgspec.convert(tree, Config, strict=True)
+    except msgspec.ValidationError as error:
+        raise UserError(f"{values} do not fit the config: {error}") from None
 
 
 def differences(stored: Config, asked: Config) -> list[str]:
@@ -82,7 +87,7 @@ def differences(stored: Config, asked: Config) -> list[str]:
     a, b = flatten(stored), flatten(asked)
 
     def counts(name: str) -> bool:
-        name = re.sub(r"\.\d+", "", name)
+        name = re.sub(r"\.\d+", "", any_teacher(name))
         return not any(name == x or name.startswith(x + ".") for x in NOT_IDENTITY)
 
     missing = "(not set)"

@@ -1,128 +1,166 @@
 """What is minimised, how, on which devices, and what is written."""
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
+
+from fm_distill.config.bounds import Bounds, Count, Decay, Positive, PositiveInt, Share
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
     """What the student minimises."""
 
-    # The teacher's output (function matching), or the labels (a teacher, or a baseline).
     target: Literal["teacher", "labels"] = "teacher"
-    # A key of `distances.DISTANCES`; with `labels` it is the cross-entropy.
+    (
+        "What the student learns: the teacher's output (function matching), or the labels (a "
+        "teacher, or a baseline)."
+    )
     distance: str = "kl"
-    # Divides the logits of both networks.
-    temperature: float = 1.0
-    # KL times T^2, as in the released code and not in the paper's equation 1.
+    (
+        "Distance to the teacher's output: `kl`, `l2`, `euclidean` or `hard`; with labels it is "
+        "the cross-entropy."
+    )
+    temperature: Positive = 1.0
+    """Temperature that divides the logits of both networks."""
     temperature_squared: bool = True
-    # Of several teachers: their logits' mean (the paper), their probabilities' (at `temperature`),
-    # or the sum of the distances to each (the released trainer).
+    ("Whether KL is multiplied by T^2, as in the released code and not in the paper's equation 1.")
     ensemble: Literal["mean_logits", "mean_probabilities", "sum_of_distances"] = "mean_logits"
-    # With `labels`: the share of each label that is spread evenly over all classes.
-    label_smoothing: float = 0.0
+    (
+        "How several teachers teach together: by the mean of their logits (the paper), of their "
+        "probabilities at `temperature`, or by the sum of the distances to each (the released "
+        "trainer)."
+    )
+    label_smoothing: Share = 0.0
+    """With labels: the share of each label that is spread evenly over all classes."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Clipping, Adam or SGD, and decoupled decay; see `optim.make_optimizer`."""
+    """Clipping, Adam or SGD, and decoupled weight decay."""
 
-    # A key of `optim.OPTIMIZERS`: `adam` or `sgd`.
     name: str = "adam"
-    # At its peak, after the warm-up.
-    learning_rate: float
-    # Of the head alone, where it starts anew on a pretrained body; None: as the body's.
-    head_learning_rate: float | None = None
-    # Of kernels only; see `decay`.
-    weight_decay: float = 0.0
-    # `released`: follows the schedule, not multiplied by the learning rate; `adamw`: multiplied.
+    """The optimizer: `adam` or `sgd`."""
+    learning_rate: Positive
+    """The learning rate at its peak, after the warm-up."""
+    head_learning_rate: Positive | None = None
+    (
+        "The learning rate of the head alone, where it starts anew on a pretrained body; None: as "
+        "the body's."
+    )
+    weight_decay: Share = 0.0
+    """Weight decay, of kernels only; `decay` says how it is scaled."""
     decay: Literal["released", "adamw"] = "released"
-    # Largest global norm of the gradient; None: not clipped.
-    clip_norm: float | None = 1.0
-    # Of `sgd`.
-    momentum: float = 0.9
-    # Adam's decay of the first moment.
-    beta1: float = 0.9
-    # Adam's decay of the second moment.
-    beta2: float = 0.999
-    # Added to the root of the second moment.
-    epsilon: float = 1e-8
-    # The released recipe keeps it in bfloat16.
+    (
+        "How weight decay is scaled: `released` by the schedule but not by the learning rate, "
+        "`adamw` by both."
+    )
+    clip_norm: Positive | None = 1.0
+    """Largest global norm of the gradient; None: the gradient is not clipped."""
+    momentum: Decay = 0.9
+    """Momentum of `sgd`."""
+    beta1: Decay = 0.9
+    """Adam's decay of the first moment."""
+    beta2: Decay = 0.999
+    """Adam's decay of the second moment."""
+    epsilon: Positive = 1e-8
+    """Adam's epsilon, added to the root of the second moment."""
     first_moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of Adam's first moment; the released recipe keeps it in bfloat16."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
     """Length of the run and shape of its learning rate, which begins with a linear warm-up."""
 
-    # `cosine` to zero, with exactly one of steps and epochs; or BiT's hyper-rule, where the number
-    # of examples says all: steps, warm-up and three drops by ten.
     shape: Literal["cosine", "bit_hyper_rule"] = "cosine"
-    # Batches.
-    total_steps: int | None = None
-    # Passes over the training split; steps = round(examples x epochs / batch size).
-    total_epochs: float | None = None
-    # Steps of the linear warm-up, of `cosine`.
-    warmup_steps: int = 0
+    (
+        "Shape of the learning rate: `cosine` to zero, with exactly one of steps and epochs; or "
+        "BiT's hyper-rule, where the number of examples says all: steps, warm-up and three drops "
+        "by ten."
+    )
+    total_steps: PositiveInt | None = None
+    """Length of the run in steps, a batch each; excludes `total_epochs`."""
+    total_epochs: Positive | None = None
+    (
+        "Length of the run in passes over the training split; steps = round(examples x epochs / "
+        "batch size)."
+    )
+    warmup_steps: Count = 0
+    """Steps of the linear warm-up of `cosine`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
     """How the devices are arranged: batches over both axes, large arrays over `fsdp`."""
 
-    # Devices along the batch; `auto` takes all that there are.
-    data: int | Literal["auto"] = "auto"
-    # Devices over which large arrays are split.
-    fsdp: int = 1
+    data: PositiveInt | Literal["auto"] = "auto"
+    """Devices along the batch; `auto` takes all that there are."""
+    fsdp: PositiveInt = 1
+    """Devices over which large arrays are split."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MemoryConfig:
     """The same step in less memory, for more time. `fm-distill plan` tries what fits."""
 
-    # The student's batch is done in so many parts, one after another. Not with BatchNorm, whose
-    # statistics would be those of the parts.
-    accumulate: int = 1
-    # The teachers' batch likewise; any network.
-    teacher_parts: int = 1
-    # Of the student's forward pass, computed again for the gradient instead of kept: `norms` (and
-    # activations), or `units` (all inside of residual blocks). A key of `memory.REMATERIALISE`.
+    accumulate: PositiveInt = 1
+    (
+        "Parts in which the student's batch is computed, one after another. Not with BatchNorm, "
+        "whose statistics would be those of the parts."
+    )
+    teacher_parts: PositiveInt = 1
+    """Parts in which the teachers' batch is computed, one after another; any network."""
     rematerialise: str = "nothing"
+    (
+        "What of the student's forward pass is computed again for the gradient instead of kept: "
+        "`nothing`, `norms` (and activations), or `units` (all inside of residual blocks)."
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """How often the state is written, and how many are kept."""
+    """How often the state is written, and which checkpoints are kept."""
 
-    # Steps between two checkpoints; as in the released configs of the small data sets.
-    every_steps: int = 2500
-    # How many of the newest are kept.
-    keep: int = 2
-    # Those whose step is a multiple of this are kept too, for ever; 0 for none.
-    keep_every_steps: int = 0
-    # The best by this figure of the validation split is kept too: a key of `checkpoint.BEST`.
+    every_steps: PositiveInt = 2500
+    (
+        "Steps between two checkpoints; the default is that of the released configs of the small "
+        "data sets."
+    )
+    keep: PositiveInt = 2
+    """How many of the newest checkpoints are kept."""
+    keep_every_steps: Count = 0
+    """Checkpoints whose step is a multiple of this are kept for ever; 0 for none."""
     keep_best: str | None = None
+    (
+        "The figure of the validation split by which the best checkpoint is kept too: "
+        "`student_top1`, `agreement_top1`, `training_view_agreement_top1`, "
+        "`student_cross_entropy`, `kl_one`, `kl_train_temperature` or `training_view_kl`; None for "
+        "no such checkpoint."
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DivergenceConfig:
     """What happens where the loss is not finite any more."""
 
-    # `stop`; or back to the newest checkpoint, then past the examples seen since, or slower.
     action: Literal["stop", "skip", "slow"] = "stop"
-    # How often a run may go back.
-    most: int = 3
-    # Of `slow`: multiplies the learning rates, each time.
-    factor: float = 0.5
+    (
+        "What a diverged run does: `stop`; or go back to the newest checkpoint, then past the "
+        "examples seen since (`skip`), or with lower learning rates (`slow`)."
+    )
+    most: Annotated[int, Bounds(least=0, most=1000)] = 3
+    """How often a diverged run may go back."""
+    factor: Share = 0.5
+    """Multiplies the learning rates each time that `slow` goes back."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogConfig:
     """How often is written what; nothing here changes the student."""
 
-    # Steps between two lines of `metrics.jsonl`.
-    every_steps: int = 50
-    # Student against teacher on the validation split; 0 for never.
-    evaluate_every_steps: int = 1000
-    # Write TensorBoard files too.
+    every_steps: PositiveInt = 50
+    """Steps between two lines of `metrics.jsonl`."""
+    evaluate_every_steps: Count = 1000
+    """Steps between two comparisons of student and teacher on the validation split; 0 for never."""
     tensorboard: bool = True
+    """Whether TensorBoard files are written too."""

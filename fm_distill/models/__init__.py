@@ -82,6 +82,8 @@ def resolve(config: NetworkConfig) -> NetworkConfig:
     """`config` with the model's own values where it says `auto`, as for a network from scratch."""
     if config.input_range == "auto":
         config = dataclasses.replace(config, input_range=MODELS[config.model].input_range)
+    if config.groups == "auto":
+        config = dataclasses.replace(config, groups=bit.fitting_groups(config))
     if config.root_pool_padding == "auto":
         config = dataclasses.replace(config, root_pool_padding="zero")
     return config

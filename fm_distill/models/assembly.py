@@ -65,17 +65,24 @@ def _fold(params: PyTree, fold: Callable[[Kernel], Kernel], dtype: jnp.dtype) ->
 
 def check_named(config: NetworkConfig) -> None:
     """A named network fixes what describes a `bit`; its config may not say otherwise."""
-    for name, value, free in (
-        ("depths", config.depths, ()),
-        ("width", config.width, 1.0),
-        ("stem", config.stem, "imagenet"),
-        ("norm", config.norm, "group"),
-        ("groups", config.groups, 32),
-    ):
-        if value != free:
-            raise ValueError(
-                f"{config.model} fixes {name}; got {value}: leave it at {free}, or use model=bit"
-            )
+    wrong = [
+        (name, value, free)
+        for name, value, free in (
+            ("depths", config.depths, ()),
+            ("width", config.width, 1.0),
+            ("stem", config.stem, "imagenet"),
+            ("norm", config.norm, "group"),
+            ("groups", config.groups, 32),
+        )
+        if value != free
+    ]
+    if wrong:
+        names, values, defaults = (
+            ", ".join(map(str, column)) for column in zip(*wrong, strict=True)
+        )
+        raise ValueError(
+            f"{config.model} fixes {names}; got {values}: leave it at {defaults}, or use model=bit"
+        )
 
 
 def check_resolution(config: NetworkConfig, stride: int) -> None:

@@ -41,7 +41,17 @@ def preparation(config: NetworkConfig, frozen: bool) -> Callable[[Kernel], Kerne
 
 def norm_groups(config: NetworkConfig) -> int | None:
     """Groups of the GroupNorm; None for BatchNorm."""
+    assert config.groups != "auto"
     return config.groups if config.norm == "group" else None
+
+
+def root_channels(config: NetworkConfig) -> int:
+    return round(64 * config.width)
+
+
+def fitting_groups(config: NetworkConfig) -> int:
+    """The most groups that divide both 32, which is BiT's number, and the root's channels."""
+    return math.gcd(32, root_channels(config)) if config.norm == "group" else 32
 
 
 class Unit(nn.Module):
@@ -88,7 +98,7 @@ class ResNetV2(nn.Module):
     @nn.compact
     def __call__(self, images: Images, train: bool) -> tuple[Array, dict[str, Array]]:
         c = self.config
-        root = round(64 * c.width)
+        root = root_channels(c)
         prepare = preparation(c, self.frozen)
         x = images.astype(self.dtype)
         if c.stem == "imagenet":
@@ -142,7 +152,8 @@ def _check(config: NetworkConfig) -> None:
         raise ValueError(
             f"model=bit needs depths, units a block, e.g. (3, 4, 6, 3); got {config.depths}"
         )
-    root = round(64 * config.width)
+    root = root_channels(config)
+    assert config.groups != "auto"
     if config.norm == "group" and (root < 1 or root % config.groups):
         near = math.gcd(root, config.groups)
         raise ValueError(

@@ -19,10 +19,11 @@ from typing import Any, TypeVar
 
 import tyro
 
-from fm_distill.cli.options import Settings, parse
+from fm_distill.cli.options import OverConfig, parse_over
 from fm_distill.config import Config
 from fm_distill.errors import UserError
-from fm_distill.training.experiment import check, load_experiment, resolve_length
+from fm_distill.training.check import check
+from fm_distill.training.experiment import load_experiment
 
 ROOT = pathlib.Path(__file__).parents[2]
 # What a notebook needs of a checkout to install the package.
@@ -37,8 +38,8 @@ Tool = TypeVar("Tool")
 
 
 @dataclasses.dataclass(frozen=True)
-class _Options:
-    config: Settings
+class _Options(OverConfig):
+    """The options of a training."""
 
 
 def tool_options(
@@ -53,11 +54,9 @@ def tool_options(
 
 def read_options(experiment: str, options: list[str], program: str) -> Config:
     """The config of an experiment with the options of its training. Raises `UserError`."""
-    default = load_experiment(experiment)
-    asked = parse(_Options, _Options(default), options, program)
-    config = resolve_length(default, asked.config)
-    check(config)
-    return config
+    asked = parse_over(_Options, load_experiment(experiment), options, program)
+    check(asked.config)
+    return asked.config
 
 
 def pack(experiment: str | os.PathLike[str]) -> dict[str, str]:
@@ -67,7 +66,7 @@ def pack(experiment: str | os.PathLike[str]) -> dict[str, str]:
     the packed files cannot be loaded on their own.
     """
     path = pathlib.Path(experiment)
-    load_experiment(path)
+    check(load_experiment(path))
     files: dict[str, str] = {}
     waiting = [path.name]
     while waiting:
@@ -80,9 +79,10 @@ def pack(experiment: str | os.PathLike[str]) -> dict[str, str]:
             (pathlib.Path(folder) / name).write_text(text)
         try:
             config = load_experiment(pathlib.Path(folder) / path.name)
+            check(config)
             for teacher in (config.teacher, *config.more_teachers):
                 if teacher and teacher.experiment:
-                    load_experiment(teacher.experiment)
+                    check(load_experiment(teacher.experiment))
         except UserError as error:
             raise UserError(
                 f"{path} needs more than the files beside it ({', '.join(files)}): {error}; put "

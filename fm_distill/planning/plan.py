@@ -26,7 +26,8 @@ from fm_distill.models import resolve
 from fm_distill.planning.topologies import Topology, topology
 from fm_distill.runs.workdir import Workdir
 from fm_distill.system.console import log
-from fm_distill.training.experiment import check, load_experiment
+from fm_distill.training.check import check
+from fm_distill.training.experiment import load_experiment
 from fm_distill.weights.card import only_network
 
 # Expected time of a step over its lower bound. Calibrated on the one published v3-8 row: food101

@@ -20,14 +20,14 @@ HEARTBEAT_TIMEOUT_S = 20
 class Distributed:
     """Where the processes of one run find each other."""
 
-    # `HOST:PORT` of the first process.
     coordinator_address: str | None = None
-    # 0 for the first process, which writes the workdir.
+    """`HOST:PORT` of the first process."""
     process_id: int | None = None
-    # How many processes there are.
+    """0 for the first process, which writes the workdir."""
     process_count: int | None = None
-    # Let JAX find the others; done by itself where TPU_WORKER_HOSTNAMES names several hosts.
+    """How many processes there are."""
     detect: bool = False
+    """Let JAX find the others; done by itself where TPU_WORKER_HOSTNAMES names several hosts."""
 
 
 def is_distributed(distributed: Distributed) -> bool:

@@ -20,7 +20,7 @@ from fm_distill.errors import UserError
 from fm_distill.networks.teachers import teacher_workdirs
 from fm_distill.system.console import log
 from fm_distill.system.preemption import Stop, stop_signals
-from fm_distill.training.experiment import check
+from fm_distill.training.check import check
 from fm_distill.training.train import train_until
 
 Figures = dict[str, Any]
@@ -67,6 +67,8 @@ def parse_over(text: str) -> tuple[str, tuple[Any, ...]]:
         raise UserError(f"--over {text!r}: expected OPTION=VALUE,VALUE,..., e.g. seed=0,1,2")
 
     def value(part: str) -> Any:
+        if part == "None":
+            return None
         try:
             return json.loads(part)
         except ValueError:

@@ -28,7 +28,8 @@ from fm_distill.system.console import log
 from fm_distill.system.preemption import Stop, Stopped, stop_signals
 from fm_distill.system.processes import broadcast_from_first, first_process, only_process
 from fm_distill.system.sharding import check_batch_size, make_layout
-from fm_distill.training.experiment import check, load_experiment
+from fm_distill.training.check import check
+from fm_distill.training.experiment import load_experiment
 from fm_distill.training.loop import Loop
 from fm_distill.training.reporter import Reporter, introduce, progress_bar
 from fm_distill.training.resolve import resolve

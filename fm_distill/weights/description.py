@@ -52,14 +52,14 @@ def describe(
     if card:
         padding = asked.root_pool_padding
         padding = card.network.root_pool_padding if padding == "auto" else padding
-        asked = dataclasses.replace(asked, root_pool_padding=padding)
+        asked = dataclasses.replace(asked, root_pool_padding=padding, groups=card.network.groups)
     return asked, []
 
 
 def differing(stored: NetworkConfig, asked: NetworkConfig) -> str:
     """The fields in which `asked` cannot be what is stored, as text; empty where it can be."""
     a, b = msgspec.to_builtins(stored), msgspec.to_builtins(only_network(asked))
-    fields = [name for name in a if name not in FREE and a[name] != b[name]]
+    fields = [name for name in a if name not in FREE and b[name] not in ("auto", a[name])]
     return "; ".join(f"{name} is {a[name]}, asked for {b[name]}" for name in fields)
 
 

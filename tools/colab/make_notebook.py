@@ -45,7 +45,7 @@ class Notebook:
 
 
 def main(arguments: list[str]) -> int:
-    quiet()
+    quiet(arguments)
     asked, _, options = tool_options(Notebook, arguments, "make_notebook.py")
     check(asked)
     config = read_options(asked.experiment, options, "make_notebook.py EXPERIMENT.py ... --")

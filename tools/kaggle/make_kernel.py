@@ -91,7 +91,7 @@ class Kernel:
 
 
 def main(arguments: list[str]) -> int:
-    quiet()
+    quiet(arguments)
     asked, own, options = tool_options(Kernel, arguments, "make_kernel.py")
     check(asked)
     config = read_options(asked.experiment, options, "make_kernel.py EXPERIMENT.py ... --")

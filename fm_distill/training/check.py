@@ -1,0 +1,142 @@
+"""The checks of a config that hold whatever the data and the devices are.
+
+What depends on those is refused where they are opened.
+"""
+
+from collections.abc import Iterator
+
+from fm_distill.config import Config, NetworkConfig, TeacherConfig
+from fm_distill.config.bounds import out_of_bounds
+from fm_distill.config.choices import not_a_choice
+from fm_distill.config.teachers import teachers_of
+from fm_distill.data.sources import SOURCES
+from fm_distill.errors import UserError
+from fm_distill.models import MODELS, check_network
+from fm_distill.objectives.distances import DISTANCES
+from fm_distill.runs.checkpoint import BEST
+from fm_distill.training.memory import REMATERIALISE
+from fm_distill.training.optim import OPTIMIZERS
+from fm_distill.views.crops import CROPS
+
+
+def check(config: Config) -> None:
+    """Raises one `UserError` with everything that is wrong."""
+    wrong = list(dict.fromkeys(problems(config)))
+    if len(wrong) == 1:
+        raise UserError(wrong[0])
+    if wrong:
+        raise UserError("\n  ".join([f"{len(wrong)} settings are wrong:", *wrong]))
+
+
+def problems(config: Config) -> Iterator[str]:
+    """A sentence for each thing that is wrong, with what to change."""
+    yield from out_of_bounds(config)
+    yield from not_a_choice("data.source", config.data.source, SOURCES)
+    for i, part in enumerate(config.data.transfer):
+        yield from not_a_choice(f"data.transfer.{i}.source", part.source, SOURCES)
+    yield from not_a_choice("views.crop", config.views.crop, CROPS)
+    yield from not_a_choice("objective.distance", config.objective.distance, DISTANCES)
+    yield from not_a_choice("optimizer.name", config.optimizer.name, OPTIMIZERS)
+    yield from not_a_choice("memory.rematerialise", config.memory.rematerialise, REMATERIALISE)
+    yield from _wrong_network("student", config.student)
+    yield from _wrong_teachers(config)
+    yield from _wrong_teaching(config)
+    yield from _wrong_length(config)
+    yield from _wrong_views(config)
+    keep_best = config.checkpoint.keep_best
+    if keep_best is not None:
+        yield from not_a_choice("checkpoint.keep_best", keep_best, BEST)
+        if not (config.data.validation and config.log.evaluate_every_steps):
+            yield (
+                "checkpoint.keep_best needs figures of a validation split: give data.validation "
+                "and log.evaluate_every_steps"
+            )
+    if config.data.feeding == "streaming" and config.steps_per_dispatch not in ("auto", 1):
+        yield (
+            f"steps_per_dispatch={config.steps_per_dispatch} needs data.feeding=resident: "
+            "in streaming each step waits for its own batch; use auto or 1"
+        )
+
+
+def _wrong_network(option: str, network: NetworkConfig) -> Iterator[str]:
+    unknown = list(not_a_choice(f"{option}.model", network.model, MODELS))
+    yield from unknown
+    if not unknown and not any(out_of_bounds(network)):
+        try:
+            check_network(network)
+        except ValueError as error:
+            yield f"{option}: {error}"
+
+
+def _wrong_teachers(config: Config) -> Iterator[str]:
+    if config.objective.target == "teacher" and config.teacher is None:
+        yield (
+            "objective.target=teacher needs a teacher: give teacher.weights, teacher.experiment or "
+            "teacher.workdir, or use objective.target=labels"
+        )
+    if config.more_teachers and config.teacher is None:
+        yield "more_teachers come beside a teacher; give the first one as teacher"
+    for option, teacher in teachers_of(config):
+        yield from _wrong_teacher(option, teacher)
+
+
+def _wrong_teacher(option: str, teacher: TeacherConfig) -> Iterator[str]:
+    if teacher.network:
+        yield from _wrong_network(f"{option}.network", teacher.network)
+    if teacher.weights and (teacher.experiment or teacher.workdir):
+        yield (
+            f"{option}.weights and a teacher's run ({option}.experiment, {option}.workdir) exclude "
+            f"each other; keep one (`--{option}.experiment None` drops the file's)"
+        )
+
+
+def _wrong_teaching(config: Config) -> Iterator[str]:
+    objective, data = config.objective, config.data
+    if config.student.keep_statistics and not config.student.weights:
+        yield (
+            "student.keep_statistics needs student.weights: from scratch there are no statistics "
+            "to keep"
+        )
+    if config.fixed_crops and config.teaching != "fixed":
+        yield (
+            f"fixed_crops={config.fixed_crops} belongs to teaching=fixed, and teaching is "
+            f"{config.teaching}"
+        )
+    if objective.target == "teacher" and objective.label_smoothing:
+        yield (
+            "objective.label_smoothing needs objective.target=labels: a teacher's output is not "
+            "smoothed; use a higher objective.temperature"
+        )
+    if objective.target == "labels" and data.transfer:
+        yield (
+            "data.transfer are images without labels; with objective.target=labels train on "
+            "data.train"
+        )
+    if objective.target == "labels" and data.source == "images":
+        yield (
+            "objective.target=labels needs labels, and data.source=images has none; "
+            "use class_folders, or objective.target=teacher"
+        )
+
+
+def _wrong_length(config: Config) -> Iterator[str]:
+    schedule = config.schedule
+    if schedule.shape == "bit_hyper_rule":
+        if schedule.total_steps or schedule.total_epochs or schedule.warmup_steps:
+            yield (
+                "schedule.shape=bit_hyper_rule sets steps and warm-up by the number of examples; "
+                "give neither total_steps, total_epochs nor warmup_steps"
+            )
+    elif (schedule.total_steps is None) == (schedule.total_epochs is None):
+        got = "neither" if schedule.total_steps is None else "both"
+        yield f"schedule: got {got} of total_steps and total_epochs; give exactly one of them"
+
+
+def _wrong_views(config: Config) -> Iterator[str]:
+    views = config.views
+    low, high = views.crop_area
+    if not 0 < low <= high <= 1:
+        yield f"views.crop_area is ({low}, {high}); expected 0 < lowest <= highest <= 1"
+    low, high = views.crop_aspect
+    if not 0 < low <= high < float("inf"):
+        yield f"views.crop_aspect is ({low}, {high}); expected 0 < lowest <= highest"

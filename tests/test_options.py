@@ -1,0 +1,305 @@
+"""Options over a config: help of every field, absent parts, other names, and what gives way."""
+
+import collections
+import dataclasses
+import logging
+
+import pytest
+from conftest import write_experiment
+from test_cli import command, refused
+from tiny import tiny_config
+from tyro import _docstrings
+
+import fm_distill.config as configs
+from fm_distill.cli import main, options, plan, train
+from fm_distill.config import Config, DataConfig, NetworkConfig, StudentConfig
+from fm_distill.config.bounds import out_of_bounds
+from fm_distill.config.choices import not_a_choice
+from fm_distill.config.options import empty, option_names, optional_parts, with_parts
+from fm_distill.config.serialization import changed, differences
+from fm_distill.data.sources import SOURCES
+from fm_distill.errors import UserError
+from fm_distill.models import MODELS, resolve
+from fm_distill.objectives.distances import DISTANCES
+from fm_distill.runs.checkpoint import BEST
+from fm_distill.training.check import check
+from fm_distill.training.memory import REMATERIALISE
+from fm_distill.training.optim import OPTIMIZERS
+from fm_distill.views.crops import CROPS
+
+PARTS = [vars(configs)[name] for name in configs.__all__ if name != "InputRange"]
+COMMANDS = [
+    main._Evaluate, main._Predict, main._Export, main._Report, main._Show, main._Status,
+    plan._Plan, train._Train, train._Sweep,
+]  # fmt: skip
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    return write_experiment(tmp_path / "tiny.py")
+
+
+def help_texts() -> dict[str, str]:
+    """Every field's text as the help shows it; a section without one shows its dataclass's."""
+    off = (options.tyro.conf.HelptextFromCommentsOff,)
+    found = {}
+    for kind in PARTS:
+        hints = options_types(kind)
+        for field in dataclasses.fields(kind):
+            if field.name not in vars(kind).get("__annotations__", {}):
+                continue  # of the class that it derives from
+            text = _docstrings.get_field_docstring(kind, field.name, off)
+            if text is None and dataclasses.is_dataclass(hints[field.name]):
+                text = hints[field.name].__doc__
+            found[f"{kind.__name__}.{field.name}"] = text or ""
+    return found
+
+
+def options_types(kind):
+    from fm_distill.config.options import _fields
+
+    return {name: part for name, _, part, _ in _fields(empty(kind))}
+
+
+def test_every_field_and_section_has_a_help_text_of_its_own():
+    texts = help_texts()
+    assert len(texts) > 80
+    for name, text in texts.items():
+        assert text.strip().endswith("."), name
+        assert "\n" not in text.strip(), f"{name}: the help keeps line breaks"
+    same = [x for x, count in collections.Counter(texts.values()).items() if count > 1]
+    assert not same
+
+
+def test_a_shared_help_text_would_be_seen():
+    """A field without a text has none, instead of that of the field before."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Two:
+        one: int = 1
+        """The one."""
+        other: int = 2
+
+    off = (options.tyro.conf.HelptextFromCommentsOff,)
+    assert _docstrings.get_field_docstring(Two, "one", off) == "The one."
+    assert _docstrings.get_field_docstring(Two, "other", off) is None
+
+
+def test_every_option_of_a_command_has_a_help_text():
+    for kind in COMMANDS:
+        for field in dataclasses.fields(kind):
+            off = (options.tyro.conf.HelptextFromCommentsOff,)
+            if field.name not in ("config", "distributed"):
+                assert _docstrings.get_field_docstring(kind, field.name, off), (kind, field.name)
+
+
+@pytest.mark.parametrize(
+    ("field", "table"),
+    [
+        ("NetworkConfig.model", MODELS),
+        ("DataConfig.source", SOURCES),
+        ("TransferConfig.source", SOURCES),
+        ("ViewConfig.crop", CROPS),
+        ("ObjectiveConfig.distance", DISTANCES),
+        ("OptimizerConfig.name", OPTIMIZERS),
+        ("MemoryConfig.rematerialise", REMATERIALISE),
+        ("CheckpointConfig.keep_best", BEST),
+    ],
+)
+def test_help_lists_the_choices(field, table):
+    text = help_texts()[field]
+    assert [name for name in table if f"`{name}`" not in text] == []
+
+
+@pytest.mark.parametrize("name", ["train", "sweep", "plan", "show", "evaluate"])
+def test_help_needs_no_experiment(capsys, name):
+    code, out, _ = command(capsys, name, "--help")
+    assert code == 0
+    for option in option_names(empty(Config)):
+        if ".0." not in option:
+            assert "--" + option.replace("_", "-") + " " in out, option
+    assert "Decay of the student's moving average" in out
+
+
+def test_sections_show_their_own_text(capsys, tiny):
+    code, out, _ = command(capsys, "train", tiny, "--help")
+    assert code == 0
+    plain = " ".join(out.replace("│", " ").split())
+    assert plain.count("Steps that the device does for one call") == 1
+    assert "What is drawn for each image of each step" in plain
+
+
+def settled(capsys, experiment, *arguments) -> dict[str, str]:
+    """The config as `show` prints it."""
+    code, out, error = command(capsys, "show", experiment, *arguments)
+    assert code == 0, error
+    return dict(line.split(" = ", 1) for line in out.splitlines() if " = " in line)
+
+
+def test_other_names_of_options(capsys, tiny):
+    found = settled(capsys, tiny, "--lr", "0.5", "--steps=9", "--batch-size", "24")
+    assert found["optimizer.learning_rate"] == "0.5"
+    assert found["schedule.total_steps"] == "9" and found["batch_size"] == "24"
+    found = settled(capsys, tiny, "--epochs", "3")
+    assert found["schedule.total_epochs"] == "3.0" and found["schedule.total_steps"] == "None"
+
+
+@pytest.mark.parametrize(
+    ("option", "meant"),
+    [
+        ("--optimizer.lr", "--optimizer.learning-rate"),
+        ("--learning-rate", "--optimizer.learning-rate"),
+        ("--optimizer.wd", "--optimizer.weight-decay"),
+        ("--batchsize", "--batch-size"),
+        ("--objective.temprature", "--objective.temperature"),
+        ("--max-hour", "--max-hours"),
+    ],
+)
+def test_a_misspelled_option_names_the_one_that_is_meant(capsys, tiny, option, meant):
+    error = refused(capsys, "train", tiny, option, "1")
+    assert f"there is no option {option}; did you mean {meant}" in error
+
+
+def test_parts_are_taken_out_and_brought_in(capsys, tiny):
+    found = settled(capsys, tiny, "--data.test", "None", "--data.validation=None")
+    assert found["data.test"] == "None" and found["data.validation"] == "None"
+    assert found["data.train.name"] == "train"
+    found = settled(
+        capsys, tiny, "--objective.target", "teacher", "--teacher.weights", "a.npz",
+        "--teacher.network.model", "bit_r50x1", "--teacher.network.resolution", "64",
+        "--more-teachers.0.workdir", "runs/b",
+    )  # fmt: skip
+    assert found["teacher.network.model"] == "bit_r50x1"
+    assert found["teacher.network.resolution"] == "64"
+    assert found["more_teachers.0.workdir"] == "runs/b"
+    found = settled(capsys, tiny, "--data.test", "None", "--data.test.name", "validation")
+    assert found["data.test.name"] == "validation" and found["data.test.examples"] == "None"
+
+
+def test_a_part_that_is_brought_in_is_complete(capsys, tiny):
+    error = refused(capsys, "show", tiny, "--teacher.network.model", "bit_r50x1")
+    assert "teacher.network is not set yet: give teacher.network.resolution as well" in error
+    assert "no option --data.train" in refused(capsys, "show", tiny, "--data.train", "None")
+
+
+def test_another_model_drops_the_description_of_the_one_before(capsys, tmp_path):
+    path = write_experiment(
+        tmp_path / "x.py",
+        "student=StudentConfig(model='bit', resolution=32, depths=(1, 1), width=0.5, norm='batch', "
+        "root_pool_padding='minus_infinity')",
+    )
+    found = settled(capsys, path, "--student.model", "mobilenet_v3_small")
+    assert found["student.depths"] == "[]" or found["student.depths"] == "()"
+    assert found["student.width"] == "1.0" and found["student.norm"] == "group"
+    assert found["student.root_pool_padding"] == "auto" and found["student.resolution"] == "32"
+    found = settled(capsys, path, "--student.model", "bit_r50x1")
+    assert found["student.root_pool_padding"] == "minus_infinity"
+    error = refused(
+        capsys, "show", path, "--student.model", "bit_r50x1", "--student.width", "2",
+        "--student.stem", "small",
+    )  # fmt: skip
+    assert "bit_r50x1 fixes width, stem; got 2.0, small: leave it at 1.0, imagenet" in error
+
+
+def test_conflicts_are_reported_together(capsys, tiny):
+    error = refused(
+        capsys, "show", tiny, "--batch-size", "0", "--student.model", "vit", "--fixed-crops", "3",
+        "--objective.target", "teacher", "--optimizer.beta1", "1",
+    )  # fmt: skip
+    for line in (
+        "5 settings are wrong:",
+        "batch_size is 0; expected a number above zero",
+        "optimizer.beta1 is 1.0; expected 0 or more and less than 1",
+        "student.model is 'vit'; expected one of",
+        "objective.target=teacher needs a teacher",
+        "fixed_crops=3 belongs to teaching=fixed",
+    ):
+        assert line in error, line
+
+
+@pytest.mark.parametrize(("width", "norm", "groups"), [
+    (1.0, "group", 32), (0.125, "group", 8), (0.75, "group", 16), (3.0, "group", 32),
+])  # fmt: skip
+def test_groups_choose_themselves(width, norm, groups):
+    network = NetworkConfig(model="bit", resolution=32, depths=(1,), width=width, norm=norm)
+    assert resolve(network).groups == groups
+    assert round(64 * width) % groups == 0
+    check(dataclasses.replace(tiny_config(), student=StudentConfig(**vars(network))))
+
+
+def test_bounds_of_numbers_in_all_parts():
+    assert list(out_of_bounds(tiny_config())) == []
+    data = tiny_config().data
+    wrong = tiny_config(
+        seed=-1,
+        ema_decay=1.0,
+        steps_per_dispatch=0,
+        data=dataclasses.replace(data, classes=1, canvas=configs.CanvasConfig(size=0)),
+        optimizer=configs.OptimizerConfig(learning_rate=float("inf"), clip_norm=0.0),
+        teacher=configs.TeacherConfig(network=NetworkConfig(model="bit", resolution=0)),
+        more_teachers=(configs.TeacherConfig(network=NetworkConfig(model="bit", resolution=0)),),
+    )
+    assert list(out_of_bounds(wrong)) == [
+        "seed is -1; expected 0 to 4294967295",
+        "ema_decay is 1.0; expected 0 or more and less than 1",
+        "steps_per_dispatch is 0; expected a number above zero",
+        "data.classes is 1; expected 2 or more",
+        "data.canvas.size is 0; expected a number above zero",
+        "teacher.network.resolution is 0; expected a number above zero",
+        "more_teachers.0.network.resolution is 0; expected a number above zero",
+        "optimizer.learning_rate is inf; expected a number above zero",
+        "optimizer.clip_norm is 0.0; expected a number above zero",
+    ]
+
+
+def test_fields_of_any_teacher_are_swept():
+    config = tiny_config(teacher=configs.TeacherConfig(weights="a"))
+    found = changed(
+        config,
+        {
+            "teacher.network.model": "bit_r50x1",
+            "teacher.network.resolution": 64,
+            "more_teachers.0.weights": "b",
+        },
+    )
+    assert found.teacher.network == NetworkConfig(model="bit_r50x1", resolution=64)
+    assert found.more_teachers == (configs.TeacherConfig(weights="b"),)
+    assert changed(found, {"more_teachers.0.weights": "c"}).more_teachers[0].weights == "c"
+    with pytest.raises(UserError, match=r"no option 'more_teachers\.3\.weights'"):
+        changed(config, {"more_teachers.3.weights": "b"})
+
+
+def test_places_of_any_teacher_are_no_identity():
+    one, other = (
+        tiny_config(
+            teacher=configs.TeacherConfig(weights=x),
+            more_teachers=(configs.TeacherConfig(weights=x),),
+        )
+        for x in "ab"
+    )
+    assert differences(one, other) == []
+    both = dataclasses.replace(one, more_teachers=(*one.more_teachers, configs.TeacherConfig()))
+    network = with_parts(
+        both, {"more_teachers.1.network.model", "more_teachers.1.network.resolution"}
+    )
+    assert len(differences(both, network)) > 0
+
+
+def test_optional_parts_and_choices():
+    assert {*optional_parts(tiny_config())} == {
+        "data.transfer", "data.validation", "data.test", "teacher", "teacher.network",
+        "more_teachers",
+    }  # fmt: skip
+    assert list(not_a_choice("x", "a", ["a", "b"])) == []
+    assert "name" in dict.fromkeys(option_names(empty(DataConfig)))
+
+
+def test_libraries_remarks_are_shown_when_asked_for(capsys, tiny):
+    logger = logging.getLogger("tensorboardX")
+    logger.setLevel(logging.WARNING)
+    options.quiet(["x.py", "--verbose"])
+    assert logger.level == logging.WARNING
+    options.quiet(["x.py"])
+    assert logger.level == logging.CRITICAL
+    code, _, error = command(capsys, "show", "--verbose", tiny, "--seed", "1", "--verbose")
+    assert code == 0, error
