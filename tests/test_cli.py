@@ -127,7 +127,7 @@ def test_help_lists_every_field(capsys, tiny):
     for option in ("--workdir", "--views.mixup-partner", "--data.train.name", "--ema-decay"):
         assert option in out
     code, out, _ = command(capsys, "--help")
-    assert code == 0 and "predict DIR IMAGE" in out
+    assert code == 0 and "predict DIR|STUDENT.safetensors IMAGE" in out
 
 
 def test_a_workdir_of_another_run(capsys, trained, tmp_path):
@@ -241,6 +241,10 @@ def test_predict_own_images(capsys, trained, tmp_path):
     assert len(lines) == 8 and lines[0].endswith("grey.png") and "%" in lines[1]
     shares = [float(x.split()[0]) for x in lines[1:4]]
     assert shares == sorted(shares, reverse=True) and shares[0] < 50
+    code, out, error = command(capsys, "predict", trained / "run", tmp_path, "--top", "3", "--json")
+    found = json.loads(out)
+    assert [x["image"].split("/")[-1] for x in found] == ["grey.png", "wide.png"]
+    assert found[0]["probabilities"][0] == pytest.approx(shares[0] / 100, abs=1e-4)
     assert "there is no image" in refused(capsys, "predict", trained / "run", "none.jpg")
     (tmp_path / "bad.jpg").write_bytes(b"no image")
     error = refused(capsys, "predict", trained / "run", tmp_path / "bad.jpg")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import run_command, write_experiment
+from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from tiny import tiny_config
@@ -20,12 +21,15 @@ from fm_distill.config import (
     TeacherConfig,
 )
 from fm_distill.errors import UserError
+from fm_distill.evaluation.inference import predict
 from fm_distill.exporting.export import export
+from fm_distill.exporting.load_student import load_student
 from fm_distill.models import Variables, build_network
 from fm_distill.networks.teachers import agreed_classes, load_pretrained, load_teachers
 from fm_distill.runs.open_run import open_run
 from fm_distill.runs.workdir import Workdir
 from fm_distill.training.train import train
+from fm_distill.views.rendering import InputSpec, render_central
 from fm_distill.weights.load import load_weights
 
 # As timm's BiT, but small.
@@ -67,8 +71,11 @@ def test_an_export_is_loaded_back_in_every_bit(workdir, exported):
     assert run.averaged and run.complete
     assert found.network == run.network and found.network.input_range == "zero_one"
     assert found.classes == 10 and found.class_names == tuple("0123456789")
-    jax.tree.map(np.testing.assert_array_equal, found.variables, run.student)
-    ours, theirs = logits(run.network, run.student), logits(found.network, found.variables)
+    jax.tree.map(np.testing.assert_array_equal, found.variables, run.student.variables)
+    ours, theirs = (
+        logits(run.network, run.student.variables),
+        logits(found.network, found.variables),
+    )
     np.testing.assert_array_equal(ours, theirs)
     assert np.abs(ours).max() > 1e-3
 
@@ -261,3 +268,80 @@ def test_the_commands(workdir, tmp_path):
     )
     assert taught.returncode == 0, taught.stderr
     assert "top-1 agreement" in taught.stdout
+
+
+# A student to call.
+
+
+def image_batch(height=45, width=70):
+    return np.random.default_rng(1).integers(0, 256, (5, height, width, 3), np.uint8)
+
+
+def test_a_student_predicts_as_its_files_are_predicted(workdir, exported, tmp_path):
+    """One image at a time through the parts, against batches of a run, an export and files."""
+    run, images = open_run(workdir), image_batch()
+    side, network = run.config.data.canvas.side, run.network
+    built = build_network(network, 10, jnp.dtype("float32"))
+    expected = []
+    for image in images:
+        small = Image.fromarray(image).resize((32, round(45 * 32 / 70)), Image.Resampling.BILINEAR)
+        pixels = np.asarray(small)
+        canvas = np.zeros((1, side, side, 3), np.uint8)
+        canvas[0, : pixels.shape[0], : pixels.shape[1]] = pixels
+        size = jnp.array([pixels.shape[:2]])
+        view = render_central(jnp.asarray(canvas), size, 1.0, InputSpec.of(network))
+        expected.append(built.apply(run.student.variables, view, train=False).logits[0])
+    np.testing.assert_allclose(run.student.logits(images), expected, atol=1e-5)
+    probabilities = run.student.predict(images)
+    assert probabilities.shape == (5, 10) and np.ptp(probabilities, axis=0).max() > 1e-4
+    np.testing.assert_allclose(probabilities, jax.nn.softmax(jnp.stack(expected)), atol=1e-6)
+    np.testing.assert_array_equal(load_student(exported).predict(images), probabilities)
+    np.save(tmp_path / "batch.npy", images)
+    for row, image in enumerate(images[:2]):
+        Image.fromarray(image).save(tmp_path / f"{row}.png")
+    (tmp_path / "notes.txt").write_text("no image")
+    found = predict(exported, [tmp_path], top=10)
+    names = [str(tmp_path / x) for x in ("0.png", "1.png")]
+    names += [f"{tmp_path / 'batch.npy'}[{row}]" for row in range(5)]
+    assert [x.image for x in found] == names
+    for prediction, row in zip(found, (0, 1, 0, 1, 2, 3, 4), strict=True):
+        by_name = dict(zip(prediction.classes, prediction.probabilities, strict=True))
+        np.testing.assert_allclose([by_name[str(i)] for i in range(10)], probabilities[row], 1e-4)
+        assert list(prediction.probabilities) == sorted(prediction.probabilities, reverse=True)
+
+
+def test_batches_of_any_size_and_grey_ones(workdir):
+    student = open_run(workdir).student
+    assert student.predict(image_batch()[:0]).shape == (0, 10)
+    many = np.repeat(image_batch(8, 8), 8, axis=0)
+    whole = student.logits(many)
+    assert whole.shape == (40, 10)
+    np.testing.assert_allclose(whole[[0, 39]], student.logits(many[[0, 39]]), atol=1e-5)
+    grey = image_batch(20, 9)[..., :1]
+    np.testing.assert_array_equal(student.logits(grey), student.logits(np.repeat(grey, 3, -1)))
+
+
+def test_what_a_student_refuses(workdir, exported, tmp_path):
+    student = open_run(workdir).student
+    for wrong in (image_batch()[0], image_batch() / 255, image_batch()[..., :2], image_batch(0)):
+        with pytest.raises(UserError, match=r"images: .* of shape \("):
+            student.predict(wrong)
+    tensors = load_file(exported)
+    save_file(tensors, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match=r"other.safetensors has no card of fm-distill"):
+        load_student(tmp_path / "other.safetensors")
+    (tmp_path / "empty").mkdir()
+    np.save(tmp_path / "floats.npy", np.zeros((1, 4, 4, 3)))
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "floats.npy").read_bytes()[:60])
+    for place, said in (
+        ("none", "there is no image, folder or array"),
+        ("empty", "holds no images"),
+        ("floats.npy", "floats.npy: got float64"),
+        ("cut.npy", "is not a whole array"),
+    ):
+        with pytest.raises(UserError, match=said):
+            predict(workdir, [tmp_path / place])
+
+
+def test_the_group_may_read_an_export(exported):
+    assert exported.stat().st_mode == exported.with_suffix(".json").stat().st_mode

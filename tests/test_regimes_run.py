@@ -68,7 +68,7 @@ def test_the_regimes_give_different_students(trained, tmp_path):
     kernels = {}
     for teaching in ("function_matching", "consistent", "independent", "fixed"):
         train(taught(trained, teaching=teaching), tmp_path / teaching)
-        student = open_run(tmp_path / teaching).student
+        student = open_run(tmp_path / teaching).student.variables
         kernels[teaching] = np.asarray(student.params["head"]["kernel"])
     names = list(kernels)
     for i, one in enumerate(names):
@@ -94,8 +94,8 @@ def test_a_student_starts_from_weights_and_goes_on_without_them(trained, tmp_pat
     config = tiny_config(student=start, optimizer=slow)
     stop_at(monkeypatch, 1)
     assert not train(config, tmp_path / "run").complete
-    begun = open_run(tmp_path / "run").student
-    before = open_run(trained / "run").student
+    begun = open_run(tmp_path / "run").student.variables
+    before = open_run(trained / "run").student.variables
     # At this learning rate the student is where it started: the head too, of the same classes.
     for a, b in zip(np_leaves(begun.params), np_leaves(before.params), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)

@@ -39,8 +39,8 @@ USAGE = """usage: fm-distill COMMAND ...
       every combination of the values, and a table of means and spreads over the seeds
   evaluate DIR [--split test] [--step N] [--json] [--data.data-dir PATH] [--teacher.weights FILE]
       student and teacher on every example of a split
-  predict DIR IMAGE [IMAGE ...] [--top 5]
-      the student's classes and probabilities for own images
+  predict DIR|STUDENT.safetensors IMAGE [IMAGE ...] [--top 5] [--json]
+      the student's classes and probabilities for image files, folders and .npy arrays
   export DIR OUT.safetensors [--step N] [--overwrite]
       the student as a weight file in timm's or Keras's names, with a card
   report DIR [DIR ...] [--out report.html] [--data-dir PATH] [--teacher-weights FILE] [--overwrite]
@@ -103,21 +103,27 @@ class _Predict:
     """The student's classes and probabilities for images."""
 
     images: tyro.conf.Positional[tuple[str, ...]]
-    """Image files."""
+    """Image files, folders of images, and .npy arrays: uint8, (batch, height, width, 3)."""
     top: int = 5
-    """How many classes are shown."""
+    """Number of classes shown for each image."""
+    json: bool = False
+    """Print one JSON list, with an object for each image."""
 
 
 def _predict(arguments: list[str]) -> int:
     from fm_distill.evaluation.inference import predict
 
-    workdir, rest = first(arguments, "predict DIR IMAGE...")
-    asked = parse(_Predict, None, rest, f"predict {workdir}")
+    student, rest = first(arguments, "predict DIR IMAGE...")
+    asked = parse(_Predict, None, rest, f"predict {student}")
     if not asked.images:
         raise UserError("predict needs at least one image: fm-distill predict DIR IMAGE...")
     if asked.top < 1:
         raise UserError(f"--top is {asked.top}; expected 1 or more")
-    for found in predict(workdir, list(asked.images), asked.top):
+    predictions = predict(student, asked.images, asked.top)
+    if asked.json:
+        print(json.dumps([dataclasses.asdict(x) for x in predictions]))
+        return EXIT_COMPLETE
+    for found in predictions:
         print(found.image)
         for name, probability in zip(found.classes, found.probabilities, strict=True):
             print(f"  {100 * probability:6.2f} %  {name}")

@@ -1,8 +1,10 @@
 """A run that lies in a workdir, put to use: evaluated on a split, or asked about own images."""
 
 import dataclasses
+import itertools
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,17 +14,18 @@ import numpy as np
 from fm_distill.config import Config, MeshConfig
 from fm_distill.config.serialization import differences
 from fm_distill.data.feeding import Reader, evaluation_batches
-from fm_distill.data.images import CorruptImage, decode, on_canvas, shrink
 from fm_distill.data.sources import open_source
 from fm_distill.data.splits import split_of
 from fm_distill.errors import UserError
 from fm_distill.evaluation.evaluate import Evaluator
+from fm_distill.evaluation.image_files import prepared
+from fm_distill.exporting.load_student import load_student
 from fm_distill.models import Variables
 from fm_distill.networks.branch import Branch, frozen_teachers, make_branch
 from fm_distill.networks.teachers import load_teachers
 from fm_distill.runs.open_run import Run, open_run
+from fm_distill.runs.student import BATCH, Student
 from fm_distill.system.sharding import Layout, make_layout, on_devices
-from fm_distill.views.rendering import render_central
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +92,7 @@ def open_split(
         student_branch=make_branch(run.network, run.classes, dtype),
         teacher_branches=branches,
         layout=layout,
-        student=on_devices(run.student, layout.variables(run.student)),
+        student=on_devices(run.student.variables, layout.variables(run.student.variables)),
         frozen=frozen_teachers(branches, tuple(x.variables for x in teachers), layout),
         reader=Reader(source, config.data, run.classes),
         # Whole batches for any number of devices; the mask takes care of the rest.
@@ -105,7 +108,7 @@ def _evaluation_layout(config: Config) -> Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What a student says of one image: classes by falling probability."""
+    """The most likely classes of one image, by falling probability."""
 
     image: str
     classes: tuple[str, ...]
@@ -113,35 +116,28 @@ class Prediction:
 
 
 def predict(
-    workdir: str | os.PathLike[str], images: list[str | os.PathLike[str]], top: int = 5
+    student: str | os.PathLike[str], images: Sequence[str | os.PathLike[str]], top: int = 5
 ) -> list[Prediction]:
-    """The `top` classes of each image file, by the student of the run in `workdir`.
+    """The `top` classes of each image, by the student of a run or of an export.
 
-    Each image gets the central view of evaluation. Raises `UserError` for a file that is no image.
+    `student` is a workdir or a `.safetensors` file of `export`; `images` are image files, folders
+    of them and `.npy` arrays, uint8 of shape (batch, height, width, 3). Each image gets the central
+    view of evaluation. Raises `UserError`, also for a file that is no image.
     """
-    run = open_run(workdir)
-    config = run.config
-    branch = make_branch(run.network, run.classes, jnp.dtype(run.resolved.precision))
-    names = run.class_names
-
-    @jax.jit
-    def probabilities(canvas: jax.Array, size: jax.Array) -> jax.Array:
-        view = render_central(canvas, size, config.views.central_fraction, branch.input_spec)
-        return jax.nn.softmax(branch.network.apply(run.student, view, train=False).logits)[0]
-
+    asked = open_student(student)
     found = []
-    for image in images:
-        path = pathlib.Path(image)
-        if not path.is_file():
-            raise UserError(f"there is no image {path}")
-        try:
-            pixels = shrink(decode(path.read_bytes()), config.data.canvas)
-        except CorruptImage as error:
-            raise UserError(f"{path} is not a whole image ({error})") from None
-        canvas = on_canvas(pixels, config.data.canvas.side)[None]
-        p = np.asarray(probabilities(canvas, jnp.array([pixels.shape[:2]])))
-        best = np.argsort(-p, kind="stable")[:top]
-        found.append(
-            Prediction(str(path), tuple(names[i] for i in best), tuple(float(p[i]) for i in best))
-        )
+    waiting = prepared(asked, images)
+    while part := list(itertools.islice(waiting, BATCH)):
+        names, pixels = zip(*part, strict=True)
+        for name, p in zip(names, asked.predict_pixels(list(pixels)), strict=True):
+            best = np.argsort(-p, kind="stable")[:top]
+            classes = tuple(asked.class_names[i] for i in best)
+            found.append(Prediction(name, classes, tuple(float(p[i]) for i in best)))
     return found
+
+
+def open_student(path: str | os.PathLike[str]) -> Student:
+    """The student of the run in a workdir, or of an export. Raises `UserError`."""
+    if pathlib.Path(path).suffix == ".safetensors":
+        return load_student(path)
+    return open_run(path).student

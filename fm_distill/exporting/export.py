@@ -43,7 +43,7 @@ def export(
     run = open_run(workdir, step)
     network, stored = run.network, run.workdir.read("config.json")
     naming = naming_of(network)
-    tensors = in_naming(naming, network, run.student)
+    tensors = in_naming(naming, network, run.student.variables)
     mean, std = INPUT_RANGES[network.input_range]
     card = Card(
         model=network.model,
@@ -54,6 +54,7 @@ def export(
         std=tuple(x / 255 for x in std),
         resolution=network.resolution,
         central_fraction=run.config.views.central_fraction,
+        precision=run.resolved.precision,
         step=run.step,
         averaged=run.averaged,
         metrics=run.workdir.read_or_none("evaluation.json") if run.complete else None,
@@ -74,7 +75,10 @@ def _write(path: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
     """Writes a file whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     try:
+        temporary.write_bytes(b"")
+        mode = temporary.stat().st_mode  # of any new file; safetensors' own are for the owner only
         write(temporary)
+        temporary.chmod(mode)
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)

@@ -47,7 +47,7 @@ def load_pretrained(path: str, network: NetworkConfig | None, option: str) -> Pr
                     f"{given}; use auto"
                 )
     note = f"{path}: the run's student after {run.step:,} steps, {chosen.model}"
-    return Pretrained(chosen, run.classes, run.resolved.class_names, run.student, (note,))
+    return Pretrained(chosen, run.classes, run.resolved.class_names, run.student.variables, (note,))
 
 
 @dataclasses.dataclass(frozen=True)

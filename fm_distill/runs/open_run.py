@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from fm_distill.config import Config, NetworkConfig
 from fm_distill.config.resolved import ResolvedRun
 from fm_distill.errors import UserError
-from fm_distill.models import Variables, build_network
+from fm_distill.models import build_network
 from fm_distill.runs.checkpoint import abstract, restore_student
 from fm_distill.runs.integrity import NewestCheckpoint, integrity_errors, newest_valid, steps_in
 from fm_distill.runs.stored_run import StoredRun
+from fm_distill.runs.student import Student
 from fm_distill.runs.workdir import Workdir
 from fm_distill.system.console import log
 
@@ -26,7 +27,7 @@ class Run:
     step: int
     complete: bool
     averaged: bool
-    student: Variables
+    student: Student
 
     @property
     def config(self) -> Config:
@@ -48,8 +49,12 @@ class Run:
     @property
     def class_names(self) -> tuple[str, ...]:
         """`class 0`, `class 1`, ... where the run does not know them."""
-        names = self.resolved.class_names
-        return names or tuple(f"class {i}" for i in range(self.classes))
+        return names_of(self.resolved.class_names, self.classes)
+
+
+def names_of(names: tuple[str, ...] | None, classes: int) -> tuple[str, ...]:
+    """`names`; or `class 0`, `class 1`, ... where they are not known."""
+    return names or tuple(f"class {i}" for i in range(classes))
 
 
 def open_run(path: str | os.PathLike[str], step: int | None = None) -> Run:
@@ -66,7 +71,7 @@ def open_run(path: str | os.PathLike[str], step: int | None = None) -> Run:
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = abstract(shapes, jax.tree.map(lambda _: here, shapes))
     averaged = stored.config.ema_decay is not None
-    student = restore_student(workdir.checkpoints / str(step), like, averaged)
+    variables = restore_student(workdir.checkpoints / str(step), like, averaged)
     status = workdir.read_or_none("status.json") or {}
     return Run(
         stored=stored,
@@ -74,7 +79,15 @@ def open_run(path: str | os.PathLike[str], step: int | None = None) -> Run:
         step=step,
         complete=status.get("state") == "complete" and status.get("step") == step,
         averaged=averaged,
-        student=student,
+        student=Student(
+            network=resolved.student,
+            classes=resolved.classes,
+            class_names=names_of(resolved.class_names, resolved.classes),
+            canvas=stored.config.data.canvas,
+            central_fraction=stored.config.views.central_fraction,
+            precision=resolved.precision,
+            variables=variables,
+        ),
     )
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -29,6 +29,8 @@ class Card:
     # Of the central view of evaluation.
     resolution: int
     central_fraction: float
+    # Compute type of the run.
+    precision: Literal["float32", "bfloat16"] = "float32"
     # The student as it stood after this step, or its moving average.
     step: int
     averaged: bool

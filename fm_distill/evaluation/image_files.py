@@ -1,0 +1,53 @@
+"""Images to ask a student about: files, folders of them, and `.npy` arrays."""
+
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from fm_distill.data.images import CorruptImage, Pixels
+from fm_distill.data.sources import SUFFIXES
+from fm_distill.errors import UserError
+from fm_distill.runs.student import Student, checked
+
+
+def prepared(
+    student: Student, places: Sequence[str | os.PathLike[str]]
+) -> Iterator[tuple[str, Pixels]]:
+    """Name and pixels of each image: of a file, of all in a folder, of the rows of a `.npy` array.
+
+    Rows are named `ARRAY.npy[ROW]`. Raises `UserError`, for places that are not there before the
+    first image.
+    """
+    for path in [path for place in places for path in _files(pathlib.Path(place))]:
+        if path.suffix == ".npy":
+            for row, image in enumerate(_array(path)):
+                yield f"{path}[{row}]", student.prepare(image)
+            continue
+        try:
+            yield str(path), student.prepare(path.read_bytes())
+        except CorruptImage as error:
+            raise UserError(f"{path} is not a whole image ({error})") from None
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def _files(path: pathlib.Path) -> list[pathlib.Path]:
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"there is no image, folder or array {path}")
+    kinds = (*SUFFIXES, ".npy")
+    found = sorted(x for x in path.rglob("*") if x.suffix.lower() in kinds and x.is_file())
+    if not found:
+        raise UserError(f"{path} holds no images; expected files that end in {', '.join(kinds)}")
+    return found
+
+
+def _array(path: pathlib.Path) -> np.ndarray:
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path} is not a whole array of numbers: {error}") from None
+    return checked(array, str(path))

@@ -1,0 +1,43 @@
+"""A student from an export, to call as one from its run."""
+
+import os
+
+import msgspec
+
+from fm_distill.config import CanvasConfig
+from fm_distill.errors import UserError
+from fm_distill.runs.open_run import names_of
+from fm_distill.runs.student import Student
+from fm_distill.weights.files import read
+from fm_distill.weights.load import load_weights
+
+
+def load_student(path: str | os.PathLike[str]) -> Student:
+    """The student that `export` wrote to `path`, with its preparation of images.
+
+    Raises `UserError` where the file is not whole, or says nothing of the preparation because
+    another tool wrote it.
+    """
+    card = read(os.fspath(path)).facts.card
+    if card is None:
+        raise UserError(
+            f"{path} has no card of fm-distill, so how its images are prepared is not known; "
+            "expected a file that `fm-distill export` wrote"
+        )
+    try:
+        canvas = msgspec.convert(card.config["data"]["canvas"], CanvasConfig)
+    except (KeyError, TypeError, msgspec.ValidationError) as error:
+        raise UserError(
+            f"{path}: the config on its card does not fit this version ({error}); export it again "
+            "with this one"
+        ) from None
+    found = load_weights(os.fspath(path), None, "student")
+    return Student(
+        network=found.network,
+        classes=found.classes,
+        class_names=names_of(found.class_names, found.classes),
+        canvas=canvas,
+        central_fraction=card.central_fraction,
+        precision=card.precision,
+        variables=found.variables,
+    )
