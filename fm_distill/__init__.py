@@ -6,6 +6,7 @@
     predictions = predict("runs/digits", ["photo.jpg"])
     student = open_run("runs/digits").student
     card = export("runs/digits", "digits.safetensors")
+    student = load_student("digits.safetensors")
     figures = plan(config, "v3-8")
     table = sweep(config, {"seed": (0, 1, 2)}, "runs/digits_sweep")
     page = report(["runs/digits"], "digits.html")
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from fm_distill.errors import UserError
     from fm_distill.evaluation.inference import evaluate, predict
     from fm_distill.exporting.export import export
+    from fm_distill.exporting.load_student import load_student
     from fm_distill.planning.plan import plan
     from fm_distill.reports.report import report
     from fm_distill.runs.open_run import open_run
@@ -35,6 +37,7 @@ __all__ = [
     "evaluate",
     "export",
     "load_experiment",
+    "load_student",
     "open_run",
     "plan",
     "predict",
@@ -48,6 +51,7 @@ _MODULES = {
     "UserError": "fm_distill.errors",
     "evaluate": "fm_distill.evaluation.inference",
     "export": "fm_distill.exporting.export",
+    "load_student": "fm_distill.exporting.load_student",
     "load_experiment": "fm_distill.training.experiment",
     "open_run": "fm_distill.runs.open_run",
     "plan": "fm_distill.planning.plan",
