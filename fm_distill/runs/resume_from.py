@@ -8,6 +8,7 @@ from tqdm import tqdm
 from fm_distill.errors import UserError
 from fm_distill.runs.integrity import DIGESTS, integrity_errors, newest_step, steps_in
 from fm_distill.runs.remote import fetched, is_remote, progress_in
+from fm_distill.runs.workdir import Workdir
 from fm_distill.system.compilation_cache import COMPILED
 from fm_distill.system.console import log
 
@@ -69,6 +70,9 @@ def _steps(progress: tuple[int, int]) -> str:
 def _check_run(folder: pathlib.Path, said: str) -> None:
     if not _is_run(folder):
         raise UserError(f"--resume-from {said} is not the workdir of a run: it has no config.json")
+    for path in (folder, *folder.glob("teacher*")):
+        if (path / "config.json").is_file():
+            Workdir(path).stored()  # another version's run is refused before it is copied
 
 
 def _copy_into(source: pathlib.Path, said: str, workdir: pathlib.Path) -> None:
