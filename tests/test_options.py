@@ -17,6 +17,7 @@ from fm_distill.config.bounds import out_of_bounds
 from fm_distill.config.choices import not_a_choice
 from fm_distill.config.options import empty, option_names, optional_parts, with_parts
 from fm_distill.config.serialization import changed, differences
+from fm_distill.data.class_names import IMAGENET, named_classes
 from fm_distill.data.sources import SOURCES
 from fm_distill.errors import UserError
 from fm_distill.models import MODELS, resolve
@@ -303,3 +304,39 @@ def test_libraries_remarks_are_shown_when_asked_for(capsys, tiny):
     assert logger.level == logging.CRITICAL
     code, _, error = command(capsys, "show", "--verbose", tiny, "--seed", "1", "--verbose")
     assert code == 0, error
+
+
+def test_class_names_of_unlabelled_images(tmp_path):
+    data = DataConfig(
+        source="images",
+        train=configs.SplitConfig(name="."),
+        canvas=configs.CanvasConfig(size=32),
+    )
+    assert named_classes(data) is None
+    names = named_classes(dataclasses.replace(data, class_names="imagenet"))
+    assert len(names) == 1000 and IMAGENET.is_file()
+    # Places that published heads are known for; `crane` and `maillot` are there twice.
+    assert [names[i] for i in (0, 207, 281, 963, 999)] == [
+        "tench", "golden retriever", "tabby", "pizza", "toilet tissue",
+    ]  # fmt: skip
+    (tmp_path / "names.txt").write_text("a\n\nb\n")
+    assert named_classes(dataclasses.replace(data, class_names=str(tmp_path / "names.txt"))) == (
+        "a",
+        "b",
+    )
+    (tmp_path / "twice.txt").write_text("a\na\n")
+    with pytest.raises(UserError, match="names classes more than once: a"):
+        named_classes(dataclasses.replace(data, class_names=str(tmp_path / "twice.txt")))
+    with pytest.raises(UserError, match="cannot be read"):
+        named_classes(dataclasses.replace(data, class_names="none.txt"))
+    with pytest.raises(UserError, match="has names of its own"):
+        changes = {"class_names": "imagenet"}
+        check(tiny_config(data=dataclasses.replace(tiny_config().data, **changes)))
+
+
+def test_show_resolves_what_is_here(capsys, tiny):
+    found = settled(capsys, tiny, "--student.groups", "auto", "--steps-per-dispatch", "auto")
+    assert found["examples"] == "1259" and found["total_steps"] == "6"
+    assert found["feeding"] == "resident" and found["steps_per_dispatch"] == "1"
+    code, out, _ = command(capsys, "show", "experiments/flowers102.py")
+    assert code == 0 and "# not resolved, since data or weights are not here: " in out

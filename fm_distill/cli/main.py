@@ -5,6 +5,7 @@ Results go to standard output, everything else to standard error.
 
 import dataclasses
 import json
+import pathlib
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -46,7 +47,7 @@ USAGE = """usage: fm-distill COMMAND ...
   report DIR [DIR ...] [--out report.html] [--data-dir PATH] [--teacher-weights FILE] [--overwrite]
       one HTML file: figures of the runs side by side, curves, views, disagreements
   show EXPERIMENT.py [--any.config.field VALUE ...]
-      the resolved config, and what follows from it
+      the config, and what follows from it and from the data and weights that are here
   plan EXPERIMENT.py --topology v3-8 [--max-hours 9] [--weekly-hours 20] [--num-examples N] [--json]
       whether the run compiles and fits there, and how long it would take; no TPU is needed
 
@@ -190,7 +191,7 @@ def _report(arguments: list[str]) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Show(OverConfig):
-    """The resolved config, and what follows from it."""
+    """The config, and what follows from it and from the data and weights that are here."""
 
 
 def _show(arguments: list[str]) -> int:
@@ -199,9 +200,17 @@ def _show(arguments: list[str]) -> int:
 
     from fm_distill.training.check import check
     from fm_distill.training.experiment import describe
+    from fm_distill.training.resolve import resolve_here
 
     check(asked.config)
     print(describe(asked.config))
+    try:
+        resolved = resolve_here(asked.config, pathlib.Path("runs", asked.config.name))
+    except UserError as error:
+        print(f"\n# not resolved, since data or weights are not here: {error}")
+    else:
+        print("\n# resolved with the data, weights and devices that are here")
+        print("\n".join(resolved.lines()))
     return EXIT_COMPLETE
 
 

@@ -78,6 +78,11 @@ class DataConfig:
     """The split that a complete run is judged on; None takes validation, or else train."""
     classes: Annotated[int, Bounds(least=2)] | None = None
     """Number of classes of the labels; None takes it from the data, or from the teacher."""
+    class_names: str | None = None
+    (
+        "Names of the classes where the images have no labels: a text file with a name a line, or "
+        "`imagenet` for the 1,000 of ILSVRC 2012 in their usual order."
+    )
     canvas: CanvasConfig
     feeding: Literal["auto", "resident", "streaming"] = "auto"
     (

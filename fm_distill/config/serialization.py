@@ -15,6 +15,7 @@ from fm_distill.errors import UserError
 NOT_IDENTITY = (
     "name",
     "data.data_dir",
+    "data.class_names",
     "data.transfer.data_dir",
     "data.transfer.examples",
     "data.resident_share",

@@ -5,6 +5,8 @@ import pathlib
 
 from fm_distill.config import Config, NetworkConfig
 from fm_distill.config.resolved import WeightFacts
+from fm_distill.data.class_names import named_classes
+from fm_distill.errors import UserError
 from fm_distill.models import resolve
 from fm_distill.networks.teachers import Teacher, agreed_classes, load_pretrained, load_teachers
 from fm_distill.weights.card import only_network
@@ -48,13 +50,20 @@ def load_networks(
 ) -> Networks:
     """All weights of the run, read and checked. Raises `UserError`."""
     teachers = load_teachers(config, workdir)
+    data_names = data_names or named_classes(config.data)
     start = None
     if config.student.weights:
         start = load_pretrained(config.student.weights, config.student, "student")
+    classes = agreed_classes(config.data.classes, data_classes, data_names, teachers)
+    if data_names and len(data_names) != classes:
+        raise UserError(
+            f"data.class_names={config.data.class_names} has {len(data_names):,} names, and the "
+            f"run has {classes:,} classes; give a name for each class"
+        )
     return Networks(
         student=start.network if start else resolve(only_network(config.student)),
         pretrained=start,
         teachers=teachers,
-        classes=agreed_classes(config.data.classes, data_classes, data_names, teachers),
+        classes=classes,
         class_names=data_names or next((t.class_names for t in teachers if t.class_names), None),
     )

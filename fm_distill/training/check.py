@@ -112,6 +112,11 @@ def _wrong_teaching(config: Config) -> Iterator[str]:
             "data.transfer are images without labels; with objective.target=labels train on "
             "data.train"
         )
+    if data.class_names and data.source != "images":
+        yield (
+            f"data.class_names are for images without labels, and data.source={data.source} has "
+            "names of its own; leave it out"
+        )
     if objective.target == "labels" and data.source == "images":
         yield (
             "objective.target=labels needs labels, and data.source=images has none; "

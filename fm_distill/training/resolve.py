@@ -1,14 +1,20 @@
 """Every `auto` of a config becomes its value here, once, before anything is compiled."""
 
+import pathlib
 from typing import Literal
 
 from fm_distill.config import Config, NetworkConfig
 from fm_distill.config.resolved import DataFacts, ResolvedRun, WeightFacts
 from fm_distill.config.steps import total_steps
+from fm_distill.config.teachers import teachers_of
 from fm_distill.data.resident import is_resident
+from fm_distill.data.splits import open_data
+from fm_distill.errors import UserError
 from fm_distill.models import resolve as resolve_network
-from fm_distill.system.sharding import Layout
+from fm_distill.networks.loading import load_networks
+from fm_distill.system.sharding import Layout, make_layout
 from fm_distill.weights.card import only_network
+from fm_distill.weights.hub import PREFIX
 
 # Steps of a dispatch of `auto` on an accelerator with resident data: several steps in one loop on
 # the device save its time between calls; on a CPU they would cost a multiple of the step's time.
@@ -61,6 +67,21 @@ def resolve_described(
     """
     weights = WeightFacts(resolve_network(only_network(config.student)), teachers, classes)
     return resolve(config, DataFacts("", examples), weights, layout, memory_bytes)
+
+
+def resolve_here(config: Config, workdir: pathlib.Path) -> ResolvedRun:
+    """The run of `config` on the data, weights and devices that are here; nothing is downloaded.
+
+    Raises `UserError` where they are not here.
+    """
+    teachers = [(x.option, x.config.weights) for x in teachers_of(config)]
+    for option, weights in (("student", config.student.weights), *teachers):
+        if weights and weights.startswith(PREFIX):
+            raise UserError(f"{option}.weights are at {weights}, which is not asked here")
+    layout = make_layout(config.mesh)
+    data, _ = open_data(config)
+    networks = load_networks(config, workdir, data.train.classes, data.train.class_names)
+    return resolve(config, data.facts, networks.facts, layout)
 
 
 def _precision(config: Config, layout: Layout) -> Literal["float32", "bfloat16"]:
