@@ -13,6 +13,7 @@ from fm_distill.data.batch import Batch
 from fm_distill.evaluation.evaluate import Evaluator, table
 from fm_distill.models import Network, Output, Variables
 from fm_distill.networks.branch import Branch
+from fm_distill.runs import metric_table
 from fm_distill.system.sharding import make_layout
 from fm_distill.views.draws import draw
 from fm_distill.views.rendering import InputSpec, render
@@ -187,3 +188,26 @@ def test_the_training_view_is_measured_on_whole_mixtures_only():
     assert len(kl) == 8 + 8 + 3
     assert found["kl"]["train_temperature"] == pytest.approx(np.mean(kl), rel=1e-4)
     assert found["agreement"]["top1"] == pytest.approx(np.mean(agreement))
+
+
+def test_every_reported_number_has_one_row(known):
+    """Names are unique, every place of an evaluation is read from its figures, with its unit."""
+    (student, teacher), labels = known
+    found = evaluate(student, teacher, labels)
+    assert len(metric_table.BY_NAME) == len(metric_table.METRICS)
+    values = metric_table.logged(found)
+    assert values["training_view_kl"] == found["training_view"]["kl"]["train_temperature"]
+    assert set(metric_table.RANKED) == set(values) - {"teacher_top1"}
+    assert [name for name, higher in metric_table.RANKED.items() if not higher] == [
+        "kl_train_temperature", "kl_one", "training_view_kl", "student_cross_entropy",
+    ]  # fmt: skip
+    text = dict(x.rsplit("  ", 1) for x in table(found).splitlines()[1:])
+    text = {name.strip(): value.strip() for name, value in text.items()}
+    assert text["student accuracy"] == f"{100 * found['student']['top1']:.2f} %"
+    assert text["KL at temperature 1"] == f"{found['kl']['one']:.4f} nats"
+    assert metric_table.line(values) == (
+        f"student accuracy {text['student accuracy']}, top-1 agreement {text['top-1 agreement']}, "
+        f"KL at temperature 1 {text['KL at temperature 1']}"
+    )
+    drawn = [x.name for metrics in metric_table.panels().values() for x in metrics]
+    assert sorted(drawn) == sorted(x.name for x in metric_table.METRICS if x.curve)

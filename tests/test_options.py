@@ -22,7 +22,7 @@ from fm_distill.data.sources import SOURCES
 from fm_distill.errors import UserError
 from fm_distill.models import MODELS, resolve
 from fm_distill.objectives.distances import DISTANCES
-from fm_distill.runs.checkpoint import BEST
+from fm_distill.runs.metric_table import RANKED
 from fm_distill.training.check import check
 from fm_distill.training.memory import REMATERIALISE
 from fm_distill.training.optim import OPTIMIZERS
@@ -104,7 +104,7 @@ def test_every_option_of_a_command_has_a_help_text():
         ("ObjectiveConfig.distance", DISTANCES),
         ("OptimizerConfig.name", OPTIMIZERS),
         ("MemoryConfig.rematerialise", REMATERIALISE),
-        ("CheckpointConfig.keep_best", BEST),
+        ("CheckpointConfig.keep_best", RANKED),
     ],
 )
 def test_help_lists_the_choices(field, table):

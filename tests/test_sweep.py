@@ -1,7 +1,10 @@
 """A sweep: every combination once, means and spreads, stopped and continued; what it refuses."""
 
+import csv
 import json
+import re
 import statistics
+import urllib.parse
 
 import pytest
 from conftest import run_command, write_experiment
@@ -10,7 +13,8 @@ from tiny import tiny_config
 from fm_distill.config import LogConfig, ScheduleConfig
 from fm_distill.config.serialization import changed
 from fm_distill.errors import UserError
-from fm_distill.training.sweep import comparison, parse_over, sweep
+from fm_distill.training.sweep import parse_over, sweep
+from fm_distill.training.sweep_table import SweptRun, as_csv, as_markdown, as_page
 
 
 def quick_config():
@@ -23,12 +27,14 @@ def quick_config():
 def test_every_combination_runs_once_and_the_table_has_mean_and_spread(tmp_path, capsys):
     over = {"optimizer.learning_rate": (0.001, 0.01), "seed": (0, 1)}
     table = sweep(quick_config(), over, tmp_path)
-    runs = sorted(p.name for p in tmp_path.iterdir())
+    runs = sorted(p.name for p in tmp_path.iterdir() if p.is_dir())
     assert runs == sorted(
         f"optimizer.learning_rate={rate}__seed={seed}" for rate in (0.001, 0.01) for seed in (0, 1)
     )
     lines = table.splitlines()
     assert len(lines) == 4
+    with (tmp_path / "sweep.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
     for line, rate in zip(lines[2:], (0.001, 0.01), strict=True):
         accuracies = [
             100
@@ -39,7 +45,16 @@ def test_every_combination_runs_once_and_the_table_has_mean_and_spread(tmp_path,
         ]
         expected = f"{statistics.mean(accuracies):.2f} ± {statistics.stdev(accuracies):.2f}"
         cells = [cell.strip() for cell in line.split("|")]
-        assert cells[1:4] == [f"optimizer.learning_rate={rate}", "2", expected]
+        at = [head.strip() for head in lines[0].split("|")].index("student accuracy, %")
+        assert [*cells[1:3], cells[at]] == [f"optimizer.learning_rate={rate}", "2", expected]
+        (row,) = (x for x in rows if x["runs"] == cells[1])
+        assert row["seeds"] == "2"
+        assert float(row["student accuracy, %"]) == pytest.approx(statistics.mean(accuracies))
+        spread = float(row["student accuracy, %, standard deviation"])
+        assert spread == pytest.approx(statistics.stdev(accuracies))
+    page = (tmp_path / "sweep.html").read_text()
+    links = [urllib.parse.unquote(x) for x in re.findall(r"<a href='([^']*)'", page)]
+    assert sorted(x.rstrip("/") for x in links) == runs
     # Again: nothing is trained, the table is the same.
     capsys.readouterr()
     assert sweep(quick_config(), over, tmp_path) == table
@@ -81,7 +96,7 @@ def test_unknown_option_and_wrong_value_are_refused_before_the_first_run(tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-def test_a_missing_figure_is_a_dash():
+def test_a_missing_figure_is_a_dash_and_names_are_no_html():
     none = {"top1": None}
     figures = {
         "student": {"top1": 0.5},
@@ -91,9 +106,16 @@ def test_a_missing_figure_is_a_dash():
         "kl": {"one": None},
         "training_view": {"agreement": none, "kl": {"train_temperature": None}},
     }
-    assert (
-        comparison({"a": [figures]}).splitlines()[-1] == "| a | 1 | 50.00 | - | - | - | - | - | - |"
-    )
+    run = SweptRun("a<b>", "a<b>'", figures)
+    table = as_markdown([run]).splitlines()
+    cells = dict(zip(*([x.strip() for x in table[i].split("|")] for i in (0, 2)), strict=True))
+    assert cells.pop("runs") == "a<b>" and cells.pop("seeds") == "1"
+    assert cells.pop("student accuracy, %") == "50.00"
+    assert {x for head, x in cells.items() if head} == {"-"}
+    (row,) = csv.DictReader(as_csv([run]).splitlines())
+    assert row["teacher accuracy, %"] == "" and row["student accuracy, %"] == "50.0"
+    page = as_page([run])
+    assert "<b>" not in page and "href='a%3Cb%3E%27/'" in page
 
 
 def test_the_command_shares_the_teacher_between_runs(tmp_path):

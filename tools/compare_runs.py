@@ -9,13 +9,13 @@ import json
 import pathlib
 import sys
 
-from fm_distill.training.sweep import comparison
+from fm_distill.training.sweep_table import SweptRun, as_markdown
 
 
 def main(arguments: list[str]) -> None:
     if not arguments or any("=" not in x for x in arguments):
         raise SystemExit(f"expected NAME=WORKDIR[,WORKDIR...] ..., got {arguments}")
-    groups = {}
+    runs = []
     for argument in arguments:
         # A name may hold `=`, as those of a sweep's folders do not.
         name, folders = argument.split("=", 1)
@@ -23,8 +23,8 @@ def main(arguments: list[str]) -> None:
         for path in paths:
             if not path.is_file():
                 raise SystemExit(f"{path} is not there: the run is not complete")
-        groups[name] = [json.loads(path.read_text()) for path in paths]
-    print(comparison(groups))
+        runs += [SweptRun(name, str(x.parent), json.loads(x.read_text())) for x in paths]
+    print(as_markdown(runs))
 
 
 if __name__ == "__main__":

@@ -17,12 +17,9 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
-PANELS = {
-    "student_top1": "top-1 on validation",
-    "agreement_top1": "agreement with the teacher, clean",
-    "training_view_agreement_top1": "agreement, training view",
-    "training_view_kl": "KL on the training view, nats",
-}
+from fm_distill.runs.metric_table import BY_NAME
+
+PANELS = ("student_top1", "agreement_top1", "training_view_agreement_top1", "training_view_kl")
 Curve = dict[float, float]  # epoch -> value
 
 
@@ -53,11 +50,11 @@ def main(arguments: list[str]) -> None:
         raise SystemExit(f"expected OUT.png NAME=WORKDIR[,WORKDIR...] ..., got {arguments}")
     out, *groups = arguments
     figure, panels = pyplot.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
-    for axes, (name, title) in zip(panels.flat, PANELS.items(), strict=True):
+    for axes, name in zip(panels.flat, PANELS, strict=True):
         for group in groups:
             label, folders = group.split("=", 1)
             draw(axes, label, [curve(folder, name) for folder in folders.split(",")])
-        axes.set_title(title)
+        axes.set_title(f"{BY_NAME[name].label}, validation")
         axes.set_xlabel("epochs")
         axes.grid(alpha=0.3)
     panels.flat[0].legend()

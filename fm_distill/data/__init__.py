@@ -1,1 +1,1 @@
-"""From disk to the devices: sources, images, order, feeding. Imports `config`."""
+"""From disk to the devices: sources, images, order, feeding. Imports `config`, `system`."""

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Int, Int32, UInt8
-from tqdm import tqdm
 
 from fm_distill.array_tree import AnyArray, array_tree
 from fm_distill.config import DataConfig
@@ -19,6 +18,7 @@ from fm_distill.data.batch import Batch
 from fm_distill.data.feeding import Reader, read_ahead, send
 from fm_distill.data.order import example_ids
 from fm_distill.errors import UserError
+from fm_distill.system.console import progress
 
 SMALLEST_DEVICE_BYTES = 8 * 2**30  # a TPU v2 core's, where a device does not say
 # What a TPU moves at once, of bytes. Source: shapes and layouts in its compiler's output.
@@ -101,8 +101,7 @@ def load_split(reader: Reader) -> tuple[Batch, np.ndarray]:
     sizes, labels = np.ones((count, 2), np.int32), np.full(count, -1, np.int32)
     whole = np.zeros(count, bool)
     read = read_ahead(grain.MapDataset.source(reader), 0)
-    bar = tqdm(read, total=count, desc="decoding", unit="img", leave=False, disable=count < 5000)
-    for i, item in enumerate(bar):
+    for i, item in enumerate(progress(read, "decoding", "images", count)):
         canvases[i], sizes[i] = item["canvas"], item["size"]
         labels[i], whole[i] = item["label"], item["whole"]
     return Batch(canvases, sizes, labels), whole

@@ -1,1 +1,1 @@
-"""Student against teacher on whole splits, and predictions. Imports `networks` and below."""
+"""Student against teacher on splits, and predictions. Imports `networks`, `exporting`, below."""

@@ -26,6 +26,7 @@ from fm_distill.networks.branch import (
 )
 from fm_distill.objectives.distances import kl_divergence
 from fm_distill.objectives.ensemble import as_one
+from fm_distill.runs.metric_table import shown
 from fm_distill.system.sharding import Layout
 from fm_distill.views.draws import draw, mix
 
@@ -229,32 +230,8 @@ class Evaluator:
         return summarise(sums | {"classes": self.classes}, split, step)
 
 
-def rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
-    """The figures that people look at first, by name; those that there are."""
-    student, teacher = figures["student"], figures["teacher"]
-    mixed = figures["training_view"]
-    found = [
-        ("teacher accuracy", _percent(teacher["top1"])),
-        ("student accuracy", _percent(student["top1"])),
-        ("accuracy kept", _percent(figures["retention"])),
-        ("top-1 agreement", _percent(figures["agreement"]["top1"])),
-        ("KL at training temperature", _nats(figures["kl"]["train_temperature"])),
-        ("KL at temperature 1", _nats(figures["kl"]["one"])),
-        ("agreement, training view", _percent(mixed["agreement"]["top1"])),
-        ("KL, training view and temp.", _nats(mixed["kl"]["train_temperature"])),
-    ]
-    return [(name, value) for name, value in found if value]
-
-
 def table(figures: dict[str, Any]) -> str:
-    """`rows` as text."""
+    """The figures that people look at first, as text."""
     title = f"{figures['split']}, {figures['examples']:,} examples, step {figures['step']:,}"
-    return "\n".join([title, *(f"  {name:<28}{value:>12}" for name, value in rows(figures))])
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.2f} %"
-
-
-def _nats(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f} nats"
+    found = shown(figures, "table")
+    return "\n".join([title, *(f"  {x.label:<28}{x.text(value):>12}" for x, value in found)])

@@ -25,7 +25,7 @@ from fm_distill.errors import UserError
 from fm_distill.models import resolve
 from fm_distill.planning.topologies import Topology, topology
 from fm_distill.runs.workdir import Workdir
-from fm_distill.system.console import log
+from fm_distill.system.console import COMPILING, log
 from fm_distill.training.check import check
 from fm_distill.training.experiment import load_experiment
 from fm_distill.weights.card import only_network
@@ -160,6 +160,7 @@ def variants(config: Config, devices: int) -> list[tuple[dict[str, Any], Config]
 def _planned(
     config: Config, where: Topology, examples: int, max_hours: float, weekly_hours: float
 ) -> Plan:
+    log(f"{COMPILING}, for {where.name}")
     answer = _compiled(config, where, examples)
     chip = where.chip
     seconds, rate, hours = StepSeconds(None, None), None, None

@@ -14,6 +14,7 @@ from jaxtyping import Int
 
 from fm_distill.errors import UserError
 from fm_distill.reports.view_samples import ViewSamples
+from fm_distill.runs import metric_table
 from fm_distill.runs.history import Curve, History
 
 # Above so many classes a matrix cannot be read, and the most confused pairs are listed.
@@ -21,23 +22,6 @@ MATRIX_CLASSES = 30
 PAIRS = 20
 DPI = 100
 LABEL_LETTERS = 32
-# Split, name and how it is drawn, of each panel of the curves.
-PANELS: dict[str, tuple[tuple[str, str, str, str], ...]] = {
-    "training loss": (("train", "loss", "loss", "-"),),
-    "top-1 agreement with the teacher": (
-        ("train", "agreement", "training", ":"),
-        ("validation", "agreement_top1", "validation", "-"),
-        ("validation", "training_view_agreement_top1", "validation, training view", "--"),
-    ),
-    "top-1 accuracy, validation": (
-        ("validation", "student_top1", "student", "-"),
-        ("validation", "teacher_top1", "teacher", ":"),
-    ),
-    "KL to the teacher, validation, nats": (
-        ("validation", "kl_one", "T=1", "-"),
-        ("validation", "training_view_kl", "training view and temperature", "--"),
-    ),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,17 +44,20 @@ def curves(runs: Mapping[str, History]) -> bytes:
     """Loss, agreement, accuracy and KL over epochs, of one run or of several in one picture."""
     figure = _figure(11.0, 7.5)
     panels = figure.subplots(2, 2)
-    for axes, (title, wanted) in zip(panels.flat, PANELS.items(), strict=True):
+    for axes, (title, metrics) in zip(panels.flat, metric_table.panels().items(), strict=True):
         for number, (run, history) in enumerate(runs.items()):
-            for split, name, quantity, style in wanted:
-                x, y = history.curve(split, name)
+            for metric in metrics:
+                assert metric.curve is not None
+                x, y = history.curve(metric.split, metric.name)
                 if not x:
                     continue
-                label = quantity if len(runs) == 1 else f"{run}: {quantity}"
+                drawn = metric.curve
+                label = drawn.label if len(runs) == 1 else f"{run}: {drawn.label}"
                 marker = "." if len(x) < 50 else ""
                 axes.plot(
-                    x, y, style, color=f"C{number}", marker=marker, label=_plain(label), lw=1.2
-                )
+                    x, y, drawn.style, color=f"C{number}", marker=marker, label=_plain(label),
+                    lw=1.2,
+                )  # fmt: skip
         _finish(axes, title, "epochs")
     return _png(figure)
 

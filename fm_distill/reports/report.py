@@ -16,7 +16,6 @@ import numpy as np
 
 from fm_distill.config import Config
 from fm_distill.errors import UserError
-from fm_distill.evaluation.evaluate import rows
 from fm_distill.evaluation.inference import Opened, open_split
 from fm_distill.evaluation.predictions import (
     SplitPredictions,
@@ -27,6 +26,7 @@ from fm_distill.evaluation.predictions import (
 from fm_distill.reports import plots
 from fm_distill.reports.view_samples import sample_views
 from fm_distill.runs.history import Curve, History, read_history
+from fm_distill.runs.metric_table import at, shown
 from fm_distill.runs.workdir import Workdir
 from fm_distill.training.optim import make_schedule
 
@@ -157,11 +157,15 @@ def _column(run: _Run) -> dict[str, str]:
     }
     if run.figures:
         judged = f"{run.figures['split']}, {run.figures['examples']:,} examples"
-        return found | {"judged on": judged} | dict(rows(run.figures))
+        return (
+            found
+            | {"judged on": judged}
+            | {x.label: x.text(value) for x, value in shown(run.figures, "report")}
+        )
     last = run.history.last("validation")
     if not last:
         return found
-    so_far = {k: f"{v:.4f}" for k, v in last.items() if isinstance(v, float) and k != "epoch"}
+    so_far = {x.label: x.text(last[x.name]) for x in at("log") if last.get(x.name) is not None}
     return found | {"judged on": f"validation, at step {last['step']:,}"} | so_far
 
 

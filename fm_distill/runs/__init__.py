@@ -1,1 +1,1 @@
-"""A run on disk: state, checkpoints, metrics, status. Imports `weights` and below."""
+"""A run on disk: state, checkpoints, metrics, status, student. Imports `data` and below."""

@@ -26,19 +26,10 @@ from fm_distill.runs.integrity import (
     sync,
     write_manifest,
 )
+from fm_distill.runs.metric_table import RANKED
 from fm_distill.runs.state import TrainState
 from fm_distill.system.processes import broadcast_from_first, first_process
 
-# Figures of the validation split that `keep_best` may name, and whether more of it is better.
-BEST: dict[str, bool] = {
-    "student_top1": True,
-    "agreement_top1": True,
-    "training_view_agreement_top1": True,
-    "student_cross_entropy": False,
-    "kl_one": False,
-    "kl_train_temperature": False,
-    "training_view_kl": False,
-}
 ASIDE = "unfinished"  # where Orbax writes
 DELETING = "deleting-"
 
@@ -125,7 +116,7 @@ class CheckpointWriter:
                     value := read_metadata(self.directory / str(step))["validation"].get(name)
                 ) is not None:
                     found.append((step, float(value)))
-        sign = 1 if BEST[name] else -1
+        sign = 1 if RANKED[name] else -1
         return max(found, key=lambda x: (sign * x[1], x[0]), default=None)
 
     def is_best(self, figures: dict[str, float]) -> bool:
@@ -135,7 +126,7 @@ class CheckpointWriter:
             return False
         best = self.best()
         better = best is None or (
-            figures[name] > best[1] if BEST[name] else figures[name] < best[1]
+            figures[name] > best[1] if RANKED[name] else figures[name] < best[1]
         )
         return bool(broadcast_from_first(int(better)))
 

@@ -3,14 +3,12 @@
 import pathlib
 import shutil
 
-from tqdm import tqdm
-
 from fm_distill.errors import UserError
 from fm_distill.runs.integrity import DIGESTS, integrity_errors, newest_step, steps_in
 from fm_distill.runs.remote import fetched, is_remote, progress_in
 from fm_distill.runs.workdir import Workdir
 from fm_distill.system.compilation_cache import COMPILED
-from fm_distill.system.console import log
+from fm_distill.system.console import log, progress
 
 # What a run consists of, beside its checkpoints, its figures and its teachers' runs.
 PARTS = ("config.json", "status.json", "rollbacks.json", "metrics.jsonl", "fixed_targets.npz")
@@ -101,7 +99,8 @@ def _copy_run(source: pathlib.Path, target: pathlib.Path) -> None:
             _copy_tree(path, target / path.name)
         elif path.name.startswith("teacher") and (path / "config.json").is_file():
             _copy_run(path, target / path.name)
-    for step in tqdm(steps_in(source / "checkpoints"), "checkpoints", leave=False):
+    steps = steps_in(source / "checkpoints")
+    for step in progress(steps, "copying checkpoints", "checkpoints", len(steps)):
         checkpoint = source / "checkpoints" / str(step)
         if wrong := integrity_errors(checkpoint):
             log(f"WARNING: {checkpoint} is damaged and stays behind: {wrong[0]}")

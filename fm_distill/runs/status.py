@@ -4,12 +4,10 @@ import dataclasses
 import os
 import pathlib
 
-from tqdm import tqdm
-
 from fm_distill.errors import UserError
 from fm_distill.runs.integrity import integrity_errors, steps_in
 from fm_distill.runs.workdir import Workdir
-from fm_distill.system.console import hours_text
+from fm_distill.system.console import hours_text, progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +49,7 @@ def status(workdir: str | os.PathLike[str]) -> RunStatus:
         state, reason = "paused", "its process is gone, though it did not say so"
         step = max(steps, default=0)
     checked = []
-    for number in tqdm(steps, "checkpoints", leave=False):
+    for number in progress(steps, "reading checkpoints", "checkpoints", len(steps)):
         wrong = integrity_errors(place.checkpoints / str(number))
         checked.append(CheckpointStatus(number, not wrong, wrong))
     return RunStatus(

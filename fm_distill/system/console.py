@@ -2,13 +2,107 @@
 
 import math
 import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 from tqdm import tqdm
+
+Item = TypeVar("Item")
+# Where standard error is no terminal, but for instance a file, a line of progress this often.
+LINE_EVERY_S = 30.0
+COMPILING = "compiling, usually a minute"
 
 
 def log(text: str) -> None:
     """A line for the person who watches; standard output is kept for results."""
     tqdm.write(text, file=sys.stderr)
+
+
+class Progress:
+    """How far a run of many steps is; this one shows nothing."""
+
+    def update(self, steps: int, text: str = "") -> None:
+        """So many `steps` more are done; `text` is shown from now on, unless it is empty."""
+
+    def close(self) -> None:
+        """Nothing more comes."""
+
+
+class ProgressBar(Progress):
+    """For a terminal."""
+
+    def __init__(self, name: str, total: int, done: int):
+        self.bar = tqdm(total=total, initial=done, unit="step", desc=name, dynamic_ncols=True)
+
+    def update(self, steps: int, text: str = "") -> None:
+        if text:
+            self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update(steps)
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+class ProgressLines(Progress):
+    """For a file."""
+
+    def __init__(
+        self,
+        name: str,
+        unit: str,
+        total: int,
+        done: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.name, self.unit, self.total, self.done, self.clock = name, unit, total, done, clock
+        self.text = ""
+        self.first = self.done, clock()
+        self.written = self.first
+
+    def update(self, steps: int, text: str = "") -> None:
+        self.done += steps
+        self.text = text or self.text
+        if self.clock() - self.written[1] >= LINE_EVERY_S:
+            self._write()
+
+    def close(self) -> None:
+        # Of something short, nobody has to know.
+        if self.written != self.first and self.written[0] != self.done:
+            self._write()
+
+    def _write(self) -> None:
+        start, began = self.first
+        self.written = self.done, self.clock()
+        pace_s = (self.written[1] - began) / max(self.done - start, 1)
+        left = hours_text((self.total - self.done) * pace_s / 3600)
+        share = f" ({self.done / self.total:.0%})" if self.total else ""
+        text = f", {self.text}" if self.text else ""
+        log(
+            f"{self.name}: {self.done:,} of {self.total:,} {self.unit}{share}{text}, "
+            f"about {left} left"
+        )
+
+
+def steps_progress(name: str, total: int, done: int, show: bool) -> Progress:
+    """Of a training run, on standard error."""
+    if not show:
+        return Progress()
+    if sys.stderr.isatty():
+        return ProgressBar(name, total, done)
+    return ProgressLines(name, "steps", total, done)
+
+
+def progress(items: Iterable[Item], name: str, unit: str, total: int) -> Iterator[Item]:
+    """`items`, with a bar that goes when it is done, or in a file with a line now and then."""
+    if sys.stderr.isatty():
+        yield from tqdm(items, name, total, unit=f" {unit}", leave=False)
+        return
+    lines = ProgressLines(name, unit, total)
+    for item in items:
+        yield item
+        lines.update(1)
+    lines.close()
 
 
 def sessions_left(hours_left: float | None, hours: float) -> str:

@@ -13,7 +13,7 @@ from fm_distill.data.sources import SOURCES
 from fm_distill.errors import UserError
 from fm_distill.models import MODELS, check_network
 from fm_distill.objectives.distances import DISTANCES
-from fm_distill.runs.checkpoint import BEST
+from fm_distill.runs.metric_table import RANKED
 from fm_distill.training.memory import REMATERIALISE
 from fm_distill.training.optim import OPTIMIZERS
 from fm_distill.views.crops import CROPS
@@ -45,7 +45,7 @@ def problems(config: Config) -> Iterator[str]:
     yield from _wrong_views(config)
     keep_best = config.checkpoint.keep_best
     if keep_best is not None:
-        yield from not_a_choice("checkpoint.keep_best", keep_best, BEST)
+        yield from not_a_choice("checkpoint.keep_best", keep_best, RANKED)
         if not (config.data.validation and config.log.evaluate_every_steps):
             yield (
                 "checkpoint.keep_best needs figures of a validation split: give data.validation "

@@ -1,22 +1,21 @@
 """What a running loop says: lines of `metrics.jsonl`, remarks, and the progress bar."""
 
 import math
-import sys
 import time
 from typing import Any
 
 import jax
 from jaxtyping import Array
-from tqdm import tqdm
 
 from fm_distill.config import Config
 from fm_distill.errors import Diverged
 from fm_distill.evaluation.teacher_check import check_teacher
 from fm_distill.models import parameter_count
 from fm_distill.runs.checkpoint import bytes_of
+from fm_distill.runs.metric_table import BY_NAME, line, logged
 from fm_distill.runs.metrics import MetricsWriter
 from fm_distill.runs.workdir import Workdir
-from fm_distill.system.console import log
+from fm_distill.system.console import COMPILING, Progress, log, steps_progress
 from fm_distill.system.preemption import Stop
 from fm_distill.system.processes import first_process
 from fm_distill.training.dispatch import due
@@ -36,7 +35,7 @@ class Reporter:
         setup: Setup,
         workdir: Workdir,
         writer: MetricsWriter,
-        bar: Any,
+        bar: Progress,
         start: int,
         stop: Stop,
     ):
@@ -67,29 +66,18 @@ class Reporter:
         if self.first is None:
             self.first = step, time.monotonic()
             log(f"the first new step is done {3600 * self.stop.hours():.1f} s after the start")
-        self.bar.update(steps)
-        every = self.setup.config.log.every_steps
+        every, text = self.setup.config.log.every_steps, ""
         if due(every, step, steps) or step == self.setup.resolved.total_steps:
-            self._log(step, values)
+            text = self._log(step, values)
+        self.bar.update(steps, text)
 
     def evaluated(self, figures: dict[str, Any]) -> None:
         """Writes the figures of the validation split."""
-        values = {
-            "student_top1": figures["student"]["top1"],
-            "student_cross_entropy": figures["student"]["cross_entropy"],
-            "teacher_top1": figures["teacher"]["top1"],
-            "agreement_top1": figures["agreement"]["top1"],
-            "kl_train_temperature": figures["kl"]["train_temperature"],
-            "kl_one": figures["kl"]["one"],
-            "training_view_agreement_top1": figures["training_view"]["agreement"]["top1"],
-            "training_view_kl": figures["training_view"]["kl"]["train_temperature"],
-        }
-        known = {name: value for name, value in values.items() if value is not None}
+        known = logged(figures)
         step = figures["step"]
         self.figures = {step: known}
         self.writer.write(step, self._epoch(step), "validation", known)
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in known.items())
-        log(f"step {step:,} validation: {shown}")
+        log(f"step {step:,} validation: {line(known)}; all in {self.workdir.metrics}")
         self.mark = step, time.monotonic()
 
     def hours_left(self) -> float | None:
@@ -109,7 +97,8 @@ class Reporter:
             f"({blocked_s / seconds:.2%})"
         )
 
-    def _log(self, step: int, values: dict[str, float]) -> None:
+    def _log(self, step: int, values: dict[str, float]) -> str:
+        """Writes the values of a step, and returns those that the progress shows."""
         before, since = self.mark
         self.mark = step, time.monotonic()
         seconds = max(self.mark[1] - since, 1e-9)
@@ -124,30 +113,23 @@ class Reporter:
         if self.setup.feed.skipped:
             values["corrupt_images"] = self.setup.feed.skipped
         self.writer.write(step, epoch, "train", values)
-        text = f"epoch {epoch:.1f}, loss {values['loss']:.4f}, {rate:,.0f} img/s"
-        self.bar.set_postfix_str(text, refresh=False)
+        loss, speed = (BY_NAME[x].text(values[x]) for x in ("loss", "images_per_second"))
+        text = f"epoch {epoch:.1f}, loss {loss}, {speed}"
         if self.mark[1] - self.status_at > STATUS_EVERY_S:
             self.status_at = self.mark[1]
             self.workdir.set_status(
                 "running", step, self.setup.resolved.total_steps, "", self.hours_left(), rate
             )
+        return text
 
     def _epoch(self, step: int) -> float:
         return step * self.setup.config.batch_size / len(self.setup.reader)
 
 
-def progress_bar(setup: Setup, start: int) -> Any:
+def progress_bar(setup: Setup, start: int) -> Progress:
     """On standard error."""
-    return tqdm(
-        total=setup.resolved.total_steps,
-        initial=start,
-        unit="step",
-        desc=setup.config.name,
-        disable=not first_process(),
-        # A log file gets a line every half minute, a terminal ten a second.
-        mininterval=0.1 if sys.stderr.isatty() else 30,
-        dynamic_ncols=True,
-    )
+    total = setup.resolved.total_steps
+    return steps_progress(setup.config.name, total, start, first_process())
 
 
 def introduce(setup: Setup, start: int) -> None:
@@ -164,6 +146,8 @@ def introduce(setup: Setup, start: int) -> None:
         + (f", continuing after step {start:,}" if start else "")
     )
     log(disk_use(config, setup.resolved.total_steps, bytes_of(shapes)))
+    if start < setup.resolved.total_steps:
+        log(f"{COMPILING}; then the steps begin")
     if start == 0:
         for branch, frozen in zip(setup.built.teachers, setup.frozen, strict=True):
             for warning in check_teacher(

@@ -9,8 +9,6 @@ import itertools
 import json
 import os
 import pathlib
-import statistics
-from collections.abc import Callable, Sequence
 from typing import Any
 
 from fm_distill.config import Config
@@ -21,9 +19,9 @@ from fm_distill.networks.teachers import teacher_workdirs
 from fm_distill.system.console import log
 from fm_distill.system.preemption import Stop, stop_signals
 from fm_distill.training.check import check
+from fm_distill.training.sweep_table import SweptRun, as_markdown, save
 from fm_distill.training.train import train_until
 
-Figures = dict[str, Any]
 SEED = "seed"
 
 
@@ -36,7 +34,8 @@ def sweep(
 ) -> str | None:
     """Runs every combination of `over` (option -> values) in folders of `workdir`.
 
-    Returns the table, a line for each combination of what is not the seed, with mean and sample
+    Returns the table, which is also written there as `sweep.csv` and, with links to the runs, as
+    `sweep.html`: a line for each combination of what is not the seed, with mean and sample
     standard deviation over the seeds; None where a signal or `max_hours` stopped it. Teachers that
     are experiments are trained once, in `workdir`. Raises `UserError` before the first run where a
     combination is wrong.
@@ -47,17 +46,19 @@ def sweep(
     runs = [changed(config, values) for values in chosen]
     for run in runs:
         check(run)
-    groups: dict[str, list[Figures]] = {}
+    done = []
     with stop_signals(Stop(max_hours)) as stop:
         for i, (values, run) in enumerate(zip(chosen, runs, strict=True), 1):
             log(f"run {i} of {len(runs)}: {_name(values, ', ')}")
-            result = train_until(run, folder / _name(values, "__").replace("/", "_"), stop)
+            name = _name(values, "__").replace("/", "_")
+            result = train_until(run, folder / name, stop)
             if not result.complete:
                 return None
             assert result.evaluation is not None
-            group = {name: value for name, value in values.items() if name != SEED}
-            groups.setdefault(_name(group, ", "), []).append(result.evaluation)
-    return comparison(groups)
+            group = {option: value for option, value in values.items() if option != SEED}
+            done.append(SweptRun(_name(group, ", "), name, result.evaluation))
+    save(done, folder)
+    return as_markdown(done)
 
 
 def parse_over(text: str) -> tuple[str, tuple[Any, ...]]:
@@ -95,41 +96,3 @@ def _with_shared_teachers(config: Config, folder: pathlib.Path) -> Config:
             )
         ],
     )
-
-
-COLUMNS: dict[str, Callable[[Figures], float | None]] = {
-    "student top-1, %": lambda x: _percent(x["student"]["top1"]),
-    "teacher top-1, %": lambda x: _percent(x["teacher"]["top1"]),
-    "kept, %": lambda x: _percent(x["retention"]),
-    "agreement, %": lambda x: _percent(x["agreement"]["top1"]),
-    "KL at T=1, nats": lambda x: x["kl"]["one"],
-    "agreement on the training view, %": lambda x: _percent(
-        x["training_view"]["agreement"]["top1"]
-    ),
-    "KL on it, at T, nats": lambda x: x["training_view"]["kl"]["train_temperature"],
-}
-
-
-def comparison(groups: dict[str, list[Figures]]) -> str:
-    """A table in Markdown: a line a group of evaluated runs, mean ± sample standard deviation."""
-    lines = [
-        "| runs | seeds | " + " | ".join(COLUMNS) + " |",
-        "|---" * (len(COLUMNS) + 2) + "|",
-    ]
-    for name, found in groups.items():
-        cells = [_cell([column(x) for x in found]) for column in COLUMNS.values()]
-        lines.append(f"| {name} | {len(found)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _percent(value: float | None) -> float | None:
-    return None if value is None else 100 * value
-
-
-def _cell(values: Sequence[float | None]) -> str:
-    known = [x for x in values if x is not None]
-    if not known:
-        return "-"
-    digits = 2 if max(known) > 2 else 4
-    spread = f" ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else ""
-    return f"{statistics.mean(known):.{digits}f}{spread}"

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import msgspec
 import numpy as np
 from jaxtyping import Array, Float
-from tqdm import tqdm
 
 from fm_distill.config import Config
 from fm_distill.config.resolved import ResolvedRun
@@ -29,6 +28,7 @@ from fm_distill.errors import UserError
 from fm_distill.models import Variables
 from fm_distill.networks.branch import Branch, render_central_views, render_views, teacher_outputs
 from fm_distill.objectives.ensemble import combine
+from fm_distill.system.console import progress
 from fm_distill.system.processes import first_process
 from fm_distill.system.sharding import Layout
 from fm_distill.views.draws import draw
@@ -58,7 +58,8 @@ def fixed_targets(
     count = -(-len(reader) // config.batch_size)
     rows = []
     ensemble = config.objective.ensemble, config.objective.temperature
-    for index, (host_batch, _) in enumerate(tqdm(batches, "fixed targets", count, leave=False)):
+    shown = progress(batches, "computing fixed targets", "batches", count)
+    for index, (host_batch, _) in enumerate(shown):
         batch = layout.spread(host_batch)
         # A loop on the device would be many times slower on a CPU.
         crops = (

@@ -219,7 +219,7 @@ def _stretch(
         writer = MetricsWriter(path, start, setup.config.log.tensorboard, evaluation_pending)
         with (
             writer,
-            progress_bar(setup, start) as bar,
+            contextlib.closing(progress_bar(setup, start)) as bar,
             stop.recorded(lambda why: workdir.set_status("paused", start, total, why)),
         ):
             reporter = Reporter(setup, workdir, writer, bar, start, stop)
