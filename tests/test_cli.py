@@ -99,7 +99,12 @@ def test_wrong_commands(capsys, arguments, said):
         ("confg = 3", "defines no `config"),
         ("import no_such_module", "ModuleNotFoundError"),
         ("config = (", "SyntaxError"),
-        ("from fm_distill.config import *\nconfig = Config(nam='x')", "TypeError"),
+        ("from fm_distill.config import *\nconfig = Config(nam='x')", "Config has no field 'nam'"),
+        (
+            "from fm_distill.config import *\nOptimizerConfig(name='sgd')",
+            "OptimizerConfig needs 'learning_rate' too",
+        ),
+        ("int(None)", "TypeError: int() argument"),
     ],
 )
 def test_broken_experiment_files(capsys, tmp_path, text, said):
@@ -190,6 +195,15 @@ def test_wrong_teachers(capsys, tmp_path, trained):
     assert "not the workdir of a run" in error
     error = refused(capsys, *run, "--teacher.experiment", tmp_path / "none.py")
     assert "there is no experiment file" in error
+    assert not (tmp_path / "run").exists()
+    nested = ("train", student, "--workdir", tmp_path / "runs" / "run")
+    assert "give --teacher.weights FILE" in refused(capsys, *nested)
+    assert not (tmp_path / "runs").exists()
+    (tmp_path / "mine").mkdir()  # what was there stays
+    assert "give --teacher.weights FILE" in refused(
+        capsys, "train", student, "--workdir", tmp_path / "mine"
+    )
+    assert (tmp_path / "mine").is_dir()
 
 
 def test_teacher_of_other_classes(capsys, tmp_path, trained):

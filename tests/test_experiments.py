@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+import shutil
 
 import pytest
 from conftest import ROOT
@@ -40,6 +41,27 @@ def test_no_recorded_text_is_left_over():
 def test_docstring_says_command_and_source(path):
     text = path.read_text()
     assert f"fm-distill train experiments/{path.name}" in text and "Source:" in text
+
+
+DERIVED = """
+import dataclasses
+from fm_distill import load_experiment
+config = dataclasses.replace(load_experiment({base!r}), name="derived")
+"""
+
+
+@pytest.mark.parametrize("folder", ["experiments", "elsewhere"])
+def test_an_experiment_derives_from_one_in_any_folder(tmp_path, monkeypatch, folder):
+    """Its teacher stays the one beside the file that it derives from."""
+    for name in ("digits.py", "digits_teacher.py"):
+        (tmp_path / "experiments").mkdir(exist_ok=True)
+        shutil.copy(ROOT / "experiments" / name, tmp_path / "experiments")
+    (tmp_path / folder).mkdir(exist_ok=True)
+    (tmp_path / folder / "mine.py").write_text(DERIVED.format(base="experiments/digits.py"))
+    monkeypatch.chdir(tmp_path)
+    found = load_experiment(f"{folder}/mine.py")
+    assert found.teacher.experiment == str(tmp_path / "experiments" / "digits_teacher.py")
+    assert "teacher.experiment = experiments/digits_teacher.py" in describe(found)
 
 
 def shrink(config: Config, teacher: pathlib.Path) -> Config:

@@ -97,6 +97,10 @@ def test_the_card_says_everything(workdir, exported):
     assert "auto" not in card["network"].values() and len(card["sha256"]) == 64
 
 
+def test_the_file_is_open_to_whom_its_card_is(exported):
+    assert exported.stat().st_mode == exported.with_suffix(".json").stat().st_mode
+
+
 def test_nothing_is_overwritten_unasked(workdir, exported, tmp_path):
     before = exported.read_bytes()
     with pytest.raises(UserError, match=r"student.safetensors and .*json exists already"):

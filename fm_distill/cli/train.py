@@ -27,7 +27,10 @@ class _Train(OverConfig):
     workdir: str = ""
     """Where the run lies."""
     max_hours: float | None = None
-    """Stop inside this many hours, teachers that are trained first included, all safe on disk."""
+    (
+        "Stop inside this many hours, teachers that are trained first included, all safe on disk; at "
+        "least one step is done."
+    )
     resume_from: str | None = None
     """Continue a copy of the run in this workdir or bucket (gs://...), which is only read."""
     extend: bool = False

@@ -57,7 +57,7 @@ def export(
         precision=run.resolved.precision,
         step=run.step,
         averaged=run.averaged,
-        metrics=run.workdir.read_or_none("evaluation.json") if run.complete else None,
+        metrics=run.workdir.read_evaluation() if run.complete else None,
         config=stored["config"],
         versions=stored["versions"],
         commit=stored["commit"],

@@ -149,6 +149,7 @@ class Screen:
         except UserError as error:
             print(f"the views cannot be shown: {error}")
             return
-        total = int((place.read_or_none("status.json") or {}).get("total_steps", 0))
+        status = place.read_status()
+        total = status.total_steps if status else 0
         rates = rates_of(config, total, read_history(self.run))
         display(Image(plots.schedules({config.name: rates})))

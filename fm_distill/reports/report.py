@@ -27,6 +27,7 @@ from fm_distill.reports import plots
 from fm_distill.reports.view_samples import sample_views
 from fm_distill.runs.history import Curve, History, read_history
 from fm_distill.runs.metric_table import at, shown
+from fm_distill.runs.stored_progress import StoredStatus
 from fm_distill.runs.workdir import Workdir
 from fm_distill.training.optim import make_schedule
 
@@ -48,7 +49,7 @@ class _Run:
     place: Workdir
     config: Config
     history: History
-    status: dict[str, Any]
+    status: StoredStatus | None
     figures: dict[str, Any] | None  # of the complete run
 
 
@@ -117,16 +118,15 @@ def _read(workdirs: Sequence[str | os.PathLike[str]]) -> list[_Run]:
     for path, name in zip(paths, names, strict=True):
         place = Workdir(path)
         config = place.stored().config
-        status = place.read_or_none("status.json") or {}
         history = read_history(path)
         runs.append(
-            _Run(name, place, config, history, status, place.read_or_none("evaluation.json"))
+            _Run(name, place, config, history, place.read_status(), place.read_evaluation())
         )
     return runs
 
 
 def _rates(run: _Run) -> plots.Rates:
-    return rates_of(run.config, int(run.status.get("total_steps", 0)), run.history)
+    return rates_of(run.config, run.status.total_steps if run.status else 0, run.history)
 
 
 def _table(runs: list[_Run]) -> str:
@@ -147,8 +147,8 @@ def _column(run: _Run) -> dict[str, str]:
     config, status, teacher = run.config, run.status, run.config.teacher
     said = teacher and (teacher.weights or teacher.experiment or teacher.workdir)
     found = {
-        "state": str(status.get("state", "not begun")),
-        "steps": f"{int(status.get('step', 0)):,} of {int(status.get('total_steps', 0)):,}",
+        "state": status.state if status else "not begun",
+        "steps": f"{status.step:,} of {status.total_steps:,}" if status else "0 of 0",
         "student": f"{config.student.model}, {config.student.resolution} px",
         "teacher": str(said or "none"),
         "learns from": config.teaching if config.objective.target == "teacher" else "labels",

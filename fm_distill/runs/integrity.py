@@ -76,7 +76,7 @@ def integrity_errors(checkpoint: pathlib.Path) -> tuple[str, ...]:
         listed = {str(name): (int(x[0]), str(x[1])) for name, x in contents["files"].items()}
     except FileNotFoundError:
         return (f"{DIGESTS} is missing",)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         return (f"{DIGESTS} cannot be read ({type(error).__name__})",)
     if stored != _of_contents(contents):
         return (f"{DIGESTS} has another SHA-256 than it says",)

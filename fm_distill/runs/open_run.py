@@ -72,12 +72,12 @@ def open_run(path: str | os.PathLike[str], step: int | None = None) -> Run:
     like = abstract(shapes, jax.tree.map(lambda _: here, shapes))
     averaged = stored.config.ema_decay is not None
     variables = restore_student(workdir.checkpoints / str(step), like, averaged)
-    status = workdir.read_or_none("status.json") or {}
+    status = workdir.read_status()
     return Run(
         stored=stored,
         workdir=workdir,
         step=step,
-        complete=status.get("state") == "complete" and status.get("step") == step,
+        complete=status is not None and status.state == "complete" and status.step == step,
         averaged=averaged,
         student=Student(
             network=resolved.student,

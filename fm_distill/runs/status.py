@@ -2,10 +2,10 @@
 
 import dataclasses
 import os
-import pathlib
 
 from fm_distill.errors import UserError
 from fm_distill.runs.integrity import integrity_errors, steps_in
+from fm_distill.runs.stored_progress import StoredStatus
 from fm_distill.runs.workdir import Workdir
 from fm_distill.system.console import hours_text, progress
 
@@ -39,29 +39,51 @@ def status(workdir: str | os.PathLike[str]) -> RunStatus:
     A run that says it is running, though no process holds its folder, was killed: it is paused.
     """
     place = Workdir(workdir)
-    if not (pathlib.Path(workdir) / "config.json").is_file():
+    teacher = None if place.has_config() else _teacher(place)
+    if not (place.path / "config.json").is_file() and teacher is None:
         raise UserError(f"{workdir} is not the workdir of a run: it has no config.json")
-    said = place.read_or_none("status.json") or {}
+    said = place.read_status() or StoredStatus("paused", 0, 0)
     steps = steps_in(place.checkpoints)
-    state, reason = str(said.get("state", "paused")), str(said.get("reason", ""))
-    step = int(said.get("step", 0))
-    if state == "running" and not place.in_use():
+    state, reason, step = said.state, said.reason, said.step
+    if teacher is not None:
+        state = "running" if place.in_use() else "paused"
+        reason = "; ".join(x for x in (reason, teacher) if x)
+    elif state == "running" and not place.in_use():
         state, reason = "paused", "its process is gone, though it did not say so"
         step = max(steps, default=0)
     checked = []
     for number in progress(steps, "reading checkpoints", "checkpoints", len(steps)):
         wrong = integrity_errors(place.checkpoints / str(number))
         checked.append(CheckpointStatus(number, not wrong, wrong))
+    if state == "complete" and step not in [x.step for x in checked if x.whole]:
+        state, reason = "paused", f"it was complete, but its checkpoint {step:,} is not whole"
     return RunStatus(
         state=state,
         reason=reason,
         step=step,
-        total_steps=int(said.get("total_steps", 0)),
-        hours_left=0.0 if state == "complete" else said.get("hours_left"),
-        images_per_second=said.get("images_per_second"),
-        updated=said.get("updated"),
+        total_steps=said.total_steps,
+        hours_left=0.0 if state == "complete" else said.hours_left,
+        images_per_second=said.images_per_second,
+        updated=said.updated,
         checkpoints=tuple(checked),
     )
+
+
+def _teacher(place: Workdir) -> str | None:
+    """How far the teacher is that comes before the run in `place`; None where there is none."""
+    if place.checkpoints.exists():
+        return None
+    for folder in sorted(place.path.glob("teacher*")):
+        teacher = Workdir(folder)
+        if not teacher.has_config():
+            continue
+        stored = teacher.read_status()
+        if stored is None:
+            return f"its teacher in {folder} comes first"
+        if stored.state != "complete":
+            done = f"{stored.step:,} of {stored.total_steps:,} steps"
+            return f"its teacher in {folder} comes first, after {done}"
+    return "its teachers are complete" if any(place.path.glob("teacher*/config.json")) else None
 
 
 def status_text(found: RunStatus) -> str:

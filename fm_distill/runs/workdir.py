@@ -7,22 +7,34 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import time
-from collections.abc import Iterator
-from typing import IO, Any, Literal
+from collections.abc import Callable, Iterator
+from typing import IO, Any, TypeVar
+
+import msgspec
 
 from fm_distill.config import Config
 from fm_distill.config.resolved import ResolvedRun
 from fm_distill.config.serialization import differences
 from fm_distill.errors import UserError
+from fm_distill.runs.stored_progress import Status, StoredStatus, as_evaluation, as_status
 from fm_distill.runs.stored_run import StoredRun, describe_run, stored_run
 from fm_distill.system.compilation_cache import COMPILED
 from fm_distill.system.console import log
 from fm_distill.system.processes import first_process
 
-Status = Literal["running", "paused", "complete", "failed"]
+Contents = TypeVar("Contents")
 
-
+# Its files; each of them a run may have or not have yet.
+FILES = (
+    "config.json",
+    "status.json",
+    "evaluation.json",
+    "rollbacks.json",
+    "metrics.jsonl",
+    "fixed_targets.npz",
+)
 LENGTH = ("schedule.total_steps:", "schedule.total_epochs:")
 
 
@@ -31,6 +43,10 @@ class Workdir:
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = pathlib.Path(path)
+
+    def has_config(self) -> bool:
+        """Whether there is a `config.json`, damaged or not."""
+        return (self.path / "config.json").exists()
 
     @property
     def checkpoints(self) -> pathlib.Path:
@@ -54,7 +70,9 @@ class Workdir:
             r"(config|status)\.json(\.tmp)?|lock|teacher(_\d+)?|fixed_targets\.npz.*|" + COMPILED
         )
         try:
-            if self.path.is_dir() and not (self.path / "config.json").exists():
+            self._refuse_folders()
+            missing = [x for x in (self.path, *self.path.parents) if not x.exists()]
+            if self.path.is_dir() and not self.has_config():
                 others = sorted(x.name for x in self.path.iterdir() if not known.fullmatch(x.name))
                 if others:
                     raise UserError(
@@ -71,7 +89,36 @@ class Workdir:
                     f"the workdir {self.path} is in use by another process; wait for it, or "
                     "choose another --workdir"
                 )
-            yield
+            try:
+                yield
+            except UserError:
+                self._remove_if_new(missing)
+                raise
+
+    def _refuse_folders(self) -> None:
+        for name in FILES:
+            if (self.path / name).is_dir():
+                raise UserError(
+                    f"{self.path / name} is a folder and has to be a file; move it away, or "
+                    "choose another --workdir"
+                )
+        if self.checkpoints.exists() and not self.checkpoints.is_dir():
+            raise UserError(
+                f"{self.checkpoints} is a file and has to be a folder; move it away, or choose "
+                "another --workdir"
+            )
+
+    def _remove_if_new(self, missing: list[pathlib.Path]) -> None:
+        """Leaves nothing behind of a run that was refused before it wrote anything.
+
+        `missing`: folders that it made, the innermost first.
+        """
+        with contextlib.suppress(OSError):
+            if missing and {x.name for x in self.path.iterdir()} <= {"lock", COMPILED}:
+                (self.path / "lock").unlink()
+                shutil.rmtree(self.path / COMPILED, ignore_errors=True)
+                for folder in missing:
+                    folder.rmdir()
 
     def in_use(self) -> bool:
         """Whether a process holds the folder now; a crash frees it."""
@@ -84,12 +131,21 @@ class Workdir:
             return False
         return False
 
-    def read_or_none(self, name: str) -> Any:
-        """As `read`, but None for a damaged file too: for what can be made again."""
+    def read_status(self) -> StoredStatus | None:
+        """None where `status.json` is damaged or not there: it can be made again."""
+        return self._read_or_none("status.json", as_status)
+
+    def read_evaluation(self) -> dict[str, Any] | None:
+        """None where `evaluation.json` is damaged or not there: it can be made again."""
+        return self._read_or_none("evaluation.json", as_evaluation)
+
+    def _read_or_none(self, name: str, checked: Callable[[Any], Contents]) -> Contents | None:
+        if not (self.path / name).exists():
+            return None
         try:
-            return self.read(name)
-        except UserError as error:
-            log(f"WARNING: {error}; it is made again")
+            return checked(self.read(name))
+        except (UserError, msgspec.ValidationError) as error:
+            log(f"WARNING: {self.path / name} is damaged and is made again ({error})")
             return None
 
     def read(self, name: str) -> Any:
@@ -116,17 +172,16 @@ class Workdir:
 
     def stored(self) -> StoredRun:
         """The run that lies here. Raises `UserError` where there is none of this version."""
-        tree = self.read("config.json")
-        if tree is None:
+        if not self.has_config():
             raise UserError(f"{self.path} is not the workdir of a run: it has no config.json")
-        return stored_run(tree, self.path / "config.json")
+        return stored_run(self.read("config.json"), self.path / "config.json")
 
     def refuse_another_config(self, config: Config, extend: bool = False) -> bool:
         """Raises `UserError` that lists what differs where this is the workdir of another config.
 
         Returns whether only the length differs, which `extend` allows.
         """
-        if self.read("config.json") is None:
+        if not self.has_config():
             return False
         differ = differences(self.stored().config, config)
         length = [line for line in differ if line.startswith(LENGTH)]
@@ -138,8 +193,17 @@ class Workdir:
     def refuse_other_contents(self, resolved: ResolvedRun) -> None:
         """Raises `UserError` that lists what differs where the run that lies here was made from
         other data or weights. Their paths may change, their contents may not."""
-        if self.read("config.json") is not None:
+        if self.has_config():
             self._refuse(self.stored().resolved.differences(resolved), "")
+
+    def refuse_lost_checkpoints(self, newest: int) -> None:
+        """Raises `UserError` where a run was complete and has no checkpoint any more."""
+        status = self.read_status()
+        if status and status.state == "complete" and not newest:
+            raise UserError(
+                f"the run in {self.path} was complete after {status.step:,} steps and has no "
+                "checkpoint any more; bring them back from a copy, or choose another --workdir"
+            )
 
     def _refuse(self, differ: list[str], more: str) -> None:
         if differ:
@@ -156,13 +220,13 @@ class Workdir:
         `lengthened`: its schedule is longer than the one before. Returns the ends of the schedules
         that were lengthened: those students are kept.
         """
-        ends = self.stored().lengthened_after if self.read("config.json") is not None else ()
-        status = self.read_or_none("status.json") or {}
-        if lengthened and status.get("state") == "complete":
-            ends += (status["step"],)
+        ends = self.stored().lengthened_after if self.has_config() else ()
+        status = self.read_status()
+        if lengthened and status and status.state == "complete":
+            ends += (status.step,)
             figures = self.path / "evaluation.json"
             if figures.exists() and first_process():
-                figures.rename(self.path / f"evaluation_{status['step']}.json")
+                figures.rename(self.path / f"evaluation_{status.step}.json")
         self.write("config.json", describe_run(config, resolved, ends))
         return ends
 
@@ -175,18 +239,11 @@ class Workdir:
         hours_left: float | None = None,
         images_per_second: float | None = None,
     ) -> None:
-        self.write(
-            "status.json",
-            {
-                "state": status,
-                "step": step,
-                "total_steps": total_steps,
-                "reason": reason,
-                "hours_left": hours_left,
-                "images_per_second": images_per_second,
-                "updated": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            },
+        updated = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        stored = StoredStatus(
+            status, step, total_steps, reason, hours_left, images_per_second, updated
         )
+        self.write("status.json", msgspec.to_builtins(stored))
 
 
 def _lock(handle: IO[str]) -> bool:

@@ -23,8 +23,9 @@ class Stopped(Exception):
 class Stop:
     """Whether a run is to stop and why: a signal came, or its hours are over.
 
-    The hours count from here. With `leave`, a signal ends the process at once wherever nothing can
-    be lost, even while the main thread waits for the compiler: `leave(reason)` says so first.
+    The hours count from here, but end nothing before `progressed`: a start that takes them all
+    would repeat for ever. With `leave`, a signal ends the process at once wherever nothing can be
+    lost, even while the main thread waits for the compiler: `leave(reason)` says so first.
     """
 
     def __init__(self, max_hours: float | None = None, leave: Callable[[str], None] | None = None):
@@ -35,6 +36,7 @@ class Stop:
         self._interrupts = 0
         self._lock = threading.RLock()
         self._idle = True
+        self._progressed = False
         self._records: list[Callable[[str], None]] = []
 
     def hours(self) -> float:
@@ -45,9 +47,14 @@ class Stop:
         """Why to stop now, with `reserve_s` seconds left for what is still to be done; or None."""
         if self._signals:
             return f"stopped by {signal.Signals(self._signals[0]).name}"
-        if self.max_hours is not None and self.hours() + reserve_s / 3600 >= self.max_hours:
+        hours = self.hours() + reserve_s / 3600
+        if self._progressed and self.max_hours is not None and hours >= self.max_hours:
             return f"the {self.max_hours:g} hours are used"
         return None
+
+    def progressed(self) -> None:
+        """A step was done since the start."""
+        self._progressed = True
 
     def checked(self, items: Iterable[Item], reserve_s: float = 0.0) -> Iterator[Item]:
         """`items`; raises `Stopped` before the next one where it is time to stop."""

@@ -60,6 +60,7 @@ class Loop:
             steps, batch = next(sizes), next(fed)
             state, metrics = self._dispatch(state, batch, draws_key)
             self.stop.busy()
+            self.stop.progressed()
             step += steps
             self.reporter.dispatched(step, steps, metrics)
             if step > start + steps:  # the first one waits for the compiler

@@ -125,8 +125,6 @@ def _mean(crops: Iterator[np.ndarray], config: Config) -> np.ndarray:
 
 
 def _read(kept: pathlib.Path, identity: dict[str, Any]) -> Targets | None:
-    if kept.is_dir():
-        raise UserError(f"{kept} is a folder; expected a file of targets, so remove it")
     try:
         with np.load(kept, allow_pickle=False) as archive:
             targets = archive["targets"]

@@ -20,7 +20,12 @@ from fm_distill.errors import Diverged, TrainingFailed, UserError
 from fm_distill.networks.loading import load_networks
 from fm_distill.networks.teachers import teacher_workdirs
 from fm_distill.runs.checkpoint import CheckpointWriter
-from fm_distill.runs.integrity import NewestCheckpoint, newest_step, newest_valid
+from fm_distill.runs.integrity import (
+    NewestCheckpoint,
+    integrity_errors,
+    newest_step,
+    newest_valid,
+)
 from fm_distill.runs.metrics import MetricsWriter
 from fm_distill.runs.state import TrainState
 from fm_distill.runs.workdir import Workdir
@@ -92,6 +97,7 @@ def train_until(
     steps = total_steps(config, len(data.train))
     with workdir.locked():
         done = newest_step(workdir.checkpoints)
+        workdir.refuse_lost_checkpoints(done)
         if done > steps:
             raise UserError(
                 f"the run in {workdir.path} has done {done:,} steps, more than the {steps:,} of "
@@ -129,11 +135,15 @@ def _log_all(lines: list[str]) -> None:
 
 def _complete(workdir: Workdir) -> Result | None:
     """The result of a run that needs nothing any more, neither its data nor its teacher."""
-    status = workdir.read_or_none("status.json")
-    evaluation = workdir.read_or_none("evaluation.json")
-    if not (status and status.get("state") == "complete" and evaluation):
+    status = workdir.read_status()
+    if not workdir.has_config() or status is None or status.state != "complete":
         return None
-    steps = status["step"]
+    steps = status.step
+    if integrity_errors(workdir.checkpoints / str(steps)):
+        return None
+    evaluation = workdir.read_evaluation()
+    if evaluation is None:
+        return None
     log(f"the run in {workdir.path} is complete: {steps:,} steps")
     return Result(True, steps, steps, workdir.path, evaluation)
 
@@ -146,8 +156,8 @@ def _train_teachers(config: Config, workdir: Workdir, stop: Stop) -> bool:
         experiment = teacher.config.experiment
         if not experiment:
             continue
-        status = Workdir(where).read_or_none("status.json") or {}
-        if status.get("state") != "complete":
+        status = Workdir(where).read_status()
+        if status is None or status.state != "complete":
             log(f"the teacher comes first: {experiment} in {where}")
         if not train_until(load_experiment(experiment), where, stop).complete:
             return False

@@ -1,0 +1,64 @@
+"""`status.json` and `evaluation.json` of a workdir, checked: a file may be damaged in any way."""
+
+import dataclasses
+from typing import Any, Literal
+
+import msgspec
+
+Status = Literal["running", "paused", "complete", "failed"]
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredStatus:
+    """The contents of `status.json`."""
+
+    state: Status
+    step: int
+    total_steps: int
+    reason: str = ""
+    hours_left: float | None = None
+    images_per_second: float | None = None
+    updated: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Top1:
+    top1: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Divergence:
+    train_temperature: float | None
+    one: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Match:
+    agreement: _Top1
+    kl: _Divergence
+
+
+@dataclasses.dataclass(frozen=True)
+class _Evaluation:
+    """What is read of `evaluation.json`; there may be more in it."""
+
+    split: str
+    examples: int
+    step: int
+    student: _Top1
+    teacher: _Top1
+    agreement: _Top1
+    kl: _Divergence
+    training_view: _Match
+    retention: float | None
+
+
+def as_status(tree: Any) -> StoredStatus:
+    """Raises `msgspec.ValidationError` where `tree` is no status."""
+    return msgspec.convert(tree, StoredStatus)
+
+
+def as_evaluation(tree: Any) -> dict[str, Any]:
+    """`tree` itself. Raises `msgspec.ValidationError` where figures are missing in it."""
+    msgspec.convert(tree, _Evaluation)
+    return tree
