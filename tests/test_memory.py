@@ -152,14 +152,12 @@ def test_unknown_and_senseless_levers_are_refused(tmp_path):
 def convolutions(memory: MemoryConfig) -> int:
     config = matching_config(memory=memory)
     built = build(config, resolved_run(config, ()))
-    network = built.student.network
 
     def gradient(state, batch):
         config_labels = dataclasses.replace(config, objective=ObjectiveConfig(target="labels"))
         step = build(config_labels, resolved_run(config_labels, ())).train_step
         return step(state, (), batch, KEY)[0]
 
-    assert network.classes == 10
     text = str(jax.make_jaxpr(gradient)(built.abstract_state(), random_batch()))
     return text.count("conv_general_dilated")
 
@@ -167,7 +165,8 @@ def convolutions(memory: MemoryConfig) -> int:
 def test_rematerialisation_computes_again():
     """Convolutions are computed again where only units are kept, and not where they are kept."""
     counts = {what: convolutions(MemoryConfig(rematerialise=what)) for what in REMATERIALISE}
-    assert counts["units"] > counts["norms"] == counts["nothing"] > 0
+    # Five kernels: forward, to each kernel, and to each input but the pictures.
+    assert counts["units"] > counts["norms"] == counts["nothing"] == 5 + 5 + 4
 
 
 @pytest.mark.parametrize("model", [m for m in MODELS if not m.startswith("bit_r")])

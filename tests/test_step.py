@@ -223,15 +223,14 @@ def test_several_steps_a_dispatch_are_the_same_steps():
     close(a[0].student, b[0].student, 1e-3)  # a loop rounds differently, and Adam enlarges that
 
 
-def test_each_program_compiles_once_and_the_teacher_is_untouched():
+def test_each_program_compiles_once_and_gives_only_its_state_away():
     layout = make_layout(MeshConfig())
     for resident in (True, False):
         _, _, frozen, program = run_steps(
             layout, matching_config(), resident, [1, 1, 1], random_batch()
         )
         assert program._cache_size() == 1
-        again = run_steps(layout, matching_config(), resident, [1], random_batch())[2]
-        jax.tree.map(np.testing.assert_array_equal, frozen, again)
+        assert not any(x.is_deleted() for x in jax.tree.leaves(frozen))
 
 
 def test_labels_need_no_teacher_and_are_mixed_with_the_images():

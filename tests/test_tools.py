@@ -84,7 +84,8 @@ def checkpointed(folder, mesh, change="", loss=2.5):
 @pytest.mark.parametrize(
     ("change", "part"), [("params", "student"), ("statistics", "student"), ("ema", "ema")]
 )
-def test_one_bit_of_a_student_is_seen(tmp_path, capsys, change, part):
+def test_one_bit_of_a_student_is_seen(tmp_path, monkeypatch, capsys, change, part):
+    monkeypatch.setattr("fm_distill.system.sharding.FSDP_SMALLEST", 1)
     a = checkpointed(tmp_path / "a", MeshConfig(data=1))
     b = checkpointed(tmp_path / "b", MeshConfig(fsdp=2))
     assert same_bits([str(a), str(b)]) == 0
