@@ -6,7 +6,7 @@ import pathlib
 import shlex
 import sys
 
-from fm_distill.cli.options import OverConfig, first_experiment, guarded, parse_over, quiet
+from fm_distill.cli.options import ALIASES, OverConfig, first_experiment, guarded, parse_over, quiet
 from fm_distill.errors import EXIT_COMPLETE, EXIT_PAUSED, UserError
 from fm_distill.system.console import log, sessions_left
 from fm_distill.system.preemption import Stop, stop_signals
@@ -127,7 +127,8 @@ def sweep_command(arguments: list[str]) -> int:
 
     workdir = asked.workdir or os.path.join("runs", f"{asked.config.name}_sweep")
     log(use_compilation_cache(pathlib.Path(workdir)))
-    over = dict(sweeping.parse_over(x) for x in asked.over)
+    values = [sweeping.parse_over(x) for x in asked.over]
+    over = {ALIASES.get(name, name): chosen for name, chosen in values}
     table = sweeping.sweep(asked.config, over, workdir, max_hours=asked.max_hours)
     if table is None:
         _say_paused(["sweep", *arguments], "")

@@ -80,7 +80,8 @@ def changed(config: Config, values: dict[str, Any]) -> Config:
     try:
         return msgspec.convert(tree, Config, strict=True)
     except msgspec.ValidationError as error:
-        raise UserError(f"{values} do not fit the config: {error}") from None
+        given = ", ".join(f"{name}={value}" for name, value in values.items())
+        raise UserError(f"{given}: a value is not of its field's type: {error}") from None
 
 
 def differences(stored: Config, asked: Config) -> list[str]:

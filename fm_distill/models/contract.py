@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
@@ -34,33 +35,14 @@ class Output(NamedTuple):
     statistics: PyTree  # the new ones in training, else those that were given
 
 
-@runtime_checkable
-class Init(Protocol):
-    def __call__(self, key: PRNGKeyArray) -> Variables: ...
-
-
-@runtime_checkable
-class Apply(Protocol):
-    def __call__(
-        self,
-        variables: Variables,
-        images: Images,
-        *,
-        train: bool,
-        features: tuple[str, ...] = (),
-    ) -> Output: ...
-
-
-@runtime_checkable
-class Freeze(Protocol):
-    def __call__(self, variables: Variables) -> Variables: ...
-
-
-@runtime_checkable
-class ApplyFrozen(Protocol):
-    def __call__(
-        self, frozen: Variables, images: Images, *, features: tuple[str, ...] = ()
-    ) -> Output: ...
+# key -> variables
+Init = Callable[[PRNGKeyArray], Variables]
+# variables, images, *, train: bool, features: tuple[str, ...] = () -> output
+Apply = Callable[..., Output]
+# variables -> variables, what is constant computed once
+Freeze = Callable[[Variables], Variables]
+# frozen variables, images, *, features: tuple[str, ...] = () -> output, in evaluation mode
+ApplyFrozen = Callable[..., Output]
 
 
 @dataclasses.dataclass(frozen=True)
