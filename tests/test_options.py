@@ -340,3 +340,22 @@ def test_show_resolves_what_is_here(capsys, tiny):
     assert found["feeding"] == "resident" and found["steps_per_dispatch"] == "1"
     code, out, _ = command(capsys, "show", "experiments/flowers102.py")
     assert code == 0 and "# not resolved, since data or weights are not here: " in out
+
+
+def test_an_experiment_derives_from_one_in_another_folder(capsys, tmp_path, monkeypatch):
+    """The path of a teacher's experiment is relative to the file that names it."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    write_experiment(tmp_path / "a" / "teacher.py")
+    write_experiment(
+        tmp_path / "a" / "student.py",
+        "objective=ObjectiveConfig(), teacher=TeacherConfig(experiment='teacher.py')",
+    )
+    for folder in ("a", "b"):
+        derived = tmp_path / folder / "derived.py"
+        derived.write_text(
+            "from fm_distill import load_experiment\nconfig = load_experiment('a/student.py')\n"
+        )
+        found = settled(capsys, derived.relative_to(tmp_path))
+        assert found["teacher.experiment"] == "a/teacher.py"

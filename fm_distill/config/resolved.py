@@ -82,6 +82,8 @@ class ResolvedRun:
         return " + ".join(self.teacher_weights) or None
 
     def lines(self) -> list[str]:
-        """One line a field, for people."""
+        """One line a field, for people; of many class names the first ones."""
         tree: dict[str, Any] = msgspec.to_builtins(self)
+        if self.class_names and len(self.class_names) > 10:
+            tree["class_names"] = ", ".join([*self.class_names[:3], "..."])
         return [f"{name} = {value}" for name, value in tree.items()]
