@@ -112,6 +112,15 @@ def test_broken_experiment_files(capsys, tmp_path, text, said):
     assert said in refused(capsys, "train", tmp_path / "x.py")
 
 
+def test_a_field_that_is_left_out_is_named(tmp_path):
+    """By the real command: the tests' checks of types say it in other words."""
+    path = tmp_path / "x.py"
+    path.write_text("from fm_distill.config import *\ndata = DataConfig(source='digits')")
+    done = run_command("show", path)
+    assert done.returncode == 2
+    assert "leaves out what DataConfig needs: 'train' and 'canvas'" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("schedule", "said"), [("", "neither"), ("total_steps=3, total_epochs=2.0", "both")]
 )

@@ -41,7 +41,7 @@ class OptimizerConfig:
     name: str = "adam"
     """The optimizer: `adam` or `sgd`."""
     learning_rate: Positive
-    """The learning rate at its peak, after the warm-up."""
+    """The learning rate at its peak, after the warm-up; `--lr` for short."""
     head_learning_rate: Positive | None = None
     (
         "The learning rate of the head alone, where it starts anew on a pretrained body; None: as "
@@ -79,11 +79,11 @@ class ScheduleConfig:
         "by ten."
     )
     total_steps: PositiveInt | None = None
-    """Length of the run in steps, a batch each; excludes `total_epochs`."""
+    """Length of the run in steps, a batch each; replaces epochs; `--steps` for short."""
     total_epochs: Positive | None = None
     (
-        "Length of the run in passes over the training split; steps = round(examples x epochs / "
-        "batch size)."
+        "Length of the run in passes over the training split, which is round(examples x epochs / "
+        "batch size) steps; replaces steps; `--epochs` for short."
     )
     warmup_steps: Count = 0
     """Steps of the linear warm-up of `cosine`."""

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+import re
 import runpy
 
 from fm_distill.config import Config, TeacherConfig
@@ -10,6 +11,8 @@ from fm_distill.config.serialization import flatten
 from fm_distill.config.steps import total_steps, transfer_examples
 from fm_distill.errors import UserError
 from fm_distill.training.optim import decay_equivalent
+
+LEFT_OUT = re.compile(r"(\w+)\.__init__\(\) missing \d+ required keyword-only arguments?: (.*)")
 
 
 def load_experiment(path: str | os.PathLike[str]) -> Config:
@@ -24,6 +27,10 @@ def load_experiment(path: str | os.PathLike[str]) -> Config:
     try:
         config = runpy.run_path(str(path)).get("config")
     except Exception as error:
+        if left_out := LEFT_OUT.search(str(error)):
+            raise UserError(
+                f"{path} leaves out what {left_out[1]} needs: {left_out[2]}; give it in the file"
+            ) from error
         raise UserError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
     if not isinstance(config, Config):
         raise UserError(
