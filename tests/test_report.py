@@ -2,18 +2,18 @@
 
 import base64
 import dataclasses
-import io
 import json
 import re
 import shutil
 import sys
 import types
+from xml.etree import ElementTree
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import run_command
-from PIL import Image
 from test_cli import refused
 from tiny import tiny_config
 
@@ -32,26 +32,32 @@ from fm_distill.evaluation.predictions import (
 from fm_distill.reports import plots
 from fm_distill.reports.report import rates_of
 from fm_distill.reports.view_samples import EXAMPLES, STEPS, as_pixels, sample_views, views_of_step
-from fm_distill.runs.history import read_history
+from fm_distill.runs.history import History, read_history
+from fm_distill.runs.open_run import open_run
 from fm_distill.runs.workdir import Workdir
 from fm_distill.system.sharding import make_layout
 from fm_distill.training.setup import Setup
 from fm_distill.views.draws import step_draws
 from fm_distill.views.rendering import InputSpec, render, render_central
 
-IMAGE = re.compile(r"<img alt='([^']*)' src='data:image/png;base64,([^']*)'>")
+IMAGE = re.compile(r"<img alt='([^']*)' src='data:image/svg\+xml;base64,([^']*)'>")
 
 
-def images_of(page: str) -> list[tuple[str, Image.Image]]:
-    """Name and decoded picture of each figure, each drawn upon."""
-    found = []
-    for name, data in IMAGE.findall(page):
-        image = Image.open(io.BytesIO(base64.b64decode(data)))
-        assert image.format == "PNG"
-        pixels = np.asarray(image.convert("L"))  # decodes all of it, or fails
-        assert pixels.shape[0] > 100 and len(np.unique(pixels)) > 10
-        found.append((name, image))
-    return found
+def drawn(svg: bytes) -> ElementTree.Element:
+    """The root of a picture that is upon something."""
+    root = ElementTree.fromstring(svg)
+    assert root.tag == "{http://www.w3.org/2000/svg}svg" and len(list(root.iter())) > 50
+    assert size_of(root)[0] > 100
+    return root
+
+
+def size_of(root: ElementTree.Element) -> tuple[float, float]:
+    return float(root.get("width").removesuffix("pt")), float(root.get("height").removesuffix("pt"))
+
+
+def images_of(page: str) -> list[tuple[str, ElementTree.Element]]:
+    """Name and picture of each figure."""
+    return [(name, drawn(base64.b64decode(data))) for name, data in IMAGE.findall(page)]
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +75,67 @@ def test_two_runs_side_by_side(two, trained):
     of_teacher = ["views", "confusions"]  # a run on labels has no teacher to disagree with
     names = [name for name, _ in images_of(two)]
     assert names == ["curves", "learning rate", *of_student, *of_teacher]
-    assert "<th>run</th><th>teacher</th>" in two and "class='missing'" not in two
+    assert "<th>run</th><th>teacher</th><th>meaning</th>" in two and "class='missing'" not in two
     stored = json.loads((trained / "run" / "evaluation.json").read_text())
     assert f"<td>{100 * stored['student']['top1']:.2f} %</td>" in two
     assert f"<td>{stored['kl']['one']:.4f} nats</td><td></td>" in two
+    assert f"<td>{100 * stored['student']['ece']:.2f} %</td>" in two
+    config = json.loads((trained / "run" / "config.json").read_text())
+    student = sum(
+        x.size for x in jax.tree.leaves(open_run(trained / "run").student.variables.params)
+    )
+    for name, cells in {
+        "student parameters": (f"{student:,}", f"{student:,}"),
+        "compression": ("1.0 x", ""),
+        "temperature": ("2", "1"),
+        "commit": ((config["commit"] or "not known")[:12],) * 2,
+    }.items():
+        found = "".join(f"<td>{x}</td>" for x in cells)
+        assert f"<tr><th>{name}</th>{found}<td>" in two, name
+    updated = json.loads((trained / "run" / "status.json").read_text())["updated"]
+    assert f"<td>{updated}</td>" in two
+
+
+def test_what_differs_between_the_configs(two, trained):
+    section = two[two.index("What differs between the configs") :]
+    section = section[: section.index("</table>")]
+    assert "<tr><th>objective.temperature</th><td>2.0</td><td>1.0</td></tr>" in section
+    assert "<tr><th>ema_decay</th><td>0.5</td><td>None</td></tr>" in section
+    assert "batch_size" not in section and "data.canvas.size" not in section
+
+
+def test_each_picture_is_explained(two):
+    assert two.count("<figcaption>") == len(IMAGE.findall(two))
+    assert "<figcaption></figcaption>" not in two
+
+
+def test_runs_of_different_length_share_an_axis(monkeypatch):
+    """Over the share of the run: the short one does not shrink to a corner."""
+    figures = []
+    monkeypatch.setattr(plots, "_svg", lambda figure: figures.append(figure) or b"")
+
+    def history(steps):
+        lines = [
+            {"step": x, "epoch": x / 10, "split": "train", "loss": 1 / x}
+            for x in range(1, steps + 1)
+        ]
+        return History(tuple(lines))
+
+    runs = {"short": history(10), "long": history(50)}
+    plots.curves(runs, {"short": 10, "long": 100})
+    plots.curves(runs, {"short": 50, "long": 50})
+    plots.curves(runs)
+    rates = {
+        x: plots.Rates(([0.0, n], [1.0, 0.0]), ([], [])) for x, n in (("a", 10.0), ("b", 100.0))
+    }
+    plots.schedules(rates)
+    shares, same, unknown, schedule = (x.axes[0] for x in figures)
+    assert [line.get_xdata()[-1] for line in shares.lines] == [100, 50]
+    assert "share" in shares.get_xlabel() and "share" in schedule.get_xlabel()
+    assert [line.get_xdata()[-1] for line in schedule.lines] == [100, 100]
+    for axes in (same, unknown):
+        assert [line.get_xdata()[-1] for line in axes.lines] == [1, 5]
+        assert axes.get_xlabel() == "epochs"
 
 
 def test_the_page_stands_alone(two):
@@ -164,9 +227,10 @@ def test_of_many_classes_the_most_confused_pairs_are_drawn():
     assert plots.confused_pairs(counts) == [(0, 39, 8), (3, 7, 5), (7, 3, 2)]
     # Neither a formula, nor half of one, nor a letter that the font has not.
     names = [f"${i}_{{$ 花" for i in range(40)]
-    many = Image.open(io.BytesIO(plots.confusion(counts, names, "label")))
-    few = Image.open(io.BytesIO(plots.confusion(counts[:8, :8], names[:8], "label")))
-    assert many.width > many.height and abs(few.width - few.height) < 5
+    width, height = size_of(drawn(plots.confusion(counts, names, "label")))
+    assert width > height
+    width, height = size_of(drawn(plots.confusion(counts[:8, :8], names[:8], "label")))
+    assert abs(width - height) < 5
 
 
 def test_the_schedule_is_planned_to_the_end_and_logged_so_far(trained):

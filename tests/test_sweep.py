@@ -95,6 +95,8 @@ def test_unknown_option_and_wrong_value_are_refused_before_the_first_run(tmp_pat
         UserError, match=r"seed=many: a value is not of its field's type: Expected `int`"
     ):
         sweep(quick_config(), {"seed": ("many",)}, tmp_path)
+    with pytest.raises(UserError, match=r"log.final_evaluation is False, but a sweep"):
+        sweep(quick_config(), {"log.final_evaluation": (False,)}, tmp_path)
     assert not list(tmp_path.iterdir())
 
 

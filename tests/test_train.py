@@ -311,3 +311,18 @@ def test_a_teacher_that_cannot_teach_is_warned_of():
     assert "almost the same" in teacher_warnings(constant, np.full(500, -1))[0]
     assert "not finite" in teacher_warnings(good * np.nan, labels)[0]
     assert teacher_warnings(good, np.full(500, -1)) == []
+
+
+def test_the_last_evaluation_can_be_left_out_and_made_up_for(tmp_path):
+    whole = train(tiny_config(), tmp_path / "whole")
+    log = dataclasses.replace(tiny_config().log, final_evaluation=False)
+    config = tiny_config(log=log)
+    for _ in range(2):  # trained, and then found complete
+        result = train(config, tmp_path / "run")
+        assert result.complete and result.step == 6 and result.evaluation is None
+    assert not (tmp_path / "run" / "evaluation.json").exists()
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text()
+    # The same run with the evaluation: it is made up for, and nothing is trained again.
+    later = train(tiny_config(), tmp_path / "run")
+    assert later.complete and later.evaluation == whole.evaluation
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == lines

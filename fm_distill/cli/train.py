@@ -28,8 +28,8 @@ class _Train(OverConfig):
     """Where the run lies."""
     max_hours: float | None = None
     (
-        "Stop inside this many hours, teachers that are trained first included, all safe on disk; at "
-        "least one step is done."
+        "Stop inside this many hours, teachers that are trained first included, all safe on disk; "
+        "at least one step is done."
     )
     resume_from: str | None = None
     """Continue a copy of the run in this workdir or bucket (gs://...), which is only read."""
@@ -88,9 +88,9 @@ def _train_here(asked: _Train, workdir: str, stop: Stop, arguments: list[str]) -
     log(use_compilation_cache(pathlib.Path(workdir)))
     result = train_until(asked.config, workdir, stop, asked.extend)
     if result.complete:
-        assert result.evaluation is not None
         if first_process():
-            print(table(result.evaluation))
+            later = f"{result.step:,} steps are done; evaluate: fm-distill evaluate {workdir}"
+            print(table(result.evaluation) if result.evaluation else later)
         return EXIT_COMPLETE
     left = sessions_left(result.hours_left, stop.max_hours or stop.hours())
     steps = f"after {result.step:,} of {result.total_steps:,} steps"

@@ -164,3 +164,5 @@ class LogConfig:
     """Steps between two comparisons of student and teacher on the validation split; 0 for never."""
     tensorboard: bool = True
     """Whether TensorBoard files are written too."""
+    final_evaluation: bool = True
+    """Evaluate the finished student on the test split; `fm-distill evaluate` does it later."""

@@ -74,14 +74,14 @@ def report_and_show(run: str | os.PathLike[str], page: str | os.PathLike[str]) -
 
 def show_report(page: str | os.PathLike[str]) -> None:
     """The figures of a page of `fm-distill report`, with their headings, in the notebook."""
-    from IPython.display import HTML, Image, display
+    from IPython.display import HTML, SVG, display
 
     text = pathlib.Path(page).read_text()
     body = text[text.index("<body>") + len("<body>") : text.index("</body>")]
-    parts = re.split(r"<img alt='[^']*' src='data:image/png;base64,([^']*)'>", body)
+    parts = re.split(r"<img alt='[^']*' src='data:image/svg\+xml;base64,([^']*)'>", body)
     for i, part in enumerate(parts):
         if i % 2:
-            display(Image(base64.b64decode(part)))
+            display(SVG(base64.b64decode(part)))
         elif part.strip():
             display(HTML(part))
 
@@ -128,10 +128,10 @@ class Screen:
         histories = {path.name: read_history(path) for path in paths}
         if not any(history.lines for history in histories.values()):
             return
-        from IPython.display import Image, display
+        from IPython.display import SVG, display
 
         written = {name: history for name, history in histories.items() if history.lines}
-        image = Image(plots.curves(written))
+        image = SVG(plots.curves(written))
         if self._curves is None:
             self._curves = display(image, display_id=True)
         else:
@@ -139,17 +139,17 @@ class Screen:
 
     def _introduce(self) -> None:
         """The views of the first steps, and the schedule."""
-        from IPython.display import Image, display
+        from IPython.display import SVG, display
 
         place = Workdir(self.run)
         try:
             config = place.stored().config
             print("what each network sees in the first steps, and the learning rate:")
-            display(Image(plots.views(sample_views(config, place))))
+            display(SVG(plots.views(sample_views(config, place))))
         except UserError as error:
             print(f"the views cannot be shown: {error}")
             return
         status = place.read_status()
         total = status.total_steps if status else 0
         rates = rates_of(config, total, read_history(self.run))
-        display(Image(plots.schedules({config.name: rates})))
+        display(SVG(plots.schedules({config.name: rates})))

@@ -1,4 +1,4 @@
-"""Pictures of runs, as PNG: curves, schedule, views, confusions, disagreements.
+"""Pictures of runs, as SVG: curves, schedule, views, confusions, disagreements.
 
 Data in, bytes out; the only file that knows matplotlib, which the extra `plots` brings.
 """
@@ -6,7 +6,7 @@ Data in, bytes out; the only file that knows matplotlib, which the extra `plots`
 import dataclasses
 import io
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,10 @@ from fm_distill.runs.history import Curve, History
 # Above so many classes a matrix cannot be read, and the most confused pairs are listed.
 MATRIX_CLASSES = 30
 PAIRS = 20
-DPI = 100
+PHOTO_DPI = 200  # of the photos inside of a picture
+# Lengths of runs beyond which one would hide the other on a common axis.
+SIMILAR = 1.25
+SHARE = "share of the run, %"
 LABEL_LETTERS = 32
 
 
@@ -40,15 +43,21 @@ class Disagreement:
     lines: tuple[str, ...]
 
 
-def curves(runs: Mapping[str, History]) -> bytes:
-    """Loss, agreement, accuracy and KL over epochs, of one run or of several in one picture."""
+def curves(runs: Mapping[str, History], lengths: Mapping[str, int] | None = None) -> bytes:
+    """Loss, agreement, accuracy and KL over epochs, of one run or of several in one picture.
+
+    Where `lengths`, the planned steps of each run, differ much, it is over the share of the run.
+    """
     figure = _figure(11.0, 7.5)
+    shares = lengths if lengths is not None and _differ(map(float, lengths.values())) else None
     panels = figure.subplots(2, 2)
     for axes, (title, metrics) in zip(panels.flat, metric_table.panels().items(), strict=True):
         for number, (run, history) in enumerate(runs.items()):
             for metric in metrics:
                 assert metric.curve is not None
-                x, y = history.curve(metric.split, metric.name)
+                x, y = history.curve(metric.split, metric.name, "step" if shares else "epoch")
+                if shares:
+                    x = [100 * step / shares[run] for step in x]
                 if not x:
                     continue
                 drawn = metric.curve
@@ -58,35 +67,39 @@ def curves(runs: Mapping[str, History]) -> bytes:
                     x, y, drawn.style, color=f"C{number}", marker=marker, label=_plain(label),
                     lw=1.2,
                 )  # fmt: skip
-        _finish(axes, title, "epochs")
-    return _png(figure)
+        _finish(axes, title, SHARE if shares else "epochs")
+    return _svg(figure)
 
 
 def schedules(runs: Mapping[str, Rates]) -> bytes:
     """The learning rate over steps: the plan as a line, what was logged as dots."""
     figure = _figure(7.0, 3.2)
     axes = figure.subplots()
+    lengths = {run: max(rates.planned[0], default=0.0) for run, rates in runs.items()}
+    shares = _differ(lengths.values())
     for number, (run, rates) in enumerate(runs.items()):
         of_run = "" if len(runs) == 1 else f"{run}: "
-        axes.plot(*rates.planned, color=f"C{number}", label=_plain(f"{of_run}planned"))
-        if rates.logged[0]:
-            axes.plot(*rates.logged, ".", color=f"C{number}", label=_plain(f"{of_run}logged"), ms=4)
-    _finish(axes, "learning rate", "steps")
-    return _png(figure)
+        for (x, y), style, what in ((rates.planned, "-", "planned"), (rates.logged, ".", "logged")):
+            if x:
+                over = [100 * step / lengths[run] for step in x] if shares else x
+                label = _plain(f"{of_run}{what}")
+                axes.plot(over, y, style, color=f"C{number}", label=label, ms=4)
+    _finish(axes, "Learning rate", SHARE if shares else "steps")
+    return _svg(figure)
 
 
 def views(shown: ViewSamples) -> bytes:
     """A row for each network, a column for each example; each picture at its own resolution."""
     rows, columns = len(shown.seen), len(shown.titles)
-    figure = _figure(1.5 * columns + 0.5, 1.6 * rows + 0.3)
+    figure = _figure(1.8 * columns + 0.5, 1.9 * rows + 0.3)
     grid = figure.subplots(rows, columns, squeeze=False)
     for row, seen in zip(grid, shown.seen, strict=True):
-        row[0].set_ylabel(_plain(seen.name), fontsize=8)
+        row[0].set_ylabel(_plain(seen.name), fontsize=10)
         for axes, pixels in zip(row, seen.pictures, strict=True):
             _picture(axes, pixels)
     for axes, title in zip(grid[0], shown.titles, strict=True):
-        axes.set_title(_plain(title), fontsize=8)
-    return _png(figure)
+        axes.set_title(_plain(title), fontsize=10)
+    return _svg(figure)
 
 
 def confusion(
@@ -106,13 +119,13 @@ def confusion(
     for (row, column), count in np.ndenumerate(counts):
         if count:
             colour = "white" if share[row, column] > 0.5 else "black"
-            axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=7)
+            axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=9)
     labels = [_short(name) for name in names]
-    axes.set_xticks(range(len(names)), labels, rotation=90, fontsize=7)
-    axes.set_yticks(range(len(names)), labels, fontsize=7)
-    axes.set_xlabel("the student says")
-    axes.set_ylabel(f"the {expected} says")
-    return _png(figure)
+    axes.set_xticks(range(len(names)), labels, rotation=90, fontsize=9)
+    axes.set_yticks(range(len(names)), labels, fontsize=9)
+    axes.set_xlabel("class by the student")
+    axes.set_ylabel(f"class by the {expected}")
+    return _svg(figure)
 
 
 def confused_pairs(counts: Int[np.ndarray, "classes classes"]) -> list[tuple[int, int, int]]:
@@ -127,15 +140,15 @@ def disagreements(found: Sequence[Disagreement]) -> bytes:
     """The pictures with their lines, six in a row."""
     columns = min(6, len(found))
     rows = -(-len(found) // columns)
-    figure = _figure(2.1 * columns, 2.9 * rows)
+    figure = _figure(2.5 * columns, 3.4 * rows)
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat:
         axes.axis("off")
     for axes, one in zip(grid.flat, found, strict=False):
         axes.axis("on")
         _picture(axes, one.pixels)
-        axes.set_title("\n".join(map(_short, one.lines)), fontsize=7, loc="left")
-    return _png(figure)
+        axes.set_title("\n".join(map(_short, one.lines)), fontsize=8.5, loc="left")
+    return _svg(figure)
 
 
 def _pairs(counts: np.ndarray, names: Sequence[str], expected: str) -> bytes:
@@ -148,9 +161,9 @@ def _pairs(counts: np.ndarray, names: Sequence[str], expected: str) -> bytes:
     axes.invert_yaxis()
     axes.set_xlabel("examples")
     axes.set_title(
-        f"what the {expected} says \N{RIGHTWARDS ARROW} what the student says", fontsize=9
+        f"class by the {expected} \N{RIGHTWARDS ARROW} class by the student", fontsize=11
     )
-    return _png(figure)
+    return _svg(figure)
 
 
 def _figure(width: float, height: float) -> Any:
@@ -162,12 +175,18 @@ def _figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def _differ(lengths: Iterable[float]) -> bool:
+    """Whether all lengths are known, and one of them is much longer than another."""
+    known = list(lengths)
+    return min(known, default=0) > 0 and max(known) > SIMILAR * min(known)
+
+
 def _finish(axes: Any, title: str, below: str) -> None:
-    axes.set_title(title, fontsize=10)
+    axes.set_title(title, fontsize=12)
     axes.set_xlabel(below)
     axes.grid(alpha=0.3)
     if axes.lines:
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=9)
     else:
         axes.text(0.5, 0.5, "nothing was logged", ha="center", transform=axes.transAxes)
 
@@ -191,10 +210,12 @@ def _plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def _png(figure: Any) -> bytes:
+def _svg(figure: Any) -> bytes:
+    import matplotlib
+
     out = io.BytesIO()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), matplotlib.rc_context({"svg.hashsalt": "fm-distill"}):
         # A letter that the font has not is drawn as a box, and nobody here can help it.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure.savefig(out, format="png", dpi=DPI)
+        figure.savefig(out, format="svg", dpi=PHOTO_DPI, metadata={"Date": None})
     return out.getvalue()

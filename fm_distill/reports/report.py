@@ -10,7 +10,6 @@ import html
 import os
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -24,10 +23,9 @@ from fm_distill.evaluation.predictions import (
     predict_split,
 )
 from fm_distill.reports import plots
+from fm_distill.reports.summary import ReportedRun, config_differences, summary
 from fm_distill.reports.view_samples import sample_views
 from fm_distill.runs.history import Curve, History, read_history
-from fm_distill.runs.metric_table import at, shown
-from fm_distill.runs.stored_progress import StoredStatus
 from fm_distill.runs.workdir import Workdir
 from fm_distill.training.optim import make_schedule
 
@@ -36,21 +34,10 @@ PLAN_POINTS = 500
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em }
 table { border-collapse: collapse } td, th { border: 1px solid #ccc; padding: .2em .7em }
-th { text-align: left } td { text-align: right } img { max-width: 100% }
+th { text-align: left } td { text-align: right } td:last-child { text-align: left }
+figure { margin: 1em 0 } img { max-width: 100% } figcaption { max-width: 50em }
 .missing { background: #fff3cd; padding: .5em 1em }
 """
-
-
-@dataclasses.dataclass(frozen=True)
-class _Run:
-    """One run as the report needs it."""
-
-    name: str
-    place: Workdir
-    config: Config
-    history: History
-    status: StoredStatus | None
-    figures: dict[str, Any] | None  # of the complete run
 
 
 def report(
@@ -74,10 +61,21 @@ def report(
     if not workdirs:
         raise UserError("a report needs the workdir of at least one run")
     runs = _read(workdirs)
+    lengths = {run.name: run.total_steps for run in runs}
     whole = "\n".join(
         [
-            _image("curves", plots.curves({run.name: run.history for run in runs})),
-            _image("learning rate", plots.schedules({run.name: _rates(run) for run in runs})),
+            _image(
+                "curves",
+                plots.curves({run.name: run.history for run in runs}, lengths),
+                "What the training logged. Agreement and KL compare the student with its teacher; "
+                "on the training view both see images cropped, flipped and mixed as in training. "
+                "Runs of different length are drawn over the share of the run that was done.",
+            ),
+            _image(
+                "learning rate",
+                plots.schedules({run.name: _rates(run) for run in runs}),
+                "The line is the schedule, the dots are what was logged.",
+            ),
             *(_of_run(run, data_dir, teacher_weights) for run in runs),
         ]
     )
@@ -86,7 +84,7 @@ def report(
     try:
         temporary.write_text(
             f"<!DOCTYPE html>\n<html lang='en'><head><meta charset='utf-8'><title>{title}</title>"
-            f"<style>{STYLE}</style></head><body>\n<h1>{title}</h1>\n{_table(runs)}\n{whole}\n"
+            f"<style>{STYLE}</style></head><body>\n<h1>{title}</h1>\n{summary(runs)}\n{config_differences(runs)}\n{whole}\n"
             "</body></html>\n"
         )
         temporary.replace(out)
@@ -108,7 +106,7 @@ def rates_of(config: Config, total_steps: int, history: History) -> plots.Rates:
     return plots.Rates(planned, ([step - 1 for step in steps_done], logged))
 
 
-def _read(workdirs: Sequence[str | os.PathLike[str]]) -> list[_Run]:
+def _read(workdirs: Sequence[str | os.PathLike[str]]) -> list[ReportedRun]:
     paths = [pathlib.Path(x) for x in workdirs]
     if len({path.resolve() for path in paths}) < len(paths):
         raise UserError("a workdir is given twice; give each once")
@@ -117,60 +115,19 @@ def _read(workdirs: Sequence[str | os.PathLike[str]]) -> list[_Run]:
     runs = []
     for path, name in zip(paths, names, strict=True):
         place = Workdir(path)
-        config = place.stored().config
+        stored = place.stored()
+        status = place.read_status()
         history = read_history(path)
-        runs.append(
-            _Run(name, place, config, history, place.read_status(), place.read_evaluation())
-        )
+        runs.append(ReportedRun(name, place, stored, history, status, place.read_evaluation()))
     return runs
 
 
-def _rates(run: _Run) -> plots.Rates:
-    return rates_of(run.config, run.status.total_steps if run.status else 0, run.history)
+def _rates(run: ReportedRun) -> plots.Rates:
+    return rates_of(run.stored.config, run.total_steps, run.history)
 
 
-def _table(runs: list[_Run]) -> str:
-    """The figures that people look at first, a column a run."""
-    columns = [_column(run) for run in runs]
-    names = list(dict.fromkeys(name for column in columns for name in column))
-    head = "".join(f"<th>{html.escape(run.name)}</th>" for run in runs)
-    lines = [
-        f"<tr><th>{html.escape(name)}</th>"
-        + "".join(f"<td>{html.escape(column.get(name, ''))}</td>" for column in columns)
-        + "</tr>"
-        for name in names
-    ]
-    return f"<table><tr><th></th>{head}</tr>{''.join(lines)}</table>"
-
-
-def _column(run: _Run) -> dict[str, str]:
-    config, status, teacher = run.config, run.status, run.config.teacher
-    said = teacher and (teacher.weights or teacher.experiment or teacher.workdir)
-    found = {
-        "state": status.state if status else "not begun",
-        "steps": f"{status.step:,} of {status.total_steps:,}" if status else "0 of 0",
-        "student": f"{config.student.model}, {config.student.resolution} px",
-        "teacher": str(said or "none"),
-        "learns from": config.teaching if config.objective.target == "teacher" else "labels",
-        "batch size": f"{config.batch_size:,}",
-        "seed": str(config.seed),
-    }
-    if run.figures:
-        judged = f"{run.figures['split']}, {run.figures['examples']:,} examples"
-        return (
-            found
-            | {"judged on": judged}
-            | {x.label: x.text(value) for x, value in shown(run.figures, "report")}
-        )
-    last = run.history.last("validation")
-    if not last:
-        return found
-    so_far = {x.label: x.text(last[x.name]) for x in at("log") if last.get(x.name) is not None}
-    return found | {"judged on": f"validation, at step {last['step']:,}"} | so_far
-
-
-def _of_run(run: _Run, data_dir: str | None, teacher_weights: str | None) -> str:
-    config = _elsewhere(run.config, data_dir, teacher_weights)
+def _of_run(run: ReportedRun, data_dir: str | None, teacher_weights: str | None) -> str:
+    config = _elsewhere(run.stored.config, data_dir, teacher_weights)
     parts = [f"<h2>{html.escape(run.name)}</h2>"]
     parts.append(_or_missing("The views of the first steps", lambda: _views(run, config)))
     split = "test" if config.data.test else "validation" if config.data.validation else "train"
@@ -211,13 +168,13 @@ def _or_missing(title: str, make: Callable[[], str]) -> str:
         )
 
 
-def _views(run: _Run, config: Config) -> str:
+def _views(run: ReportedRun, config: Config) -> str:
     shown = sample_views(config, run.place)
     text = (
         "What each network was given, at its own resolution, cropped, flipped and mixed as in "
         f"the step. {shown.note}"
     )
-    return f"<p>{html.escape(text)}</p>\n{_image('views', plots.views(shown))}"
+    return _image("views", plots.views(shown), text)
 
 
 def _judged(opened: Opened) -> str:
@@ -227,11 +184,18 @@ def _judged(opened: Opened) -> str:
     parts = [f"<p>The student after {opened.run.step:,} steps.</p>"]
     if classes is not None:
         picture = plots.confusion(confusions(found, opened.run.classes), names, expected)
-        parts.append(_image("confusions", picture))
+        says = (
+            f"Rows: the {expected}'s class; columns: the student's. The darker, the larger the "
+            "share of the row. Of many classes, the most frequent confusions are listed instead."
+        )
+        parts.append(_image("confusions", picture, says))
     wanted = most_disagreeing(found, DISAGREEMENTS)
     if disagree := [_disagreement(opened, found, names, row) for row in wanted]:
-        parts.append("<p>Where KL(teacher || student) is largest:</p>")
-        parts.append(_image("disagreements", plots.disagreements(disagree)))
+        says = (
+            "The examples on which the student is furthest from its teacher: those of the largest "
+            "KL(teacher || student) at temperature 1. With each class, its probability."
+        )
+        parts.append(_image("disagreements", plots.disagreements(disagree), says))
     return "\n".join(parts)
 
 
@@ -252,5 +216,8 @@ def _disagreement(
     return plots.Disagreement(read["canvas"][:height, :width], lines)
 
 
-def _image(name: str, png: bytes) -> str:
-    return f"<p><img alt='{name}' src='data:image/png;base64,{base64.b64encode(png).decode()}'></p>"
+def _image(name: str, svg: bytes, caption: str) -> str:
+    return (
+        f"<figure><img alt='{name}' src='data:image/svg+xml;base64,"
+        f"{base64.b64encode(svg).decode()}'><figcaption>{html.escape(caption)}</figcaption></figure>"
+    )

@@ -46,6 +46,11 @@ def sweep(
     runs = [changed(config, values) for values in chosen]
     for run in runs:
         check(run)
+        if not run.log.final_evaluation:
+            raise UserError(
+                "log.final_evaluation is False, but a sweep compares the last evaluations of its "
+                "runs; leave it on"
+            )
     done = []
     with stop_signals(Stop(max_hours)) as stop:
         for i, (values, run) in enumerate(zip(chosen, runs, strict=True), 1):

@@ -59,7 +59,9 @@ class Result:
     step: int
     total_steps: int
     workdir: pathlib.Path
-    evaluation: dict[str, Any] | None  # of a complete run; see `evaluate.summarise`
+    evaluation: (
+        dict[str, Any] | None
+    )  # of a complete run, unless left out; see `evaluate.summarise`
     reason: str = ""  # why it is not complete
     hours_left: float | None = None  # where that is known
 
@@ -89,7 +91,7 @@ def train_until(
     check(config)
     workdir = Workdir(path)
     lengthened = workdir.refuse_another_config(config, extend)
-    if not lengthened and (complete := _complete(workdir)) is not None:
+    if not lengthened and (complete := _complete(config, workdir)) is not None:
         return complete
     layout = make_layout(config.mesh)
     check_batch_size(config, layout)
@@ -133,7 +135,7 @@ def _log_all(lines: list[str]) -> None:
         log(line)
 
 
-def _complete(workdir: Workdir) -> Result | None:
+def _complete(config: Config, workdir: Workdir) -> Result | None:
     """The result of a run that needs nothing any more, neither its data nor its teacher."""
     status = workdir.read_status()
     if not workdir.has_config() or status is None or status.state != "complete":
@@ -142,7 +144,7 @@ def _complete(workdir: Workdir) -> Result | None:
     if integrity_errors(workdir.checkpoints / str(steps)):
         return None
     evaluation = workdir.read_evaluation()
-    if evaluation is None:
+    if config.log.final_evaluation and evaluation is None:
         return None
     log(f"the run in {workdir.path} is complete: {steps:,} steps")
     return Result(True, steps, steps, workdir.path, evaluation)
@@ -249,6 +251,9 @@ def _stretch(
 def _finish(setup: Setup, state: TrainState, workdir: Workdir, stop: Stop) -> Result:
     """The evaluation of a run whose last checkpoint is on disk."""
     total = setup.resolved.total_steps
+    if not setup.config.log.final_evaluation:
+        workdir.set_status("complete", total, total)
+        return Result(True, total, total, workdir.path, None)
     student = state.ema or state.student
     batches = stop.checked(setup.final()) if only_process() else setup.final()
     try:

@@ -1,0 +1,126 @@
+"""The tables at the head of a report: the runs side by side, and what differs between them."""
+
+import dataclasses
+import html
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fm_distill.config import NetworkConfig
+from fm_distill.config.serialization import flatten
+from fm_distill.models import build_network, parameter_count
+from fm_distill.runs.history import History
+from fm_distill.runs.metric_table import METRICS, at, shown
+from fm_distill.runs.stored_progress import StoredStatus
+from fm_distill.runs.stored_run import StoredRun
+from fm_distill.runs.workdir import Workdir
+
+MEANINGS = {
+    "student parameters": "Trained numbers of the student's network.",
+    "teacher parameters": "Those of the teacher's network, or of all teachers together.",
+    "compression": "The teacher's parameters over the student's.",
+    "temperature": "Divides the logits of both networks before they are compared.",
+    "updated": "When the run wrote its state last.",
+    "commit": "Of the code that the run was begun or continued with last.",
+    **{x.label: x.meaning for x in METRICS},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportedRun:
+    """One run as a report needs it."""
+
+    name: str
+    place: Workdir
+    stored: StoredRun
+    history: History
+    status: StoredStatus | None
+    figures: dict[str, Any] | None  # of the complete run
+
+    @property
+    def total_steps(self) -> int:
+        """Zero where the run has not begun."""
+        return self.status.total_steps if self.status else 0
+
+
+def summary(runs: Sequence[ReportedRun]) -> str:
+    """The figures that people look at first, a column a run, with what each means."""
+    columns = [_column(run) for run in runs]
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    rows = [
+        [name, *(column.get(name, "") for column in columns), MEANINGS.get(name, "")]
+        for name in names
+    ]
+    return _table(["", *(run.name for run in runs), "meaning"], rows)
+
+
+def config_differences(runs: Sequence[ReportedRun]) -> str:
+    """Each option whose value is not the same in all runs; empty for one run."""
+    options = [flatten(run.stored.config) for run in runs]
+    names = list(dict.fromkeys(name for of_run in options for name in of_run))
+    rows = [
+        [name, *(str(of_run.get(name, "(not set)")) for of_run in options)]
+        for name in names
+        if len({str(of_run.get(name, "(not set)")) for of_run in options}) > 1
+    ]
+    if not rows:
+        return ""
+    return (
+        "<h2>What differs between the configs</h2>\n"
+        + _table(["option", *(run.name for run in runs)], rows)
+    )  # fmt: skip
+
+
+def _table(heads: list[str], rows: list[list[str]]) -> str:
+    head = "".join(f"<th>{html.escape(x)}</th>" for x in heads)
+    lines = [
+        f"<tr><th>{html.escape(first)}</th>"
+        + "".join(f"<td>{html.escape(x)}</td>" for x in rest)
+        + "</tr>"
+        for first, *rest in rows
+    ]
+    return f"<table><tr>{head}</tr>{''.join(lines)}</table>"
+
+
+def _column(run: ReportedRun) -> dict[str, str]:
+    config, resolved, status = run.stored.config, run.stored.resolved, run.status
+    teacher = config.teacher
+    source = teacher and (teacher.weights or teacher.experiment or teacher.workdir)
+    student = _parameters(resolved.student, resolved.classes)
+    teachers = sum(_parameters(x, resolved.classes) for x in resolved.teachers)
+    found = {
+        "state": status.state if status else "not begun",
+        "steps": f"{status.step if status else 0:,} of {run.total_steps:,}",
+        "student": f"{resolved.student.model}, {resolved.student.resolution} px",
+        "student parameters": f"{student:,}",
+        "teacher": str(source or "none"),
+    }
+    if teachers:
+        found |= {
+            "teacher parameters": f"{teachers:,}",
+            "compression": f"{teachers / student:.1f} x",
+        }
+    found |= {
+        "learns from": config.teaching if config.objective.target == "teacher" else "labels",
+        "temperature": f"{config.objective.temperature:g}",
+        "batch size": f"{config.batch_size:,}",
+        "seed": str(config.seed),
+        "updated": (status and status.updated) or "",
+        "commit": (run.stored.commit or "not known")[:12],
+    }
+    if run.figures:
+        split = f"{run.figures['split']}, {run.figures['examples']:,} examples"
+        values = {x.label: x.text(value) for x, value in shown(run.figures, "report")}
+        return found | {"evaluated on": split} | values
+    last = run.history.last("validation")
+    if not last:
+        return found
+    so_far = {x.label: x.text(last[x.name]) for x in at("log") if last.get(x.name) is not None}
+    return found | {"evaluated on": f"validation, at step {last['step']:,}"} | so_far
+
+
+def _parameters(network: NetworkConfig, classes: int) -> int:
+    init = build_network(network, classes, jnp.dtype("float32")).init
+    return parameter_count(jax.eval_shape(init, jax.random.key(0)).params)
