@@ -31,6 +31,7 @@ ONLY_PARSED = {
     "--topology v": "takes the TPU compiler minutes; tests/test_plan.py has one",
     "plan_table.py": "takes the TPU compiler minutes",
     "--over seed=0,1,2": "is six runs; the start page has a shorter one",
+    "--workdir runs/digits_teacher": "is what the first command trains before its student",
     "--max-hours 8.5": "is the first command but for its hours",
 }
 
@@ -85,8 +86,8 @@ def place(tmp_path_factory):
                 image = Image.new("RGB", (30, 40), (i, 0, 0))
                 image.save(folder / "photos" / split / name / f"{i}.png")
     Image.new("RGB", (30, 40)).save(folder / "photo.jpg")
-    for workdir in ("runs/mine", "runs/digits_teacher"):
-        run(next(x for x in LINES if f"--workdir {workdir}" in x), folder)
+    run(next(x for x in LINES if "--workdir runs/mine" in x), folder)
+    shutil.copytree(folder / "runs" / "mine" / "teacher", folder / "runs" / "digits_teacher")
     return folder
 
 
@@ -182,6 +183,26 @@ def test_python_block_runs(block, place):
         block = block.replace(long, short)
     (place / "block.py").write_text(block)
     shell(f"{sys.executable} block.py", place)
+
+
+# How far the loop's student is from the run's, as a share of how far both moved.
+APART = """
+def distance(a, b):
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return sum(float(np.abs(x - y).sum()) for x, y in pairs)
+
+trained = open_run("runs/digits").student.params
+print(distance(state.student.params, trained) / distance(start, trained))
+"""
+
+
+def test_own_loop_trains_the_student_that_the_command_trains(place):
+    run("fm-distill train experiments/digits.py", place)
+    block = re.findall(r"```python\n(.*?)```", TEXTS["docs/own-loop.md"], flags=re.DOTALL)[0]
+    block = block.replace("2500", "2").replace("runs/digits_teacher", "runs/digits/teacher")
+    block = block.replace("\n\n\n@jax.jit", "\nstart = state.student.params\n\n\n@jax.jit")
+    (place / "loop.py").write_text(block + APART)
+    assert float(shell(f"{sys.executable} loop.py", place).splitlines()[-1]) < 0.05
 
 
 def test_site_builds_without_a_warning(tmp_path):
