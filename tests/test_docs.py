@@ -191,7 +191,7 @@ def distance(a, b):
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     return sum(float(np.abs(x - y).sum()) for x, y in pairs)
 
-trained = open_run("runs/digits").student.params
+trained = load_pretrained("runs/digits", None, "teacher").variables.params
 print(distance(state.student.params, trained) / distance(start, trained))
 """
 
@@ -199,6 +199,8 @@ print(distance(state.student.params, trained) / distance(start, trained))
 def test_own_loop_trains_the_student_that_the_command_trains(place):
     run("fm-distill train experiments/digits.py", place)
     block = re.findall(r"```python\n(.*?)```", TEXTS["docs/own-loop.md"], flags=re.DOTALL)[0]
+    own = [x for x in block.splitlines() if x and not x.startswith(("from ", "import "))]
+    assert len(own) < 30
     block = block.replace("2500", "2").replace("runs/digits_teacher", "runs/digits/teacher")
     block = block.replace("\n\n\n@jax.jit", "\nstart = state.student.params\n\n\n@jax.jit")
     (place / "loop.py").write_text(block + APART)
