@@ -208,7 +208,6 @@ def test_own_loop_trains_the_student_that_the_command_trains(place):
 
 
 def test_site_builds_without_a_warning(tmp_path):
-    pytest.importorskip("mkdocs")
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"],
         cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True,
