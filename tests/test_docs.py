@@ -104,7 +104,7 @@ def shell(command: str, place) -> str:
     environment = command_environment() | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         command,
-        shell=True, cwd=place, env=environment, capture_output=True, text=True, timeout=400,
+        shell=True, cwd=place, env=environment, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
@@ -153,7 +153,7 @@ def parsed(lines: list[str], place) -> list[str]:
     """Those of `lines` whose options the program's own parser accepts."""
     done = subprocess.run(
         [sys.executable, "-c", PARSE], input=json.dumps(lines), cwd=place, text=True,
-        env=command_environment() | {"PYTHONPATH": str(ROOT)}, capture_output=True, timeout=400,
+        env=command_environment() | {"PYTHONPATH": str(ROOT)}, capture_output=True, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
