@@ -60,7 +60,7 @@ def test_an_experiment_derives_from_one_in_any_folder(tmp_path, monkeypatch, fol
     (tmp_path / folder / "mine.py").write_text(DERIVED.format(base="experiments/digits.py"))
     monkeypatch.chdir(tmp_path)
     found = load_experiment(f"{folder}/mine.py")
-    assert found.teacher.experiment == str(tmp_path / "experiments" / "digits_teacher.py")
+    assert found.teacher.experiment == "experiments/digits_teacher.py"
     assert "teacher.experiment = experiments/digits_teacher.py" in describe(found)
 
 
