@@ -271,7 +271,7 @@ def test_predict_own_images(capsys, trained, tmp_path):
     assert "there is no image" in refused(capsys, "predict", trained / "run", "none.jpg")
     (tmp_path / "bad.jpg").write_bytes(b"no image")
     error = refused(capsys, "predict", trained / "run", tmp_path / "bad.jpg")
-    assert "bad.jpg is not a whole image" in error
+    assert "bad.jpg is not a complete image" in error
 
 
 def test_warnings_before_hours_are_spent(tmp_path):
@@ -307,7 +307,7 @@ def test_a_corrupt_image_stops_the_run_or_is_skipped(tmp_path):
         run = ("train", path, "--workdir", workdir, "--data.feeding", feeding)
         stopped = run_command(*run)
         assert stopped.returncode == 2, stopped.stderr
-        assert "a/4.png is not a whole image" in stopped.stderr
+        assert "a/4.png is not a complete image" in stopped.stderr
         assert "Traceback" not in stopped.stderr
         done = run_command(*run, "--workdir", f"{workdir}2", "--data.corrupt", "skip")
         assert done.returncode == 0, done.stderr

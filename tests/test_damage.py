@@ -110,8 +110,8 @@ def test_status_says_it(damaged, capsys):
     assert code in (0, 2) and "Traceback" not in printed, printed
     assert contents_of(damaged) == before
     # Complete is only what can be evaluated.
-    whole = "checkpoint 4: whole" in printed
-    assert whole or "complete\n" not in printed
+    intact = "checkpoint 4: intact" in printed
+    assert intact or "complete\n" not in printed
 
 
 @pytest.mark.parametrize("damaged", CASES, indirect=True, ids=lambda x: f"{x[0]}-{x[1]}")
@@ -151,7 +151,7 @@ def test_a_complete_run_without_checkpoints(made, tmp_path, capsys):
     shutil.rmtree(run / "checkpoints")
     before = contents_of(run)
     code, printed = command(capsys, "status", run)
-    assert code == 0 and "it was complete, but its checkpoint 4 is not whole" in printed
+    assert code == 0 and "it was complete, but its checkpoint 4 is not intact" in printed
     code, printed = command(capsys, "train", made / "x.py", "--workdir", run)
     assert code == 2 and "has no checkpoint any more" in printed
     assert contents_of(run) == before

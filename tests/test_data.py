@@ -239,11 +239,11 @@ def test_worker_processes_feed_the_same_bits():
 
 
 def test_a_corrupt_image_is_named(folders):
-    with pytest.raises(UserError, match=r"cat/2\.jpg is not a whole image.*--data.corrupt skip"):
+    with pytest.raises(UserError, match=r"cat/2\.jpg is not a complete image.*--data.corrupt skip"):
         feeds(reader(folders, corrupt="stop"))
     layout = make_layout(MeshConfig())
     streaming = StreamingFeed(reader(folders, corrupt="stop"), 0, 8, 6, layout.batch)
-    with pytest.raises(UserError, match=r"cat/2\.jpg is not a whole image"):
+    with pytest.raises(UserError, match=r"cat/2\.jpg is not a complete image"):
         stream(streaming, None, 0, 6)
 
 

@@ -341,7 +341,7 @@ def test_what_a_student_refuses(workdir, exported, tmp_path):
         ("none", "there is no image, folder or array"),
         ("empty", "holds no images"),
         ("floats.npy", "floats.npy: got float64"),
-        ("cut.npy", "is not a whole array"),
+        ("cut.npy", "is not a complete array"),
     ):
         with pytest.raises(UserError, match=said):
             predict(workdir, [tmp_path / place])

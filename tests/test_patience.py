@@ -208,7 +208,7 @@ def test_what_cannot_be_brought_is_refused(complete, tmp_path):
     shutil.copytree(complete, tmp_path / "broken")
     for step in (4, 6):
         (tmp_path / "broken" / "checkpoints" / str(step) / "digests.json").unlink()
-    with pytest.raises(UserError, match="is whole"):
+    with pytest.raises(UserError, match="is intact"):
         copy_run(str(tmp_path / "broken"), tmp_path / "new")
     assert not list(tmp_path.glob("new*"))
 

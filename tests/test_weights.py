@@ -313,7 +313,7 @@ def test_flipped_byte_of_an_npz(tmp_path):
     path = tmp_path / "x.npz"
     original(path)
     flipped(path, path.stat().st_size // 2)
-    refused(path, "is not a whole .npz file")
+    refused(path, "is not a complete .npz file")
 
 
 @pytest.mark.parametrize("at", [0, 3, 40])
@@ -321,7 +321,7 @@ def test_flipped_byte_of_a_safetensors_header(tmp_path, at):
     path = tmp_path / "x.safetensors"
     written(path, tensors_in("timm"))
     flipped(path, at)
-    refused(path, "is not a whole .safetensors file")
+    refused(path, "is not a complete .safetensors file")
 
 
 def test_empty_and_unknown_files(tmp_path):

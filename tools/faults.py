@@ -120,7 +120,7 @@ def spoilt(workdir: pathlib.Path) -> Tried:
     return Tried(
         "each file of a checkpoint truncated, one bit flipped, or removed",
         tried,
-        "named, and the newest whole checkpoint is used",
+        "named, and the newest intact checkpoint is used",
     )
 
 

@@ -35,7 +35,7 @@ USAGE = """usage: fm-distill COMMAND ...
       --resume-from DIR  continue a copy of a run that can only be read; gs://... too
       --extend           allow a longer schedule than the workdir was trained with
   status DIR [--json]
-      progress, time left, and whether each checkpoint is whole
+      progress, time left, and whether each checkpoint is intact
   sweep EXPERIMENT.py --over OPTION=VALUE,VALUE,... [--workdir DIR] [--any.config.field VALUE ...]
       every combination of the values, and a table of means and spreads over the seeds
   evaluate DIR [--split test] [--step N] [--json] [--data.data-dir PATH] [--teacher.weights FILE]
@@ -216,7 +216,7 @@ def _show(arguments: list[str]) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Status:
-    """Progress, time left, and whether each checkpoint is whole."""
+    """Progress, time left, and whether each checkpoint is intact."""
 
     json: bool = False
     """Print one JSON object."""

@@ -39,7 +39,7 @@ class Reader:
         return len(self.source)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Canvas, size, label and whether the image is whole (else it is black, or refused)."""
+        """Canvas, size, label and whether the image is valid (else it is black, or refused)."""
         raw = self.source[index]
         if raw.label >= self.classes or raw.label < -1:
             raise UserError(
@@ -47,19 +47,19 @@ class Reader:
                 "set data.classes, or mend the data"
             )
         try:
-            pixels, whole = shrink(decode(raw.image), self.config.canvas), True
+            pixels, valid = shrink(decode(raw.image), self.config.canvas), True
         except CorruptImage as error:
             if self.config.corrupt == "stop":
                 raise UserError(
-                    f"{raw.name} is not a whole image ({error}); mend or remove it, or skip such "
+                    f"{raw.name} is not a complete image ({error}); remove it, or skip such "
                     "images with --data.corrupt skip"
                 ) from None
-            pixels, whole = np.zeros((1, 1, 3), np.uint8), False
+            pixels, valid = np.zeros((1, 1, 3), np.uint8), False
         return {
             "canvas": on_canvas(pixels, self.config.canvas.side),
             "size": np.array(pixels.shape[:2], np.int32),
             "label": np.int32(raw.label),
-            "whole": np.bool_(whole),
+            "valid": np.bool_(valid),
             "example": np.int64(index),
         }
 
@@ -82,12 +82,12 @@ class TrainingStream:
         step, row = divmod(int(index), self.rows)
         position = np.array([step * self.batch_size + self.first_row + row])
         example = int(example_ids(self.seed, position, len(self.reader))[0])
-        # The next whole image stands for a corrupt one, in both ways of feeding.
+        # The next valid image stands for a corrupt one, in both ways of feeding.
         for offset in range(len(self.reader)):
             read = self.reader[(example + offset) % len(self.reader)]
-            if read["whole"]:
-                return read | {"whole": np.bool_(offset == 0)}
-        raise UserError(f"no image of {self.reader.source.identity} is whole")
+            if read["valid"]:
+                return read | {"valid": np.bool_(offset == 0)}
+        raise UserError(f"no image of {self.reader.source.identity} can be read")
 
 
 def process_rows(batch_size: int) -> tuple[int, int]:
@@ -129,7 +129,7 @@ class StreamingFeed:
         for steps in dispatches:
             assert steps == 1
             while len(ready) < DEVICE_PREFETCH and (item := next(read, None)) is not None:
-                self.skipped += int((~item["whole"]).sum())
+                self.skipped += int((~item["valid"]).sum())
                 batch = _batch(item)
                 if self.targets is not None:
                     batch = dataclasses.replace(batch, targets=self.targets[item["example"]])
@@ -146,7 +146,7 @@ def evaluation_batches(reader: Reader, batch_size: int) -> Iterator[tuple[Batch,
     count = -(-len(reader) // batch_size)
     source = _Padded(reader, batch_size, first, rows, count)
     for item in read_ahead(grain.MapDataset.source(source).batch(rows), 0):
-        yield _batch(item), item["whole"]
+        yield _batch(item), item["valid"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +170,7 @@ class _Padded:
             "canvas": np.zeros((side, side, 3), np.uint8),
             "size": np.ones(2, np.int32),
             "label": np.int32(-1),
-            "whole": np.bool_(False),
+            "valid": np.bool_(False),
             "example": np.int64(-1),
         }
 

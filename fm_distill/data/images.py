@@ -13,7 +13,7 @@ Pixels = UInt8[np.ndarray, "height width 3"]
 
 
 class CorruptImage(Exception):
-    """Bytes that are no whole image."""
+    """Bytes that are not a complete image."""
 
 
 def decode(data: bytes | np.ndarray) -> Image.Image:

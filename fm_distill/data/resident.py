@@ -74,11 +74,11 @@ class ResidentFeed:
         targets: np.ndarray | None = None,  # of each example, where the teachers are fixed
     ):
         self.seed, self.batch_size, self.ids_sharding = seed, batch_size, split
-        arrays, whole = load_split(reader)
-        if not whole.any():
-            raise UserError(f"no image of {reader.source.identity} is whole")
-        self.skipped = int((~whole).sum())
-        self.stand_in = _next_whole(whole)
+        arrays, valid = load_split(reader)
+        if not valid.any():
+            raise UserError(f"no image of {reader.source.identity} can be read")
+        self.skipped = int((~valid).sum())
+        self.stand_in = _next_valid(valid)
         everything = Resident.of(dataclasses.replace(arrays, targets=targets))
         self.data: Resident | None = jax.device_put(everything, replicated)
 
@@ -95,16 +95,16 @@ class ResidentFeed:
 
 
 def load_split(reader: Reader) -> tuple[Batch, np.ndarray]:
-    """The whole split as one host batch, and which of its images are whole."""
+    """The whole split as one host batch, and which of its images are valid."""
     side, count = reader.config.canvas.side, len(reader)
     canvases = np.zeros((count, side, side, 3), np.uint8)
     sizes, labels = np.ones((count, 2), np.int32), np.full(count, -1, np.int32)
-    whole = np.zeros(count, bool)
+    valid = np.zeros(count, bool)
     read = read_ahead(grain.MapDataset.source(reader), 0)
     for i, item in enumerate(progress(read, "decoding", "images", count)):
         canvases[i], sizes[i] = item["canvas"], item["size"]
-        labels[i], whole[i] = item["label"], item["whole"]
-    return Batch(canvases, sizes, labels), whole
+        labels[i], valid[i] = item["label"], item["valid"]
+    return Batch(canvases, sizes, labels), valid
 
 
 def is_resident(config: DataConfig, examples: int, memory_bytes: int | None = None) -> bool:
@@ -139,7 +139,7 @@ def _memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
 
 
-def _next_whole(whole: np.ndarray) -> np.ndarray:
-    """For each example the first whole one at or after it, around the end."""
-    ids = np.flatnonzero(whole)
-    return ids[np.searchsorted(ids, np.arange(len(whole))) % len(ids)]
+def _next_valid(valid: np.ndarray) -> np.ndarray:
+    """For each example the first valid one at or after it, around the end."""
+    ids = np.flatnonzero(valid)
+    return ids[np.searchsorted(ids, np.arange(len(valid))) % len(ids)]

@@ -231,7 +231,7 @@ class Evaluator:
 
 
 def table(figures: dict[str, Any]) -> str:
-    """The figures that people look at first, as text."""
+    """The headline figures, as text."""
     title = f"{figures['split']}, {figures['examples']:,} examples, step {figures['step']:,}"
     found = shown(figures, "table")
     return "\n".join([title, *(f"  {x.label:<28}{x.text(value):>12}" for x, value in found)])

@@ -28,7 +28,7 @@ def prepared(
         try:
             yield str(path), student.prepare(path.read_bytes())
         except CorruptImage as error:
-            raise UserError(f"{path} is not a whole image ({error})") from None
+            raise UserError(f"{path} is not a complete image ({error})") from None
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error}") from None
 
@@ -49,5 +49,5 @@ def _array(path: pathlib.Path) -> np.ndarray:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path} is not a whole array of numbers: {error}") from None
+        raise UserError(f"{path} is not a complete array of numbers: {error}") from None
     return checked(array, str(path))

@@ -1,4 +1,4 @@
-"""A run that lies in a workdir, put to use: evaluated on a split, or asked about own images."""
+"""A run that lies in a workdir, put to use: evaluated on a split, or applied to own images."""
 
 import dataclasses
 import itertools
@@ -30,7 +30,7 @@ from fm_distill.system.sharding import Layout, make_layout, on_devices
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """A run's networks on the devices, and the split that they are asked about."""
+    """A run's networks on the devices, and the split that they are applied to."""
 
     run: Run
     config: Config

@@ -1,4 +1,4 @@
-"""What student and teacher say of each example of a split, and where they disagree most."""
+"""Predictions of student and teacher for each example of a split, and where they disagree most."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ from fm_distill.objectives.distances import kl_divergence
 
 @dataclasses.dataclass(frozen=True)
 class SplitPredictions:
-    """Of each whole example of a split, on the central view; arrays (examples,).
+    """Of each valid example of a split, on the central view; arrays (examples,).
 
     Without a teacher, what is the teacher's is None.
     """
@@ -56,14 +56,14 @@ def predict_split(opened: Opened) -> SplitPredictions:
     rows: list[list[np.ndarray]] = []
     for host_batch, mask in evaluation_batches(opened.reader, opened.batch_size):
         batch = layout.spread(host_batch)
-        said = jax.device_get(compiled(opened.student, opened.frozen, batch))
-        rows.append([np.asarray(host_batch.labels), mask, *map(np.asarray, said)])
-    label, whole, *said = (np.concatenate(x) for x in zip(*rows, strict=True))
-    student, student_probability, *teachers = (x[whole] for x in said)
+        outputs = jax.device_get(compiled(opened.student, opened.frozen, batch))
+        rows.append([np.asarray(host_batch.labels), mask, *map(np.asarray, outputs)])
+    label, valid, *outputs = (np.concatenate(x) for x in zip(*rows, strict=True))
+    student, student_probability, *teachers = (x[valid] for x in outputs)
     teacher, teacher_probability, kl = teachers or (None, None, None)
     return SplitPredictions(
-        example=np.flatnonzero(whole),
-        label=label[whole],
+        example=np.flatnonzero(valid),
+        label=label[valid],
         student=student,
         student_probability=student_probability,
         teacher=teacher,
@@ -72,18 +72,18 @@ def predict_split(opened: Opened) -> SplitPredictions:
     )
 
 
-def confusions(found: SplitPredictions, classes: int) -> Int[np.ndarray, "classes classes"]:
+def confusions(predictions: SplitPredictions, classes: int) -> Int[np.ndarray, "classes classes"]:
     """Counts: row by `Answers.expected`, column by the student's class."""
     counts = np.zeros((classes, classes), int)
-    _, expected = found.expected
+    _, expected = predictions.expected
     if expected is not None:
         known = expected >= 0
-        np.add.at(counts, (expected[known], found.student[known]), 1)
+        np.add.at(counts, (expected[known], predictions.student[known]), 1)
     return counts
 
 
-def most_disagreeing(found: SplitPredictions, most: int) -> list[int]:
-    """Rows of `found`, by falling KL; empty without a teacher."""
-    if found.kl is None:
+def most_disagreeing(predictions: SplitPredictions, most: int) -> list[int]:
+    """Rows of `predictions`, by falling KL; empty without a teacher."""
+    if predictions.kl is None:
         return []
-    return np.argsort(-found.kl, kind="stable")[:most].tolist()
+    return np.argsort(-predictions.kl, kind="stable")[:most].tolist()

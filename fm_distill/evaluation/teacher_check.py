@@ -16,7 +16,7 @@ from fm_distill.system.sharding import Layout
 from fm_distill.views.draws import mix, run_keys
 
 EXAMPLES = 512
-# Mean total variation between the teacher's outputs and their mean, below which they say nothing.
+# Mean total variation between the teacher's outputs and their mean, below which they are constant.
 CONSTANT = 0.01
 
 
@@ -67,7 +67,7 @@ def teacher_warnings(probabilities: np.ndarray, labels: np.ndarray) -> list[str]
     variation = np.abs(probabilities - mean).sum(axis=1).mean() / 2
     if variation < CONSTANT:
         warnings.append(
-            f"WARNING: the teacher says almost the same of every image (mean total variation "
+            f"WARNING: the teacher's outputs hardly differ between images (mean total variation "
             f"{variation:.4f}): are its weights, head and input_range right?"
         )
     known = labels >= 0

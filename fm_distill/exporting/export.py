@@ -28,8 +28,8 @@ def export(
 ) -> Card:
     """Writes the student of the run in `workdir` to `path`, and its card beside it as JSON.
 
-    Both are written whole or not at all, the card last. Raises `UserError`, also where either is
-    there already, unless `overwrite`.
+    Both are written completely or not at all, the card last. Raises `UserError`, also where
+    either is there already, unless `overwrite`.
     """
     path = pathlib.Path(path)
     if path.suffix != ".safetensors":
@@ -72,7 +72,7 @@ def export(
 
 
 def _write(path: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file completely or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         temporary.write_bytes(b"")

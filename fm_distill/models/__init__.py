@@ -79,7 +79,7 @@ MODELS: dict[str, Model] = {
 
 
 def resolve(config: NetworkConfig) -> NetworkConfig:
-    """`config` with the model's own values where it says `auto`, as for a network from scratch."""
+    """`config` with the model's own values where it is `auto`, as for a network from scratch."""
     if config.input_range == "auto":
         config = dataclasses.replace(config, input_range=MODELS[config.model].input_range)
     if config.groups == "auto":

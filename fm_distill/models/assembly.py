@@ -64,7 +64,7 @@ def _fold(params: PyTree, fold: Callable[[Kernel], Kernel], dtype: jnp.dtype) ->
 
 
 def check_named(config: NetworkConfig) -> None:
-    """A named network fixes what describes a `bit`; its config may not say otherwise."""
+    """A named network fixes what describes a `bit`; its config may not differ."""
     wrong = [
         (name, value, free)
         for name, value, free in (

@@ -138,7 +138,7 @@ def build(config: NetworkConfig, classes: int, dtype: jnp.dtype) -> Network:
 def member(
     depths: tuple[int, ...], width: float
 ) -> Callable[[NetworkConfig, int, jnp.dtype], Network]:
-    """A published member of the family; its config may not say otherwise."""
+    """A published member of the family; its config may not differ."""
 
     def build_member(config: NetworkConfig, classes: int, dtype: jnp.dtype) -> Network:
         check_named(config)

@@ -28,10 +28,10 @@ class Variables:
 
 
 class Output(NamedTuple):
-    """What a network says of a batch."""
+    """The outputs of a network for a batch."""
 
     logits: Float[Array, "batch classes"]  # float32
-    features: dict[str, Array]  # the named features that were asked for
+    features: dict[str, Array]  # the named features that were requested
     statistics: PyTree  # the new ones in training, else those that were given
 
 
@@ -61,9 +61,9 @@ def parameter_count(params: PyTree) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
-def select_features(available: Any, asked: tuple[str, ...]) -> dict[str, Array]:
-    """The asked ones of a network's features; the compiler drops what nobody asked for."""
-    unknown = [name for name in asked if name not in available]
+def select_features(available: Any, requested: tuple[str, ...]) -> dict[str, Array]:
+    """The requested ones of a network's features; the compiler drops what is not requested."""
+    unknown = [name for name in requested if name not in available]
     if unknown:
         raise ValueError(f"no features {unknown}; this network has {sorted(available)}")
-    return {name: available[name] for name in asked}
+    return {name: available[name] for name in requested}

@@ -26,7 +26,7 @@ def load_pretrained(path: str, network: NetworkConfig | None, option: str) -> Pr
     run = open_run(path)
     if option != "student" and not run.complete:
         raise UserError(
-            f"the {option}'s run in {path} is not complete, or its last checkpoint is not whole "
+            f"the {option}'s run in {path} is not complete, or its last checkpoint is damaged "
             f"(step {run.step:,} is); train it first"
         )
     chosen = run.network
@@ -35,11 +35,11 @@ def load_pretrained(path: str, network: NetworkConfig | None, option: str) -> Pr
             raise UserError(
                 f"the run in {path} trained another network than the {option}'s: {differ}"
             )
-        asked = only_network(network)
-        chosen = dataclasses.replace(chosen, resolution=asked.resolution)
+        requested = only_network(network)
+        chosen = dataclasses.replace(chosen, resolution=requested.resolution)
         for given, own, field in (
-            (asked.input_range, run.network.input_range, "input_range"),
-            (asked.root_pool_padding, run.network.root_pool_padding, "root_pool_padding"),
+            (requested.input_range, run.network.input_range, "input_range"),
+            (requested.root_pool_padding, run.network.root_pool_padding, "root_pool_padding"),
         ):
             if given not in ("auto", own):
                 raise UserError(
@@ -107,13 +107,13 @@ def _load_teacher(teacher: TeacherConfig, option: str, where: str) -> Teacher:
 
 
 def agreed_classes(
-    asked: int | None,
+    requested: int | None,
     data_classes: int | None,
     data_names: tuple[str, ...] | None,
     teachers: tuple[Teacher, ...],
 ) -> int:
     """Number of classes of the student. Raises `UserError` where its sources do not agree."""
-    given: dict[str, int | None] = {"data.classes": asked, "the data's labels": data_classes}
+    given: dict[str, int | None] = {"data.classes": requested, "the data's labels": data_classes}
     names = {"the data": data_names}
     for i, teacher in enumerate(teachers, 1):
         who = "the teacher" if i == 1 else f"teacher {i}"
@@ -125,9 +125,9 @@ def agreed_classes(
             "the number of classes is unknown: the data have no labels; set data.classes"
         )
     if len(set(known.values())) > 1:
-        said = ", ".join(f"{name}: {count}" for name, count in known.items())
+        counts = ", ".join(f"{name}: {count}" for name, count in known.items())
         raise UserError(
-            f"the number of classes differs ({said}); use a teacher that was trained on these "
+            f"the number of classes differs ({counts}); use a teacher that was trained on these "
             "classes, or set data.classes"
         )
     named = [(who, x) for who, x in names.items() if x]

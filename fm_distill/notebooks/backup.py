@@ -26,10 +26,10 @@ def keep_copy(run: str | os.PathLike[str], place: str) -> str:
     """
     run = pathlib.Path(run)
     if not run.is_dir():
-        raise UserError(f"there is no run in {run} to be kept")
+        raise UserError(f"there is no run in {run} to copy")
     files, root = _open(place)
     try:
-        before = _folders(files, root)  # whole or not: what is not was given up
+        before = _folders(files, root)  # intact or not: what is not was given up
         number = max(before, default=0) + 1
         copy = f"{root}/copy-{number:06d}"
         for path in sorted(x for x in run.rglob("*") if x.is_file()):
@@ -59,7 +59,7 @@ def keep_file(path: str | os.PathLike[str], place: str) -> str:
 
 
 def fetch_copy(place: str, folder: str | os.PathLike[str]) -> pathlib.Path | None:
-    """Brings the newest whole copy in `place` to `folder`; None where there is none.
+    """Copies the newest complete copy in `place` to `folder`; None where there is none.
 
     `folder` is for `--resume-from`, which checks each checkpoint. Raises `UserError`.
     """
@@ -84,7 +84,7 @@ def _open(place: str) -> tuple[Any, str]:
     try:
         import fsspec
     except ImportError:
-        raise UserError("copies are kept with fsspec: pip install fsspec") from None
+        raise UserError("copies are made with fsspec: pip install fsspec") from None
     try:
         files, root = fsspec.core.url_to_fs(place)
     except (ImportError, ValueError) as error:
@@ -93,7 +93,7 @@ def _open(place: str) -> tuple[Any, str]:
 
 
 def _folders(files: Any, root: str) -> list[int]:
-    """Numbers of all copies, whole or not."""
+    """Numbers of all copies, intact or not."""
     # What a bucket listed before may be older than what was written since.
     files.invalidate_cache()
     return [int(x[1]) for name in names_in(files, root) if (x := COPY.fullmatch(name))]

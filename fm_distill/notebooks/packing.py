@@ -48,15 +48,15 @@ def tool_options(
     """A tool's own options, read, and as they were written; the training's options behind `--`."""
     cut = arguments.index("--") if "--" in arguments else len(arguments)
     own, options = arguments[:cut], arguments[cut + 1 :]
-    asked = tyro.cli(kind, args=own, prog=program, config=(tyro.conf.FlagCreatePairsOff,))
-    return asked, own, options
+    parsed = tyro.cli(kind, args=own, prog=program, config=(tyro.conf.FlagCreatePairsOff,))
+    return parsed, own, options
 
 
 def read_options(experiment: str, options: list[str], program: str) -> Config:
     """The config of an experiment with the options of its training. Raises `UserError`."""
-    asked = parse_over(_Options, load_experiment(experiment), options, program)
-    check(asked.config)
-    return asked.config
+    parsed = parse_over(_Options, load_experiment(experiment), options, program)
+    check(parsed.config)
+    return parsed.config
 
 
 def pack(experiment: str | os.PathLike[str]) -> dict[str, str]:
@@ -93,15 +93,15 @@ def pack(experiment: str | os.PathLike[str]) -> dict[str, str]:
 
 def _named(text: str) -> list[str]:
     """Names of Python files in a file's strings and imports, in order."""
-    found = []
+    imports = []
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            found.append(node.value)
+            imports.append(node.value)
         elif isinstance(node, ast.Import):
-            found += [f"{alias.name}.py" for alias in node.names]
+            imports += [f"{alias.name}.py" for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found.append(f"{node.module}.py")
-    return [x for x in found if re.fullmatch(r"\w+\.py", x)]
+            imports.append(f"{node.module}.py")
+    return [x for x in imports if re.fullmatch(r"\w+\.py", x)]
 
 
 def archive() -> str:
@@ -161,8 +161,8 @@ def _filled(source: str, values: dict[str, Any]) -> str:
     """The lines `NAME = value  # remark` of a cell with the values, which are taken out."""
     lines = []
     for line in source.splitlines():
-        found = re.match(r"(([A-Z]+)(?:: \S+)? = ).*?(  # .*)?$", line)
-        if found and found[2] in values:
-            line = f"{found[1]}{values.pop(found[2])!r}{found[3] or ''}"
+        match = re.match(r"(([A-Z]+)(?:: \S+)? = ).*?(  # .*)?$", line)
+        if match and match[2] in values:
+            line = f"{match[1]}{values.pop(match[2])!r}{match[3] or ''}"
         lines.append(line)
     return "\n".join(lines)

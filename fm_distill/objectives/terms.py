@@ -19,7 +19,7 @@ from fm_distill.objectives.distances import DISTANCES, Logits, PerExample, cross
 class Targets:
     """What a student's output is compared with, for each example of a batch."""
 
-    # One for each distance of a sum, else one; none where no teacher is asked.
+    # One for each distance of a sum, else one; none without a teacher.
     teacher_logits: tuple[Float[Array, "*batch classes"], ...] = ()
     # Class probabilities, smoothed and mixed as the student's view is; None without labels.
     labels: Float[Array, "*batch classes"] | None = None

@@ -39,7 +39,7 @@ from fm_distill.weights.card import network_from_json
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A run as far as its shapes say it."""
+    """A run as far as shapes describe it."""
 
     config: Config
     teachers: tuple[NetworkConfig, ...]
@@ -74,8 +74,8 @@ def _zeros(request: Request, count: int) -> Batch:
     targets = None
     if regime_of(config.objective.target, config.teaching).targets == "table":
         sums = config.objective.ensemble == "sum_of_distances"
-        asked = len(request.teachers) if sums else 1
-        targets = jnp.zeros((count, asked, request.classes), jnp.float32)
+        requested = len(request.teachers) if sums else 1
+        targets = jnp.zeros((count, requested, request.classes), jnp.float32)
     return Batch(
         jnp.zeros((count, side, side, 3), jnp.uint8),
         jnp.zeros((count, 2), jnp.int32),
@@ -106,7 +106,7 @@ def compile_step(request: Request) -> dict[str, Any]:
     data = split_of(request) if resident else None
     fed = abstract((dispatch, config.batch_size), jnp.int32) if resident else batch
     program = make_program(built.train_step, state, frozen, data, layout)
-    answer: dict[str, Any] = {
+    analysis: dict[str, Any] = {
         "devices": layout.mesh.size,
         "feeding": resolved.feeding,
         "steps_per_dispatch": dispatch,
@@ -120,13 +120,13 @@ def compile_step(request: Request) -> dict[str, Any]:
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        return answer | {"compiles": False, "compiler_said": _first_line(str(error))}
+        return analysis | {"compiles": False, "compiler_said": _first_line(str(error))}
     memory, text = compiled.memory_analysis(), read(compiled.as_text())
     # The loop over the steps of a dispatch is one that the compiler counts once.
     moved = compiled.cost_analysis()["bytes accessed"] * text.loops_factor() / dispatch
-    return answer | {
+    return analysis | {
         "compiles": True,
-        "arguments": memory.argument_size_in_bytes - answer["resident_data"],
+        "arguments": memory.argument_size_in_bytes - analysis["resident_data"],
         "temporaries": memory.temp_size_in_bytes,
         "donated": memory.alias_size_in_bytes,
         "hbm_bytes": moved,
@@ -136,10 +136,10 @@ def compile_step(request: Request) -> dict[str, Any]:
 
 
 def flops(config: Config, resolved: ResolvedRun, arguments: tuple[PyTree, ...]) -> dict[str, float]:
-    """Of one step, over all devices: in all, and by who needs them.
+    """Of one step, over all devices: in all, and by the part that needs them.
 
     `arguments` are shapes of state, frozen teachers, batch and key. Of the mathematics before it is
-    compiled, in one part where a lever makes several: loops would be counted once. What is
+    compiled, in one part where a memory option makes several: loops would be counted once. What is
     rematerialised counts twice.
     """
     undivided = dataclasses.replace(config.memory, accumulate=1, teacher_parts=1)
@@ -174,35 +174,35 @@ def flops(config: Config, resolved: ResolvedRun, arguments: tuple[PyTree, ...]) 
 
 
 def _counted(function: Any, *arguments: PyTree) -> float:
-    found = jax.jit(function).trace(*arguments).lower(lowering_platforms=("tpu",)).cost_analysis()
-    return float(found["flops"])
+    cost = jax.jit(function).trace(*arguments).lower(lowering_platforms=("tpu",)).cost_analysis()
+    return float(cost["flops"])
 
 
-def _devices(asked: Topology) -> list[Any]:
-    if asked.compiler is None:
+def _devices(requested: Topology) -> list[Any]:
+    if requested.compiler is None:
         return list(jax.devices("cpu"))
-    found = topologies.get_topology_desc(**asked.compiler)
-    return list(np.asarray(found.devices).flat)
+    description = topologies.get_topology_desc(**requested.compiler)
+    return list(np.asarray(description.devices).flat)
 
 
 def _first_line(text: str) -> str:
     return re.sub(r"^[A-Z_]+: ", "", text).partition("\n")[0][:400]
 
 
-def main(request_path: str, answer_path: str) -> None:
-    asked = json.loads(pathlib.Path(request_path).read_text())
+def main(request_path: str, analysis_path: str) -> None:
+    requested = json.loads(pathlib.Path(request_path).read_text())
     request = Request(
-        config=from_json(asked["config"]),
-        teachers=tuple(network_from_json(x) for x in asked["teachers"]),
-        classes=asked["classes"],
-        examples=asked["examples"],
-        topology=topology(asked["topology"]),
+        config=from_json(requested["config"]),
+        teachers=tuple(network_from_json(x) for x in requested["teachers"]),
+        classes=requested["classes"],
+        examples=requested["examples"],
+        topology=topology(requested["topology"]),
     )
     try:
-        answer = compile_step(request)
+        analysis = compile_step(request)
     except UserError as error:
-        answer = {"error": str(error)}
-    pathlib.Path(answer_path).write_text(json.dumps(answer))
+        analysis = {"error": str(error)}
+    pathlib.Path(analysis_path).write_text(json.dumps(analysis))
 
 
 if __name__ == "__main__":

@@ -80,9 +80,9 @@ class Program:
 
     def _trips(self, line: Instruction, condition: str) -> float:
         """How often a loop runs; 1 where that depends on data."""
-        if said := re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', line.rest):
-            return float(said.group(1))
-        # A TPU's text does not say it. Loops of `jax.lax` count from zero to below a constant.
+        if match := re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', line.rest):
+            return float(match.group(1))
+        # A TPU's text does not state it. Loops of `jax.lax` count from zero to below a constant.
         lines = {x.name: x for x in self.computations.get(condition, ())}
         last = next(reversed(lines.values()), None)
         if last is None or last.operation != "compare" or "direction=LT" not in last.rest:

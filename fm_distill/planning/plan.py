@@ -124,17 +124,17 @@ def plan(
             "planning for a TPU needs its compiler: pip install 'fm-distill[tpu]' (libtpu, Linux "
             "on x86-64)"
         )
-    found = _planned(config, where, examples, max_hours, weekly_hours)
-    if found.fits or not search:
-        return found
+    plan = _planned(config, where, examples, max_hours, weekly_hours)
+    if plan.fits or not search:
+        return plan
     for options, variant in variants(config, where.devices):
         log(f"does not fit; trying {' '.join(f'--{k} {v}' for k, v in options.items())}")
         try:
             if _planned(variant, where, examples, max_hours, weekly_hours).fits:
-                return dataclasses.replace(found, fits_with=options)
-        except UserError:  # this lever is not for this run: BatchNorm, or an odd batch
+                return dataclasses.replace(plan, fits_with=options)
+        except UserError:  # this option does not suit this run: BatchNorm, or an odd batch
             continue
-    return found
+    return plan
 
 
 def variants(config: Config, devices: int) -> list[tuple[dict[str, Any], Config]]:
@@ -161,45 +161,45 @@ def _planned(
     config: Config, where: Topology, examples: int, max_hours: float, weekly_hours: float
 ) -> Plan:
     log(f"{COMPILING}, for {where.name}")
-    answer = _compiled(config, where, examples)
+    analysis = _compiled(config, where, examples)
     chip = where.chip
     seconds, rate, hours = StepSeconds(None, None), None, None
-    if chip and answer["compiles"]:
-        computing = answer["flops"]["total"] / answer["devices"] / chip.peak_flops
-        bound = max(computing, answer["hbm_bytes"] / chip.bandwidth)
+    if chip and analysis["compiles"]:
+        computing = analysis["flops"]["total"] / analysis["devices"] / chip.peak_flops
+        bound = max(computing, analysis["hbm_bytes"] / chip.bandwidth)
         expected = bound * TIME_OVER_BOUND
         seconds = StepSeconds(bound, expected)
         rate = config.batch_size / expected
-        hours = answer["total_steps"] * expected / 3600
+        hours = analysis["total_steps"] * expected / 3600
     return Plan(
         topology=where.name,
-        devices=answer["devices"],
-        compiles=answer["compiles"],
+        devices=analysis["devices"],
+        compiles=analysis["compiles"],
         # The compiler itself refuses what needs more than a device has.
-        fits=answer["compiles"],
+        fits=analysis["compiles"],
         memory_bytes=Memory(
-            answer.get("arguments"),
-            answer.get("temporaries"),
-            answer["resident_data"],
+            analysis.get("arguments"),
+            analysis.get("temporaries"),
+            analysis["resident_data"],
             chip.memory_bytes if chip else None,
         ),
-        flops=answer["flops"],
-        hbm_bytes=answer.get("hbm_bytes"),
-        collectives=answer.get("collectives", {}),
-        host_transfers=answer.get("host_transfers"),
+        flops=analysis["flops"],
+        hbm_bytes=analysis.get("hbm_bytes"),
+        collectives=analysis.get("collectives", {}),
+        host_transfers=analysis.get("host_transfers"),
         step_seconds=seconds,
         images_per_second=rate,
         epochs_per_hour=None if rate is None else 3600 * rate / examples,
         hours=hours,
         sessions=None if hours is None else math.ceil(hours / max_hours),
         weeks=None if hours is None else hours / weekly_hours,
-        feeding=answer["feeding"],
-        steps_per_dispatch=answer["steps_per_dispatch"],
-        total_steps=answer["total_steps"],
-        donated_bytes=answer.get("donated"),
-        disk=answer["disk"],
-        notes=tuple(_notes(config, answer["feeding"], rate)),
-        compiler_said=answer.get("compiler_said"),
+        feeding=analysis["feeding"],
+        steps_per_dispatch=analysis["steps_per_dispatch"],
+        total_steps=analysis["total_steps"],
+        donated_bytes=analysis.get("donated"),
+        disk=analysis["disk"],
+        notes=tuple(_notes(config, analysis["feeding"], rate)),
+        compiler_said=analysis.get("compiler_said"),
         fits_with=None,
     )
 
@@ -215,7 +215,7 @@ def _notes(config: Config, feeding: str, rate: float | None) -> Iterator[str]:
 
 
 def _compiled(config: Config, where: Topology, examples: int) -> dict[str, Any]:
-    """The child's answer."""
+    """What the child process found."""
     request = {
         "config": to_json(config),
         "teachers": [dataclasses.asdict(x) for x in described_teachers(config)],
@@ -223,31 +223,41 @@ def _compiled(config: Config, where: Topology, examples: int) -> dict[str, Any]:
         "examples": examples,
         "topology": where.name,
     }
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("TPU_", "LIBTPU", "XLA_"))}
-    environment = kept | COMPILER_ENVIRONMENT | {"TF_CPP_MIN_LOG_LEVEL": "3"}
+    inherited = {
+        k: v for k, v in os.environ.items() if not k.startswith(("TPU_", "LIBTPU", "XLA_"))
+    }
+    environment = inherited | COMPILER_ENVIRONMENT | {"TF_CPP_MIN_LOG_LEVEL": "3"}
     if where.compiler is None:
         environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={where.devices}"
     with tempfile.TemporaryDirectory(prefix="fm_distill_plan_") as folder:
-        asked, answered = (pathlib.Path(folder, x) for x in ("request.json", "answer.json"))
-        asked.write_text(json.dumps(request))
+        request_path, analysis_path = (
+            pathlib.Path(folder, x) for x in ("request.json", "answer.json")
+        )
+        request_path.write_text(json.dumps(request))
         child = subprocess.run(
-            [sys.executable, "-m", "fm_distill.planning.compile_step", str(asked), str(answered)],
+            [
+                sys.executable,
+                "-m",
+                "fm_distill.planning.compile_step",
+                str(request_path),
+                str(analysis_path),
+            ],
             env=environment,
             capture_output=True,
             text=True,
             timeout=TIMEOUT_S,
         )
-        if not answered.exists():
+        if not analysis_path.exists():
             last = "\n  ".join(child.stderr.strip().splitlines()[-8:])
             raise RuntimeError(f"the compiler's process ended with {child.returncode}:\n  {last}")
-        answer: dict[str, Any] = json.loads(answered.read_text())
-    if "error" in answer:
-        raise UserError(answer["error"])
-    return answer
+        analysis: dict[str, Any] = json.loads(analysis_path.read_text())
+    if "error" in analysis:
+        raise UserError(analysis["error"])
+    return analysis
 
 
 def described_teachers(config: Config) -> tuple[NetworkConfig, ...]:
-    """The teachers' networks as far as the config says them; no weights are read.
+    """The teachers' networks as far as the config describes them; no weights are read.
 
     Raises `UserError` where it does not.
     """

@@ -11,15 +11,15 @@ def _amount(value: float) -> str:
     return f"{value:.3g} "
 
 
-def text(found: Plan, max_hours: float, weekly_hours: float) -> str:
+def text(plan: Plan, max_hours: float, weekly_hours: float) -> str:
     """What `fm-distill plan` prints."""
-    memory, flops = found.memory_bytes, found.flops
+    memory, flops = plan.memory_bytes, plan.flops
     lines = [
-        f"{found.topology}: {found.devices} devices, {found.feeding} feeding, "
-        f"{found.steps_per_dispatch} steps a dispatch"
+        f"{plan.topology}: {plan.devices} devices, {plan.feeding} feeding, "
+        f"{plan.steps_per_dispatch} steps a dispatch"
     ]
-    if not found.compiles:
-        lines.append(f"DOES NOT COMPILE: {found.compiler_said}")
+    if not plan.compiles:
+        lines.append(f"DOES NOT COMPILE: {plan.compiler_said}")
     else:
         assert memory.arguments is not None and memory.temporaries is not None
         have = f" of {_amount(memory.capacity)}B" if memory.capacity else ""
@@ -27,28 +27,28 @@ def text(found: Plan, max_hours: float, weekly_hours: float) -> str:
         lines += [
             f"memory a device: {_amount(need)}B{have}: arguments {_amount(memory.arguments)}B, "
             f"temporaries {_amount(memory.temporaries)}B, data {_amount(memory.resident_data)}B",
-            "fits" if found.fits else "DOES NOT FIT",
+            "fits" if plan.fits else "DOES NOT FIT",
             f"{_amount(flops['total'])}FLOP a step: "
             + ", ".join(f"{k} {flops[k] / flops['total']:.1%}" for k in list(flops)[1:]),
-            f"{_amount(found.hbm_bytes or 0)}B of HBM moved a step, each device",
+            f"{_amount(plan.hbm_bytes or 0)}B of HBM moved a step, each device",
             "a step has "
-            + (", ".join(f"{v:g} {k}" for k, v in sorted(found.collectives.items())) or "no")
-            + ("" if found.collectives else " collectives")
-            + f" and {found.host_transfers} host transfers",
+            + (", ".join(f"{v:g} {k}" for k, v in sorted(plan.collectives.items())) or "no")
+            + ("" if plan.collectives else " collectives")
+            + f" and {plan.host_transfers} host transfers",
         ]
-    seconds = found.step_seconds
-    if seconds.expected and seconds.lower_bound and found.hours is not None:
+    seconds = plan.step_seconds
+    if seconds.expected and seconds.lower_bound and plan.hours is not None:
         lines += [
             f"a step takes at least {1e3 * seconds.lower_bound:.1f} ms, expected "
-            f"{1e3 * seconds.expected:.1f} ms: {found.images_per_second:,.0f} images a second, "
-            f"{found.epochs_per_hour:,.1f} epochs an hour",
-            f"{found.total_steps:,} steps: {found.hours:,.1f} hours, {found.sessions:,} sessions "
-            f"of {max_hours:g} hours, {found.weeks:,.1f} weeks of {weekly_hours:g} hours",
+            f"{1e3 * seconds.expected:.1f} ms: {plan.images_per_second:,.0f} images a second, "
+            f"{plan.epochs_per_hour:,.1f} epochs an hour",
+            f"{plan.total_steps:,} steps: {plan.hours:,.1f} hours, {plan.sessions:,} sessions "
+            f"of {max_hours:g} hours, {plan.weeks:,.1f} weeks of {weekly_hours:g} hours",
         ]
-    lines += [*found.notes, found.disk]
-    if found.fits_with:
-        options = " ".join(f"--{name} {value}" for name, value in found.fits_with.items())
+    lines += [*plan.notes, plan.disk]
+    if plan.fits_with:
+        options = " ".join(f"--{name} {value}" for name, value in plan.fits_with.items())
         lines.append(f"it fits with {options}")
-    elif not found.fits:
+    elif not plan.fits:
         lines.append("none of the variants that were tried fits; see --memory.* and --batch-size")
     return "\n".join(lines)

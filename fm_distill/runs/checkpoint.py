@@ -35,7 +35,7 @@ DELETING = "deleting-"
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of one run in the background, and deletes those that nobody keeps.
+    """Writes the checkpoints of one run in the background, and deletes the superfluous ones.
 
     Only the holder of the workdir's lock may have one; of several processes each has one, and the
     first does everything but Orbax's writing. `keep` are steps that are never deleted.
@@ -54,7 +54,7 @@ class CheckpointWriter:
             self._clean()
 
     def save(self, state: TrainState, metadata: dict[str, Any]) -> None:
-        """Starts to write `state`, unless its step is there. `said` can be read without Orbax.
+        """Starts to write `state`, unless its step is there. `metadata` can be read without Orbax.
 
         Raises `TrainingFailed` where this write or the one before fails.
         """
@@ -90,7 +90,7 @@ class CheckpointWriter:
         self.blocked_s += time.monotonic() - began
 
     def _is_there(self, step: int) -> bool:
-        """Whether the checkpoint is there, whole; one that is not makes room."""
+        """Whether the checkpoint is there, intact; a damaged one makes room."""
         if not (self.directory / str(step)).exists():
             return False
         if not integrity_errors(self.directory / str(step)):
@@ -163,7 +163,7 @@ class CheckpointWriter:
         for step in steps:
             if step in kept or (every and step % every == 0):
                 continue
-            # A kill while files go must not leave what looks like a damaged checkpoint.
+            # A kill while files go must not leave what seems a damaged checkpoint.
             leaving = self.directory / f"{DELETING}{step}"
             (self.directory / str(step)).rename(leaving)
             shutil.rmtree(leaving, ignore_errors=True)
@@ -179,7 +179,7 @@ class CheckpointWriter:
 
 
 def restore(checkpoint: pathlib.Path, like: TrainState) -> TrainState:
-    """The state in a whole `checkpoint`, straight on the shards that the shapes `like` name."""
+    """The state in an intact `checkpoint`, straight on the shards that the shapes `like` name."""
     found = _load(checkpoint, _parts(like))
     return TrainState(
         step=found["progress"]["step"],
@@ -190,13 +190,13 @@ def restore(checkpoint: pathlib.Path, like: TrainState) -> TrainState:
 
 
 def restore_student(checkpoint: pathlib.Path, like: Variables, averaged: bool) -> Variables:
-    """The student in a whole `checkpoint`, or its average, without the rest of the state."""
+    """The student in an intact `checkpoint`, or its average, without the rest of the state."""
     name = "ema" if averaged else "student"
     return _variables(_load(checkpoint, {name: _tree(like)})[name])
 
 
 def abstract(tree: PyTree, shardings: PyTree) -> PyTree:
-    """Shapes of `tree` that say where each array is to lie."""
+    """Shapes of `tree` with the sharding of each array."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
     )

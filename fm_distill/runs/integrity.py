@@ -1,4 +1,4 @@
-"""Which checkpoints lie in a folder and whether each is whole: SHA-256 of every file.
+"""Which checkpoints lie in a folder and whether each is intact: SHA-256 of every file.
 
 Orbax loads a flipped byte without a word. Here a checkpoint is a folder named by its step, and
 `digests.json` in it lists its files; both become visible with one rename.
@@ -17,27 +17,27 @@ DIGESTS = "digests.json"
 
 @dataclasses.dataclass(frozen=True)
 class NewestCheckpoint:
-    """The newest whole checkpoint of a folder, and the newer ones that are not."""
+    """The newest intact checkpoint of a folder, and the newer ones that are not."""
 
     step: int  # 0 where there is none at all
-    metadata: dict[str, Any]  # what was said of it when it was written
+    metadata: dict[str, Any]  # written with it
     damaged: dict[int, tuple[str, ...]]  # step -> what is wrong
 
 
 def steps_in(directory: pathlib.Path) -> list[int]:
-    """Steps of the checkpoints in `directory`, whole or not, newest first."""
+    """Steps of the checkpoints in `directory`, intact or not, newest first."""
     if not directory.is_dir():
         return []
     return sorted((int(x.name) for x in directory.iterdir() if x.name.isdigit()), reverse=True)
 
 
 def newest_step(directory: pathlib.Path) -> int:
-    """Step of the newest checkpoint, whole or not; 0 where there is none."""
+    """Step of the newest checkpoint, intact or not; 0 where there is none."""
     return next(iter(steps_in(directory)), 0)
 
 
 def newest_valid(directory: pathlib.Path) -> NewestCheckpoint:
-    """Looks from the newest on; reads every byte of what it looks at."""
+    """Checks from the newest on; reads every byte of what it checks."""
     damaged: dict[int, tuple[str, ...]] = {}
     for step in steps_in(directory):
         if wrong := integrity_errors(directory / str(step)):
@@ -48,7 +48,7 @@ def newest_valid(directory: pathlib.Path) -> NewestCheckpoint:
 
 
 def write_manifest(checkpoint: pathlib.Path, metadata: dict[str, Any]) -> None:
-    """Writes `digests.json` with `said` beside the digests; all of it is on disk afterwards."""
+    """Writes `digests.json` with metadata beside the digests; all of it is on disk afterwards."""
     files = sorted(x for x in checkpoint.rglob("*") if x.is_file() and x.name != DIGESTS)
     for path in files:
         sync(path)
@@ -64,12 +64,12 @@ def write_manifest(checkpoint: pathlib.Path, metadata: dict[str, Any]) -> None:
 
 
 def read_metadata(checkpoint: pathlib.Path) -> dict[str, Any]:
-    """What was said of a whole checkpoint when it was written."""
+    """The metadata of an intact checkpoint."""
     return json.loads((checkpoint / DIGESTS).read_text())["about"]
 
 
 def integrity_errors(checkpoint: pathlib.Path) -> tuple[str, ...]:
-    """What is wrong with a checkpoint, a line a file; empty where it is whole."""
+    """What is wrong with a checkpoint, a line a file; empty where it is intact."""
     try:
         contents = json.loads((checkpoint / DIGESTS).read_bytes())
         stored = contents.pop("sha256")
@@ -79,7 +79,7 @@ def integrity_errors(checkpoint: pathlib.Path) -> tuple[str, ...]:
     except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         return (f"{DIGESTS} cannot be read ({type(error).__name__})",)
     if stored != _of_contents(contents):
-        return (f"{DIGESTS} has another SHA-256 than it says",)
+        return (f"{DIGESTS} does not have the SHA-256 that it records",)
     wrong: dict[str, str] = {}
     for name, (size, _) in listed.items():
         path = checkpoint / name

@@ -58,9 +58,9 @@ def names_of(names: tuple[str, ...] | None, classes: int) -> tuple[str, ...]:
 
 
 def open_run(path: str | os.PathLike[str], step: int | None = None) -> Run:
-    """The student of the newest whole checkpoint in the workdir `path`, or of the one at `step`.
+    """The student of the newest intact checkpoint in the workdir `path`, or of the one at `step`.
 
-    Raises `UserError`, also where the checkpoint at `step` is not whole.
+    Raises `UserError`, also where the checkpoint at `step` is not intact.
     """
     workdir = Workdir(path)
     stored = workdir.stored()
@@ -91,20 +91,20 @@ def open_run(path: str | os.PathLike[str], step: int | None = None) -> Run:
     )
 
 
-def _step_to_read(workdir: Workdir, asked: int | None) -> int:
+def _step_to_read(workdir: Workdir, requested: int | None) -> int:
     have = steps_in(workdir.checkpoints)
     if not have:
         raise UserError(f"the run in {workdir.path} has no checkpoint yet; train it first")
-    if asked is not None and asked not in have:
+    if requested is not None and requested not in have:
         raise UserError(
-            f"the run in {workdir.path} has no checkpoint of step {asked}; it has "
+            f"the run in {workdir.path} has no checkpoint of step {requested}; it has "
             f"{', '.join(map(str, sorted(have)))}"
         )
-    if asked is None:
+    if requested is None:
         found = newest_valid(workdir.checkpoints)
     else:
-        wrong = integrity_errors(workdir.checkpoints / str(asked))
-        found = NewestCheckpoint(0 if wrong else asked, {}, {asked: wrong} if wrong else {})
+        wrong = integrity_errors(workdir.checkpoints / str(requested))
+        found = NewestCheckpoint(0 if wrong else requested, {}, {requested: wrong} if wrong else {})
     for damaged, wrong in found.damaged.items():
         text = f"checkpoint {damaged:,} of {workdir.path} is damaged: {'; '.join(wrong[:3])}"
         if not found.step:

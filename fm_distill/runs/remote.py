@@ -43,7 +43,7 @@ def names_in(system: Any, folder: str) -> list[str]:
 
 
 def progress_in(url: str) -> tuple[int, int]:
-    """Steps of the run's newest checkpoint, whole or not, and of its teachers' together."""
+    """Steps of the run's newest checkpoint, intact or not, and of its teachers' together."""
     with opened(url) as (system, root):
 
         def newest(run: str) -> int:

@@ -17,7 +17,7 @@ PARTS = ("config.json", "status.json", "rollbacks.json", "metrics.jsonl", "fixed
 def copy_run(source: str, workdir: pathlib.Path) -> None:
     """Makes `workdir` a copy of the run in `source`, a path or a URL, all of it or nothing.
 
-    Checkpoints that are not whole stay behind. Where `workdir` has the run already, and is as far,
+    Checkpoints that are not intact stay behind. Where `workdir` has the run already, and is as far,
     nothing is done, so that the same command continues it. Raises `UserError`.
     """
     if not is_remote(source):
@@ -65,28 +65,30 @@ def _steps(progress: tuple[int, int]) -> str:
     return f"{own:,} steps" if own or not teachers else f"{teachers:,} steps of its teacher"
 
 
-def _check_run(folder: pathlib.Path, said: str) -> None:
+def _check_run(folder: pathlib.Path, address: str) -> None:
     if not _is_run(folder):
-        raise UserError(f"--resume-from {said} is not the workdir of a run: it has no config.json")
+        raise UserError(
+            f"--resume-from {address} is not the workdir of a run: it has no config.json"
+        )
     for path in (folder, *folder.glob("teacher*")):
         if (path / "config.json").is_file():
             Workdir(path).stored()  # another version's run is refused before it is copied
 
 
-def _copy_into(source: pathlib.Path, said: str, workdir: pathlib.Path) -> None:
-    """The run in the folder `source`, which messages call `said`."""
+def _copy_into(source: pathlib.Path, address: str, workdir: pathlib.Path) -> None:
+    """The run in the folder `source`, which messages call `address`."""
     arriving = workdir.with_name(workdir.name + ".arriving")
     try:
         shutil.rmtree(arriving, ignore_errors=True)
         _check_space(source, workdir)
         _copy_run(source, arriving)
-        # Onto an empty folder too: the run appears whole or not at all.
+        # Onto an empty folder too: the run appears completely or not at all.
         arriving.replace(workdir)
     except OSError as error:
-        raise UserError(f"{said} cannot be copied to {workdir}: {error}") from None
+        raise UserError(f"{address} cannot be copied to {workdir}: {error}") from None
     finally:
         shutil.rmtree(arriving, ignore_errors=True)
-    log(f"{workdir} is a copy of the run in {said}")
+    log(f"{workdir} is a copy of the run in {address}")
 
 
 def _copy_run(source: pathlib.Path, target: pathlib.Path) -> None:
@@ -108,10 +110,10 @@ def _copy_run(source: pathlib.Path, target: pathlib.Path) -> None:
         copy = target / "checkpoints" / str(step)
         _copy_tree(checkpoint, copy)
         if wrong := integrity_errors(copy):
-            raise OSError(f"the copy of {checkpoint} is not whole: {wrong[0]}")
+            raise OSError(f"the copy of {checkpoint} is not intact: {wrong[0]}")
     if (source / "checkpoints").is_dir() and not (target / "checkpoints").exists():
         raise UserError(
-            f"no checkpoint in {source / 'checkpoints'} is whole; each needs its {DIGESTS}"
+            f"no checkpoint in {source / 'checkpoints'} is intact; each needs its {DIGESTS}"
         )
 
 

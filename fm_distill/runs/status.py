@@ -1,4 +1,4 @@
-"""How far the run in a workdir is, and which of its checkpoints are whole."""
+"""How far the run in a workdir is, and which of its checkpoints are intact."""
 
 import dataclasses
 import os
@@ -16,7 +16,7 @@ class CheckpointStatus:
 
     step: int
     whole: bool
-    wrong: tuple[str, ...]  # a line a file; empty where it is whole
+    wrong: tuple[str, ...]  # a line a file; empty where it is intact
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,15 +36,15 @@ class RunStatus:
 def status(workdir: str | os.PathLike[str]) -> RunStatus:
     """The state of the run in `workdir`; the folder is only read. Raises `UserError`.
 
-    A run that says it is running, though no process holds its folder, was killed: it is paused.
+    A run whose status is `running`, though no process holds its folder, was killed: it is paused.
     """
     place = Workdir(workdir)
     teacher = None if place.has_config() else _teacher(place)
     if not (place.path / "config.json").is_file() and teacher is None:
         raise UserError(f"{workdir} is not the workdir of a run: it has no config.json")
-    said = place.read_status() or StoredStatus("paused", 0, 0)
+    stored = place.read_status() or StoredStatus("paused", 0, 0)
     steps = steps_in(place.checkpoints)
-    state, reason, step = said.state, said.reason, said.step
+    state, reason, step = stored.state, stored.reason, stored.step
     if teacher is not None:
         state = "running" if place.in_use() else "paused"
         reason = "; ".join(x for x in (reason, teacher) if x)
@@ -56,15 +56,15 @@ def status(workdir: str | os.PathLike[str]) -> RunStatus:
         wrong = integrity_errors(place.checkpoints / str(number))
         checked.append(CheckpointStatus(number, not wrong, wrong))
     if state == "complete" and step not in [x.step for x in checked if x.whole]:
-        state, reason = "paused", f"it was complete, but its checkpoint {step:,} is not whole"
+        state, reason = "paused", f"it was complete, but its checkpoint {step:,} is not intact"
     return RunStatus(
         state=state,
         reason=reason,
         step=step,
-        total_steps=said.total_steps,
-        hours_left=0.0 if state == "complete" else said.hours_left,
-        images_per_second=said.images_per_second,
-        updated=said.updated,
+        total_steps=stored.total_steps,
+        hours_left=0.0 if state == "complete" else stored.hours_left,
+        images_per_second=stored.images_per_second,
+        updated=stored.updated,
         checkpoints=tuple(checked),
     )
 
@@ -86,18 +86,18 @@ def _teacher(place: Workdir) -> str | None:
     return "its teachers are complete" if any(place.path.glob("teacher*/config.json")) else None
 
 
-def status_text(found: RunStatus) -> str:
+def status_text(status: RunStatus) -> str:
     """The same for people."""
-    share = f" ({found.step / found.total_steps:.1%})" if found.total_steps else ""
+    share = f" ({status.step / status.total_steps:.1%})" if status.total_steps else ""
     lines = [
-        f"{found.state}{': ' + found.reason if found.reason else ''}",
-        f"step {found.step:,} of {found.total_steps:,}{share}",
+        f"{status.state}{': ' + status.reason if status.reason else ''}",
+        f"step {status.step:,} of {status.total_steps:,}{share}",
     ]
-    if found.images_per_second:
-        lines.append(f"{found.images_per_second:,.0f} images a second, at {found.updated}")
-    if found.hours_left:
-        lines.append(f"about {hours_text(found.hours_left)} left")
-    for checkpoint in found.checkpoints:
-        state = "whole" if checkpoint.whole else f"DAMAGED: {'; '.join(checkpoint.wrong[:3])}"
+    if status.images_per_second:
+        lines.append(f"{status.images_per_second:,.0f} images a second, at {status.updated}")
+    if status.hours_left:
+        lines.append(f"about {hours_text(status.hours_left)} left")
+    for checkpoint in status.checkpoints:
+        state = "intact" if checkpoint.whole else f"DAMAGED: {'; '.join(checkpoint.wrong[:3])}"
         lines.append(f"checkpoint {checkpoint.step:,}: {state}")
     return "\n".join(lines)

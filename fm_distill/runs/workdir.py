@@ -159,7 +159,7 @@ class Workdir:
             raise UserError(f"{path} cannot be read: {error}") from None
 
     def write(self, name: str, value: Any) -> None:
-        """Writes a JSON file whole or not at all."""
+        """Writes a JSON file completely or not at all."""
         if not first_process():
             return
         path = self.path / name
@@ -247,7 +247,7 @@ class Workdir:
 
 
 def _lock(handle: IO[str]) -> bool:
-    """Tries for a second, since a look at the lock (`in_use`) holds it for a moment."""
+    """Tries for a second, since a check of the lock (`in_use`) holds it for a moment."""
     for _ in range(10):
         with contextlib.suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

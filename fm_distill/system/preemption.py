@@ -25,7 +25,7 @@ class Stop:
 
     The hours count from here, but end nothing before `progressed`: a start that takes them all
     would repeat for ever. With `leave`, a signal ends the process at once wherever nothing can be
-    lost, even while the main thread waits for the compiler: `leave(reason)` says so first.
+    lost, even while the main thread waits for the compiler: `leave(reason)` records why first.
     """
 
     def __init__(self, max_hours: float | None = None, leave: Callable[[str], None] | None = None):

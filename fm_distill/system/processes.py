@@ -1,4 +1,4 @@
-"""Several processes that train one run, and the parent that says it when one of them is lost."""
+"""Several processes that train one run, and the parent that reports when one of them is lost."""
 
 import dataclasses
 import multiprocessing
@@ -31,7 +31,7 @@ class Distributed:
 
 
 def is_distributed(distributed: Distributed) -> bool:
-    """Whether this is one of several processes. Raises `UserError` for half an answer."""
+    """Whether this is one of several processes. Raises `UserError` for incomplete options."""
     given = (distributed.coordinator_address, distributed.process_id, distributed.process_count)
     if any(x is not None for x in given):
         if any(x is None for x in given) or distributed.detect:
@@ -105,7 +105,7 @@ def supervised(main: Callable[[list[str]], None], arguments: list[str]) -> int:
     """Runs `main(arguments)` in a child and returns its exit code.
 
     A process that loses a peer is aborted by JAX in C++, without a word of ours: the parent sees
-    it and says it.
+    it and reports it.
     """
     child = multiprocessing.get_context("spawn").Process(target=_child, args=(main, arguments))
 

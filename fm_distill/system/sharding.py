@@ -12,7 +12,7 @@ from fm_distill.config import Config, MeshConfig
 from fm_distill.errors import UserError
 
 BATCH_AXES = ("data", "fsdp")
-# Below this many numbers, gathering an array costs more than keeping it whole.
+# Below this many numbers, gathering an array costs more than replicating it.
 FSDP_SMALLEST = 2**14
 
 
@@ -61,7 +61,7 @@ class Layout:
 
 
 def on_devices(tree: PyTree, shardings: PyTree) -> PyTree:
-    """`tree`, which every process has whole, laid out over the devices of all of them."""
+    """`tree`, which every process has in full, laid out over the devices of all of them."""
     return jax.device_put(jax.tree.map(np.asarray, tree), shardings)
 
 
@@ -81,7 +81,7 @@ def make_layout(config: MeshConfig, devices: Sequence[jax.Device] | None = None)
         raise UserError(
             f"mesh.data={data} x mesh.fsdp={fsdp} needs {count} devices; there are {len(devices)}"
         )
-    # Auto axes: Flax's layers do not say how their outputs lie, the compiler finds it.
+    # Auto axes: Flax's layers leave the sharding of their outputs to the compiler.
     mesh = jax.make_mesh(
         (data, fsdp), BATCH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices[:count]
     )

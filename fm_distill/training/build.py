@@ -71,5 +71,5 @@ def _check_accumulation(config: Config, student: Branch) -> None:
         raise UserError(
             f"memory.accumulate={config.memory.accumulate} would give {config.student.model}'s "
             "BatchNorm the statistics of parts of the batch: use memory.accumulate=1 with another "
-            "lever (memory.rematerialise, memory.teacher_parts, mesh.fsdp), or a GroupNorm student"
+            "option (memory.rematerialise, memory.teacher_parts, mesh.fsdp), or a GroupNorm student"
         )

@@ -38,7 +38,7 @@ class Loop:
     ) -> tuple[TrainState, int, str | None]:
         """From `step` on. Returns the state, the steps done, and why it stopped before the end.
 
-        All is on disk then. `owed`: an evaluation at `step` was left undone. Raises `Diverged`,
+        All is on disk then. `evaluation_pending`: that of `step` is to be done. Raises `Diverged`,
         and `TrainingFailed` where the disk does not take a checkpoint.
         """
         setup, config, total = self.setup, self.setup.config, self.setup.resolved.total_steps
@@ -114,5 +114,5 @@ class Loop:
         self.checkpoints.save(
             state,
             self.metadata
-            | {"step": step, "validation": figures, "evaluation_owed": evaluation_pending},
+            | {"step": step, "validation": figures, "evaluation_pending": evaluation_pending},
         )

@@ -1,4 +1,4 @@
-"""What a running loop says: lines of `metrics.jsonl`, remarks, and the progress bar."""
+"""What a running loop reports: lines of `metrics.jsonl`, messages, and the progress bar."""
 
 import math
 import time

@@ -61,7 +61,7 @@ def resolve_described(
     layout: Layout,
     memory_bytes: int | None = None,
 ) -> ResolvedRun:
-    """The run as far as descriptions of its data and networks say it: neither is there.
+    """The run as far as descriptions of its data and networks tell: neither is there.
 
     `teachers` may hold no `auto`.
     """

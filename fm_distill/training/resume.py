@@ -1,4 +1,4 @@
-"""Where a run goes on: the newest whole checkpoint, whether it may be used, and its state."""
+"""Where a run goes on: the newest intact checkpoint, whether it may be used, and its state."""
 
 import dataclasses
 from typing import Any
@@ -19,35 +19,35 @@ from fm_distill.weights.load import start_from
 
 
 def accept(
-    found: NewestCheckpoint,
+    newest: NewestCheckpoint,
     workdir: Workdir,
     metadata: dict[str, Any],
     rollbacks: tuple[Rollback, ...],
 ) -> None:
-    """Names damaged checkpoints; raises `UserError` where the newest whole one cannot be used."""
-    for step, wrong in found.damaged.items():
+    """Names damaged checkpoints; raises `UserError` where the newest intact one cannot be used."""
+    for step, wrong in newest.damaged.items():
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         where = f"checkpoint {step:,} in {workdir.checkpoints}"
         log(f"WARNING: {where} is damaged: {wrong[0]}{more}")
-    if found.damaged and not found.step:
+    if newest.damaged and not newest.step:
         raise UserError(
-            f"no checkpoint in {workdir.checkpoints} is valid ({len(found.damaged)} damaged); "
-            "bring back a copy of one, or remove the folder to begin anew"
+            f"no checkpoint in {workdir.checkpoints} is valid ({len(newest.damaged)} damaged); "
+            "restore a copy of one, or remove the folder to start again"
         )
-    if not found.step:
+    if not newest.step:
         return
-    if found.damaged:
-        log(f"continuing from checkpoint {found.step:,}, the newest whole one")
-    before = found.metadata
+    if newest.damaged:
+        log(f"continuing from checkpoint {newest.step:,}, the newest intact one")
+    before = newest.metadata
     for name in ("data", "teacher"):
         if before.get(name) != metadata[name]:
             raise UserError(
-                f"checkpoint {found.step:,} in {workdir.checkpoints} belongs to another {name}: "
+                f"checkpoint {newest.step:,} in {workdir.checkpoints} belongs to another {name}: "
                 f"{before.get(name)}, and now it is {metadata[name]}"
             )
     if before.get("rollbacks", []) != as_json(rollbacks[: len(before.get("rollbacks", []))]):
         raise UserError(
-            f"{workdir.path / ROLLBACKS} does not agree with checkpoint {found.step:,}; restore it"
+            f"{workdir.path / ROLLBACKS} does not agree with checkpoint {newest.step:,}; restore it"
         )
     names = ("jax", "device_kind", "mesh", "memory", "processes")
     changed = [
@@ -55,7 +55,7 @@ def accept(
     ]
     if changed:
         log(
-            f"NOTICE: checkpoint {found.step:,} was written with other {', '.join(changed)}: the "
+            f"NOTICE: checkpoint {newest.step:,} was written with other {', '.join(changed)}: the "
             "run goes on, but equality in every bit is promised only for the same"
         )
 

@@ -29,7 +29,7 @@ class SweptRun:
 
 
 def save(runs: Sequence[SweptRun], folder: pathlib.Path) -> None:
-    """Writes `sweep.csv` and `sweep.html` into the sweep's folder, each whole or not at all."""
+    """Writes `sweep.csv` and `sweep.html` into the sweep's folder, completely or not at all."""
     for name, text in (("sweep.csv", as_csv(runs)), ("sweep.html", as_page(runs))):
         temporary = folder / f"{name}.tmp"
         temporary.write_text(text, newline="")

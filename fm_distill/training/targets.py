@@ -1,4 +1,4 @@
-"""What fixed teachers say of each training image, computed once, before the training begins.
+"""The fixed teachers' logits for each training image, computed once, before the training begins.
 
 Only for `teaching="fixed"`: of the central crop, or the mean over many random crops (the paper's
 `fix/cc` and `fix/ic_ens`). `setup.py` sends the result along with the examples.

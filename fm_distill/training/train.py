@@ -1,6 +1,6 @@
 """A run from its config to its evaluated student: check, open, build, continue, finish.
 
-It continues by itself from the newest whole checkpoint of its workdir, on the same batches and
+It continues by itself from the newest intact checkpoint of its workdir, on the same batches and
 with the same random numbers as if it had never stopped. The loop itself is in `loop.py`.
 """
 
@@ -87,7 +87,7 @@ def train(
 def train_until(
     config: Config, path: str | os.PathLike[str], stop: Stop, extend: bool = False
 ) -> Result:
-    """`train`, until `stop` says so."""
+    """`train`, until `stop` asks for it."""
     check(config)
     workdir = Workdir(path)
     lengthened = workdir.refuse_another_config(config, extend)
@@ -173,10 +173,10 @@ def _run(
     total = setup.resolved.total_steps
     rollbacks = read_rollbacks(workdir)
     while True:
-        found = _newest(workdir)
-        accept(found, workdir, metadata, rollbacks)
+        newest = _newest(workdir)
+        accept(newest, workdir, metadata, rollbacks)
         try:
-            return _stretch(setup, workdir, stop, metadata, keep, found, rollbacks)
+            return _session(setup, workdir, stop, metadata, keep, newest, rollbacks)
         except (TrainingFailed, UserError, OSError) as error:
             stop.busy()  # whoever stops now has to wait for this state to be written
             if isinstance(error, Diverged) and len(rollbacks) < allowed(setup.config):
@@ -193,40 +193,40 @@ def _run(
 
 
 def _newest(workdir: Workdir) -> NewestCheckpoint:
-    """The newest whole checkpoint, which has to be the same for all processes."""
+    """The newest intact checkpoint, which has to be the same for all processes."""
     broadcast_from_first(0)  # the first process has written what it began
-    found = newest_valid(workdir.checkpoints)
-    if found.step != broadcast_from_first(found.step):
+    newest = newest_valid(workdir.checkpoints)
+    if newest.step != broadcast_from_first(newest.step):
         raise TrainingFailed(
-            f"this process finds checkpoint {found.step} in {workdir.checkpoints} and the first "
+            f"this process finds checkpoint {newest.step} in {workdir.checkpoints} and the first "
             "process another one: all have to see the same folder"
         )
-    return found
+    return newest
 
 
-def _stretch(
+def _session(
     setup: Setup,
     workdir: Workdir,
     stop: Stop,
     metadata: dict[str, Any],
     keep: tuple[int, ...],
-    found: NewestCheckpoint,
+    newest: NewestCheckpoint,
     rollbacks: tuple[Rollback, ...],
 ) -> Result:
     """From one checkpoint to the end, or to a stop."""
-    total, start = setup.resolved.total_steps, found.step
+    total, start = setup.resolved.total_steps, newest.step
     if (factor := slowness(rollbacks)) != 1:
         setup = setup.slowed(factor)
     state = first_state(setup, workdir, start)
     checkpoints = CheckpointWriter(workdir.checkpoints, setup.config.checkpoint, keep)
     try:
         if first_process():
-            for step in found.damaged:
+            for step in newest.damaged:
                 checkpoints.move_aside(step)
         introduce(setup, start)
         workdir.set_status("running", start, total)
         metadata = metadata | {"rollbacks": as_json(rollbacks)}
-        evaluation_pending = bool(found.metadata.get("evaluation_owed"))
+        evaluation_pending = bool(newest.metadata.get("evaluation_pending"))
         path = workdir.metrics if first_process() else None
         writer = MetricsWriter(path, start, setup.config.log.tensorboard, evaluation_pending)
         with (

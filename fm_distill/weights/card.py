@@ -1,4 +1,4 @@
-"""The card of an export: what the weight file says of itself, as JSON in its metadata."""
+"""The card of an export: the weight file's own description, as JSON in its metadata."""
 
 import dataclasses
 import hashlib

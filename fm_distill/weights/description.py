@@ -1,4 +1,4 @@
-"""Which network a weight file holds, and how it is fed: what was asked and what the file says."""
+"""Which network a weight file holds and how it is fed, by the request and by the file."""
 
 import dataclasses
 from typing import Literal, cast
@@ -20,13 +20,13 @@ TOLERANCE = 1e-3
 
 
 def describe(
-    file: WeightFile, asked: NetworkConfig | None, fields: str
+    file: WeightFile, requested: NetworkConfig | None, fields: str
 ) -> tuple[NetworkConfig, list[str]]:
-    """The network that was asked for, checked against what the file says of itself."""
-    said = _said(file.facts)
-    if asked is None:
-        if said is not None:
-            return said, [f"network: {said.model} at {said.resolution}, as the file says"]
+    """The requested network, checked against what the file says of itself."""
+    stated = _said(file.facts)
+    if requested is None:
+        if stated is not None:
+            return stated, [f"network: {stated.model} at {stated.resolution}, as the file says"]
         architecture = file.facts.architecture
         known = _model_of(architecture)
         what = f"says that it is a {architecture}" if architecture else "does not say what it is"
@@ -40,27 +40,29 @@ def describe(
             f"NetworkConfig(model={known or '...'!r}, resolution=...) in the experiment file"
         )
     card, architecture = file.facts.card, file.facts.architecture
-    if card and (differ := differing(card.network, asked)):
+    if card and (differ := differing(card.network, requested)):
         raise UserError(f"{file.path} holds another network than {fields} says: {differ}")
-    timm = MODELS[asked.model].timm
+    timm = MODELS[requested.model].timm
     if architecture and architecture != timm and (timm or _model_of(architecture)):
         raise UserError(
             f"{file.path} says that it is a {architecture}"
             + (f" ({_model_of(architecture)})" if _model_of(architecture) else "")
-            + f", but {fields}.model is {asked.model}"
+            + f", but {fields}.model is {requested.model}"
         )
     if card:
-        padding = asked.root_pool_padding
+        padding = requested.root_pool_padding
         padding = card.network.root_pool_padding if padding == "auto" else padding
-        asked = dataclasses.replace(asked, root_pool_padding=padding, groups=card.network.groups)
-    return asked, []
+        requested = dataclasses.replace(
+            requested, root_pool_padding=padding, groups=card.network.groups
+        )
+    return requested, []
 
 
-def differing(stored: NetworkConfig, asked: NetworkConfig) -> str:
-    """The fields in which `asked` cannot be what is stored, as text; empty where it can be."""
-    a, b = msgspec.to_builtins(stored), msgspec.to_builtins(only_network(asked))
+def differing(stored: NetworkConfig, requested: NetworkConfig) -> str:
+    """The fields in which `requested` cannot be what is stored, as text; empty where it can be."""
+    a, b = msgspec.to_builtins(stored), msgspec.to_builtins(only_network(requested))
     fields = [name for name in a if name not in FREE and b[name] not in ("auto", a[name])]
-    return "; ".join(f"{name} is {a[name]}, asked for {b[name]}" for name in fields)
+    return "; ".join(f"{name} is {a[name]}, requested {b[name]}" for name in fields)
 
 
 def _said(facts: Facts) -> NetworkConfig | None:
@@ -83,18 +85,22 @@ def _model_of(architecture: str | None) -> str | None:
 def without_auto(
     network: NetworkConfig, file: WeightFile, naming: str, fields: str
 ) -> tuple[NetworkConfig, list[str]]:
-    """`network` with the file's own input range and root pool where it says `auto`."""
-    said = _input_range(file, fields)
+    """`network` with the file's own input range and root pool where that is `auto`."""
+    stated = _input_range(file, fields)
     remarks = []
     if network.input_range == "auto":
-        chosen = said or MODELS[network.model].input_range
-        why = "as the file says" if said else "the model's usual one, since the file does not say"
+        chosen = stated or MODELS[network.model].input_range
+        why = (
+            "as the file says"
+            if stated
+            else "the model's usual one, since the file does not state it"
+        )
         network = dataclasses.replace(network, input_range=chosen)
         remarks.append(f"input range {chosen}: {why}")
-    elif said and said != network.input_range:
+    elif stated and stated != network.input_range:
         raise UserError(
-            f"{fields}.input_range is {network.input_range}, but {file.path} says that it was "
-            f"trained with {said}; a wrong normalisation costs points silently: use auto"
+            f"{fields}.input_range is {network.input_range}, but {file.path} states that it was "
+            f"trained with {stated}; a wrong normalisation costs points silently: use auto"
         )
     if network.root_pool_padding == "auto":
         padding: Literal["zero", "minus_infinity"]
@@ -106,7 +112,7 @@ def without_auto(
 
 
 def _input_range(file: WeightFile, fields: str) -> InputRange | None:
-    """The name of the file's mean and deviation; None where it does not say them."""
+    """The name of the file's mean and deviation; None where it does not state them."""
     mean, std = file.facts.mean, file.facts.std
     if mean is None or std is None:
         return None

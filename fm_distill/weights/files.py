@@ -1,6 +1,6 @@
-"""Weight files read: what kind a file is, by its content; its tensors; what it says of itself.
+"""Weight files read: what kind a file is, by its content; its tensors; its own description.
 
-Nothing that can run code is ever loaded: pickles in any dress are refused. Damage is found where
+Nothing that can run code is ever loaded: pickles in any form are refused. Damage is found where
 the format lets it be found: an `.npz` has a checksum a tensor, our exports have one in the card,
 files of the hub one in the cache. Of another safetensors file only its header, tensors of a wrong
 shape and values that are not finite can be told.
@@ -47,7 +47,7 @@ Kind = Literal["npz", "safetensors", "saved_model"]
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What a weight file says of itself, where it says it."""
+    """A weight file's description of itself, where it has one."""
 
     # Of one of our exports.
     card: Card | None = None
@@ -123,7 +123,7 @@ def _read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
                 "it is never loaded here: save it again with plain arrays only"
             ) from None
         raise UserError(
-            f"{path} is not a whole .npz file ({error}): copy or download it again"
+            f"{path} is not a complete .npz file ({error}): copy or download it again"
         ) from None
 
 
@@ -133,7 +133,7 @@ def _read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[s
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise UserError(
-            f"{path} is not a whole .safetensors file ({error}): copy or download it again"
+            f"{path} is not a complete .safetensors file ({error}): copy or download it again"
         ) from None
 
 
@@ -156,25 +156,25 @@ def _facts(path: pathlib.Path, metadata: dict[str, str]) -> Facts:
     if CARD_KEY in metadata:
         card = card_from_json(metadata[CARD_KEY], str(path))
         return Facts(card, None, card.resolution, card.mean, card.std)
-    said: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     beside = path.with_name(CONFIG_FILE)
     if path.name == WEIGHTS_FILE and beside.is_file():
         try:
             config = json.loads(beside.read_text())
-            said = (
+            fields = (
                 config | config.get("pretrained_cfg", {}) | {"architecture": config["architecture"]}
             )
         except (OSError, ValueError, TypeError, AttributeError, KeyError):
-            said = {}  # of something else than timm
-    said |= metadata
-    size = said.get("input_size")
+            fields = {}  # of something else than timm
+    fields |= metadata
+    size = fields.get("input_size")
     resolution = size[-1] if isinstance(size, list) and size and size[-1] == size[-2] else None
-    architecture = said.get("architecture")
+    architecture = fields.get("architecture")
     return Facts(
         architecture=architecture.split(".")[0] if isinstance(architecture, str) else None,
         resolution=resolution,
-        mean=_numbers(path, "mean", said.get("mean")),
-        std=_numbers(path, "std", said.get("std")),
+        mean=_numbers(path, "mean", fields.get("mean")),
+        std=_numbers(path, "std", fields.get("std")),
     )
 
 

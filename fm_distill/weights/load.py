@@ -87,7 +87,7 @@ def _recognised(file: WeightFile) -> tuple[str, dict[str, np.ndarray], str]:
     """The naming, the tensors by their names in it, and the name of the head's bias."""
     tensors = dict(file.tensors)
     for prefix in ("params/", "opt/target/"):
-        # A whole checkpoint of the trainer has the optimizer's state beside it.
+        # An intact checkpoint of the trainer has the optimizer's state beside it.
         if any(name.startswith(prefix) for name in tensors):
             tensors = {
                 name.removeprefix(prefix): tensor

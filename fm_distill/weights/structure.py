@@ -69,7 +69,7 @@ def _without_head(
         raise UserError(
             f"{path} has {len(kernels)} variables that could be the head's kernel "
             f"({features} x classes): {', '.join(kernels) or 'none'}; expected one, after a BiT "
-            "with the width that the network says"
+            "with the width of the network's config"
         )
     kernel_name, kernel = next(iter(kernels.items()))
     classes = kernel.shape[-1]
