@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -136,21 +137,29 @@ def test_killed_and_interrupted_command_continues(tmp_path):
 
 
 def test_a_run_continues_after_workdir_and_teacher_moved(trained, tmp_path):
-    moved = tmp_path / "elsewhere"
-    os.rename(trained / "run", moved)
+    """Its last two steps, evaluation included, are done anew elsewhere, to the same bits."""
+    moved, aside = tmp_path / "elsewhere", tmp_path / "aside"
+    shutil.copytree(trained / "run", moved)
+    shutil.rmtree(moved / "checkpoints" / "6")
+    for name in ("status.json", "evaluation.json"):
+        (moved / name).unlink()
+    os.rename(trained / "run", aside)
     try:
         done = run_command("train", trained / "student.py", "--workdir", moved)
-        assert done.returncode == 0 and "is complete" in done.stderr
+        assert done.returncode == 0 and "continuing after step 4" in done.stderr, done.stderr
+        same_bits(aside, moved)
+        assert lines_of(aside) == lines_of(moved)
         figures = run_command("evaluate", moved, "--json", devices=3)
         assert figures.returncode == 0, figures.stderr
         assert "moving average" in figures.stderr
-        stored = json.loads((moved / "evaluation.json").read_text())
+        stored = json.loads((aside / "evaluation.json").read_text())
+        assert json.loads((moved / "evaluation.json").read_text()) == stored
         found = json.loads(figures.stdout)
         assert found["examples"] == 359
         assert found["kl"]["one"] == pytest.approx(stored["kl"]["one"], rel=1e-3)
         assert found["student"]["top1"] == stored["student"]["top1"]
     finally:
-        os.rename(moved, trained / "run")
+        os.rename(aside, trained / "run")
 
 
 def test_what_a_run_leaves_behind(trained):
