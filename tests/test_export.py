@@ -136,7 +136,7 @@ def test_a_changed_export_is_refused(exported, tmp_path):
 
 def test_a_network_that_contradicts_the_card_is_refused(exported):
     for changes, said in (
-        ({"width": 1.0}, r"holds another network.*width is 0.5, asked for 1.0"),
+        ({"width": 1.0}, r"holds another network.*width is 0.5, requested 1.0"),
         ({"depths": (1, 1, 1)}, "depths is"),
         ({"input_range": "imagenet"}, "trained with zero_one; a wrong normalisation"),
     ):

@@ -358,7 +358,7 @@ def test_a_digest_file_with_a_changed_word_is_noticed(tmp_path):
     assert integrity_errors(tmp_path) == ()
     path = tmp_path / "digests.json"
     path.write_text(path.read_text().replace("abc", "abd"))
-    assert integrity_errors(tmp_path) == ("digests.json has another SHA-256 than it says",)
+    assert integrity_errors(tmp_path) == ("digests.json does not have the SHA-256 that it records",)
 
 
 def test_a_checkpoint_of_another_teacher_is_refused(complete, tmp_path):

@@ -69,7 +69,7 @@ def test_the_original_naming(tmp_path):
     assert found.network.root_pool_padding == "zero"
     assert found.network.input_range == "minus_one_one"
     assert any("zero: as bit_original" in remark for remark in found.notes)
-    assert any("does not say" in remark for remark in found.notes)
+    assert any("does not state" in remark for remark in found.notes)
 
 
 def test_numbered_convolutions(tmp_path):
@@ -300,7 +300,7 @@ def test_truncated_file(tmp_path, suffix, kept):
     written(path, tensors_in(naming))
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * kept)])
-    refused(path, f"is not a whole {suffix} file", "copy or download it again")
+    refused(path, f"is not a complete {suffix} file", "copy or download it again")
 
 
 def flipped(path, at: int):
