@@ -52,12 +52,12 @@ class Student:
         """An encoded image, or its pixels, at its size on the canvas. Raises `CorruptImage`."""
         return shrink(decode(image), self.canvas)
 
-    def predict_pixels(self, prepared: list[Pixels]) -> Float[np.ndarray, "batch classes"]:
-        """Probabilities of images that went through `prepare`, each of its own size."""
+    def predict_pixels(self, prepared: list[np.ndarray]) -> Float[np.ndarray, "batch classes"]:
+        """Probabilities of images that went through `prepare`, uint8 (height, width, 3) each."""
         return _softmax(self.logits_of_pixels(prepared))
 
-    def logits_of_pixels(self, prepared: list[Pixels]) -> Float[np.ndarray, "batch classes"]:
-        """Logits of images that went through `prepare`, each of its own size."""
+    def logits_of_pixels(self, prepared: list[np.ndarray]) -> Float[np.ndarray, "batch classes"]:
+        """Logits of images that went through `prepare`, uint8 (height, width, 3) each."""
         found = [np.zeros((0, self.classes), np.float32)]
         for start in range(0, len(prepared), BATCH):
             part = prepared[start : start + BATCH]
