@@ -62,7 +62,10 @@ class Workdir:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Holds the folder for this process. A crash frees it, since the kernel holds the lock."""
+        """Holds the folder for this process, the first of several.
+
+        A crash frees it, since the kernel holds the lock.
+        """
         if not first_process():
             yield
             return
@@ -158,8 +161,8 @@ class Workdir:
         except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read: {error}") from None
 
-    def write(self, name: str, value: Any) -> None:
-        """Writes a JSON file completely or not at all."""
+    def write_from_first(self, name: str, value: Any) -> None:
+        """Writes a JSON file completely or not at all; of several processes the first does."""
         if not first_process():
             return
         path = self.path / name
@@ -227,7 +230,7 @@ class Workdir:
             figures = self.path / "evaluation.json"
             if figures.exists() and first_process():
                 figures.rename(self.path / f"evaluation_{status.step}.json")
-        self.write("config.json", describe_run(config, resolved, ends))
+        self.write_from_first("config.json", describe_run(config, resolved, ends))
         return ends
 
     def set_status(
@@ -243,7 +246,7 @@ class Workdir:
         stored = StoredStatus(
             status, step, total_steps, reason, hours_left, images_per_second, updated
         )
-        self.write("status.json", msgspec.to_builtins(stored))
+        self.write_from_first("status.json", msgspec.to_builtins(stored))
 
 
 def _lock(handle: IO[str]) -> bool:

@@ -64,7 +64,7 @@ def go_back(
     assert action != "stop"
     factor = config.divergence.factor if slow else 1.0
     rollbacks = (*rollbacks, Rollback(at_step, to_step, action, factor))
-    workdir.write(ROLLBACKS, as_json(rollbacks))
+    workdir.write_from_first(ROLLBACKS, as_json(rollbacks))
     how = (
         f"learning rates times {slowness(rollbacks):g}"
         if slow

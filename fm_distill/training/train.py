@@ -264,6 +264,6 @@ def _finish(setup: Setup, state: TrainState, workdir: Workdir, stop: Stop) -> Re
         reason = f"{stopped}, before the last evaluation was done"
         workdir.set_status("paused", total, total, reason)
         return Result(False, total, total, workdir.path, None, reason)
-    workdir.write("evaluation.json", figures)
+    workdir.write_from_first("evaluation.json", figures)
     workdir.set_status("complete", total, total)
     return Result(True, total, total, workdir.path, figures)
