@@ -110,8 +110,8 @@ class Mine:
         ("import no_such_module", "ModuleNotFoundError"),
         ("config = (", "SyntaxError"),
         (SETTINGS + "Mine(nam='x', rate=1)", "Mine has no field 'nam'"),
-        (SETTINGS + "Mine(name='x')", "Mine needs 'rate' too"),
-        (SETTINGS + "Mine()", "Mine needs 'name' and 'rate' too"),
+        (SETTINGS + "Mine(name='x')", "leaves out what Mine needs: 'rate'"),
+        (SETTINGS + "Mine()", "leaves out what Mine needs: 'name' and 'rate'"),
         ("int(None)", "TypeError: int() argument"),
     ],
 )

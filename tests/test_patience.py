@@ -87,7 +87,7 @@ def test_the_loop_keeps_time_for_its_checkpoint(tmp_path, monkeypatch):
     assert reserves[0] < 10.0 and max(reserves) >= 150.0
 
 
-def test_an_evaluation_that_was_left_is_done_by_the_next_stretch(tmp_path):
+def test_an_evaluation_that_was_left_is_done_by_the_next_session(tmp_path):
     """Asked to stop while the validation split is evaluated at step 3."""
     config = small()
     whole = train(config, tmp_path / "whole")
@@ -138,12 +138,12 @@ def test_a_signal_ends_an_idle_process_at_once_and_a_busy_one_not(monkeypatch):
     assert threading.active_count() < 50 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_stretches_are_said():
+def test_sessions_left_are_logged():
     assert sessions_left(None, 9.0) == "how long the rest takes is not known yet"
     assert (
-        sessions_left(20.0, 9.0) == "about 20.0 hours left, 3 stretches of 9.0 hours like this one"
+        sessions_left(20.0, 9.0) == "about 20.0 hours left, 3 sessions of 9.0 hours like this one"
     )
-    assert "1 stretch of" in sessions_left(0.5, 9.0)
+    assert "1 session of" in sessions_left(0.5, 9.0)
 
 
 def test_status_of_a_complete_and_of_a_killed_run(complete, tmp_path):

@@ -106,11 +106,11 @@ def progress(items: Iterable[Item], name: str, unit: str, total: int) -> Iterato
 
 
 def sessions_left(hours_left: float | None, hours: float) -> str:
-    """`3.4 hours are left, 2 stretches of 2 hours`."""
+    """`3.4 hours are left, 2 sessions of 2 hours`."""
     if hours_left is None:
         return "how long the rest takes is not known yet"
     count = math.ceil(hours_left / hours) if hours > 0 else 1
-    of_length = f"{count:,} stretch{'es' if count != 1 else ''} of {hours_text(hours)}"
+    of_length = f"{count:,} session{'s' if count != 1 else ''} of {hours_text(hours)}"
     return f"about {hours_text(hours_left)} left, {of_length} like this one"
 
 

@@ -12,7 +12,9 @@ from fm_distill.config.steps import total_steps, transfer_examples
 from fm_distill.errors import UserError
 from fm_distill.training.optim import decay_equivalent
 
+# Python's words for a field that a dataclass needs, and for one that it does not have.
 LEFT_OUT = re.compile(r"(\w+)\.__init__\(\) missing \d+ required keyword-only arguments?: (.*)")
+UNKNOWN = re.compile(r"(\w+)\.__init__\(\) got an unexpected keyword argument ('\w+')")
 
 
 def load_experiment(path: str | os.PathLike[str]) -> Config:
@@ -30,6 +32,10 @@ def load_experiment(path: str | os.PathLike[str]) -> Config:
         if left_out := LEFT_OUT.search(str(error)):
             raise UserError(
                 f"{path} leaves out what {left_out[1]} needs: {left_out[2]}; give it in the file"
+            ) from error
+        if unknown := UNKNOWN.search(str(error)):
+            raise UserError(
+                f"{path}: {unknown[1]} has no field {unknown[2]}; `fm-distill show` lists them"
             ) from error
         raise UserError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
     if not isinstance(config, Config):

@@ -24,7 +24,7 @@ RESERVE_S = 2.0
 
 @dataclasses.dataclass
 class Loop:
-    """One stretch of a run, from the state of a checkpoint on."""
+    """One session of a run, from the state of a checkpoint on."""
 
     setup: Setup
     checkpoints: CheckpointWriter

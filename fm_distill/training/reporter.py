@@ -81,14 +81,14 @@ class Reporter:
         self.mark = step, time.monotonic()
 
     def hours_left(self) -> float | None:
-        """At the pace of this stretch, evaluations and checkpoints included; None if not known."""
+        """At the pace of this session, evaluations and checkpoints included; None if not known."""
         if self.first is None or self.step == self.first[0]:
             return None
         pace_s = (time.monotonic() - self.first[1]) / (self.step - self.first[0])
         return (self.setup.resolved.total_steps - self.step) * pace_s / 3600
 
     def say_pace(self, blocked_s: float) -> None:
-        """What this stretch did after its first dispatch, and what its checkpoints cost."""
+        """What this session did after its first dispatch, and what its checkpoints cost."""
         if self.first is None or self.step == self.first[0]:
             return
         steps, seconds = self.step - self.first[0], time.monotonic() - self.first[1]
