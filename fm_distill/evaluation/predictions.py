@@ -73,7 +73,7 @@ def predict_split(opened: Opened) -> SplitPredictions:
 
 
 def confusions(predictions: SplitPredictions, classes: int) -> Int[np.ndarray, "classes classes"]:
-    """Counts: row by `Answers.expected`, column by the student's class."""
+    """Counts: row by `SplitPredictions.expected`, column by the student's class."""
     counts = np.zeros((classes, classes), int)
     _, expected = predictions.expected
     if expected is not None:
