@@ -294,8 +294,8 @@ def test_the_package_comes_along_and_jax_stays(tmp_path, tool, monkeypatch):
     packed = pathlib.Path(wanted.removeprefix("fm-distill[plots] @ file://"))
     with tarfile.open(packed) as tar:
         names = set(tar.getnames())
-        inside = tar.extractfile("fm-distill/fm_distill/step.py").read()
-    assert inside == (ROOT / "fm_distill" / "step.py").read_bytes()
+        inside = tar.extractfile("fm-distill/fm_distill/training/step.py").read()
+    assert inside == (ROOT / "fm_distill" / "training" / "step.py").read_bytes()
     modules = [p.relative_to(ROOT) for p in (ROOT / "fm_distill").rglob("*.py")]
     assert {f"fm-distill/{p}" for p in [*modules, "pyproject.toml", "README.md"]} <= names
     assert not any("__pycache__" in x for x in names)
