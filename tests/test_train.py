@@ -215,7 +215,7 @@ def test_labels_may_be_the_target_where_a_teacher_is_only_compared_with(trained,
 
 def test_a_weight_file_teaches_as_the_run_that_it_was_written_from(trained, tmp_path):
     teacher = open_run(trained / "run" / "teacher")
-    tensors = in_naming("bit_original", NETWORK, teacher.student)
+    tensors = in_naming("bit_original", NETWORK, teacher.student.variables)
     np.savez(tmp_path / "teacher.npz", **tensors)
     config = tiny_config(
         objective=ObjectiveConfig(temperature=2.0),
@@ -277,7 +277,7 @@ def test_reading_a_run_leaves_alone_what_another_process_writes(trained):
 def test_public_api(trained):
     import fm_distill
 
-    assert len(fm_distill.__all__) == 11
+    assert len(fm_distill.__all__) == 12
     config = fm_distill.load_experiment(trained / "student.py")
     assert isinstance(config, fm_distill.Config) and isinstance(config.data, DataConfig)
     run = fm_distill.open_run(trained / "run")
