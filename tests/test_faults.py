@@ -6,7 +6,7 @@ import signal
 
 import bench_startup
 import disturb
-import integrity_errors
+import faults
 import long_run
 import pytest
 from conftest import command_environment
@@ -17,9 +17,7 @@ from fm_distill.runs.integrity import newest_valid, steps_in
 @pytest.fixture(autouse=True)
 def shared_compilations(monkeypatch):
     monkeypatch.setattr(disturb, "environment", lambda devices=1: command_environment(devices))
-    monkeypatch.setattr(
-        integrity_errors, "environment", lambda devices=1: command_environment(devices)
-    )
+    monkeypatch.setattr(faults, "environment", lambda devices=1: command_environment(devices))
 
 
 @pytest.fixture(scope="module")
@@ -61,33 +59,33 @@ def test_a_run_without_a_whole_checkpoint_is_not_begun_anew(whole, tmp_path):
 
 
 def test_full_disk_and_read_only_folder(tmp_path):
-    tried = list(integrity_errors.broken_disk(tmp_path / "disk", 0))
+    tried = list(faults.broken_disk(tmp_path / "disk", 0))
     if any(x.times == 0 for x in tried):
-        pytest.skip(integrity_errors.MOUNT_REASON)
+        pytest.skip(faults.MOUNT_REASON)
     assert len(tried) == 5
 
 
 @pytest.mark.slow
 def test_killed_anywhere_in_all_forms(tmp_path):
-    assert len(list(integrity_errors.killed(tmp_path / "killed", 25))) == 4
+    assert len(list(faults.killed(tmp_path / "killed", 25))) == 4
 
 
 def test_other_meshes(tmp_path):
-    assert list(integrity_errors.meshes(tmp_path / "meshes", 0, (8, 1)))
+    assert list(faults.meshes(tmp_path / "meshes", 0, (8, 1)))
 
 
 @pytest.mark.slow
 def test_more_meshes(tmp_path):
-    assert list(integrity_errors.meshes(tmp_path / "meshes", 0))
+    assert list(faults.meshes(tmp_path / "meshes", 0))
 
 
 def test_two_processes(tmp_path):
-    assert next(integrity_errors.processes(tmp_path / "processes", 0)).times == 1
+    assert next(faults.processes(tmp_path / "processes", 0)).times == 1
 
 
 @pytest.mark.slow
 def test_a_lost_process(tmp_path):
-    assert len(list(integrity_errors.processes(tmp_path / "processes", 0))) == 2
+    assert len(list(faults.processes(tmp_path / "processes", 0))) == 2
 
 
 def test_compiled_programs_come_along(tmp_path, monkeypatch):
