@@ -34,12 +34,14 @@ from fm_distill.evaluation.inference import open_split, predict
 from fm_distill.evaluation.predictions import predict_split
 from fm_distill.evaluation.teacher_check import check_teacher
 from fm_distill.exporting.export import export
+from fm_distill.exporting.load_student import load_student
 from fm_distill.models import Network, Output, Variables
 from fm_distill.models.layers import Convolution, DepthwiseConvolution, Head
 from fm_distill.networks.branch import Branch
 from fm_distill.networks.loading import load_networks
 from fm_distill.runs.checkpoint import CheckpointWriter
 from fm_distill.runs.metrics import MetricsWriter
+from fm_distill.runs.open_run import open_run
 from fm_distill.runs.state import TrainState
 from fm_distill.runs.workdir import Workdir
 from fm_distill.system.console import Progress, hours_text
@@ -217,6 +219,14 @@ def test_predict_and_export_know_the_central_fraction(tmp_path):
     np.testing.assert_allclose(
         predict_split(opened).student_probability, jax.nn.softmax(logits).max(-1), rtol=1e-4
     )
+
+
+def test_an_export_makes_up_no_names(tmp_path):
+    """Invented ones would contradict the names of the data that it teaches on later."""
+    run = run_with(tmp_path / "run", 1.0)
+    assert open_run(run).class_names == tuple(f"class {i}" for i in range(10))
+    assert export(run, tmp_path / "x.safetensors").class_names is None
+    assert load_student(tmp_path / "x.safetensors").class_names == open_run(run).class_names
 
 
 def setup_of(config, folder) -> Setup:

@@ -49,7 +49,7 @@ def export(
         model=network.model,
         network=network,
         classes=run.classes,
-        class_names=run.class_names,
+        class_names=run.resolved.class_names,
         mean=tuple(x / 255 for x in mean),
         std=tuple(x / 255 for x in std),
         resolution=network.resolution,

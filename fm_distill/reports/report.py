@@ -179,7 +179,7 @@ def _views(run: ReportedRun, config: Config) -> str:
 
 def _judged(opened: Opened) -> str:
     found = predict_split(opened)
-    names = opened.run.class_names or tuple(f"class {i}" for i in range(opened.run.classes))
+    names = opened.run.class_names
     expected, classes = found.expected
     parts = [f"<p>The student after {opened.run.step:,} steps.</p>"]
     if classes is not None:
