@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from fm_distill.errors import UserError
 from fm_distill.models import MODELS
 from fm_distill.runs.open_run import open_run
+from fm_distill.system.files import replacing
 from fm_distill.views.rendering import INPUT_RANGES
 from fm_distill.weights.card import CARD_KEY, Card, card_to_json, digest
 from fm_distill.weights.names import in_naming, naming_of
@@ -73,15 +74,13 @@ def export(
 
 def _write(path: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
     """Writes a file completely or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_bytes(b"")
-        mode = temporary.stat().st_mode  # of any new file; safetensors' own are for the owner only
-        write(temporary)
-        temporary.chmod(mode)
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            temporary.write_bytes(b"")
+            mode = temporary.stat().st_mode  # of any new file; safetensors' own are the owner's
+            write(temporary)
+            temporary.chmod(mode)
     except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"{path} cannot be written: {error}") from None
 
 

@@ -27,6 +27,7 @@ from fm_distill.reports.summary import ReportedRun, config_differences, summary
 from fm_distill.reports.view_samples import sample_views
 from fm_distill.runs.history import Curve, History, read_history
 from fm_distill.runs.workdir import Workdir
+from fm_distill.system.files import replacing
 from fm_distill.training.optim import make_schedule
 
 DISAGREEMENTS = 12
@@ -62,7 +63,7 @@ def report(
         raise UserError("a report needs the workdir of at least one run")
     runs = _read(workdirs)
     lengths = {run.name: run.total_steps for run in runs}
-    whole = "\n".join(
+    figures = "\n".join(
         [
             _image(
                 "curves",
@@ -80,14 +81,14 @@ def report(
         ]
     )
     title = html.escape(", ".join(run.name for run in runs))
-    temporary = out.with_name(out.name + ".tmp")
+    page = (
+        f"<!DOCTYPE html>\n<html lang='en'><head><meta charset='utf-8'><title>{title}</title>"
+        f"<style>{STYLE}</style></head><body>\n<h1>{title}</h1>\n{summary(runs)}\n"
+        f"{config_differences(runs)}\n{figures}\n</body></html>\n"
+    )
     try:
-        temporary.write_text(
-            f"<!DOCTYPE html>\n<html lang='en'><head><meta charset='utf-8'><title>{title}</title>"
-            f"<style>{STYLE}</style></head><body>\n<h1>{title}</h1>\n{summary(runs)}\n{config_differences(runs)}\n{whole}\n"
-            "</body></html>\n"
-        )
-        temporary.replace(out)
+        with replacing(out) as temporary:
+            temporary.write_text(page)
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error}") from None
     return out

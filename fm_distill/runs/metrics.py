@@ -14,6 +14,8 @@ from types import TracebackType
 
 from tensorboardX import SummaryWriter
 
+from fm_distill.system.files import replacing
+
 
 class MetricsWriter:
     """Appends to `metrics.jsonl` and, unless turned off, to TensorBoard files beside it."""
@@ -80,9 +82,8 @@ def _drop_after(path: pathlib.Path, step: int, evaluation_pending: bool) -> None
     lines = path.read_text(errors="replace").splitlines(keepends=True)
     kept = [line for line in lines if _order(line) <= (step, not evaluation_pending)]
     if len(kept) < len(lines):
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(kept))
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            temporary.write_text("".join(kept))
 
 
 def _order(line: str) -> tuple[float, bool]:

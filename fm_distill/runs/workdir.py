@@ -22,6 +22,7 @@ from fm_distill.runs.stored_progress import Status, StoredStatus, as_evaluation,
 from fm_distill.runs.stored_run import StoredRun, describe_run, stored_run
 from fm_distill.system.compilation_cache import COMPILED
 from fm_distill.system.console import log
+from fm_distill.system.files import replacing
 from fm_distill.system.processes import first_process
 
 Contents = TypeVar("Contents")
@@ -165,13 +166,10 @@ class Workdir:
         """Writes a JSON file completely or not at all; of several processes the first does."""
         if not first_process():
             return
-        path = self.path / name
-        temporary = path.with_name(path.name + ".tmp")
-        with temporary.open("w") as file:
+        with replacing(self.path / name) as temporary, temporary.open("w") as file:
             file.write(json.dumps(value, indent=2) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
 
     def stored(self) -> StoredRun:
         """The run that lies here. Raises `UserError` where there is none of this version."""

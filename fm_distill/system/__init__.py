@@ -1,1 +1,1 @@
-"""Devices, processes, signals and the console. Imports `config` and `errors`."""
+"""Devices, processes, signals, files and the console. Imports `config` and `errors`."""

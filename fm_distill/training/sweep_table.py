@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fm_distill.runs.metric_table import Metric, at
+from fm_distill.system.files import replacing
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em }
@@ -31,9 +32,8 @@ class SweptRun:
 def save(runs: Sequence[SweptRun], folder: pathlib.Path) -> None:
     """Writes `sweep.csv` and `sweep.html` into the sweep's folder, completely or not at all."""
     for name, text in (("sweep.csv", as_csv(runs)), ("sweep.html", as_page(runs))):
-        temporary = folder / f"{name}.tmp"
-        temporary.write_text(text, newline="")
-        temporary.replace(folder / name)
+        with replacing(folder / name) as temporary:
+            temporary.write_text(text, newline="")
 
 
 def as_markdown(runs: Sequence[SweptRun]) -> str:

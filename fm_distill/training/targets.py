@@ -29,6 +29,7 @@ from fm_distill.models import Variables
 from fm_distill.networks.branch import Branch, render_central_views, render_views, teacher_outputs
 from fm_distill.objectives.ensemble import combine
 from fm_distill.system.console import progress
+from fm_distill.system.files import replacing
 from fm_distill.system.processes import first_process
 from fm_distill.system.sharding import Layout
 from fm_distill.views.draws import draw
@@ -144,6 +145,5 @@ def _read(kept: pathlib.Path, identity: dict[str, Any]) -> Targets | None:
 def _write(kept: pathlib.Path, targets: Targets, identity: dict[str, Any]) -> None:
     if not first_process():
         return
-    temporary = kept.with_name(kept.name + ".tmp.npz")
-    np.savez(temporary, targets=targets, identity=np.array(json.dumps(identity)))
-    temporary.replace(kept)
+    with replacing(kept) as temporary, temporary.open("wb") as file:
+        np.savez(file, targets=targets, identity=np.array(json.dumps(identity)))
