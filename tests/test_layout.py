@@ -5,6 +5,7 @@ import pathlib
 
 import pytest
 from conftest import ROOT
+from draw_architecture import arrows, heights, imports_of
 
 PACKAGE = ROOT / "fm_distill"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -17,19 +18,6 @@ def name_of(path: pathlib.Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports_of(path: pathlib.Path) -> set[str]:
-    """Modules that a file imports, anywhere in it."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            found.add(node.module)
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
-
-
 MODULES = {name_of(path) for path in FILES}
 
 
@@ -39,39 +27,19 @@ def own_imports(path: pathlib.Path) -> set[str]:
     return (own & MODULES) - {name_of(path)}
 
 
-def arrows() -> dict[str, set[str]]:
-    """Room -> rooms that it imports. `__init__` and `__main__` stand above all."""
-    found: dict[str, set[str]] = {}
-    for path in FILES:
-        room = name_of(path).split(".")[0]
-        if room in ("", "__main__"):
-            continue
-        found.setdefault(room, set()).update(x.split(".")[0] for x in own_imports(path))
-    return {room: others - {room} for room, others in found.items()}
-
-
-def floors(graph: dict[str, set[str]]) -> dict[str, int]:
-    """Room -> floor, counted from 1; raises `RecursionError` for a circle."""
-
-    def floor(room: str) -> int:
-        return 1 + max((floor(other) for other in graph[room]), default=0)
-
-    return {room: floor(room) for room in graph}
-
-
 def test_imports_between_rooms_run_one_way_on_few_floors():
-    assert max(floors(arrows()).values()) <= MOST_FLOORS
+    assert max(heights(arrows()).values()) <= MOST_FLOORS
 
 
 def test_a_circle_would_be_seen():
     with pytest.raises(RecursionError):
-        floors({"a": {"b"}, "b": {"a"}})
+        heights({"a": {"b"}, "b": {"a"}})
 
 
 def test_imports_between_files_have_no_circle():
     """Inside of a room too."""
     # A package's `__init__` stands for what it exports.
-    floors({name_of(path): own_imports(path) for path in FILES})
+    heights({name_of(path): own_imports(path) for path in FILES})
 
 
 def test_rooms_are_packages_and_few_files_stand_beside_them():
@@ -90,7 +58,7 @@ def test_no_room_has_to_be_passed():
             room = waiting.pop()
             if room not in seen:
                 seen.add(room)
-                waiting += graph[room] - {without}
+                waiting += [x for x in graph[room] if x != without]
         return seen
 
     for room in graph.keys() - set(top):

@@ -10,6 +10,7 @@ import argparse
 import ast
 import html
 import pathlib
+from collections.abc import Iterable, Mapping
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "fm_distill"
@@ -30,34 +31,46 @@ def rooms() -> dict[str, list[pathlib.Path]]:
     return found
 
 
-def imported_rooms(path: pathlib.Path) -> set[str]:
-    """The rooms that a file imports from, anywhere in it."""
+def imports_of(path: pathlib.Path) -> set[str]:
+    """Modules that a file imports, and names that it imports from them, anywhere in it."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return {x.split(".")[1] for x in names if x.startswith("fm_distill.")}
+        elif isinstance(node, ast.ImportFrom):
+            if node.level or node.module is None:
+                raise ValueError(f"{path}: a relative import; name the module in full")
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
 
 
 def arrows() -> dict[str, list[str]]:
     """Room -> the other rooms that it imports."""
     files = rooms()
-    return {
-        room: sorted(set().union(*map(imported_rooms, paths)) & (files.keys() - {room}))
-        for room, paths in files.items()
-    }
+    found: dict[str, list[str]] = {}
+    for room, paths in files.items():
+        names = set().union(*map(imports_of, paths))
+        others = {x.split(".")[1] for x in names if x.startswith("fm_distill.")}
+        found[room] = sorted(others & (files.keys() - {room}))
+    return found
 
 
-def floors(graph: dict[str, list[str]]) -> list[list[str]]:
-    """The rooms of each floor, the lowest first. Imports may have no circle."""
+def heights(graph: Mapping[str, Iterable[str]]) -> dict[str, int]:
+    """The floor of each room, from 1: one above the highest of those that it imports.
+
+    Raises `RecursionError` for a circle.
+    """
 
     def floor(room: str) -> int:
-        return 1 + max((floor(other) for other in graph[room]), default=-1)
+        return 1 + max((floor(other) for other in graph[room]), default=0)
 
-    heights = {room: floor(room) for room in graph}
-    return [[r for r in graph if heights[r] == i] for i in range(max(heights.values()) + 1)]
+    return {room: floor(room) for room in graph}
+
+
+def floors(graph: Mapping[str, Iterable[str]]) -> list[list[str]]:
+    """The rooms of each floor, the lowest first."""
+    floor_of = heights(graph)
+    return [[r for r in graph if floor_of[r] == i] for i in range(1, max(floor_of.values()) + 1)]
 
 
 def sentence(room: str) -> str:
