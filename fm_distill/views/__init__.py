@@ -1,1 +1,1 @@
-"""What networks see of a batch: crops, draws, rendering. Imports `config`."""
+"""What networks see of a batch: crops, draws, rendering. Imports `config`, `array_tree`."""

@@ -37,7 +37,7 @@ class InputSpec:
 
 
 def render(draw: Draw, canvases: Canvases, input_spec: InputSpec) -> Pictures:
-    """What a network with this `picture` sees of `draw`: cropped, flipped, normalised, mixed."""
+    """What a network with this `input_spec` sees of `draw`: cropped, flipped, normalised, mixed."""
     low = draw.boxes[:, :2]
     high = low + draw.boxes[:, 2:] - 1
     pixels = _sample(canvases, draw.boxes, low, high, draw.flips, input_spec.resolution)

@@ -1,1 +1,1 @@
-"""Pretrained weights: files of other libraries into our networks and back. Imports `models`."""
+"""Pretrained weights: files of other libraries into our networks. Imports `models`, `views`."""
