@@ -141,7 +141,9 @@ def test_what_does_not_fit_says_what_does(tmp_path):
     found = json.loads(done.stdout)
     assert not found["fits"] and found["fits_with"] == {"data.feeding": "streaming"}
     assert found["memory_bytes"]["resident_data"] > found["memory_bytes"]["capacity"]
-    assert done.stderr.splitlines() == ["does not fit; trying --data.feeding streaming"]
+    compiling = "compiling, usually a minute, for v3-8"
+    trying = "does not fit; trying --data.feeding streaming"
+    assert done.stderr.splitlines() == [compiling, trying, compiling]
 
 
 KEYS = {
@@ -189,9 +191,10 @@ def test_a_cpu_has_no_capacity_and_no_bound(tmp_path):
 def test_wrong_input_is_one_sentence(tmp_path, options, said):
     experiment = write_experiment(tmp_path / "tiny.py")
     done = run_command("plan", experiment, *options)
-    assert done.returncode == 2 and said in done.stderr
-    lines = [x for x in done.stderr.splitlines() if not x.startswith("compiling")]
-    assert len(lines) == 1
+    *before, message = done.stderr.splitlines()
+    assert done.returncode == 2 and said in message
+    # Whether the batch can be divided is known where the devices are.
+    assert before in ([], ["compiling, usually a minute, for cpu:3"])
 
 
 def test_a_missing_compiler_says_what_to_install(monkeypatch):
@@ -262,7 +265,7 @@ def test_flops_are_those_that_timm_counts():
     key = jax.eval_shape(lambda: jax.random.key(0))
     teacher = built.teachers[0].network
     frozen = (jax.eval_shape(teacher.freeze, jax.eval_shape(teacher.init, key)),)
-    arguments = (built.abstract_state(), frozen, batch_of(request, built), key)
+    arguments = (built.abstract_state(), frozen, batch_of(request), key)
     found = flops(config, resolved, arguments)
     # XLA leaves out the products with the zeros of the padding: 6 % here.
     assert 0.92 * 8 * 2 * 4.23e9 < found["teacher"] < 8 * 2 * 4.23e9
