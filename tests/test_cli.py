@@ -77,7 +77,7 @@ def test_wrong_options(capsys, tiny, tmp_path, options, said):
         ([], "usage: fm-distill COMMAND"),
         (
             ["distill"],
-            "there is no command 'distill'; expected train, sweep, evaluate, predict, export, show",
+            "there is no command 'distill'; expected train, record, sweep, evaluate, ",
         ),
         (["train"], "expected: fm-distill train EXPERIMENT.py"),
         (["train", "--seed", "3"], "expected: fm-distill train EXPERIMENT.py"),

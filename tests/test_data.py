@@ -209,7 +209,7 @@ def stream(feed, data, start, steps):
     """Canvases of each step, whichever way they are fed."""
     seen = []
     for fed in feed.feed(start, iter([1] * steps)):
-        batch = fed if data is None else data.at(fed[0])
+        batch = fed if data is None else data.at(fed.ids[0])
         seen.append(jax.tree.map(np.asarray, batch))
     return seen
 

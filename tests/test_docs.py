@@ -92,7 +92,7 @@ def place(tmp_path_factory):
 
 
 def run(line: str, place) -> None:
-    if line.startswith(("fm-distill train", "fm-distill sweep")):
+    if line.startswith(("fm-distill train", "fm-distill sweep", "fm-distill record")):
         line = f"{line} {SHRUNK}"
     if " runs/mine --out " in line or " export runs/mine " in line:
         line = f"{line} --overwrite" if "--overwrite" not in line else line  # two pages write it

@@ -80,6 +80,7 @@ def test_libraries_have_rooms(path):
     assert "tensorflow" not in roots or name == "weights.saved_model"
     assert "fsspec" not in roots or name in ("runs.remote", "notebooks.backup")
     assert "huggingface_hub" not in roots or name == "weights.hub"
+    assert "tensorstore" not in roots or name == "recordings.shards"
     assert "safetensors" not in roots or name in ("weights.files", "exporting.export")
     assert "matplotlib" not in roots or name == "reports.plots"
     assert "IPython" not in roots or name == "notebooks.live"

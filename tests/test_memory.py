@@ -12,7 +12,7 @@ from tiny import NETWORK, resolved_run, tiny_config
 
 from fm_distill.config import MemoryConfig, MeshConfig, NetworkConfig, ObjectiveConfig
 from fm_distill.data.batch import Batch
-from fm_distill.data.resident import Resident
+from fm_distill.data.resident import Resident, ResidentSteps
 from fm_distill.errors import UserError
 from fm_distill.models import CONVOLUTION, MODELS, UNIT, build_network
 from fm_distill.system.sharding import check_batch_size, make_layout
@@ -79,10 +79,10 @@ def test_eight_devices_accumulate_what_one_does_at_once(memory):
         frozen = jax.device_put(frozen, layout.variables(frozen))
         data = jax.device_put(Resident.of(batch), layout.replicated)
         program = make_program(built.train_step, shapes, frozen, data, layout)
-        ids = jax.device_put(np.arange(64, dtype=np.int32)[None], layout.ids)
+        fed = jax.device_put(ResidentSteps(np.arange(64, dtype=np.int32)[None]), layout.ids)
         key = jax.device_put(KEY, layout.replicated)
         for _ in range(2):  # the schedule's first step is zero
-            state, metrics = program(state, frozen, data, ids, key)
+            state, metrics = program(state, frozen, data, fed, key)
         states.append(jax.device_get((state.student, state.opt_state, metrics)))
     moved = np.abs(states[0][0].params["head"]["kernel"]).max()
     assert moved > 1e-4

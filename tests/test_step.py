@@ -11,7 +11,7 @@ from tiny import NETWORK, resolved_run, tiny_config
 
 from fm_distill.config import MemoryConfig, MeshConfig, ObjectiveConfig, ViewConfig
 from fm_distill.data.batch import Batch
-from fm_distill.data.resident import Resident
+from fm_distill.data.resident import Resident, ResidentSteps
 from fm_distill.models import Network, Output, Variables
 from fm_distill.networks.branch import Branch, freeze_on_devices
 from fm_distill.objectives.distances import kl_divergence
@@ -169,7 +169,7 @@ def run_steps(layout, config, resident: bool, dispatches, batches: Batch, norm="
         ids = np.arange(start, start + steps * size).reshape(steps, size) % len(batches.labels)
         start += steps * size
         if resident:
-            fed = jax.device_put(ids.astype(np.int32), layout.ids)
+            fed = jax.device_put(ResidentSteps(ids.astype(np.int32)), layout.ids)
         else:
             fed = jax.device_put(jax.tree.map(lambda x, i=ids[0]: x[i], batches), layout.batch)
         state, metrics = program(state, frozen, data, fed, key)
@@ -289,8 +289,8 @@ def test_a_loss_that_was_not_finite_within_a_dispatch_is_reported():
     layout = make_layout(MeshConfig(data=1))
     data = Resident.of(random_batch())
     program = make_program(train_step, state, (), data, layout)
-    ids = np.zeros((3, 8), np.int32)
-    assert np.isnan(program(state, (), data, ids, KEY)[1]["loss"])
+    fed = ResidentSteps(np.zeros((3, 8), np.int32))
+    assert np.isnan(program(state, (), data, fed, KEY)[1]["loss"])
 
 
 def test_init_is_a_function_of_the_key():

@@ -312,10 +312,11 @@ def test_targets_travel_with_their_examples_in_both_feedings():
     layout = make_layout(MeshConfig())
     resident = ResidentFeed(reader, 0, 8, layout.replicated, layout.ids, targets)
     streaming = StreamingFeed(reader, 0, 8, 4, layout.batch, targets)
-    ids = resident.feed(0, iter([1] * 4))
-    for batch, fed in zip(streaming.feed(0, iter([1] * 4)), ids, strict=True):
-        np.testing.assert_array_equal(np.asarray(batch.targets)[:, 0, 0], fed[0])
-        jax.tree.map(np.testing.assert_array_equal, resident.data.at(fed[0]), batch)
+    steps = resident.feed(0, iter([1] * 4))
+    for batch, fed in zip(streaming.feed(0, iter([1] * 4)), steps, strict=True):
+        ids = fed.ids[0]
+        np.testing.assert_array_equal(np.asarray(batch.targets)[:, 0, 0], ids)
+        jax.tree.map(np.testing.assert_array_equal, resident.data.at(ids), batch)
 
 
 def test_a_mixture_of_other_images_and_own_ones_has_no_labels(tmp_path):

@@ -23,6 +23,7 @@ from fm_distill.cli.options import (
     quiet,
 )
 from fm_distill.cli.plan import plan_command
+from fm_distill.cli.record import record_command
 from fm_distill.cli.train import sweep_command, train_command
 from fm_distill.config import Config
 from fm_distill.config.options import empty
@@ -34,8 +35,11 @@ USAGE = """usage: fm-distill COMMAND ...
       train the run of an experiment, or continue it; the workdir is runs/NAME
       --resume-from DIR  continue a copy of a run that can only be read; gs://... too
       --extend           allow a longer schedule than the workdir was trained with
+  record EXPERIMENT.py [--to DIR] [--steps A:B] [--max-hours H] [--any.config.field VALUE ...]
+      the teacher's answers to the run's views, once, for any number of students:
+      train EXPERIMENT.py --teacher.recording DIR
   status DIR [--json]
-      progress, time left, and whether each checkpoint is intact
+      progress, time left, and whether each checkpoint, or shard of a recording, is intact
   sweep EXPERIMENT.py --over OPTION=VALUE,VALUE,... [--workdir DIR] [--any.config.field VALUE ...]
       every combination of the values, and a table of means and spreads over the seeds
   evaluate DIR [--split test] [--step N] [--json] [--data.data-dir PATH] [--teacher.weights FILE]
@@ -223,10 +227,18 @@ class _Status:
 
 
 def _status(arguments: list[str]) -> int:
+    from fm_distill.recordings import status as recordings
+    from fm_distill.recordings.manifest import is_recording, open_recording
     from fm_distill.runs.status import status, status_text
 
     workdir, rest = first(arguments, "status DIR")
     asked = parse(_Status, None, rest, f"status {workdir}")
+    if is_recording(workdir):
+        recorded = open_recording(workdir)
+        checked = recordings.status(recorded)
+        text = recordings.status_text(recorded, checked)
+        print(json.dumps(dataclasses.asdict(checked)) if asked.json else text)
+        return EXIT_COMPLETE
     found = status(workdir)
     print(json.dumps(dataclasses.asdict(found)) if asked.json else status_text(found))
     return EXIT_COMPLETE
@@ -234,6 +246,7 @@ def _status(arguments: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train_command,
+    "record": record_command,
     "sweep": sweep_command,
     "evaluate": _evaluate,
     "predict": _predict,

@@ -41,7 +41,7 @@ class _Train(OverConfig):
 def train_command(arguments: list[str]) -> int:
     # Before the libraries are there, which takes seconds.
     stop = Stop(
-        leave=lambda reason: _say_paused(["train", *arguments], f": {reason}; nothing is lost")
+        leave=lambda reason: say_paused(["train", *arguments], f": {reason}; nothing is lost")
     )
     with stop_signals(stop):
         asked, workdir = _train_options(arguments)
@@ -94,11 +94,12 @@ def _train_here(asked: _Train, workdir: str, stop: Stop, arguments: list[str]) -
         return EXIT_COMPLETE
     left = sessions_left(result.hours_left, stop.max_hours or stop.hours())
     steps = f"after {result.step:,} of {result.total_steps:,} steps"
-    _say_paused(["train", *arguments], f" {steps}: {result.reason}; {left}")
+    say_paused(["train", *arguments], f" {steps}: {result.reason}; {left}")
     return EXIT_PAUSED
 
 
-def _say_paused(command: list[str], reason: str) -> None:
+def say_paused(command: list[str], reason: str) -> None:
+    """Why a command stopped, and the command that goes on."""
     line = shlex.join(["fm-distill", *command])
     print(f"paused{reason}; run again to continue:\n  {line}", file=sys.stderr)
 
@@ -131,7 +132,7 @@ def sweep_command(arguments: list[str]) -> int:
     over = {ALIASES.get(name, name): chosen for name, chosen in values}
     table = sweeping.sweep(asked.config, over, workdir, max_hours=asked.max_hours)
     if table is None:
-        _say_paused(["sweep", *arguments], "")
+        say_paused(["sweep", *arguments], "")
         return EXIT_PAUSED
     print(table)
     return EXIT_COMPLETE

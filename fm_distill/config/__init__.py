@@ -7,7 +7,7 @@ parts: `data.py`, `networks.py`, `training.py`.
 import dataclasses
 from typing import Annotated, Literal
 
-from fm_distill.config.bounds import Bounds, Decay, PositiveInt
+from fm_distill.config.bounds import Bounds, Decay, PositiveInt, Seed
 from fm_distill.config.data import (
     CanvasConfig,
     DataConfig,
@@ -60,7 +60,7 @@ class Config:
 
     name: str
     """Name of the run: the default workdir is `runs/NAME`."""
-    seed: Annotated[int, Bounds(least=0, most=2**32 - 1)] = 0
+    seed: Seed = 0
     """Seed of the initial weights, of the order of the examples and of all random draws."""
     batch_size: PositiveInt
     """Examples of one step, over all devices."""

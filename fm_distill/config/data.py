@@ -117,5 +117,10 @@ class ViewConfig:
     """Whether a mixup coefficient a becomes max(a, 1 - a)."""
     mixup_partner: Literal["roll", "permutation"] = "roll"
     ("Which example i is mixed with: `roll` takes i - 1 (the recipe), `permutation` a random one.")
+    period_steps: PositiveInt | None = None
+    (
+        "Steps after which order and views repeat, so that each image has a limited number of "
+        "different views; None: never, or where the recording of the teacher ends."
+    )
     central_fraction: Annotated[float, Bounds(least=0.01, most=1)] = 0.875
     """Evaluation: side of the central crop over the image's short side (0.8 is 128 of 160)."""

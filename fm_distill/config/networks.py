@@ -3,8 +3,10 @@
 import dataclasses
 from typing import Literal
 
-from fm_distill.config.bounds import Positive, PositiveInt
+from fm_distill.config.bounds import Positive, PositiveInt, Seed
 
+# The model of a teacher that is not a network of ours.
+FUNCTION = "function"
 InputRange = Literal["auto", "minus_one_one", "zero_one", "imagenet"]
 
 
@@ -18,7 +20,8 @@ class NetworkConfig:
         "`bit_r50x1`, `bit_r50x3`, `bit_r101x1`, `bit_r101x3`, `bit_r152x2`, `bit_r152x4`, "
         "`efficientnet_lite0`, `efficientnet_lite1`, `efficientnet_lite2`, `efficientnet_lite3`, "
         "`efficientnet_lite4`, `mobilenet_v3_large`, `mobilenet_v3_small`, "
-        "`mobilenet_v3_large_gn`, `mobilenet_v3_small_gn` or `resnet50v2`."
+        "`mobilenet_v3_large_gn`, `mobilenet_v3_small_gn` or `resnet50v2`; of a teacher that is a "
+        "function, `function`."
     )
     resolution: PositiveInt
     """Height and width of the network's input in pixels."""
@@ -59,6 +62,11 @@ class StudentConfig(NetworkConfig):
         "What the student starts from, in any form of `teacher.weights`, with a new head for other "
         "classes; None: from scratch."
     )
+    seed: Seed | None = None
+    (
+        "Seed of the initial weights alone; None: the run's `seed`, which also draws the order and "
+        "the views."
+    )
     keep_statistics: bool = False
     (
         "Whether BatchNorm keeps the statistics of the student's weights: for fine-tuning where a "
@@ -78,3 +86,14 @@ class TeacherConfig:
     """An experiment file whose run becomes the teacher: it is trained first."""
     workdir: str | None = None
     """Workdir of the teacher's run; None is `WORKDIR/teacher`. Alone, it names a complete run."""
+    function: str | None = None
+    (
+        "Any function from pictures to logits, as FILE.py:NAME or package.module:name, instead of "
+        "weights; `fm-distill record` calls it, with pictures as `network` says "
+        '(model="function").'
+    )
+    recording: str | None = None
+    (
+        "The folder (or URL) of what `fm-distill record` recorded of all teachers: the student "
+        "learns from it, and needs the teachers themselves for the evaluation alone."
+    )

@@ -7,7 +7,7 @@ import dataclasses
 from typing import Literal
 
 ViewLaw = Literal["mixed", "unmixed", "independent"]
-TargetSource = Literal["teachers", "labels", "table"]
+TargetSource = Literal["teachers", "labels", "table", "recording"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +17,8 @@ class Regime:
     # `mixed`: the same crop, flip and mixup; `unmixed`: the same without mixup; `independent`: a
     # draw for each side, without mixup.
     views: ViewLaw
-    # `teachers`: run in each step; `labels`; `table`: recorded for each example before training.
+    # `teachers`: run in each step; `labels`; `table`: computed for each example before training;
+    # `recording`: read, as they were recorded for each step.
     targets: TargetSource
 
 
@@ -31,6 +32,9 @@ TEACHINGS: dict[str, Regime] = {
 LABELS = Regime("mixed", "labels")
 
 
-def regime_of(target: str, teaching: str) -> Regime:
-    """The regime of `objective.target` and `teaching`."""
-    return LABELS if target == "labels" else TEACHINGS[teaching]
+def regime_of(target: str, teaching: str, recorded: bool = False) -> Regime:
+    """The regime of `objective.target` and `teaching`; `recorded`: of a recording."""
+    if target == "labels":
+        return LABELS
+    regime = TEACHINGS[teaching]
+    return dataclasses.replace(regime, targets="recording") if recorded else regime

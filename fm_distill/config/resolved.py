@@ -20,6 +20,7 @@ IDENTITY = (
     "student_weights",
     "teachers",
     "teacher_weights",
+    "recording",
 )
 
 
@@ -29,6 +30,17 @@ class DataFacts:
 
     identity: str
     examples: int
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordingFacts:
+    """What a run depends on of the recording that it learns from."""
+
+    path: str
+    # SHA-256 of all that the recorded outputs depend on.
+    identity: str
+    # Maximal ranges of steps, in order.
+    ranges: tuple[tuple[int, int], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +55,7 @@ class WeightFacts:
     # SHA-256; None where the student starts from scratch.
     student_weights: str | None = None
     teacher_weights: tuple[str, ...] = ()
+    recording: RecordingFacts | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,15 +79,28 @@ class ResolvedRun:
     steps_per_dispatch: int
     # Devices along each axis of the mesh.
     mesh: dict[str, int]
+    # SHA-256 of what the recorded outputs depend on; None where the teachers themselves teach.
+    recording: str | None = None
+    # Steps after which order and views repeat; None: not in this run.
+    period_steps: int | None = None
 
     def differences(self, other: "ResolvedRun") -> list[str]:
         """One line for each field of `IDENTITY` in which `other` is not the same run."""
         mine, others = msgspec.to_builtins(self), msgspec.to_builtins(other)
-        return [
+        lines = [
             f"{name}: {mine[name]} in the workdir, {others[name]} now (its contents, not its place)"
             for name in IDENTITY
             if mine[name] != others[name]
         ]
+        # A longer schedule may begin to repeat behind the end of the shorter one.
+        before = self.period_steps or self.total_steps
+        now = min(other.period_steps or other.total_steps, other.total_steps)
+        if now != before and (self.period_steps or now < before):
+            lines.append(
+                f"the views repeat after {before:,} steps in the workdir, after {now:,} now: the "
+                "recording has become longer or shorter; give views.period_steps"
+            )
+        return lines
 
     @property
     def teacher_fingerprint(self) -> str | None:

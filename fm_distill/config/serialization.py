@@ -27,6 +27,8 @@ NOT_IDENTITY = (
     "teacher.weights",
     "teacher.experiment",
     "teacher.workdir",
+    "teacher.recording",
+    "teacher.function",
     "mesh",
     # The same gradient, within float error.
     "memory",

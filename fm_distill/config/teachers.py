@@ -21,6 +21,11 @@ def teachers_of(config: Config) -> tuple[NamedTeacher, ...]:
     return (*first, *others)
 
 
+def recording_of(config: Config) -> str | None:
+    """Where the recorded outputs of all teachers lie, if they teach by them."""
+    return config.teacher.recording if config.teacher else None
+
+
 def with_teachers(config: Config, teachers: Sequence[TeacherConfig]) -> Config:
     """`config` with these teachers instead of its own."""
     return dataclasses.replace(

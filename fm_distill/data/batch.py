@@ -5,6 +5,7 @@ import dataclasses
 from jaxtyping import Float32, Int32, UInt8
 
 from fm_distill.array_tree import AnyArray, array_tree
+from fm_distill.recordings.rows import TargetRows
 
 
 @array_tree
@@ -19,3 +20,5 @@ class Batch:
     labels: Int32[AnyArray, " batch"]
     # Teacher logits of each example, where the targets are a table.
     targets: Float32[AnyArray, "batch targets classes"] | None = None
+    # What the teachers answered to these views, where they teach by a recording.
+    recorded: TargetRows | None = None

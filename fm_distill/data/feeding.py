@@ -23,6 +23,8 @@ from fm_distill.data.images import CorruptImage, decode, on_canvas, shrink
 from fm_distill.data.order import example_ids
 from fm_distill.data.sources import Source
 from fm_distill.errors import UserError
+from fm_distill.recordings.reading import RecordingReader
+from fm_distill.recordings.shards import RecordedSteps
 
 DEVICE_PREFETCH = 2  # batches that are on their way while the device works
 
@@ -74,12 +76,15 @@ class TrainingStream:
     batch_size: int
     first_row: int  # of each batch, for this process
     rows: int
+    period_steps: int | None = None  # after which the order repeats
 
     def __len__(self) -> int:
         return self.total_steps * self.rows
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         step, row = divmod(int(index), self.rows)
+        if self.period_steps:
+            step %= self.period_steps
         position = np.array([step * self.batch_size + self.first_row + row])
         example = int(example_ids(self.seed, position, len(self.reader))[0])
         # The next valid image stands for a corrupt one, in both ways of feeding.
@@ -107,9 +112,14 @@ class StreamingFeed:
         total_steps: int,
         sharding: Any,
         targets: np.ndarray | None = None,  # of each example, where the teachers are fixed
+        recording: RecordingReader | None = None,
+        period_steps: int | None = None,
     ):
         first, rows = process_rows(batch_size)
-        self.stream = TrainingStream(reader, seed, total_steps, batch_size, first, rows)
+        self.stream = TrainingStream(
+            reader, seed, total_steps, batch_size, first, rows, period_steps
+        )
+        self.recording = recording
         self.sharding, self.workers = sharding, reader.config.workers
         self.targets = targets
         self.data = None
@@ -125,16 +135,33 @@ class StreamingFeed:
         )
         dataset = grain.MapDataset.source(stream)[(start_step + skipped_steps) * rows :]
         read = read_ahead(dataset.batch(rows), self.workers)
+        recorded = self.recording.steps(start_step) if self.recording else None
         ready: collections.deque[Batch] = collections.deque()
         for steps in dispatches:
             assert steps == 1
             while len(ready) < DEVICE_PREFETCH and (item := next(read, None)) is not None:
                 self.skipped += int((~item["valid"]).sum())
-                batch = _batch(item)
+                batch = host_batch(item)
                 if self.targets is not None:
                     batch = dataclasses.replace(batch, targets=self.targets[item["example"]])
+                if recorded is not None:
+                    own = slice(self.stream.first_row, self.stream.first_row + rows)
+                    found = jax.tree.map(lambda x, own=own: x[0, own], next(recorded))
+                    refuse_other_examples(found, item["example"])
+                    batch = dataclasses.replace(batch, recorded=found.rows)
                 ready.append(jax.tree.map(lambda x: send(x, self.sharding, 0), batch))
             yield ready.popleft()
+
+
+def refuse_other_examples(found: RecordedSteps, examples: np.ndarray) -> None:
+    """Raises `UserError` where the recorded outputs belong to other examples."""
+    if not np.array_equal(found.examples, examples):
+        at = int(np.argmax((found.examples != examples).ravel()))
+        raise UserError(
+            f"the recording answered to example {found.examples.ravel()[at]} where this run has "
+            f"example {examples.ravel()[at]}: its data or their order are others; use the data of "
+            "the recording, or record these"
+        )
 
 
 def evaluation_batches(reader: Reader, batch_size: int) -> Iterator[tuple[Batch, np.ndarray]]:
@@ -146,7 +173,7 @@ def evaluation_batches(reader: Reader, batch_size: int) -> Iterator[tuple[Batch,
     count = -(-len(reader) // batch_size)
     source = _Padded(reader, batch_size, first, rows, count)
     for item in read_ahead(grain.MapDataset.source(source).batch(rows), 0):
-        yield _batch(item), item["valid"]
+        yield host_batch(item), item["valid"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,10 +215,11 @@ def read_ahead(dataset: Any, workers: int) -> Iterator[dict[str, np.ndarray]]:
 def stack(items: list[dict[str, Any]]) -> Batch:
     """A batch of what a `Reader` returns."""
     names = ("canvas", "size", "label")
-    return _batch({name: np.stack([x[name] for x in items]) for name in names})
+    return host_batch({name: np.stack([x[name] for x in items]) for name in names})
 
 
-def _batch(item: dict[str, np.ndarray]) -> Batch:
+def host_batch(item: dict[str, np.ndarray]) -> Batch:
+    """What a reader returned for the rows of a batch."""
     return Batch(item["canvas"], item["size"], item["label"])
 
 

@@ -1,6 +1,7 @@
 """The whole split in device memory: decoded once, then gathered by ids inside of the step."""
 
 import dataclasses
+import itertools
 import math
 import os
 from collections.abc import Iterator
@@ -15,9 +16,11 @@ from jaxtyping import Array, Float32, Int, Int32, UInt8
 from fm_distill.array_tree import AnyArray, array_tree
 from fm_distill.config import DataConfig
 from fm_distill.data.batch import Batch
-from fm_distill.data.feeding import Reader, read_ahead, send
+from fm_distill.data.feeding import Reader, read_ahead, refuse_other_examples, send
 from fm_distill.data.order import example_ids
 from fm_distill.errors import UserError
+from fm_distill.recordings.reading import RecordingReader
+from fm_distill.recordings.rows import TargetRows
 from fm_distill.system.console import progress
 
 SMALLEST_DEVICE_BYTES = 8 * 2**30  # a TPU v2 core's, where a device does not say
@@ -56,6 +59,19 @@ class Resident:
         return Batch(canvases, self.sizes[ids], self.labels[ids], targets)
 
 
+@array_tree
+@dataclasses.dataclass(frozen=True)
+class ResidentSteps:
+    """What the host sends for some steps on resident examples."""
+
+    ids: Int32[AnyArray, "steps batch"]
+    recorded: TargetRows | None = None
+
+    def step(self, index: int) -> "ResidentSteps":
+        """One step, without the axis of steps."""
+        return jax.tree.map(lambda x: x[index], self)
+
+
 def tiles_of(side: int) -> tuple[int, int, int]:
     """Shape of one canvas in `Resident.tiles`."""
     return -(-3 * side**2 // math.prod(TILE)), *TILE
@@ -72,7 +88,10 @@ class ResidentFeed:
         replicated: Any,
         split: Any,
         targets: np.ndarray | None = None,  # of each example, where the teachers are fixed
+        recording: RecordingReader | None = None,
+        period_steps: int | None = None,
     ):
+        self.recording, self.period_steps = recording, period_steps
         self.seed, self.batch_size, self.ids_sharding = seed, batch_size, split
         arrays, valid = load_split(reader)
         if not valid.any():
@@ -84,14 +103,26 @@ class ResidentFeed:
 
     def feed(
         self, start_step: int, dispatches: Iterator[int], skipped_steps: int = 0
-    ) -> Iterator[Array]:
-        """For each dispatch of n steps the ids of its batches, (n, batch)."""
+    ) -> Iterator[ResidentSteps]:
+        """For each dispatch its steps."""
         step = start_step + skipped_steps
+        recorded = self.recording.steps(start_step) if self.recording else None
         for steps in dispatches:
-            positions = np.arange(step * self.batch_size, (step + steps) * self.batch_size)
-            ids = self.stand_in[example_ids(self.seed, positions, len(self.stand_in))]
-            yield send(ids.reshape(steps, self.batch_size).astype(np.int32), self.ids_sharding, 1)
+            fed = ResidentSteps(self.ids(np.arange(step, step + steps)))
+            if recorded is not None:
+                parts = list(itertools.islice(recorded, steps))
+                found = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+                refuse_other_examples(found, fed.ids)
+                fed = dataclasses.replace(fed, recorded=found.rows)
+            yield jax.tree.map(lambda x: send(x, self.ids_sharding, 1), fed)
             step += steps
+
+    def ids(self, steps: Int[np.ndarray, " steps"]) -> Int32[np.ndarray, "steps batch"]:
+        """The examples of each of `steps`."""
+        if self.period_steps:
+            steps = steps % self.period_steps
+        positions = steps[:, None] * self.batch_size + np.arange(self.batch_size)
+        return self.stand_in[example_ids(self.seed, positions, len(self.stand_in))].astype(np.int32)
 
 
 def load_split(reader: Reader) -> tuple[Batch, np.ndarray]:

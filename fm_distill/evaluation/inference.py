@@ -13,6 +13,7 @@ import numpy as np
 
 from fm_distill.config import Config, MeshConfig
 from fm_distill.config.serialization import differences
+from fm_distill.config.teachers import recording_of
 from fm_distill.data.feeding import Reader, evaluation_batches
 from fm_distill.data.sources import open_source
 from fm_distill.data.splits import split_of
@@ -22,7 +23,7 @@ from fm_distill.evaluation.image_files import prepared
 from fm_distill.exporting.load_student import load_student
 from fm_distill.models import Variables
 from fm_distill.networks.branch import Branch, frozen_teachers, make_branch
-from fm_distill.networks.teachers import load_teachers
+from fm_distill.networks.teachers import load_teachers, teachers_here
 from fm_distill.runs.open_run import Run, open_run
 from fm_distill.runs.student import BATCH, Student
 from fm_distill.system.sharding import Layout, make_layout, on_devices
@@ -76,7 +77,8 @@ def open_split(
     if differ := differences(run.config, config):
         raise UserError(f"the run in {workdir} was trained otherwise:\n  " + "\n  ".join(differ))
     source = open_source(config.data, split_of(config, split).name)
-    teachers = load_teachers(config, run.workdir.path)
+    here = recording_of(config) is None or teachers_here(config, run.workdir.path)
+    teachers = load_teachers(config, run.workdir.path) if here else ()
     weights, expected = tuple(x.fingerprint for x in teachers), run.resolved.teacher_weights
     if teachers and weights != expected:
         raise UserError(
@@ -93,7 +95,9 @@ def open_split(
         teacher_branches=branches,
         layout=layout,
         student=on_devices(run.student.variables, layout.variables(run.student.variables)),
-        frozen=frozen_teachers(branches, tuple(x.variables for x in teachers), layout),
+        frozen=frozen_teachers(
+            branches, tuple(x.variables for x in teachers if x.variables), layout
+        ),
         reader=Reader(source, config.data, run.classes),
         # Whole batches for any number of devices; the mask takes care of the rest.
         batch_size=-(-config.batch_size // layout.mesh.size) * layout.mesh.size,

@@ -4,11 +4,19 @@ import dataclasses
 import pathlib
 
 from fm_distill.config import Config, NetworkConfig
-from fm_distill.config.resolved import WeightFacts
+from fm_distill.config.resolved import RecordingFacts, WeightFacts
+from fm_distill.config.teachers import recording_of
 from fm_distill.data.class_names import named_classes
 from fm_distill.errors import UserError
 from fm_distill.models import resolve
-from fm_distill.networks.teachers import Teacher, agreed_classes, load_pretrained, load_teachers
+from fm_distill.networks.teachers import (
+    Teacher,
+    agreed_classes,
+    load_pretrained,
+    load_teachers,
+    recorded_teachers,
+)
+from fm_distill.recordings.manifest import Recording, open_recording
 from fm_distill.weights.card import only_network
 from fm_distill.weights.load import Pretrained, fingerprint
 
@@ -22,6 +30,7 @@ class Networks:
     teachers: tuple[Teacher, ...]
     classes: int
     class_names: tuple[str, ...] | None
+    recording: Recording | None = None  # of the teachers' outputs
 
     @property
     def facts(self) -> WeightFacts:
@@ -33,6 +42,11 @@ class Networks:
             class_names=self.class_names,
             student_weights=fingerprint(self.pretrained.variables) if self.pretrained else None,
             teacher_weights=tuple(teacher.fingerprint for teacher in self.teachers),
+            recording=RecordingFacts(
+                str(self.recording.path), self.recording.header.identity, self.recording.ranges
+            )
+            if self.recording
+            else None,
         )
 
     @property
@@ -49,7 +63,12 @@ def load_networks(
     data_names: tuple[str, ...] | None,
 ) -> Networks:
     """All weights of the run, read and checked. Raises `UserError`."""
-    teachers = load_teachers(config, workdir)
+    recording = None
+    if path := recording_of(config):
+        recording = open_recording(path)
+        teachers = recorded_teachers(config, workdir, recording)
+    else:
+        teachers = load_teachers(config, workdir)
     data_names = data_names or named_classes(config.data)
     start = None
     if config.student.weights:
@@ -66,4 +85,5 @@ def load_networks(
         teachers=teachers,
         classes=classes,
         class_names=data_names or next((t.class_names for t in teachers if t.class_names), None),
+        recording=recording,
     )

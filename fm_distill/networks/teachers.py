@@ -5,13 +5,15 @@ import itertools
 import pathlib
 
 from fm_distill.config import Config, NetworkConfig, TeacherConfig
-from fm_distill.config.teachers import teachers_of
+from fm_distill.config.teachers import recording_of, teachers_of
 from fm_distill.errors import UserError
 from fm_distill.models import Variables
+from fm_distill.networks.functions import TeacherFunction, load_function
+from fm_distill.recordings.manifest import Recording
 from fm_distill.runs.open_run import open_run
 from fm_distill.weights.card import only_network
 from fm_distill.weights.description import differing
-from fm_distill.weights.hub import WEIGHTS_FILE
+from fm_distill.weights.hub import PREFIX, WEIGHTS_FILE
 from fm_distill.weights.load import Pretrained, fingerprint, load_weights
 
 
@@ -57,9 +59,10 @@ class Teacher:
     network: NetworkConfig  # nothing in it is `auto`
     classes: int
     class_names: tuple[str, ...] | None
-    variables: Variables
+    variables: Variables | None  # None where only its recorded outputs are here
     fingerprint: str  # SHA-256 of the weights, wherever they lie
     notes: tuple[str, ...]  # what was recognised and what was chosen
+    function: TeacherFunction | None = None  # of a teacher that is no network of ours
 
 
 def load_teachers(config: Config, workdir: pathlib.Path) -> tuple[Teacher, ...]:
@@ -75,11 +78,56 @@ def load_teachers(config: Config, workdir: pathlib.Path) -> tuple[Teacher, ...]:
     )
 
 
+def teachers_here(config: Config, workdir: pathlib.Path) -> bool:
+    """Whether all teachers of `config` lie on this machine."""
+
+    def here(teacher: TeacherConfig, where: str) -> bool:
+        if teacher.function:
+            return False
+        if teacher.weights:
+            return not teacher.weights.startswith(PREFIX) and pathlib.Path(teacher.weights).exists()
+        return (pathlib.Path(where) / "config.json").is_file()
+
+    places = zip(teachers_of(config), teacher_workdirs(config, workdir), strict=True)
+    return all(here(teacher.config, where) for teacher, where in places)
+
+
+def recorded_teachers(
+    config: Config, workdir: pathlib.Path, recording: Recording
+) -> tuple[Teacher, ...]:
+    """The teachers that were recorded, with their variables where they lie on this machine.
+
+    Raises `UserError` where those that lie here are others.
+    """
+    header = recording.header
+    if teachers_here(config, workdir):
+        teachers = load_teachers(config, workdir)
+        found = tuple(x.fingerprint for x in teachers)
+        if found != header.teacher_weights:
+            raise UserError(
+                f"{recording.path} recorded other teachers than the run's: their weights have "
+                f"SHA-256 {' + '.join(header.teacher_weights)}, and those of the run "
+                f"{' + '.join(found)}; record these, or leave out the teacher's own place "
+                "(--teacher.weights None --teacher.workdir None)"
+            )
+        return teachers
+    note = f"the teachers are not here: their outputs are read from {recording.path}"
+    return tuple(
+        Teacher(network, header.classes, header.class_names, None, weights, (note,)[i:])
+        for i, (network, weights) in enumerate(
+            zip(header.teachers, header.teacher_weights, strict=True)
+        )
+    )
+
+
 def teacher_workdirs(config: Config, workdir: pathlib.Path) -> tuple[str, ...]:
     """Where the run of each teacher lies, in the order of `teachers_of`.
 
-    As given, else inside the student's workdir in `teacher`, `teacher_2`, ...
+    As given, else inside the student's workdir in `teacher`, `teacher_2`, ..., or inside of the
+    recording, where `fm-distill record` trained them.
     """
+    if recorded := recording_of(config):
+        workdir = pathlib.Path(recorded)
     return tuple(
         x.config.workdir or str(workdir / (f"teacher_{i}" if i > 1 else "teacher"))
         for i, x in enumerate(teachers_of(config), 1)
@@ -87,10 +135,16 @@ def teacher_workdirs(config: Config, workdir: pathlib.Path) -> tuple[str, ...]:
 
 
 def _load_teacher(teacher: TeacherConfig, option: str, where: str) -> Teacher:
+    if teacher.function:
+        assert teacher.network is not None
+        function, classes, code = load_function(teacher.function, teacher.network, option)
+        note = f"{teacher.function}: {classes} classes, at {teacher.network.resolution} pixels"
+        return Teacher(teacher.network, classes, None, None, code, (note,), function)
     if not (teacher.weights or teacher.experiment or teacher.workdir):
         raise UserError(
             f"the teacher has no weights: give --{option}.weights FILE (.npz, .safetensors, a "
-            f"SavedModel, hf://OWNER/REPO), --{option}.experiment FILE or --{option}.workdir DIR"
+            f"SavedModel, hf://OWNER/REPO), --{option}.experiment FILE, --{option}.workdir DIR, or "
+            "what was recorded of it with --teacher.recording DIR"
         )
     path = teacher.weights or where
     if not teacher.weights and not (pathlib.Path(path) / "config.json").is_file():

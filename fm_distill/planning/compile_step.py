@@ -22,12 +22,14 @@ from fm_distill.config import Config, NetworkConfig
 from fm_distill.config.regime import regime_of
 from fm_distill.config.resolved import ResolvedRun
 from fm_distill.config.serialization import from_json
+from fm_distill.config.teachers import recording_of
 from fm_distill.data.batch import Batch
-from fm_distill.data.resident import Resident, tiles_of
+from fm_distill.data.resident import Resident, ResidentSteps, tiles_of
 from fm_distill.errors import UserError
 from fm_distill.networks.branch import step_views, teacher_outputs
 from fm_distill.planning.hlo import read
 from fm_distill.planning.topologies import Topology, topology
+from fm_distill.recordings.rows import TargetRows
 from fm_distill.runs.checkpoint import bytes_of
 from fm_distill.system.sharding import check_batch_size, make_layout
 from fm_distill.training.build import build
@@ -54,7 +56,12 @@ def abstract(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
 
 def batch_of(request: Request) -> Batch:
     """Shapes of one batch."""
-    return jax.eval_shape(lambda: _zeros(request, request.config.batch_size))
+
+    def zeros() -> Batch:
+        rows = _zeros(request, request.config.batch_size)
+        return dataclasses.replace(rows, recorded=_recorded(request))
+
+    return jax.eval_shape(zeros)
 
 
 def split_of(request: Request) -> Resident:
@@ -84,6 +91,14 @@ def _zeros(request: Request, count: int) -> Batch:
     )
 
 
+def _recorded(request: Request) -> TargetRows | None:
+    """What comes with each batch where a recording teaches: all classes, in float16."""
+    if recording_of(request.config) is None:
+        return None
+    rows = request.config.batch_size, len(request.teachers)
+    return TargetRows(jnp.zeros((*rows, request.classes), jnp.float16), jnp.zeros(rows))
+
+
 def compile_step(request: Request) -> dict[str, Any]:
     """The figures of `plan.Plan` that the compiler knows."""
     config, devices = request.config, _devices(request.topology)
@@ -104,7 +119,11 @@ def compile_step(request: Request) -> dict[str, Any]:
     )
     batch = batch_of(request)
     data = split_of(request) if resident else None
-    fed = abstract((dispatch, config.batch_size), jnp.int32) if resident else batch
+    fed: Batch | ResidentSteps = batch
+    if resident:
+        ids = abstract((dispatch, config.batch_size), jnp.int32)
+        recorded = jax.tree.map(lambda x: abstract((dispatch, *x.shape), x.dtype), batch.recorded)
+        fed = ResidentSteps(ids, recorded)
     program = make_program(built.train_step, state, frozen, data, layout)
     analysis: dict[str, Any] = {
         "devices": layout.mesh.size,

@@ -23,6 +23,7 @@ from fm_distill.config.steps import transfer_examples
 from fm_distill.config.teachers import NamedTeacher, teachers_of
 from fm_distill.errors import UserError
 from fm_distill.models import resolve
+from fm_distill.planning.recording_plan import RecordingPlan, recording_plan
 from fm_distill.planning.topologies import Topology, topology
 from fm_distill.runs.workdir import Workdir
 from fm_distill.system.console import COMPILING, log
@@ -86,6 +87,7 @@ class Plan:
     hours: float | None
     sessions: int | None  # of `max_hours` each
     weeks: float | None  # of `weekly_hours` each
+    recording: RecordingPlan | None  # of a run whose teacher can be recorded
     feeding: str
     steps_per_dispatch: int
     total_steps: int
@@ -193,6 +195,7 @@ def _planned(
         hours=hours,
         sessions=None if hours is None else math.ceil(hours / max_hours),
         weeks=None if hours is None else hours / weekly_hours,
+        recording=recording_plan(config, analysis, hours),
         feeding=analysis["feeding"],
         steps_per_dispatch=analysis["steps_per_dispatch"],
         total_steps=analysis["total_steps"],

@@ -1,6 +1,7 @@
 """A plan as text."""
 
 from fm_distill.planning.plan import Plan
+from fm_distill.planning.recording_plan import RecordingPlan
 
 
 def _amount(value: float) -> str:
@@ -9,6 +10,13 @@ def _amount(value: float) -> str:
         if abs(value) >= 10**power:
             return f"{value / 10**power:.3g} {prefix}"
     return f"{value:.3g} "
+
+
+def _recording(found: RecordingPlan) -> str:
+    size = f"with `fm-distill record` the teacher is asked once: {_amount(found.bytes)}B"
+    if found.hours is None or found.student_hours is None:
+        return size
+    return f"{size}, {found.hours:,.1f} hours, then {found.student_hours:,.1f} for each student"
 
 
 def text(plan: Plan, max_hours: float, weekly_hours: float) -> str:
@@ -45,6 +53,8 @@ def text(plan: Plan, max_hours: float, weekly_hours: float) -> str:
             f"{plan.total_steps:,} steps: {plan.hours:,.1f} hours, {plan.sessions:,} sessions "
             f"of {max_hours:g} hours, {plan.weeks:,.1f} weeks of {weekly_hours:g} hours",
         ]
+    if plan.recording:
+        lines.append(_recording(plan.recording))
     lines += [*plan.notes, plan.disk]
     if plan.fits_with:
         options = " ".join(f"--{name} {value}" for name, value in plan.fits_with.items())

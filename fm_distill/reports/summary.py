@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from fm_distill.config import NetworkConfig
+from fm_distill.config.networks import FUNCTION
 from fm_distill.config.serialization import flatten
 from fm_distill.models import build_network, parameter_count
 from fm_distill.runs.history import History
@@ -21,6 +22,8 @@ MEANINGS = {
     "student parameters": "Trained numbers of the student's network.",
     "teacher parameters": "Those of the teacher's network, or of all teachers together.",
     "compression": "The teacher's parameters over the student's.",
+    "recording": "Where the teacher's answers were read from; it was not asked itself.",
+    "views repeat": "Order and views begin again: each image has so many different ones.",
     "temperature": "Divides the logits of both networks before they are compared.",
     "updated": "When the run wrote its state last.",
     "commit": "Of the code that the run was begun or continued with last.",
@@ -87,9 +90,13 @@ def _table(heads: list[str], rows: list[list[str]]) -> str:
 def _column(run: ReportedRun) -> dict[str, str]:
     config, resolved, status = run.stored.config, run.stored.resolved, run.status
     teacher = config.teacher
-    source = teacher and (teacher.weights or teacher.experiment or teacher.workdir)
+    source = None
+    if teacher:
+        places = (teacher.weights, teacher.experiment, teacher.workdir, teacher.function)
+        source = next((x for x in places if x), teacher.recording)
     student = _parameters(resolved.student, resolved.classes)
-    teachers = sum(_parameters(x, resolved.classes) for x in resolved.teachers)
+    networks = [x for x in resolved.teachers if x.model != FUNCTION]
+    teachers = sum(_parameters(x, resolved.classes) for x in networks)
     found = {
         "state": status.state if status else "not begun",
         "steps": f"{status.step if status else 0:,} of {run.total_steps:,}",
@@ -97,6 +104,11 @@ def _column(run: ReportedRun) -> dict[str, str]:
         "student parameters": f"{student:,}",
         "teacher": str(source or "none"),
     }
+    if teacher and teacher.recording:
+        found["recording"] = teacher.recording
+    if resolved.period_steps:
+        passes = run.total_steps / resolved.period_steps
+        found["views repeat"] = f"after {resolved.period_steps:,} steps, {passes:.3g} passes"
     if teachers:
         found |= {
             "teacher parameters": f"{teachers:,}",

@@ -45,7 +45,7 @@ def sample_views(config: Config, workdir: Workdir) -> ViewSamples:
     data are not there.
     """
     resolved = workdir.stored().resolved
-    regime = regime_of(config.objective.target, config.teaching)
+    regime = regime_of(config.objective.target, config.teaching)  # of a recording, the same views
     networks = [("student", resolved.student)]
     if regime.targets != "labels":
         names = ["teacher", *(f"teacher {i}" for i in range(2, len(resolved.teachers) + 1))]

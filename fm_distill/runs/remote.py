@@ -54,16 +54,35 @@ def progress_in(url: str) -> tuple[int, int]:
         return newest(root), sum(newest(f"{root}/{name}") for name in teachers)
 
 
+def recording_in(workdir: pathlib.Path) -> pathlib.Path:
+    """Where a run keeps its copy of a recording that lies at a URL."""
+    return workdir / "recording"
+
+
+def fetch_recording(url: str, workdir: pathlib.Path) -> None:
+    """Copies the recording at `url` into `workdir`, unless it is there, all of it or nothing."""
+    place = recording_in(workdir)
+    if not place.exists():
+        arriving = workdir / "recording.arriving"
+        _get(url, arriving)
+        arriving.replace(place)
+
+
+def _get(url: str, place: pathlib.Path) -> None:
+    """Copies a folder; what was at `place` is gone."""
+    shutil.rmtree(place, ignore_errors=True)
+    with opened(url) as (system, root):
+        log(f"fetching {url} ({system.du(root) / 1e6:,.1f} MB)")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        system.get(root.rstrip("/") + "/", f"{place}/", recursive=True)
+
+
 @contextlib.contextmanager
 def fetched(url: str, beside: pathlib.Path) -> Iterator[pathlib.Path]:
     """A copy of the folder, beside that of the run, for as long as it is needed."""
     place = beside.with_name(beside.name + ".fetched")
-    shutil.rmtree(place, ignore_errors=True)
     try:
-        with opened(url) as (system, root):
-            log(f"fetching {url} ({system.du(root) / 1e6:,.1f} MB)")
-            place.parent.mkdir(parents=True, exist_ok=True)
-            system.get(root.rstrip("/") + "/", f"{place}/", recursive=True)
+        _get(url, place)
         yield place
     finally:
         shutil.rmtree(place, ignore_errors=True)

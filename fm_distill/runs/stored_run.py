@@ -32,17 +32,21 @@ class StoredRun:
 
 def describe_run(config: Config, resolved: ResolvedRun, lengthened_after: tuple[int, ...]) -> Any:
     """`StoredRun` as JSON, with the versions, devices and commit of this process."""
-    versions = {name: _version(name) for name in LIBRARIES} | {"python": platform.python_version()}
     return msgspec.to_builtins(
         StoredRun(
             config=config,
             resolved=resolved,
-            versions=versions,
+            versions=versions(),
             devices=tuple(f"{d.platform}:{d.device_kind}" for d in jax.devices()),
             commit=_commit(),
             lengthened_after=lengthened_after,
         )
     )
+
+
+def versions() -> dict[str, str | None]:
+    """Of the libraries that the numbers of a run depend on."""
+    return {name: _version(name) for name in LIBRARIES} | {"python": platform.python_version()}
 
 
 def stored_run(tree: Any, path: pathlib.Path) -> StoredRun:

@@ -71,7 +71,8 @@ class Workdir:
             yield
             return
         known = re.compile(
-            r"(config|status)\.json(\.tmp)?|lock|teacher(_\d+)?|fixed_targets\.npz.*|" + COMPILED
+            r"(config|status)\.json(\.tmp)?|lock|teacher(_\d+)?|recording(\.arriving)?|fixed_targets\.npz.*|"
+            + COMPILED
         )
         try:
             self._refuse_folders()

@@ -9,8 +9,10 @@ import optax
 from jaxtyping import Array, PRNGKeyArray
 
 from fm_distill.config import Config
+from fm_distill.config.networks import FUNCTION
 from fm_distill.config.regime import regime_of
 from fm_distill.config.resolved import ResolvedRun
+from fm_distill.config.teachers import recording_of
 from fm_distill.errors import UserError
 from fm_distill.networks.branch import Branch, make_branch
 from fm_distill.runs.state import TrainState, init_state
@@ -23,7 +25,7 @@ class Build:
     """The parts of a run that do not depend on data or weights."""
 
     student: Branch
-    teachers: tuple[Branch, ...]  # those that are compared with
+    teachers: tuple[Branch, ...]  # those that are networks
     schedule: Callable[[Array | int], Array]
     optimizer: optax.GradientTransformation
     train_step: TrainStep
@@ -43,9 +45,12 @@ def build(config: Config, resolved: ResolvedRun) -> Build:
     """Everything that the step needs. Raises `UserError`."""
     dtype = jnp.dtype(resolved.precision)
     student = make_branch(resolved.student, resolved.classes, dtype)
-    teachers = tuple(make_branch(x, resolved.classes, dtype) for x in resolved.teachers)
+    networks = (x for x in resolved.teachers if x.model != FUNCTION)
+    teachers = tuple(make_branch(x, resolved.classes, dtype) for x in networks)
     _check_accumulation(config, student)
-    live = regime_of(config.objective.target, config.teaching).targets == "teachers"
+    recorded = recording_of(config) is not None
+    regime = regime_of(config.objective.target, config.teaching, recorded)
+    live = regime.targets == "teachers"
     live_teachers = teachers if live else ()
     schedule = make_schedule(config.schedule, resolved.total_steps)
     optimizer = make_optimizer(config.optimizer, schedule)
@@ -59,6 +64,8 @@ def build(config: Config, resolved: ResolvedRun) -> Build:
         config.ema_decay,
         config.student.keep_statistics,
         config.memory,
+        recorded,
+        resolved.period_steps,
     )
     return Build(student, teachers, schedule, optimizer, step, live_teachers, config)
 

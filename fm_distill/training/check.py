@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from fm_distill.config import Config, NetworkConfig, TeacherConfig
 from fm_distill.config.bounds import out_of_bounds
 from fm_distill.config.choices import not_a_choice
-from fm_distill.config.teachers import teachers_of
+from fm_distill.config.networks import FUNCTION
+from fm_distill.config.teachers import recording_of, teachers_of
 from fm_distill.data.sources import SOURCES
 from fm_distill.errors import UserError
 from fm_distill.models import MODELS, check_network
@@ -71,22 +72,60 @@ def _wrong_network(option: str, network: NetworkConfig) -> Iterator[str]:
 def _wrong_teachers(config: Config) -> Iterator[str]:
     if config.objective.target == "teacher" and config.teacher is None:
         yield (
-            "objective.target=teacher needs a teacher: give teacher.weights, teacher.experiment or "
-            "teacher.workdir, or use objective.target=labels"
+            "objective.target=teacher needs a teacher: give teacher.weights, teacher.experiment, "
+            "teacher.workdir or teacher.recording, or use objective.target=labels"
         )
     if config.more_teachers and config.teacher is None:
         yield "more_teachers come beside a teacher; give the first one as teacher"
     for option, teacher in teachers_of(config):
         yield from _wrong_teacher(option, teacher)
+    if recording_of(config) is not None:
+        yield from _wrong_with_recording(config)
 
 
 def _wrong_teacher(option: str, teacher: TeacherConfig) -> Iterator[str]:
-    if teacher.network:
+    if teacher.function:
+        yield from _wrong_function(option, teacher)
+    elif teacher.network:
         yield from _wrong_network(f"{option}.network", teacher.network)
+    if teacher.recording and option != "teacher":
+        yield f"{option}.recording: a recording holds all teachers; give it as teacher.recording"
     if teacher.weights and (teacher.experiment or teacher.workdir):
         yield (
             f"{option}.weights and a teacher's run ({option}.experiment, {option}.workdir) exclude "
             f"each other; keep one (`--{option}.experiment None` drops the file's)"
+        )
+
+
+def _wrong_function(option: str, teacher: TeacherConfig) -> Iterator[str]:
+    network = teacher.network
+    if network is None or network.model != FUNCTION or network.input_range == "auto":
+        yield (
+            f"{option}.function needs to know its pictures: give {option}.network = "
+            f"NetworkConfig(model={FUNCTION!r}, resolution=..., input_range='imagenet')"
+        )
+    if teacher.weights or teacher.experiment or teacher.workdir:
+        yield (
+            f"{option}.function and the teacher's weights or run ({option}.weights, "
+            f"{option}.experiment, {option}.workdir) exclude each other; keep one"
+        )
+
+
+def _wrong_with_recording(config: Config) -> Iterator[str]:
+    if config.objective.target == "labels":
+        yield (
+            "teacher.recording teaches, and objective.target=labels learns from labels; leave out "
+            "one of them (`--teacher.recording None`)"
+        )
+    if config.teaching == "fixed":
+        yield (
+            "teaching=fixed computes its targets once by itself, and needs no teacher.recording; "
+            "leave it out"
+        )
+    if config.divergence.action == "skip":
+        yield (
+            "divergence.action=skip leaves out batches, and a recording holds those of each step; "
+            "use stop or slow"
         )
 
 

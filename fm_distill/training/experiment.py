@@ -50,13 +50,20 @@ def load_experiment(path: str | os.PathLike[str]) -> Config:
 
 
 def _beside(teacher: TeacherConfig, file: pathlib.Path) -> TeacherConfig:
-    """With the path of its experiment from where we are, not from the file's folder."""
-    if not teacher.experiment or os.path.isabs(teacher.experiment):
-        return teacher
-    beside = file.parent / teacher.experiment
-    if not beside.is_file() and os.path.isfile(teacher.experiment):
-        return teacher  # of another file, from which this one derives
-    return dataclasses.replace(teacher, experiment=os.path.relpath(beside))
+    """With the paths of its code from where we are, not from the file's folder."""
+    if teacher.experiment:
+        teacher = dataclasses.replace(teacher, experiment=_from_here(teacher.experiment, file))
+    place, _, name = (teacher.function or "").rpartition(":")
+    if place.endswith(".py"):
+        teacher = dataclasses.replace(teacher, function=f"{_from_here(place, file)}:{name}")
+    return teacher
+
+
+def _from_here(path: str, file: pathlib.Path) -> str:
+    beside = file.parent / path
+    if os.path.isabs(path) or (not beside.is_file() and os.path.isfile(path)):
+        return path  # of another file, from which this one derives
+    return os.path.relpath(beside)
 
 
 def describe(config: Config) -> str:

@@ -1,12 +1,13 @@
 """The train step as one compiled, sharded program."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PRNGKeyArray, PyTree
+from jaxtyping import PRNGKeyArray, PyTree
 
-from fm_distill.data.resident import Resident
+from fm_distill.data.resident import Resident, ResidentSteps
 from fm_distill.runs.state import TrainState
 from fm_distill.system.sharding import Layout
 from fm_distill.training.step import Metrics, TrainStep
@@ -24,7 +25,7 @@ def make_program(
 ) -> jax.stages.Wrapped:
     """The compiled `(state, teachers, data, fed, draws_key) -> (state, metrics)`.
 
-    `fed` is a batch, or (steps, batch) ids into the resident `data`. The state is donated; the
+    `fed` is a batch, or `ResidentSteps` on the resident `data`. The state is donated; the
     teachers are arguments, so that they are neither baked into the program nor copied. `state`
     and `teachers` may be shapes. Metrics are the last step's; the loss is NaN where any of
     `FINITE` was not finite in any step.
@@ -40,12 +41,13 @@ def make_program(
         if data is None:
             return train_step(state, teachers, fed, draws_key)
 
-        def one(state: TrainState, ids: Array) -> tuple[TrainState, Metrics]:
-            batch = jax.lax.with_sharding_constraint(data.at(ids), layout.batch)
+        def one(state: TrainState, fed: ResidentSteps) -> tuple[TrainState, Metrics]:
+            batch = dataclasses.replace(data.at(fed.ids), recorded=fed.recorded)
+            batch = jax.lax.with_sharding_constraint(batch, layout.batch)
             return train_step(state, teachers, batch, draws_key)
 
-        if fed.shape[0] == 1:  # a convolution in a loop is many times slower on a CPU
-            return one(state, fed[0])
+        if fed.ids.shape[0] == 1:  # a convolution in a loop is many times slower on a CPU
+            return one(state, fed.step(0))
         state, metrics = jax.lax.scan(one, state, fed)
         last = {name: values[-1] for name, values in metrics.items()}
         finite = jnp.isfinite(jnp.stack([metrics[name] for name in FINITE])).all()

@@ -18,6 +18,7 @@ from fm_distill.runs.workdir import Workdir
 from fm_distill.system.console import COMPILING, Progress, log, steps_progress
 from fm_distill.system.preemption import Stop
 from fm_distill.system.processes import first_process
+from fm_distill.training.compare_recording import compare_with_teachers
 from fm_distill.training.dispatch import due
 from fm_distill.training.program import FINITE
 from fm_distill.training.setup import Setup
@@ -148,8 +149,20 @@ def introduce(setup: Setup, start: int) -> None:
     log(disk_use(config, setup.resolved.total_steps, bytes_of(shapes)))
     if start < setup.resolved.total_steps:
         log(f"{COMPILING}; then the steps begin")
+    recording = setup.feed.recording
+    if recording is not None and setup.frozen:
+        log(
+            compare_with_teachers(
+                config,
+                setup.teachers_here,
+                setup.frozen,
+                recording,
+                setup.reader,
+                setup.layout,
+            )
+        )
     if start == 0:
-        for branch, frozen in zip(setup.built.teachers, setup.frozen, strict=True):
+        for branch, frozen in zip(setup.teachers_here, setup.frozen, strict=True):
             for warning in check_teacher(
                 config, setup.built.student, branch, frozen, setup.reader, setup.layout
             ):

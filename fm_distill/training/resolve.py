@@ -4,7 +4,7 @@ import pathlib
 from typing import Literal
 
 from fm_distill.config import Config, NetworkConfig
-from fm_distill.config.resolved import DataFacts, ResolvedRun, WeightFacts
+from fm_distill.config.resolved import DataFacts, RecordingFacts, ResolvedRun, WeightFacts
 from fm_distill.config.steps import total_steps
 from fm_distill.config.teachers import teachers_of
 from fm_distill.data.resident import is_resident
@@ -36,6 +36,7 @@ def resolve(
     dispatch = config.steps_per_dispatch
     if dispatch == "auto":
         dispatch = STEPS_PER_DISPATCH if resident and layout.platform != "cpu" else 1
+    steps = total_steps(config, data.examples)
     return ResolvedRun(
         data=data.identity,
         examples=data.examples,
@@ -45,11 +46,13 @@ def resolve(
         teachers=weights.teachers,
         student_weights=weights.student_weights,
         teacher_weights=weights.teacher_weights,
-        total_steps=total_steps(config, data.examples),
+        total_steps=steps,
         precision=_precision(config, layout),
         feeding="resident" if resident else "streaming",
         steps_per_dispatch=dispatch,
         mesh=dict(layout.mesh.shape),
+        recording=weights.recording.identity if weights.recording else None,
+        period_steps=_period_steps(config, steps, weights.recording),
     )
 
 
@@ -82,6 +85,23 @@ def resolve_here(config: Config, workdir: pathlib.Path) -> ResolvedRun:
     data, _ = open_data(config)
     networks = load_networks(config, workdir, data.train.classes, data.train.class_names)
     return resolve(config, data.facts, networks.facts, layout)
+
+
+def _period_steps(config: Config, total: int, recording: RecordingFacts | None) -> int | None:
+    """After how many steps the views repeat; None where they do not."""
+    period = config.views.period_steps or total
+    if recording is not None:
+        first, *others = recording.ranges or ((0, 0),)
+        steps = first[1] if first[0] == 0 else 0
+        if steps < period and (config.views.period_steps or others or not steps):
+            there = ", ".join(f"{a:,} to {b:,}" for a, b in recording.ranges) or "none"
+            shorter = f", or give --views.period-steps {steps}" if steps else ""
+            raise UserError(
+                f"{recording.path} has the steps {there}, and this run needs 0 to {period:,}: "
+                f"record what is missing with `fm-distill record`{shorter}"
+            )
+        period = min(period, steps)
+    return period if period < total else None
 
 
 def _precision(config: Config, layout: Layout) -> Literal["float32", "bfloat16"]:

@@ -19,12 +19,14 @@ from fm_distill.data.sources import Source
 from fm_distill.data.splits import Data
 from fm_distill.evaluation.evaluate import Evaluator
 from fm_distill.models import Variables
-from fm_distill.networks.branch import frozen_teachers
+from fm_distill.networks.branch import Branch, frozen_teachers
 from fm_distill.networks.loading import Networks
+from fm_distill.recordings.reading import RecordingReader
 from fm_distill.runs.state import TrainState
 from fm_distill.system.sharding import Layout
 from fm_distill.training.build import Build, build
 from fm_distill.training.program import make_program
+from fm_distill.training.recorded import check_recording, repeated
 from fm_distill.training.targets import fixed_targets
 from fm_distill.views.draws import RunKeys, run_keys
 
@@ -65,7 +67,9 @@ class Setup:
     layout: Layout
     feed: ResidentFeed | StreamingFeed
     reader: Reader
-    frozen: tuple[Variables, ...]  # of all teachers
+    # Of all teachers; none where only their recorded outputs are here.
+    frozen: tuple[Variables, ...]
+    teachers_here: tuple[Branch, ...]
     networks: Networks
     program: Callable[..., tuple[TrainState, dict[str, Array]]]
     evaluator: Evaluator
@@ -103,7 +107,7 @@ class Setup:
         """The keys of the run, on all devices."""
 
         def keys() -> RunKeys:
-            return run_keys(self.config.seed)
+            return run_keys(self.config.seed, self.config.student.seed)
 
         return jax.jit(keys, out_shardings=self.layout.replicated)()
 
@@ -121,23 +125,44 @@ def prepare(
     `table` is the file for the targets of fixed teachers. Also returns what is worth saying.
     """
     built = build(config, resolved)
-    variables = tuple(x.variables for x in networks.teachers)
-    frozen = frozen_teachers(built.teachers, variables, layout)
+    variables = tuple(x.variables for x in networks.teachers if x.variables)
+    here = built.teachers if variables else ()
+    frozen = frozen_teachers(here, variables, layout)
     reader = Reader(data.train, config.data, resolved.classes)
     notes = [f"feeding: {resolved.feeding} ({feeding_note(config.data, len(reader))})"]
+    recording = None
+    if networks.recording is not None:
+        steps = resolved.period_steps or resolved.total_steps
+        check_recording(config, networks.recording, reader, steps)
+        recording = RecordingReader(networks.recording, steps)
+    notes += repeated(resolved, config.batch_size)
     targets = None
     if regime_of(config.objective.target, config.teaching).targets == "table":
         targets = fixed_targets(config, resolved, built.teachers, frozen, reader, layout, table)
     feed: ResidentFeed | StreamingFeed
     if resolved.feeding == "resident":
         feed = ResidentFeed(
-            reader, config.seed, config.batch_size, layout.replicated, layout.ids, targets
+            reader,
+            config.seed,
+            config.batch_size,
+            layout.replicated,
+            layout.ids,
+            targets,
+            recording,
+            resolved.period_steps,
         )
         if feed.skipped:
             notes.append(f"WARNING: {feed.skipped} corrupt images are skipped")
     else:
         feed = StreamingFeed(
-            reader, config.seed, config.batch_size, resolved.total_steps, layout.batch, targets
+            reader,
+            config.seed,
+            config.batch_size,
+            resolved.total_steps,
+            layout.batch,
+            targets,
+            recording,
+            resolved.period_steps,
         )
     live = frozen[: len(built.live_teachers)]
     program = make_program(built.train_step, built.abstract_state(), live, feed.data, layout)
@@ -155,9 +180,10 @@ def prepare(
         feed=feed,
         reader=reader,
         frozen=frozen,
+        teachers_here=here,
         networks=networks,
         program=program,
-        evaluator=Evaluator.make(config, built.student, built.teachers, layout),
+        evaluator=Evaluator.make(config, built.student, here, layout),
         validation=_cached(batches(data.validation), config, data.validation)
         if data.validation
         else None,

@@ -19,7 +19,8 @@ from fm_distill.models import Output, Variables
 from fm_distill.networks.branch import Branch, StepViews, Views, step_views, teacher_outputs
 from fm_distill.objectives.distances import smooth
 from fm_distill.objectives.ensemble import combine
-from fm_distill.objectives.terms import Targets, Term, make_terms, weighted_sum
+from fm_distill.objectives.terms import Targets, Term, first_choice, make_terms, weighted_sum
+from fm_distill.recordings.rows import decode, indices_of
 from fm_distill.runs.state import TrainState
 from fm_distill.training.memory import accumulated, in_parts, rematerialised
 from fm_distill.views.draws import mix
@@ -75,12 +76,28 @@ def teach_table(
     return teach
 
 
+def teach_recorded(
+    teachers: tuple[Branch, ...], classes: int, objective: ObjectiveConfig, memory: MemoryConfig
+) -> Teach:
+    """Targets are what the teachers answered to the same views when they were recorded."""
+
+    def teach(frozen: tuple[Variables, ...], batch: Batch, views: StepViews) -> Targets:
+        assert batch.recorded is not None
+        logits = decode(batch.recorded)
+        if indices := indices_of(batch.recorded):
+            return Targets(logits, indices=indices)
+        return Targets(combine(logits, objective.ensemble, objective.temperature))
+
+    return teach
+
+
 TARGET_SOURCES: dict[
     TargetSource, Callable[[tuple[Branch, ...], int, ObjectiveConfig, MemoryConfig], Teach]
 ] = {
     "teachers": teach_live,
     "labels": teach_labels,
     "table": teach_table,
+    "recording": teach_recorded,
 }
 
 
@@ -128,7 +145,7 @@ def make_update(
             "update_norm": optax.global_norm(updates),
         }
         if targets.teacher_logits:
-            same = jnp.argmax(logits, -1) == jnp.argmax(targets.teacher_logits[0], -1)
+            same = jnp.argmax(logits, -1) == first_choice(targets)
             metrics["agreement"] = same.mean(dtype=jnp.float32)
         return TrainState(state.step + 1, new, opt_state, ema), metrics
 
@@ -145,14 +162,16 @@ def make_train_step(
     ema_decay: float | None = None,
     keep_statistics: bool = False,
     memory: MemoryConfig = MemoryConfig(),
+    recorded: bool = False,
+    period_steps: int | None = None,
 ) -> TrainStep:
     """`(state, frozen teachers, batch, draws_key) -> (state, metrics)`, pure.
 
     Views, targets and update of one step. Everything random comes from `draws_key` and
-    `state.step`. `teachers` are those that the step runs: none where `teaching` is `fixed` or the
-    labels are the target.
+    `state.step`, modulo `period_steps`. `teachers` are those that the step runs: none where
+    `teaching` is `fixed`, the labels are the target, or the outputs were `recorded`.
     """
-    regime = regime_of(objective.target, teaching)
+    regime = regime_of(objective.target, teaching, recorded)
     teach = TARGET_SOURCES[regime.targets](teachers, student.network.classes, objective, memory)
     update = make_update(
         student, optimizer, make_terms(objective), ema_decay, keep_statistics, memory
@@ -161,8 +180,9 @@ def make_train_step(
     def train_step(
         state: TrainState, frozen: tuple[Variables, ...], batch: Batch, draws_key: PRNGKeyArray
     ) -> tuple[TrainState, Metrics]:
+        drawn = state.step if period_steps is None else state.step % period_steps
         with jax.named_scope("views"):
-            seen = step_views(regime.views, views, student, teachers, batch, draws_key, state.step)
+            seen = step_views(regime.views, views, student, teachers, batch, draws_key, drawn)
         return update(state, seen.student, teach(frozen, batch, seen))
 
     return train_step

@@ -14,7 +14,7 @@ import jax
 
 from fm_distill.config import Config
 from fm_distill.config.steps import total_steps
-from fm_distill.config.teachers import teachers_of
+from fm_distill.config.teachers import recording_of, teachers_of
 from fm_distill.data.splits import open_data
 from fm_distill.errors import Diverged, TrainingFailed, UserError
 from fm_distill.networks.loading import load_networks
@@ -27,6 +27,7 @@ from fm_distill.runs.integrity import (
     newest_valid,
 )
 from fm_distill.runs.metrics import MetricsWriter
+from fm_distill.runs.remote import fetch_recording, is_remote, recording_in
 from fm_distill.runs.state import TrainState
 from fm_distill.runs.workdir import Workdir
 from fm_distill.system.console import log
@@ -36,6 +37,7 @@ from fm_distill.system.sharding import check_batch_size, make_layout
 from fm_distill.training.check import check
 from fm_distill.training.experiment import load_experiment
 from fm_distill.training.loop import Loop
+from fm_distill.training.recorded import refuse_another_recording
 from fm_distill.training.reporter import Reporter, introduce, progress_bar
 from fm_distill.training.resolve import resolve
 from fm_distill.training.resume import accept, first_state
@@ -93,6 +95,8 @@ def train_until(
     lengthened = workdir.refuse_another_config(config, extend)
     if not lengthened and (complete := _complete(config, workdir)) is not None:
         return complete
+    config = _with_recording_here(config, workdir)
+    refuse_another_recording(config)
     layout = make_layout(config.mesh)
     check_batch_size(config, layout)
     data, warnings = open_data(config)
@@ -107,7 +111,7 @@ def train_until(
             )
         _log_all(warnings)
         with stop.recorded(lambda why: workdir.set_status("paused", done, steps, why)):
-            if not _train_teachers(config, workdir, stop):
+            if not train_teachers(config, workdir.path, stop):
                 reason = stop.reason() or "its teacher is not complete"
                 workdir.set_status("paused", done, steps, reason)
                 return Result(False, done, steps, workdir.path, None, reason)
@@ -130,6 +134,18 @@ def train_until(
         return _run(setup, workdir, stop, metadata, keep)
 
 
+def _with_recording_here(config: Config, workdir: Workdir) -> Config:
+    """`config` with a recording that is a path, if it has one."""
+    url = recording_of(config)
+    if config.teacher is None or url is None or not is_remote(url):
+        return config
+    if first_process():
+        fetch_recording(url, workdir.path)
+    broadcast_from_first(0)  # the others wait until it is there
+    here = dataclasses.replace(config.teacher, recording=str(recording_in(workdir.path)))
+    return dataclasses.replace(config, teacher=here)
+
+
 def _log_all(lines: list[str]) -> None:
     for line in lines:
         log(line)
@@ -150,11 +166,14 @@ def _complete(config: Config, workdir: Workdir) -> Result | None:
     return Result(True, steps, steps, workdir.path, evaluation)
 
 
-def _train_teachers(config: Config, workdir: Workdir, stop: Stop) -> bool:
-    """Whether all teachers are there now; False where the training of one was stopped."""
-    for teacher, where in zip(
-        teachers_of(config), teacher_workdirs(config, workdir.path), strict=True
-    ):
+def train_teachers(config: Config, path: pathlib.Path, stop: Stop) -> bool:
+    """Whether all teachers are there now; False where the training of one was stopped.
+
+    A run that learns from a recording needs none.
+    """
+    if recording_of(config) is not None:
+        return True
+    for teacher, where in zip(teachers_of(config), teacher_workdirs(config, path), strict=True):
         experiment = teacher.config.experiment
         if not experiment:
             continue

@@ -82,9 +82,11 @@ class RunKeys(NamedTuple):
     draws: PRNGKeyArray  # the root of the draws of all steps
 
 
-def run_keys(seed: int) -> RunKeys:
-    """All randomness of a run but its order, from its seed."""
+def run_keys(seed: int, init_seed: int | None = None) -> RunKeys:
+    """All randomness of a run but its order, from its seed; that of the init may have its own."""
     init, draws = jax.random.split(jax.random.key(seed))
+    if init_seed is not None:
+        init, _ = jax.random.split(jax.random.key(init_seed))
     return RunKeys(init, draws)
 
 

@@ -1,0 +1,66 @@
+"""The command `fm-distill record`."""
+
+import dataclasses
+import os
+import pathlib
+from typing import Literal
+
+from fm_distill.cli.options import OverConfig, first_experiment, parse_over
+from fm_distill.cli.train import say_paused
+from fm_distill.errors import EXIT_COMPLETE, EXIT_PAUSED, UserError
+from fm_distill.system.console import log, sessions_left
+from fm_distill.system.preemption import Stop, stop_signals
+
+
+@dataclasses.dataclass(frozen=True)
+class _Record(OverConfig):
+    """Records what the teachers answer to the views of a run, or continues to."""
+
+    to: str = ""
+    """The folder of the recording; None: recordings/NAME."""
+    steps: str = ":"
+    """The steps to record, as A:B, B excluded; all of the run without them."""
+    dtype: Literal["float16", "float32"] = "float16"
+    """Type of the stored logits; float16 holds them less the largest of the row."""
+    top_k: int | None = None
+    """Store the K largest logits alone, and what the others weigh together."""
+    max_hours: float | None = None
+    """Stop inside this many hours, all safe on disk."""
+
+
+def record_command(arguments: list[str]) -> int:
+    experiment, default, rest = first_experiment(arguments, "record EXPERIMENT.py --to DIR")
+    asked = parse_over(_Record, default, rest, f"record {experiment}")
+    if asked.max_hours is not None and not asked.max_hours > 0:
+        raise UserError(f"--max-hours is {asked.max_hours}; expected a number above zero")
+    steps = parse_steps(asked.steps)
+    to = asked.to or os.path.join("recordings", asked.config.name)
+    command = ["record", *arguments]
+    stop = Stop(
+        asked.max_hours,
+        leave=lambda reason: say_paused(command, f": {reason}; nothing is lost"),
+    )
+    with stop_signals(stop):
+        from fm_distill.recordings.status import status_text
+        from fm_distill.system.compilation_cache import use_compilation_cache
+        from fm_distill.training.record import record
+
+        log(use_compilation_cache(pathlib.Path(to)))
+        found = record(asked.config, to, stop, steps=steps, dtype=asked.dtype, top_k=asked.top_k)
+        print(status_text(found.recording))
+        if found.complete:
+            return EXIT_COMPLETE
+        left = sessions_left(found.hours_left, stop.max_hours or stop.hours())
+        say_paused(command, f": {found.reason}; {left}")
+        return EXIT_PAUSED
+
+
+def parse_steps(text: str) -> tuple[int, int | None]:
+    """`A:B` as numbers; either may be left out. Raises `UserError`."""
+    first, colon, last = text.partition(":")
+    try:
+        if not colon:
+            raise ValueError
+        return int(first or 0), int(last) if last else None
+    except ValueError:
+        raise UserError(f"--steps is {text!r}; expected A:B, e.g. 0:1000 or 1000:") from None

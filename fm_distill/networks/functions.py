@@ -1,0 +1,85 @@
+"""Teachers that are no networks of ours: any function from pictures to logits.
+
+`(images: float32 NumPy array, (batch, resolution, resolution, 3)) -> logits (batch, classes)`, at
+the resolution and input range of `teacher.network`. `fm-distill record` alone calls them.
+"""
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32
+
+from fm_distill.config import NetworkConfig
+from fm_distill.errors import UserError
+from fm_distill.system.references import load_reference
+
+Images = Float32[np.ndarray, "batch resolution resolution 3"]
+TeacherFunction = Callable[[Images], Any]
+
+PROBES = 2  # pictures that a function is tried with
+# Two answers to the same pictures may differ by so much of their size.
+SAME = 1e-3
+
+
+def load_function(
+    reference: str, network: NetworkConfig, option: str
+) -> tuple[TeacherFunction, int, str]:
+    """The function, its number of classes, and a fingerprint: of its code, not of its weights.
+
+    It is called twice with the same pictures. Raises `UserError` where it does not answer, or not
+    the same again.
+    """
+    found = load_reference(reference, f"{option}.function")
+    if not callable(found.value):
+        raise UserError(
+            f"{option}.function={reference} is a {type(found.value).__name__}; expected a function "
+            "from pictures to logits"
+        )
+    pictures = probes(network)
+    first = answers(found.value, pictures, reference)
+    again = answers(found.value, pictures, reference)
+    if first.shape != again.shape or np.abs(first - again).max() > SAME * np.abs(first).max():
+        raise UserError(
+            f"{reference} answers otherwise when it is asked again for the same pictures (by up to "
+            f"{np.abs(first - again).max():.3g}): put it into evaluation mode, without dropout"
+        )
+    code = hashlib.sha256(f"{found.sha256} {reference.rpartition(':')[2]}".encode()).hexdigest()
+    return found.value, int(first.shape[1]), code
+
+
+def probes(network: NetworkConfig) -> Images:
+    """Pictures of noise, the same everywhere."""
+    bits = np.random.Philox(key=7).random_raw(PROBES * network.resolution**2 * 3)
+    noise = (bits >> np.uint64(40)).astype(np.float32) / np.float32(2**24)
+    return noise.reshape(PROBES, network.resolution, network.resolution, 3)
+
+
+def answers(
+    function: TeacherFunction, images: Images, reference: str, classes: int | None = None
+) -> Float32[np.ndarray, "batch classes"]:
+    """The logits of a batch. Raises `UserError` where the function fails or they cannot be that."""
+    try:
+        found = np.asarray(function(images))
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{reference} failed for pictures of shape {images.shape}: {type(error).__name__}: "
+            f"{error}"
+        ) from error
+    expected = f"({len(images)}, {'classes' if classes is None else classes})"
+    if found.ndim != 2 or len(found) != len(images) or classes not in (None, found.shape[1]):
+        raise UserError(
+            f"{reference} returned an array of shape {found.shape} for {len(images)} pictures; "
+            f"expected logits of shape {expected}"
+        )
+    if not np.issubdtype(found.dtype, np.floating):
+        raise UserError(
+            f"{reference} returned {found.dtype}; expected logits in floating point numbers, not "
+            "classes"
+        )
+    if not np.isfinite(found).all():
+        raise UserError(f"{reference} returned numbers that are not finite")
+    return found.astype(np.float32)

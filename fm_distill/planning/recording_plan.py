@@ -1,0 +1,41 @@
+"""What it takes to record a run's teacher once, and a student that learns from it."""
+
+import dataclasses
+from typing import Any
+
+from fm_distill.config import Config
+from fm_distill.config.regime import regime_of
+from fm_distill.config.teachers import recording_of, teachers_of
+from fm_distill.recordings.rows import row_bytes
+from fm_distill.recordings.writing import IDENTITY_BYTES
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordingPlan:
+    """The same run with a teacher that is recorded once."""
+
+    bytes: int  # of float16 and all classes
+    # By their shares of the arithmetic; None where the whole is not known.
+    hours: float | None
+    student_hours: float | None  # of each student that learns from it
+
+
+def recording_plan(
+    config: Config, analysis: dict[str, Any], hours: float | None
+) -> RecordingPlan | None:
+    """What recording the teacher of `config` takes, by the `analysis` of its step."""
+    regime = regime_of(config.objective.target, config.teaching, recording_of(config) is not None)
+    if regime.targets != "teachers":
+        return None
+    assert config.data.classes is not None
+    teachers = len(teachers_of(config))
+    rows = row_bytes(config.data.classes, teachers, "float16", None) + IDENTITY_BYTES
+    steps = min(config.views.period_steps or analysis["total_steps"], analysis["total_steps"])
+    flops = analysis["flops"]
+    recorded = (flops["teacher"] + flops["views"]) / flops["total"]
+    student = 1 - flops["teacher"] / flops["total"]
+    return RecordingPlan(
+        bytes=steps * config.batch_size * rows,
+        hours=None if hours is None else hours * recorded * steps / analysis["total_steps"],
+        student_hours=None if hours is None else hours * student,
+    )

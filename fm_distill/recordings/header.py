@@ -1,0 +1,132 @@
+"""What recorded outputs depend on: the first line of each manifest."""
+
+import dataclasses
+import hashlib
+import json
+from typing import Any
+
+import msgspec
+
+from fm_distill.config import CanvasConfig, Config, NetworkConfig, ViewConfig
+from fm_distill.config.regime import ViewLaw, regime_of
+from fm_distill.errors import UserError
+from fm_distill.recordings.rows import RowType
+
+FORMAT = 1
+# The version of how views are drawn and rendered from a config; `golden` notices what this misses.
+VIEW_VERSION = 1
+# What a difference of these is called for people: the option that sets it.
+OPTIONS = {
+    "data": "the training data",
+    "examples": "the number of training examples",
+    "classes": "the number of classes",
+    "canvas": "data.canvas",
+    "view_law": "the views of `teaching`",
+    "golden": "the draws of fixed keys",
+    "teacher_weights": "the teachers' weights",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecordingHeader:
+    """All that the outputs of a recording depend on."""
+
+    # What is rendered.
+    seed: int
+    batch_size: int
+    view_law: ViewLaw
+    views: ViewConfig  # without what changes no training view
+    view_version: int
+    golden: tuple[str, ...]  # digests of the draws of fixed keys
+    data: str
+    examples: int
+    canvas: CanvasConfig
+    # Who answers.
+    teachers: tuple[NetworkConfig, ...]
+    teacher_weights: tuple[str, ...]
+    classes: int
+    class_names: tuple[str, ...] | None
+    precision: str
+    # How the answers are stored.
+    dtype: RowType
+    top_k: int | None = None
+    temperature: float | None = None  # at which the rest of the top K is lumped together
+    format: int = FORMAT
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 of all of it but `golden`, whose last bits a device may round otherwise.
+
+        Fields that have their default are left out, so that a field that a later version adds
+        makes no other recording of an old one.
+        """
+        stated = _without_defaults(dataclasses.replace(self, golden=()))
+        text = json.dumps(stated, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _without_defaults(value: Any) -> Any:
+    """As JSON, without the fields that have their default."""
+    if isinstance(value, tuple):
+        return [_without_defaults(x) for x in value]
+    if not dataclasses.is_dataclass(value):
+        return value
+    fields = dataclasses.fields(value)
+    return {
+        x.name: _without_defaults(vars(value)[x.name])
+        for x in fields
+        if vars(value)[x.name] != x.default
+    }
+
+
+def drawn_views(views: ViewConfig) -> ViewConfig:
+    """The same training views, without what changes none."""
+    usual = ViewConfig()
+    return dataclasses.replace(
+        views, central_fraction=usual.central_fraction, period_steps=usual.period_steps
+    )
+
+
+def rendered(config: Config) -> dict[str, Any]:
+    """The fields of the header that a config alone decides, all of which a student has to share."""
+    return {
+        "seed": config.seed,
+        "batch_size": config.batch_size,
+        "view_law": regime_of(config.objective.target, config.teaching).views,
+        "views": drawn_views(config.views),
+        "canvas": config.data.canvas,
+    }
+
+
+def header_differences(recorded: RecordingHeader, now: dict[str, Any]) -> list[str]:
+    """A line for each field of `now` that is not as it was recorded, with both values."""
+    before = vars(recorded)
+    lines = []
+    for name, value in now.items():
+        if before[name] == value:
+            continue
+        called = OPTIONS.get(name, name)
+        if dataclasses.is_dataclass(value):
+            lines += [
+                f"{called}.{x}: {vars(before[name])[x]} in the recording, {y} in this run"
+                for x, y in vars(value).items()
+                if vars(before[name])[x] != y
+            ]
+        else:
+            lines.append(f"{called}: {before[name]} in the recording, {value} in this run")
+    return lines
+
+
+def parse_header(tree: Any, where: str) -> RecordingHeader:
+    """The header in the JSON `tree`. Raises `UserError`, also for a format of the future."""
+    if not isinstance(tree, dict) or not isinstance(tree.get("format"), int):
+        raise UserError(f"{where} does not begin with the header of a recording")
+    if tree["format"] > FORMAT:
+        raise UserError(
+            f"{where} has format {tree['format']}, and this version reads up to {FORMAT}; install "
+            "the version of fm-distill that recorded it"
+        )
+    try:
+        return msgspec.convert(tree, RecordingHeader)
+    except msgspec.ValidationError as error:
+        raise UserError(f"{where} does not begin with the header of a recording: {error}") from None

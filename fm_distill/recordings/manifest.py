@@ -1,0 +1,153 @@
+"""Which steps a recording holds: completeness comes from its manifests, never from the data.
+
+Each session of `fm-distill record` appends to a manifest of its own, first the header, then a line
+for each shard that is on disk. So ranges of other sessions and machines are joined by lying in one
+folder.
+"""
+
+import dataclasses
+import itertools
+import json
+import os
+import pathlib
+import uuid
+from typing import IO, Any
+
+import msgspec
+
+from fm_distill.errors import UserError
+from fm_distill.recordings.header import RecordingHeader, parse_header
+from fm_distill.recordings.shards import shard_name
+
+MANIFESTS = "manifest-*.jsonl"
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Shard:
+    """A line of a manifest: a shard that was written completely."""
+
+    start: int
+    stop: int
+    files: dict[str, str] = dataclasses.field(compare=False)  # SHA-256 of each
+
+    @property
+    def name(self) -> str:
+        return shard_name(self.start, self.stop)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recording:
+    """The header and shards of a folder, the shards in the order of their steps."""
+
+    path: pathlib.Path
+    header: RecordingHeader
+    shards: tuple[Shard, ...]
+
+    @property
+    def ranges(self) -> tuple[tuple[int, int], ...]:
+        """Maximal ranges of consecutive steps."""
+        found: list[tuple[int, int]] = []
+        for shard in self.shards:
+            if found and found[-1][1] == shard.start:
+                found[-1] = found[-1][0], shard.stop
+            else:
+                found.append((shard.start, shard.stop))
+        return tuple(found)
+
+    @property
+    def steps(self) -> int:
+        """How many steps there are from the first one of the run without a hole."""
+        return self.ranges[0][1] if self.ranges and self.ranges[0][0] == 0 else 0
+
+    def missing(self, start: int, stop: int) -> tuple[tuple[int, int], ...]:
+        """Ranges of `start` to `stop` that are not there."""
+        found = []
+        for first, end in self.ranges:
+            if start < min(first, stop):
+                found.append((start, min(first, stop)))
+            start = max(start, end)
+        if start < stop:
+            found.append((start, stop))
+        return tuple(found)
+
+
+def is_recording(path: str | os.PathLike[str]) -> bool:
+    """Whether there is a manifest."""
+    return any(pathlib.Path(path).glob(MANIFESTS))
+
+
+def open_recording(path: str | os.PathLike[str]) -> Recording:
+    """The recording in a folder. Raises `UserError` where it is none, or cannot be one."""
+    folder = pathlib.Path(path)
+    manifests = sorted(folder.glob(MANIFESTS))
+    if not manifests:
+        raise UserError(f"{folder} is not a recording: it has no {MANIFESTS}")
+    header, shards = None, []
+    for manifest in manifests:
+        own, lines = _read(manifest)
+        if header is not None and own.identity != header.identity:
+            differ = [x for x, y in vars(header).items() if vars(own)[x] != y]
+            raise UserError(
+                f"{manifests[0]} and {manifest} belong to different recordings: "
+                + "; ".join(f"{x}: {vars(header)[x]} and {vars(own)[x]}" for x in differ)
+                + "; move one of them with its shards to another folder"
+            )
+        header = own
+        shards += lines
+    assert header is not None
+    # The same line twice is a shard that was lost and recorded again; the last one counts.
+    ordered = tuple(sorted({shard.name: shard for shard in shards}.values()))
+    for one, other in itertools.pairwise(ordered):
+        if other.start < one.stop:
+            raise UserError(
+                f"{folder} has the steps {other.start:,} to {min(one.stop, other.stop):,} twice, "
+                f"in {one.name} and in {other.name}; remove one folder and its line of the manifest"
+            )
+    return Recording(folder, header, ordered)
+
+
+def present(recording: Recording) -> Recording:
+    """The same with those shards alone whose folders are there."""
+    there = tuple(x for x in recording.shards if (recording.path / x.name).is_dir())
+    return dataclasses.replace(recording, shards=there)
+
+
+class ManifestWriter:
+    """Appends to a manifest of its own; each line is on disk when `add` returns."""
+
+    def __init__(self, folder: pathlib.Path, header: RecordingHeader, versions: dict[str, Any]):
+        self.path = folder / f"manifest-{uuid.uuid4().hex[:12]}.jsonl"
+        self.first = msgspec.to_builtins(header) | {"versions": versions}
+        self._file: IO[str] | None = None
+
+    def add(self, shard: Shard) -> None:
+        if self._file is None:  # a session that records nothing leaves nothing
+            self._file = self.path.open("w")
+            self._write(self.first)
+        self._write(msgspec.to_builtins(shard))
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
+
+    def _write(self, line: dict[str, Any]) -> None:
+        assert self._file is not None
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def _read(manifest: pathlib.Path) -> tuple[RecordingHeader, list[Shard]]:
+    try:
+        lines = manifest.read_text().splitlines(keepends=True)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{manifest} cannot be read: {error}") from None
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()  # a crash while it was written: its shard does not count
+    try:
+        first, *rest = [json.loads(line) for line in lines]
+        return parse_header(first, str(manifest)), msgspec.convert(rest, list[Shard])
+    except (ValueError, msgspec.ValidationError) as error:
+        raise UserError(
+            f"{manifest} is not the manifest of a recording ({error}); bring it back from a copy"
+        ) from None

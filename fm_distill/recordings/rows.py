@@ -1,0 +1,113 @@
+"""Teacher logits as they are stored and sent to the devices, and how they become logits again."""
+
+import dataclasses
+from typing import Literal
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Integer
+
+from fm_distill.array_tree import AnyArray, array_tree
+
+RowType = Literal["float16", "float32"]
+
+
+@array_tree
+@dataclasses.dataclass(frozen=True)
+class TargetRows:
+    """The outputs of each teacher for some examples, before temperature and ensemble.
+
+    A logit is `values + offset`. Of top-K recordings the classes are in `indices`, the most likely
+    one first, and `rest` is what all other classes weigh together.
+    """
+
+    values: Float[AnyArray, "*steps batch teachers kept"]
+    # The row's largest logit in float16, whose rounding grows with the size of a number; else 0.
+    offset: Float32[AnyArray, "*steps batch teachers"]
+    indices: Integer[AnyArray, "*steps batch teachers kept"] | None = None
+    # T log of the sum of exp(logit / T) over the other classes, less `offset`.
+    rest: Float32[AnyArray, "*steps batch teachers"] | None = None
+
+    @property
+    def arrays(self) -> dict[str, AnyArray]:
+        """Those that are there, by name."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+def encode(
+    logits: Float[np.ndarray, "*rows classes"],
+    dtype: RowType,
+    top_k: int | None = None,
+    temperature: float = 1.0,
+) -> TargetRows:
+    """The rows of `logits`, exact in float32; in float16 to 2^-11 of the distance to the largest.
+
+    With `top_k` the rest is lumped together at `temperature`, the only one at which the distance
+    to it is exact. Source for the shift: measured in float16, the KL to what is stored falls from
+    4.6e-6 to 2.7e-7 nats with logits that have a constant of 20 added.
+    """
+    logits = logits.astype(np.float32)
+    largest = logits.max(axis=-1)
+    offset = largest if dtype == "float16" else np.zeros_like(largest)
+    shifted = logits - offset[..., None]
+    if top_k is None:
+        return TargetRows(shifted.astype(dtype), offset)
+    order = np.argsort(-logits, axis=-1, kind="stable")
+    kept, others = order[..., :top_k], order[..., top_k:]
+    scaled = np.take_along_axis(shifted, others, axis=-1).astype(np.float64) / temperature
+    highest = scaled.max(axis=-1, keepdims=True)
+    total = np.log(np.exp(scaled - highest).sum(axis=-1)) + highest[..., 0]
+    return TargetRows(
+        np.take_along_axis(shifted, kept, axis=-1).astype(dtype),
+        offset,
+        kept.astype(index_type(logits.shape[-1])),
+        (temperature * total).astype(np.float32),
+    )
+
+
+def unseen(
+    logits: Float[np.ndarray, "*rows classes"], top_k: int, temperature: float
+) -> tuple[float, float]:
+    """What the KL to a top-K recording does not see, as means over the rows.
+
+    The probability r of the classes beyond the K, and r KL(p || uniform) in nats for their own
+    distribution p: the KL that a student is spared which spreads r evenly over them.
+    """
+    scaled = np.sort(logits.astype(np.float64) / temperature, axis=-1)[..., ::-1]
+    weights = np.exp(scaled - scaled[..., :1])
+    others = weights[..., top_k:]
+    mass = others.sum(axis=-1)
+    share = mass / weights.sum(axis=-1)
+    inside = others / np.maximum(mass, np.finfo(np.float64).tiny)[..., None]
+    entropy = -(inside * np.log(np.maximum(inside, np.finfo(np.float64).tiny))).sum(axis=-1)
+    hidden = share * (np.log(others.shape[-1]) - entropy)
+    return float(share.mean()), float(hidden.mean())
+
+
+def index_type(classes: int) -> Literal["uint16", "uint32"]:
+    """The smallest type that numbers the classes."""
+    return "uint16" if classes <= 2**16 else "uint32"
+
+
+def decode(rows: TargetRows) -> tuple[Float32[Array, "batch kept"], ...]:
+    """The logits of each teacher; of a top-K recording one more column stands for the rest."""
+    values = rows.values.astype(jnp.float32)
+    if rows.rest is not None:
+        values = jnp.concatenate([values, rows.rest[..., None]], axis=-1)
+    logits = values + rows.offset[..., None]
+    return tuple(jnp.moveaxis(logits, -2, 0))
+
+
+def indices_of(rows: TargetRows) -> tuple[Integer[Array, "batch kept"], ...]:
+    """The classes of each teacher's columns; empty where all classes are there."""
+    if rows.indices is None:
+        return ()
+    return tuple(jnp.moveaxis(rows.indices.astype(jnp.int32), -2, 0))
+
+
+def row_bytes(classes: int, teachers: int, dtype: RowType, top_k: int | None) -> int:
+    """Of one example, without its identity."""
+    kept = classes if top_k is None else top_k
+    of_values = kept * np.dtype(dtype).itemsize + 4
+    of_indices = 0 if top_k is None else kept * np.dtype(index_type(classes)).itemsize + 4
+    return teachers * (of_values + of_indices)

@@ -1,0 +1,70 @@
+"""What a recording holds, and whether every byte of it is as it was written."""
+
+import dataclasses
+
+from fm_distill.recordings.manifest import Recording, Shard
+from fm_distill.recordings.shards import digests_of
+from fm_distill.system.console import progress
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordingStatus:
+    """What `fm-distill status --json` prints of a recording."""
+
+    ranges: tuple[tuple[int, int], ...]
+    holes: tuple[tuple[int, int], ...]  # between them, and before the first
+    shards: int
+    bytes: int
+    identity: str
+    damaged: dict[str, str]  # name of a shard -> what is wrong
+
+
+def status(recording: Recording) -> RecordingStatus:
+    """Reads every byte of the recording."""
+    last = recording.shards[-1].stop if recording.shards else 0
+    shards = progress(recording.shards, "reading the recording", "shards", len(recording.shards))
+    damaged = {shard.name: wrong for shard in shards if (wrong := _wrong(recording, shard))}
+    return RecordingStatus(
+        ranges=recording.ranges,
+        holes=recording.missing(0, last),
+        shards=len(recording.shards),
+        bytes=sum(x.stat().st_size for x in recording.path.glob("steps-*/**/*") if x.is_file()),
+        identity=recording.header.identity,
+        damaged=damaged,
+    )
+
+
+def _wrong(recording: Recording, shard: Shard) -> str:
+    """What is wrong with a shard; empty where it is intact."""
+    folder = recording.path / shard.name
+    if not folder.is_dir():
+        return "is missing"
+    found = digests_of(folder)
+    if missing := sorted(shard.files.keys() - found.keys()):
+        return f"{missing[0]} is missing"
+    changed = [name for name, digest in shard.files.items() if found[name] != digest]
+    return f"{changed[0]} is damaged" if changed else ""
+
+
+def status_text(recording: Recording, checked: RecordingStatus | None = None) -> str:
+    """The same for people; without `checked`, of the manifests alone."""
+    header = recording.header
+    names = ", ".join(f"{x.model} at {x.resolution}" for x in header.teachers)
+    kept = "all" if header.top_k is None else f"the top {header.top_k} of"
+    lines = [
+        f"recording of {names}: {kept} {header.classes:,} classes in {header.dtype}",
+        f"{header.data}, {header.examples:,} examples, batches of {header.batch_size}, "
+        f"seed {header.seed}",
+    ]
+    for first, last in recording.ranges:
+        epochs = (last - first) * header.batch_size / header.examples
+        lines.append(f"steps {first:,} to {last:,}, {epochs:,.1f} epochs")
+    holes = recording.missing(0, recording.shards[-1].stop) if recording.shards else ()
+    lines += [f"MISSING: steps {first:,} to {last:,}" for first, last in holes]
+    if checked is not None:
+        lines += [f"DAMAGED: {name}: {wrong}" for name, wrong in checked.damaged.items()]
+        intact = checked.shards - len(checked.damaged)
+        lines.append(
+            f"{intact:,} of {checked.shards:,} shards are intact, {checked.bytes / 1e6:,.1f} MB"
+        )
+    return "\n".join(lines)

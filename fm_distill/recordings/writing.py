@@ -1,0 +1,82 @@
+"""Consecutive steps, gathered into shards that are written in the background."""
+
+import concurrent.futures
+import pathlib
+import time
+
+import jax
+import numpy as np
+
+from fm_distill.errors import UserError
+from fm_distill.recordings.header import RecordingHeader
+from fm_distill.recordings.manifest import ManifestWriter, Shard
+from fm_distill.recordings.rows import row_bytes
+from fm_distill.recordings.shards import RecordedSteps, shard_name, write_shard
+from fm_distill.system.preemption import Stop
+
+SHARD_BYTES = 2**26
+SHARD_STEPS = 64, 512  # at least, unless the session ends before, and at most
+# A shard is closed after this time, so that no more is lost where the process is killed.
+SHARD_S = 600.0
+IDENTITY_BYTES = 12  # of a row: its example and the digest of its view
+
+
+def step_bytes(header: RecordingHeader) -> int:
+    """What one step of a recording needs on disk."""
+    of_row = row_bytes(header.classes, len(header.teachers), header.dtype, header.top_k)
+    return header.batch_size * (of_row + IDENTITY_BYTES)
+
+
+class ShardWriter:
+    """Takes steps in their order, and has all of them on disk after `close`."""
+
+    def __init__(
+        self, folder: pathlib.Path, manifest: ManifestWriter, header: RecordingHeader, stop: Stop
+    ):
+        self.folder, self.manifest, self.stop = folder, manifest, stop
+        least, most = SHARD_STEPS
+        self.limit = min(most, max(least, SHARD_BYTES // step_bytes(header)))
+        self.parts: list[RecordedSteps] = []
+        self.start = 0
+        self.began = time.monotonic()
+        self.pool = concurrent.futures.ThreadPoolExecutor(1, "shards")
+        self.pending: concurrent.futures.Future[None] | None = None
+
+    def add(self, step: int, steps: RecordedSteps) -> None:
+        """Steps from `step` on, right behind those before. Raises `UserError` as `close` does."""
+        if not self.parts:
+            self.start, self.began = step, time.monotonic()
+            self.stop.busy()
+        self.parts.append(steps)
+        if step + steps.steps - self.start >= self.limit or time.monotonic() - self.began > SHARD_S:
+            self._flush()
+
+    def close(self) -> None:
+        """Ends the shard. Raises `UserError` where the disk does not take it."""
+        self._flush()
+        self._wait()
+        self.stop.idle()
+
+    def _flush(self) -> None:
+        self._wait()
+        if self.parts:
+            block: RecordedSteps = jax.tree.map(lambda *x: np.concatenate(x), *self.parts)
+            self.parts = []
+            self.pending = self.pool.submit(self._write, self.start, block)
+
+    def _write(self, start: int, block: RecordedSteps) -> None:
+        stop = start + block.steps
+        files = write_shard(self.folder / shard_name(start, stop), block)
+        self.manifest.add(Shard(start, stop, files))
+
+    def _wait(self) -> None:
+        pending, self.pending = self.pending, None
+        if pending is None:
+            return
+        try:
+            pending.result()
+        except OSError as error:
+            raise UserError(
+                f"{self.folder} cannot be written any more: {error}; make room and run the same "
+                "command again, which goes on after the last shard"
+            ) from None

@@ -1,0 +1,64 @@
+"""Python objects that a config names: `FILE.py:NAME`, or `package.module:name`."""
+
+import hashlib
+import importlib
+import importlib.util
+import pathlib
+import sys
+from typing import Any, NamedTuple
+
+from fm_distill.errors import UserError
+
+
+class Referenced(NamedTuple):
+    """What a reference names, and the code that it comes from."""
+
+    value: Any
+    path: str  # of its file
+    sha256: str  # of the file
+
+
+def load_reference(reference: str, option: str) -> Referenced:
+    """The object that `reference` names; its file is run. `option` stands in messages.
+
+    Raises `UserError` where the file, the module or the name is not there, or the code fails.
+    """
+    place, colon, name = reference.rpartition(":")
+    if not colon or not place or not name:
+        raise UserError(f"{option} is {reference!r}; expected FILE.py:NAME or package.module:name")
+    try:
+        module = _file(place) if place.endswith(".py") else importlib.import_module(place)
+    except UserError:
+        raise
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{option}: {place} cannot be imported: {error}; install it, or give FILE.py:NAME"
+        ) from None
+    except Exception as error:
+        raise UserError(
+            f"{option}: {place} cannot be run: {type(error).__name__}: {error}"
+        ) from error
+    names = vars(module)
+    if name not in names:
+        have = ", ".join(x for x in names if not x.startswith("_") and callable(names[x]))
+        raise UserError(f"{option}: {place} has no {name!r}; it has {have or 'no functions'}")
+    path = str(module.__file__)
+    sha256 = hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
+    return Referenced(names[name], path, sha256)
+
+
+def _file(place: str) -> Any:
+    path = pathlib.Path(place)
+    if not path.is_file():
+        raise UserError(f"there is no file {place}; give the path of a .py file")
+    name = f"fm_distill_reference_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module

@@ -1,0 +1,67 @@
+"""Recorded outputs against those of the teachers here and now."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fm_distill.array_tree import AnyArray
+from fm_distill.config import Config
+from fm_distill.config.regime import regime_of
+from fm_distill.data.feeding import Reader, stack
+from fm_distill.models import Variables
+from fm_distill.networks.branch import Branch
+from fm_distill.objectives.distances import kl_divergence
+from fm_distill.recordings.reading import RecordingReader
+from fm_distill.recordings.rows import decode
+from fm_distill.system.sharding import Layout
+from fm_distill.training.recorded import checked_steps
+from fm_distill.training.recorder import make_record_program
+from fm_distill.views.draws import run_keys
+
+
+def compare_with_teachers(
+    config: Config,
+    teachers: tuple[Branch, ...],
+    frozen: tuple[Variables, ...],
+    recording: RecordingReader,
+    reader: Reader,
+    layout: Layout,
+) -> str:
+    """How far the recorded outputs of some steps are from those of the teachers here and now."""
+    law = regime_of(config.objective.target, config.teaching).views
+    program = make_record_program(config, law, teachers, layout)
+    key = run_keys(config.seed).draws
+    steps = checked_steps(config, recording.period_steps)
+    found = []
+    for step in steps:
+        examples = recording.at(step).examples[0].tolist()
+        batch = jax.device_put(stack([reader[i] for i in examples]), layout.batch)
+        outputs = program(frozen, None, batch, key, jnp.int32(step))
+        assert outputs.logits is not None
+        found.append(compared(recording, step, tuple(jnp.moveaxis(outputs.logits[0], 1, 0))))
+    difference, kl, same = np.array(found).T
+    numbers = ", ".join(f"{x:,}" for x in steps)
+    return (
+        f"the recording against the teachers here, in the steps {numbers}: logits differ by at "
+        f"most {difference.max():.2g}, KL {kl.mean():.2g} nats, agreement {same.mean():.2%}"
+    )
+
+
+def compared(
+    recorded: RecordingReader, step: int, logits: tuple[AnyArray, ...]
+) -> tuple[float, float, float]:
+    """Largest difference, mean KL in nats and agreement of recorded logits with those of now."""
+    found = jax.tree.map(lambda x: x[0], recorded.at(step)).rows
+    if found.indices is not None:
+        logits = tuple(
+            jnp.take_along_axis(x, jnp.asarray(found.indices[:, i].astype(np.int32)), axis=-1)
+            for i, x in enumerate(logits)
+        )
+        stored = tuple(x[..., :-1] for x in decode(found))
+    else:
+        stored = decode(found)
+    pairs = list(zip(stored, logits, strict=True))
+    difference = max(float(jnp.abs(a - b).max()) for a, b in pairs)
+    kl = float(np.mean([kl_divergence(a, b).mean() for a, b in pairs]))
+    same = float(np.mean([(a.argmax(-1) == b.argmax(-1)).mean() for a, b in pairs]))
+    return difference, kl, same

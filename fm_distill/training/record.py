@@ -1,0 +1,168 @@
+"""The outputs of a run's teachers on its own views, recorded: `fm-distill record`.
+
+What was written stays: a session goes on where the recording has a hole. The passes themselves are
+in `recorder.py`.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+
+import jax
+
+from fm_distill.config import Config
+from fm_distill.config.resolved import ResolvedRun
+from fm_distill.config.teachers import recording_of
+from fm_distill.data.feeding import Reader
+from fm_distill.data.splits import open_data
+from fm_distill.errors import UserError
+from fm_distill.networks.loading import load_networks
+from fm_distill.recordings.header import RecordingHeader, header_differences
+from fm_distill.recordings.manifest import Recording, is_recording, open_recording, present
+from fm_distill.recordings.rows import RowType
+from fm_distill.recordings.writing import step_bytes
+from fm_distill.system.console import log
+from fm_distill.system.preemption import Stop
+from fm_distill.system.sharding import check_batch_size, make_layout
+from fm_distill.training.check import check
+from fm_distill.training.recorded import make_header
+from fm_distill.training.recorder import Recorder
+from fm_distill.training.resolve import resolve
+from fm_distill.training.train import train_teachers
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordResult:
+    """How far a recording got."""
+
+    complete: bool
+    recording: Recording
+    start: int
+    stop: int
+    reason: str = ""  # why it is not complete
+    hours_left: float | None = None
+
+
+def record(
+    config: Config,
+    to: str | os.PathLike[str],
+    stop: Stop,
+    *,
+    steps: tuple[int, int | None] = (0, None),
+    dtype: RowType = "float16",
+    top_k: int | None = None,
+) -> RecordResult:
+    """Records what the teachers of `config` answer in `steps` of its run into the folder `to`.
+
+    Steps that are there are not done again. Teachers that are experiments are trained first, in
+    `to`. Raises `UserError`, also where the folder belongs to another recording.
+    """
+    _check(config, top_k)
+    folder = pathlib.Path(to)
+    layout = make_layout(config.mesh)
+    check_batch_size(config, layout)
+    data, warnings = open_data(config)
+    for warning in warnings:
+        log(warning)
+    with _locked(folder):
+        if not train_teachers(config, folder, stop):
+            reason = stop.reason() or "its teacher is not complete"
+            raise UserError(f"nothing is recorded yet: {reason}")
+        networks = load_networks(config, folder, data.train.classes, data.train.class_names)
+        resolved = resolve(config, data.facts, networks.facts, layout)
+        for note in networks.notes:
+            log(note)
+        if top_k is not None and top_k >= resolved.classes:
+            raise UserError(
+                f"--top-k is {top_k}; expected less than the {resolved.classes} classes"
+            )
+        header = make_header(config, resolved, dtype, top_k)
+        first, last = _range(steps, resolved)
+        before = _before(folder, header)
+        missing = before.missing(first, last)
+        count = sum(b - a for a, b in missing)
+        needed = count * step_bytes(header)
+        _check_space(folder, needed)
+        log(
+            f"recording steps {first:,} to {last:,} of {resolved.total_steps:,} in {folder}: "
+            f"{count:,} to do, {needed / 1e6:,.1f} MB"
+        )
+        if not missing:
+            return RecordResult(True, before, first, last)
+        reader = Reader(data.train, config.data, resolved.classes)
+        recorder = Recorder.make(config, resolved, networks.teachers, reader, layout, header)
+        recorder.check(before)
+        reason, left = recorder.run(folder, missing, stop)
+    return RecordResult(not reason, open_recording(folder), first, last, reason, left)
+
+
+def _check(config: Config, top_k: int | None) -> None:
+    check(config)
+    if recording_of(config) is not None:
+        raise UserError("teacher.recording is what `record` writes; leave it out and give --to")
+    if config.objective.target == "labels" or config.teaching == "fixed":
+        raise UserError(
+            "there is nothing to record: objective.target=labels and teaching=fixed do not ask the "
+            "teacher in each step"
+        )
+    if top_k is not None and top_k < 1:
+        raise UserError(f"--top-k is {top_k}; expected 1 or more")
+    if jax.process_count() > 1:
+        raise UserError(
+            "record runs in one process; give each its own --steps and --to, and move all files "
+            "into one folder"
+        )
+
+
+def _range(steps: tuple[int, int | None], resolved: ResolvedRun) -> tuple[int, int]:
+    most = resolved.period_steps or resolved.total_steps
+    first, last = steps[0], most if steps[1] is None else steps[1]
+    if not 0 <= first < last <= most:
+        raise UserError(f"--steps is {first}:{last}; expected a range within 0:{most}")
+    return first, last
+
+
+def _before(folder: pathlib.Path, header: RecordingHeader) -> Recording:
+    """What is recorded in `folder`. Raises `UserError` where it is another recording."""
+    if not is_recording(folder):
+        return Recording(folder, header, ())
+    found = open_recording(folder)
+    if found.header.identity != header.identity:
+        now = {x: y for x, y in vars(header).items() if x not in ("golden", "format")}
+        raise UserError(
+            f"{folder} holds another recording:\n  "
+            + "\n  ".join(header_differences(found.header, now))
+            + "\nchoose another --to, or give these values"
+        )
+    return present(found)
+
+
+def _check_space(folder: pathlib.Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"the recording needs {needed / 1e9:,.2f} GB and {folder} has {free / 1e9:,.2f} GB "
+            "free; record fewer steps (--steps), fewer classes (--top-k), or on another disk"
+        )
+
+
+@contextlib.contextmanager
+def _locked(folder: pathlib.Path) -> Iterator[None]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = (folder / "lock").open("w")
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error}") from None
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"{folder} is in use by another process; wait for it, or record another range "
+                "(--steps) to another folder and move its files here"
+            ) from None
+        yield

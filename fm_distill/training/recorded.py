@@ -1,0 +1,175 @@
+"""Whether a recording holds what the teachers would answer to the views of this run."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int, Int32, UInt64
+
+from fm_distill.config import Config
+from fm_distill.config.regime import regime_of
+from fm_distill.config.resolved import ResolvedRun
+from fm_distill.config.teachers import recording_of, teachers_of
+from fm_distill.data.feeding import Reader
+from fm_distill.errors import UserError
+from fm_distill.recordings.header import (
+    VIEW_VERSION,
+    RecordingHeader,
+    drawn_views,
+    header_differences,
+    rendered,
+)
+from fm_distill.recordings.manifest import Recording, open_recording
+from fm_distill.recordings.reading import RecordingReader
+from fm_distill.recordings.rows import RowType
+from fm_distill.recordings.view_digest import same_views, view_digests
+from fm_distill.views.draws import Draw, run_keys, step_draws
+
+CHECKED_STEPS = 3  # the first one and some others, drawn by the seed
+GOLDEN_VIEWS = 64
+
+
+def make_header(
+    config: Config, resolved: ResolvedRun, dtype: RowType, top_k: int | None
+) -> RecordingHeader:
+    """What a recording of the run of `config` depends on."""
+    return RecordingHeader(
+        seed=config.seed,
+        batch_size=config.batch_size,
+        view_law=regime_of(config.objective.target, config.teaching).views,
+        views=drawn_views(config.views),
+        view_version=VIEW_VERSION,
+        golden=golden_digests(config),
+        data=resolved.data,
+        examples=resolved.examples,
+        canvas=config.data.canvas,
+        teachers=resolved.teachers,
+        teacher_weights=resolved.teacher_weights,
+        classes=resolved.classes,
+        class_names=resolved.class_names,
+        precision=resolved.precision,
+        dtype=dtype,
+        top_k=top_k,
+        temperature=None if top_k is None else config.objective.temperature,
+    )
+
+
+def refuse_another_recording(config: Config) -> None:
+    """Raises `UserError` where the recording that `config` names is of another run.
+
+    Only of what the config says: the data and the teachers are compared when they are open. Also
+    where a teacher is a function and there is no recording.
+    """
+    path = recording_of(config)
+    if path is None:
+        return _refuse_functions(config)
+    header = open_recording(path).header
+    differ = header_differences(header, rendered(config))
+    objective = config.objective
+    if header.top_k is not None:
+        if objective.temperature != header.temperature:
+            differ.append(
+                f"objective.temperature: {header.temperature} in the recording of the top "
+                f"{header.top_k}, whose rest is lumped together at it, "
+                f"{objective.temperature} in this run"
+            )
+        if objective.distance != "kl":
+            differ.append(
+                f"objective.distance: {objective.distance}, and a recording of the top "
+                f"{header.top_k} knows kl alone"
+            )
+        if len(header.teachers) > 1 and objective.ensemble != "sum_of_distances":
+            differ.append(
+                f"objective.ensemble: {objective.ensemble} needs all classes of each teacher, and "
+                f"the recording has the top {header.top_k}; use sum_of_distances"
+            )
+    if header.view_version != VIEW_VERSION:
+        differ.append(
+            f"the version of the views: {header.view_version} in the recording, {VIEW_VERSION} now"
+        )
+    if differ:
+        raise UserError(
+            f"the recording in {path} is of another run:\n  "
+            + "\n  ".join(differ)
+            + "\ngive these values, or record this run with `fm-distill record`"
+        )
+
+
+def _refuse_functions(config: Config) -> None:
+    for option, teacher in teachers_of(config):
+        if teacher.function:
+            raise UserError(
+                f"{option}.function is called by `fm-distill record` alone: record it with "
+                "`fm-distill record EXPERIMENT.py --to DIR`, then train with "
+                "--teacher.recording DIR"
+            )
+
+
+def check_recording(config: Config, recording: Recording, reader: Reader, period: int) -> None:
+    """Raises `UserError` where the views of this run are not those that were recorded."""
+    header, path = recording.header, recording.path
+    if (header.data, header.examples) != (reader.source.identity, len(reader)):
+        raise UserError(
+            f"the recording in {path} answered to {header.examples:,} examples of {header.data}, "
+            f"and this run has {len(reader):,} of {reader.source.identity}; use the same data"
+        )
+    golden = (
+        np.array([int(x, 16) for x in y], np.uint64)
+        for y in (header.golden, golden_digests(config))
+    )
+    if not same_views(*golden):
+        raise UserError(
+            f"the views of the recording in {path} were drawn by another version of JAX or of "
+            "fm-distill, which draws others from the same keys; its manifest names the versions"
+        )
+    steps = RecordingReader(recording, period)
+    for step in checked_steps(config, period):
+        found = steps.at(step)
+        sizes = np.stack([reader[int(i)]["size"] for i in found.examples[0]])
+        if not same_views(found.views[0], digests_of_step(config, step, sizes)):
+            raise UserError(
+                f"the views of step {step:,} are not those of the recording in {path}: its images "
+                "or their sizes are others; use the data of the recording, or record these"
+            )
+
+
+def checked_steps(config: Config, period: int) -> list[int]:
+    """The first step of the recording, and others that the seed chooses."""
+    others = np.random.Generator(np.random.Philox(config.seed)).integers(
+        0, period, CHECKED_STEPS - 1
+    )
+    return sorted({0, *map(int, others)})
+
+
+def digests_of_step(
+    config: Config, step: int, sizes: Int32[np.ndarray, "batch 2"]
+) -> UInt64[np.ndarray, " batch"]:
+    """The digests of what the teachers see in `step` of images of these sizes."""
+    law = regime_of(config.objective.target, config.teaching).views
+
+    def drawn(step: Int[jax.Array, ""], sizes: Int32[jax.Array, "batch 2"]) -> Draw:
+        return step_draws(law, run_keys(config.seed).draws, step, sizes, config.views).teacher
+
+    return digests_of_draw(jax.device_get(jax.jit(drawn)(jnp.int32(step), sizes)))
+
+
+def digests_of_draw(draw: Draw) -> UInt64[np.ndarray, "..."]:
+    return view_digests(draw.boxes, draw.flips, draw.coefficients, draw.partners)
+
+
+def golden_digests(config: Config) -> tuple[str, ...]:
+    """Digests of draws from the seed, which another random number generator would not give."""
+    side = 100 + np.arange(GOLDEN_VIEWS)
+    sizes = np.stack([side, side[::-1]], axis=1).astype(np.int32)
+    return tuple(f"{x:016x}" for x in digests_of_step(config, 0, sizes).tolist())
+
+
+def repeated(resolved: ResolvedRun, batch_size: int) -> list[str]:
+    """What to say where the views of a run repeat."""
+    if resolved.period_steps is None:
+        return []
+    epochs = resolved.period_steps * batch_size / resolved.examples
+    passes = resolved.total_steps / resolved.period_steps
+    return [
+        f"the views repeat after {resolved.period_steps:,} steps: each image has about "
+        f"{epochs:.3g} different views, and the run passes {passes:.3g} times over them"
+    ]

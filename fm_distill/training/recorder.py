@@ -1,0 +1,297 @@
+"""The teachers' forward passes over a run's views, and the shards that they fill.
+
+The same order, draws and rendering as in `step.py`, without a student.
+"""
+
+import contextlib
+import dataclasses
+import pathlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Int32, PRNGKeyArray
+
+from fm_distill.config import Config
+from fm_distill.config.regime import ViewLaw, regime_of
+from fm_distill.config.resolved import ResolvedRun
+from fm_distill.data.batch import Batch
+from fm_distill.data.feeding import Reader, TrainingStream, host_batch, read_ahead, send
+from fm_distill.data.resident import Resident, ResidentFeed, ResidentSteps
+from fm_distill.errors import UserError
+from fm_distill.models import Variables
+from fm_distill.networks.branch import (
+    Branch,
+    Views,
+    frozen_teachers,
+    teacher_outputs,
+)
+from fm_distill.networks.functions import answers
+from fm_distill.networks.teachers import Teacher
+from fm_distill.recordings.header import RecordingHeader
+from fm_distill.recordings.manifest import ManifestWriter, Recording
+from fm_distill.recordings.reading import RecordingReader
+from fm_distill.recordings.rows import encode, unseen
+from fm_distill.recordings.shards import RecordedSteps
+from fm_distill.recordings.writing import ShardWriter
+from fm_distill.runs.stored_run import versions
+from fm_distill.system.console import COMPILING, log, steps_progress
+from fm_distill.system.preemption import Stop
+from fm_distill.system.sharding import Layout
+from fm_distill.training.build import build
+from fm_distill.training.dispatch import dispatch_sizes
+from fm_distill.training.memory import in_parts
+from fm_distill.training.recorded import digests_of_draw
+from fm_distill.views.draws import Draw, run_keys, step_draws
+from fm_distill.views.rendering import InputSpec, render
+
+# Images of each device in one forward pass; a batch that has fewer is joined with the next ones.
+PASS_IMAGES = 256
+RESERVE_S = 5.0
+# Mean difference of logits over their mean size, up to which they are the same on another device.
+SAME = 0.02
+
+# `(frozen teachers, resident data, fed, draws_key, first step) -> outputs`; `fed` is a batch, of
+# one step, or `ResidentSteps`.
+RecordProgram = Callable[..., "PassOutputs"]
+Rows = TypeVar("Rows", Array, np.ndarray)
+# For each pass its first step, its examples on the host, and what the program gets.
+Passes = Iterator[tuple[int, Int32[np.ndarray, "steps batch"], Batch | ResidentSteps]]
+
+
+class PassOutputs(NamedTuple):
+    """What the devices return for some steps."""
+
+    # Of the teachers that are networks; None where there is none.
+    logits: Float[Array, "steps batch teachers classes"] | None
+    draws: Draw
+    # What the teachers that are functions see, all steps in one batch.
+    views: Views
+
+
+def make_record_program(
+    config: Config,
+    law: ViewLaw,
+    teachers: tuple[Branch, ...],
+    layout: Layout,
+    shown: tuple[InputSpec, ...] = (),
+) -> RecordProgram:
+    """The compiled outputs of all teachers for some steps, which share one forward pass.
+
+    `shown` is what the teachers want to see that are functions.
+    """
+
+    def program(
+        frozen: tuple[Variables, ...],
+        data: Resident | None,
+        fed: Any,
+        draws_key: PRNGKeyArray,
+        first: Int[Array, ""],
+    ) -> PassOutputs:
+        def outputs(views: Views) -> tuple[Array, ...]:
+            return teacher_outputs(teachers, frozen, views)
+
+        batches = [fed] if data is None else [data.at(ids) for ids in fed.ids]
+        draws, rendered = [], []
+        for i, batch in enumerate(batches):
+            batch = jax.lax.with_sharding_constraint(batch, layout.batch)
+            drawn = step_draws(law, draws_key, first + i, batch.sizes, config.views).teacher
+            draws.append(drawn)
+            specs = {*shown, *(x.input_spec for x in teachers)}
+            rendered.append({x: render(drawn, batch.canvases, x) for x in sorted(specs)})
+        views = jax.tree.map(_joined, *rendered)
+        logits = None
+        if teachers:
+            rows = jnp.stack(in_parts(outputs, config.memory.teacher_parts, views), axis=1)
+            logits = _by_step(rows, len(batches))
+        draws = jax.tree.map(lambda *x: jnp.stack(x), *draws)
+        return PassOutputs(logits, draws, {x: views[x] for x in shown})
+
+    return jax.jit(program, out_shardings=layout.replicated)
+
+
+def _joined(*steps: Array) -> Array:
+    """Batches of several steps as one, so that each device keeps the rows that it has."""
+    return jnp.stack(steps, axis=1).reshape(-1, *steps[0].shape[1:])
+
+
+def _by_step(rows: Rows, steps: int) -> Rows:
+    """The inverse of `_joined`, with steps first."""
+    return rows.reshape(-1, steps, *rows.shape[1:]).swapaxes(0, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorder:
+    """What a session calls for each pass."""
+
+    config: Config
+    resolved: ResolvedRun
+    header: RecordingHeader
+    program: RecordProgram
+    frozen: tuple[Variables, ...]
+    teachers: tuple[Teacher, ...]
+    reader: Reader
+    feed: ResidentFeed | None  # None: streaming
+    layout: Layout
+
+    @classmethod
+    def make(
+        cls,
+        config: Config,
+        resolved: ResolvedRun,
+        teachers: tuple[Teacher, ...],
+        reader: Reader,
+        layout: Layout,
+        header: RecordingHeader,
+    ) -> "Recorder":
+        """Puts the teachers, and resident data, on the devices."""
+        branches = build(config, resolved).teachers
+        frozen = frozen_teachers(
+            branches, tuple(x.variables for x in teachers if x.variables), layout
+        )
+        feed = None
+        if resolved.feeding == "resident":
+            feed = ResidentFeed(
+                reader, config.seed, config.batch_size, layout.replicated, layout.ids
+            )
+        law = regime_of(config.objective.target, config.teaching).views
+        shown = tuple(sorted({InputSpec.of(x.network) for x in teachers if x.function}))
+        program = make_record_program(config, law, branches, layout, shown)
+        return cls(config, resolved, header, program, frozen, teachers, reader, feed, layout)
+
+    def run(
+        self, folder: pathlib.Path, missing: tuple[tuple[int, int], ...], stop: Stop
+    ) -> tuple[str, float | None]:
+        """Records the ranges. Returns why it stopped before their end, and the hours left.
+
+        Raises `UserError` where the disk does not take a shard; those before it stay.
+        """
+        count = sum(b - a for a, b in missing)
+        log(f"{COMPILING}; then the steps begin")
+        session = {"versions": versions(), "devices": [str(x.device_kind) for x in jax.devices()]}
+        began, done, reason = 0.0, 0, ""
+        hidden: list[tuple[float, float]] = []
+        with (
+            contextlib.closing(steps_progress(self.config.name, count, 0, True)) as bar,
+            contextlib.closing(ManifestWriter(folder, self.header, session)) as manifest,
+        ):
+            writer = ShardWriter(folder, manifest, self.header, stop)
+            for first, last in missing:
+                late = None
+                for step, examples, fed in self._passes(first, last):
+                    if reason := stop.reason(RESERVE_S) or "":
+                        break
+                    outputs = self._outputs(step, fed)
+                    # The host encodes a pass while the devices compute the next one.
+                    if late is not None:
+                        writer.add(late[0], self._encoded(*late, hidden))
+                        bar.update(len(late[1]))
+                    late = step, examples, outputs
+                    done += len(examples)
+                    began = began or time.monotonic()
+                    stop.progressed()
+                if late is not None:
+                    writer.add(late[0], self._encoded(*late, hidden))
+                writer.close()
+                if reason:
+                    break
+        pace_s = (time.monotonic() - began) / done if done else None
+        if pace_s:
+            rate = self.config.batch_size / pace_s
+            log(f"recorded {done:,} steps at {rate:,.0f} images a second; {self._kept(hidden)}")
+        return reason, None if pace_s is None else (count - done) * pace_s / 3600
+
+    def check(self, before: Recording) -> None:
+        """Raises `UserError` where the teachers do not answer as when `before` was recorded."""
+        if not before.shards:
+            return
+        step = before.shards[-1].stop - 1
+        _, examples, fed = next(iter(self._passes(step, step + 1)))
+        outputs = self._outputs(step, fed)
+        now = self._encoded(step, examples, outputs, []).rows
+        recorded = RecordingReader(before, step + 1).at(step).rows
+        a, b = (np.asarray(x.values, np.float32) for x in (recorded, now))
+        difference = float(np.abs(a - b).mean() / np.abs(a).mean())
+        if difference > SAME:
+            raise UserError(
+                f"the teachers answer otherwise than when {before.path} was recorded: in step "
+                f"{step:,} the logits differ by {difference:.1%} of their size; use the same "
+                "weights, or another --to"
+            )
+
+    def _outputs(self, step: int, fed: Batch | ResidentSteps) -> PassOutputs:
+        data = self.feed.data if self.feed else None
+        key = run_keys(self.config.seed).draws
+        return self.program(self.frozen, data, fed, key, jnp.int32(step))
+
+    def _encoded(
+        self,
+        step: int,
+        examples: Int32[np.ndarray, "steps batch"],
+        outputs: PassOutputs,
+        hidden: list[tuple[float, float]],
+    ) -> RecordedSteps:
+        """What is stored of a pass; adds to `hidden` what a top-K recording does not know."""
+        logits = self._logits(outputs, len(examples))
+        if not np.isfinite(logits).all():
+            raise UserError(
+                f"the teacher's outputs for step {step:,} are not finite numbers: are its weights "
+                "and input_range right, and does --precision float32 help?"
+            )
+        header, temperature = self.header, self.header.temperature or 1.0
+        if header.top_k is not None:
+            hidden.append(unseen(logits, header.top_k, temperature))
+        rows = encode(logits, header.dtype, header.top_k, temperature)
+        return RecordedSteps(rows, examples, digests_of_draw(jax.device_get(outputs.draws)))
+
+    def _logits(
+        self, outputs: PassOutputs, steps: int
+    ) -> Float[np.ndarray, "steps batch teachers classes"]:
+        """Of networks and functions, in the order of the teachers."""
+        of_networks = jax.device_get(outputs.logits)
+        columns = iter(() if of_networks is None else np.moveaxis(of_networks, 2, 0))
+        found = []
+        for teacher in self.teachers:
+            if teacher.function is None:
+                found.append(next(columns))
+                continue
+            images = np.asarray(outputs.views[InputSpec.of(teacher.network)])
+            rows = answers(teacher.function, images, teacher.notes[0], self.header.classes)
+            found.append(_by_step(rows, steps))
+        return np.stack(found, axis=2)
+
+    def _kept(self, hidden: list[tuple[float, float]]) -> str:
+        header = self.header
+        if header.top_k is None:
+            return f"all {header.classes:,} classes in {header.dtype}"
+        mass, nats = np.mean(hidden, axis=0)
+        return (
+            f"the top {header.top_k} of {header.classes:,} classes at temperature "
+            f"{header.temperature:g}: the rest has {mass:.2%} of the probability, and the KL "
+            f"misses {nats:.2g} nats of a student that spreads it evenly"
+        )
+
+    def _passes(self, first: int, last: int) -> Passes:
+        if self.feed is None:
+            yield from self._streamed(first, last)
+            return
+        devices = self.layout.mesh.size
+        most = max(1, PASS_IMAGES * devices // self.config.batch_size)
+        size = min(self.resolved.steps_per_dispatch, most)
+        step = first
+        for steps in dispatch_sizes(first, last, size):
+            ids = self.feed.ids(np.arange(step, step + steps))
+            yield step, ids, ResidentSteps(send(ids, self.layout.ids, 1))
+            step += steps
+
+    def _streamed(self, first: int, last: int) -> Passes:
+        size = self.config.batch_size
+        stream = TrainingStream(self.reader, self.config.seed, last, size, 0, size)
+        dataset = grain.MapDataset.source(stream)[first * size :].batch(size)
+        for step, item in enumerate(read_ahead(dataset, self.reader.config.workers), first):
+            batch = jax.tree.map(lambda x: send(x, self.layout.batch, 0), host_batch(item))
+            yield step, item["example"][None].astype(np.int32), batch
