@@ -1,6 +1,7 @@
 """The draw against TensorFlow's own sampler, the renderer against a float64 reference."""
 
 import dataclasses
+import functools
 import pathlib
 
 import jax
@@ -13,7 +14,14 @@ from fm_distill.data.images import decode, on_canvas, shrink
 from fm_distill.system.sharding import make_layout
 from fm_distill.views.crops import CROPS
 from fm_distill.views.draws import Draw, draw, mix
-from fm_distill.views.rendering import InputSpec, render, render_central
+from fm_distill.views.rendering import (
+    InputSpec,
+    _gathered,
+    _multiplied,
+    _sample,
+    render,
+    render_central,
+)
 
 # Quantiles 20, 40, 60 and 80 % of 20,000 draws of tf.image.sample_distorted_bounding_box
 # (area 0.05-1, aspect 0.75-1.33), for images of (height, width): area share, aspect, and
@@ -148,6 +156,47 @@ def test_central_view_lies_where_the_released_one_does(name, canvas_size):
     """Smooth images on a canvas that shrinks them, and on one that does not, against `area`."""
     difference = np.abs(central_view(name, canvas_size) - CENTRAL_VIEWS[name])
     assert difference.mean() < 4  # grey levels; 18 with half a pixel between them
+
+
+@pytest.mark.parametrize("resolution", [5, 24, 40])
+def test_both_ways_of_sampling_agree(resolution):
+    """Matrix products, as on accelerators, and gathering, as on a CPU; at all edges of a canvas."""
+    rng = np.random.Generator(np.random.Philox(8))
+    side, batch = 30, 64
+    canvases = rng.integers(0, 256, (batch, side, side, 3), dtype=np.uint8)
+    start = rng.uniform(0, 20, (batch, 2)).astype(np.float32)
+    length = rng.uniform(0.5, 1, (batch, 2)).astype(np.float32) * (side - start)
+    start[:8], length[:8] = 0, side  # the whole canvas
+    start[8:16] = np.floor(start[8:16])
+    boxes = np.concatenate([start, length], axis=1)
+    low, high = start, start + length - 1
+    low[16:24], high[16:24] = 0, side - 1  # clamped to the image alone, as in evaluation
+    flips = rng.random(batch) < 0.5
+    one, other = (
+        jax.jit(functools.partial(x, resolution))(canvases, boxes, low, high, flips)
+        for x in (_gathered, _multiplied)
+    )
+    np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+def test_gathering_stays_on_its_device():
+    layout = make_layout(MeshConfig())
+    shapes = [(16, 30, 30, 3), (16, 4), (16, 2), (16, 2), (16,)]
+    dtypes = ["uint8", "float32", "float32", "float32", "bool"]
+    arguments = map(jax.ShapeDtypeStruct, shapes, dtypes)
+    sampling = jax.jit(functools.partial(_gathered, 8), in_shardings=layout.batch)
+    assert "all-" not in sampling.lower(*arguments).compile().as_text()
+
+
+def test_accelerators_multiply_and_a_cpu_gathers():
+    sampling = jax.jit(lambda *x: _sample(*x, 8))
+    shapes = [(2, 9, 9, 3), (2, 4), (2, 2), (2, 2), (2,)]
+    dtypes = ["uint8", "float32", "float32", "float32", "bool"]
+    traced = sampling.trace(*map(jax.ShapeDtypeStruct, shapes, dtypes))
+    for platform, gathers in (("tpu", False), ("cuda", False), ("cpu", True)):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert ("stablehlo.gather" in text) == gathers
+        assert ("stablehlo.dot_general" in text) != gathers
 
 
 def test_what_lies_beside_an_image_on_its_canvas_is_never_seen():

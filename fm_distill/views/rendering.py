@@ -1,6 +1,7 @@
 """From canvases to network inputs: crop, resize, flip, normalise, mix."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -84,12 +85,33 @@ def _sample(
 ) -> Pictures:
     """Bilinear sampling of `boxes`, clamped to pixels `low` to `high`, in uint8's scale.
 
-    Half-pixel centres and no antialiasing, as in the released recipe (TensorFlow's resize). It is
-    separable, so it is two matrix products a picture, which is what accelerators are good at.
+    Half-pixel centres and no antialiasing, as in the released recipe (TensorFlow's resize). On
+    accelerators it is two matrix products a picture, which is what they are good at; on a CPU the
+    four neighbours of each pixel are gathered, which takes a tenth of the time. The two differ by
+    rounding, less than 1e-4 grey levels.
     """
-    side = canvases.shape[1]
-    rows = _weights(boxes[:, 0], boxes[:, 2], low[:, 0], high[:, 0], resolution, side)
-    columns = _weights(boxes[:, 1], boxes[:, 3], low[:, 1], high[:, 1], resolution, side)
+    return jax.lax.platform_dependent(
+        canvases,
+        boxes,
+        low,
+        high,
+        flips,
+        cpu=functools.partial(_gathered, resolution),
+        default=functools.partial(_multiplied, resolution),
+    )
+
+
+def _multiplied(
+    resolution: int,
+    canvases: Canvases,
+    boxes: Boxes,
+    low: Float[Array, "batch 2"],
+    high: Float[Array, "batch 2"],
+    flips: Bool[Array, " batch"],
+) -> Pictures:
+    pixel = jnp.arange(canvases.shape[1], dtype=jnp.float32)
+    rows = _weights(_places(0, resolution, boxes, low, high)[..., None], pixel)
+    columns = _weights(_places(1, resolution, boxes, low, high)[..., None], pixel)
     columns = jnp.where(flips[:, None, None], columns[:, ::-1], columns)
     # In bfloat16, a TPU's default, the two weights of a pixel would not add up to 1.
     precision = jax.lax.Precision.HIGHEST
@@ -98,17 +120,51 @@ def _sample(
     return jnp.einsum("nqw,nrwc->nrqc", columns, pixels, precision=precision)
 
 
-def _weights(
-    start: Float[Array, " batch"],
-    length: Float[Array, " batch"],
-    low: Float[Array, " batch"],
-    high: Float[Array, " batch"],
+def _gathered(
     resolution: int,
-    side: int,
-) -> Float[Array, "batch resolution side"]:
-    """Weight of each canvas row (or column) in each row (or column) of the picture."""
+    canvases: Canvases,
+    boxes: Boxes,
+    low: Float[Array, "batch 2"],
+    high: Float[Array, "batch 2"],
+    flips: Bool[Array, " batch"],
+) -> Pictures:
+    last = canvases.shape[1] - 1
+    rows = _places(0, resolution, boxes, low, high)
+    columns = _places(1, resolution, boxes, low, high)
+    columns = jnp.where(flips[:, None], columns[:, ::-1], columns)
+
+    @jax.vmap
+    def picture(canvas: Array, row: Array, column: Array) -> Array:
+        above, left = jnp.floor(row), jnp.floor(column)
+
+        def at(y: Array, x: Array) -> Array:
+            # Beside the last pixel lies one of weight 0.
+            y, x = (jnp.minimum(i.astype(jnp.int32), last) for i in (y, x))
+            return canvas[y[:, None], x[None, :]].astype(jnp.float32)
+
+        def mixed_rows(x: Array) -> Array:
+            upper, lower = (_weights(row, above + i)[:, None, None] for i in (0, 1))
+            return upper * at(above, x) + lower * at(above + 1, x)
+
+        near, far = (_weights(column, left + i)[None, :, None] for i in (0, 1))
+        return near * mixed_rows(left) + far * mixed_rows(left + 1)
+
+    return picture(canvases, rows, columns)
+
+
+def _places(
+    axis: int,
+    resolution: int,
+    boxes: Boxes,
+    low: Float[Array, "batch 2"],
+    high: Float[Array, "batch 2"],
+) -> Float[Array, "batch resolution"]:
+    """Where on the canvas each row (or column) of the picture lies."""
     centres = (jnp.arange(resolution, dtype=jnp.float32) + 0.5) / resolution
-    at = start[:, None] + centres * length[:, None] - 0.5
-    at = jnp.clip(at, low[:, None], high[:, None])
-    pixel = jnp.arange(side, dtype=jnp.float32)
-    return jnp.maximum(1 - jnp.abs(at[:, :, None] - pixel), 0)
+    at = boxes[:, axis, None] + centres * boxes[:, 2 + axis, None] - 0.5
+    return jnp.clip(at, low[:, axis, None], high[:, axis, None])
+
+
+def _weights(at: Float[Array, "..."], pixel: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The weight of a row (or column) of the canvas at a place between rows."""
+    return jnp.maximum(1 - jnp.abs(at - pixel), 0)
