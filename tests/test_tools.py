@@ -118,3 +118,27 @@ def test_what_cannot_be_compared_bit_for_bit_is_refused(tmp_path):
         with pytest.raises(UserError, match=said):
             same_bits(list(map(str, pair)))
     assert run_tool("same_bits.py", tmp_path, tmp_path).returncode == 2
+
+
+def test_figures_of_runs_are_collected_and_shown(trained, tmp_path):
+    out = tmp_path / "figures.json"
+    for _ in range(2):  # a run of the same name is replaced
+        done = run_tool("patience.py", "collect", out, trained / "run")
+        assert done.returncode == 0, done.stderr
+    (row,) = json.loads(out.read_text())
+    figures = json.loads((trained / "run" / "evaluation.json").read_text())
+    assert row["teaching"] == "function_matching"
+    assert row["student_top1"] == figures["student"]["top1"]
+    assert row["teacher_top1"] == figures["teacher"]["top1"]
+    assert (row["agreement"], row["kl"]) == (figures["agreement"]["top1"], figures["kl"]["one"])
+    assert row["epochs"] == round(6 * 16 / 1259, 1)
+    assert row["recorded_epochs"] is None
+    out.write_text(json.dumps([row | {"seed": i, "student_top1": i / 10} for i in (1, 3)]))
+    line = run_tool("patience.py", "table", out).stdout.splitlines()[-1]
+    assert line.startswith("| function matching | 0 | 0 | 2 | 20.0 (10.0 to 30.0) |")
+    drawn = run_tool("patience.py", "plot", out, tmp_path / "one.png")
+    assert drawn.returncode == 0, drawn.stderr
+    picture = Image.open(tmp_path / "one.png").convert("RGB")
+    assert sum(max(pixel) - min(pixel) > 60 for pixel in picture.getdata()) > 20
+    wrong = run_tool("patience.py", "collect", out, tmp_path)
+    assert wrong.returncode == 1 and "is not the workdir of a run" in wrong.stderr

@@ -1,0 +1,188 @@
+"""The figures of finished runs as one JSON file, and the table and the picture made from it.
+
+    python tools/patience.py collect experiments/results/flowers102_patience.json runs/a runs/b ...
+    python tools/patience.py table experiments/results/flowers102_patience.json
+    python tools/patience.py plot experiments/results/flowers102_patience.json patience.png
+
+`collect` reads `config.json` and `evaluation.json` of each workdir and adds to what the file has; a
+run of the same name is replaced. `plot` needs matplotlib: pip install -e '.[plots]'.
+"""
+
+import json
+import pathlib
+import statistics
+import sys
+from typing import Any
+
+from fm_distill.config import ViewConfig
+from fm_distill.errors import UserError
+from fm_distill.recordings.header import drawn_views
+from fm_distill.runs.stored_run import StoredRun
+from fm_distill.runs.workdir import Workdir
+
+# Teaching -> what a reader is told.
+NAMES = {
+    "function_matching": "function matching",
+    "consistent": "the same view, no mixup",
+    "independent": "each its own view",
+    "fixed": "the teacher's central view",
+    "labels": "labels, their own crops",
+    "labels_same_views": "labels, the same views",
+}
+
+
+def teaching_of(stored: StoredRun) -> str:
+    """A key of `NAMES`."""
+    config = stored.config
+    if config.objective.target != "labels":
+        return config.teaching
+    same = drawn_views(config.views) == drawn_views(ViewConfig())
+    return "labels_same_views" if same else "labels"
+
+
+def row_of(path: str) -> dict[str, Any]:
+    """The figures of the complete run in a workdir. Raises `UserError`."""
+    workdir = Workdir(path)
+    stored, figures = workdir.stored(), workdir.read_evaluation()
+    if figures is None:
+        raise UserError(f"{path} has no evaluation.json: the run is not complete")
+    config, resolved = stored.config, stored.resolved
+
+    def epochs(steps: int) -> float:
+        return round(steps * config.batch_size / resolved.examples, 1)
+
+    recorded = None
+    if resolved.recording is not None or resolved.period_steps is not None:
+        recorded = epochs(resolved.period_steps or resolved.total_steps)
+    seed = config.seed if config.student.seed is None else config.student.seed
+    return {
+        "name": pathlib.Path(path).resolve().name,
+        "teaching": teaching_of(stored),
+        "epochs": epochs(resolved.total_steps),
+        "seed": seed,
+        "split": figures["split"],
+        "student_top1": figures["student"]["top1"],
+        "teacher_top1": figures["teacher"]["top1"],
+        "agreement": figures["agreement"]["top1"],
+        "kl": figures["kl"]["one"],
+        "recorded_epochs": recorded,
+        "student": f"{resolved.student.model} at {resolved.student.resolution}",
+        "temperature": config.objective.temperature,
+        "learning_rate": config.optimizer.learning_rate,
+        "crop_area": config.views.crop_area,
+        "commit": stored.commit,
+    }
+
+
+def collect(out: str, workdirs: list[str]) -> None:
+    path = pathlib.Path(out)
+    rows = {x["name"]: x for x in read(out)} if path.exists() else {}
+    rows |= {x["name"]: x for x in map(row_of, workdirs)}
+    ordered = sorted(rows.values(), key=lambda x: (x["teaching"], x["epochs"], x["name"]))
+    path.write_text("[\n" + ",\n".join(json.dumps(x) for x in ordered) + "\n]\n")
+
+
+def read(path: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads(pathlib.Path(path).read_text())
+    return rows
+
+
+Group = tuple[str, float, float | None]
+
+
+def groups(rows: list[dict[str, Any]]) -> dict[Group, list[dict[str, Any]]]:
+    """Rows that differ by their seed alone."""
+    found: dict[Group, list[dict[str, Any]]] = {}
+    for row in rows:
+        key = row["teaching"], row["epochs"], row["recorded_epochs"]
+        found.setdefault(key, []).append(row)
+    order = list(NAMES)
+    return dict(sorted(found.items(), key=lambda x: (order.index(x[0][0]), x[0][1], x[0][2] or 0)))
+
+
+def table(path: str) -> str:
+    """Markdown: mean, and the range over the seeds where there are several."""
+    lines = [
+        "| learns from | epochs | different views of an image | seeds | test top-1, % | "
+        "of the teacher's, % | agreement, % | KL at T=1, nats |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for (teaching, epochs, recorded), rows in groups(read(path)).items():
+        views = epochs if recorded is None else recorded
+        kept = [x["student_top1"] / x["teacher_top1"] for x in rows if x["teacher_top1"]]
+        cells = [
+            NAMES[teaching],
+            f"{epochs:,.0f}",
+            f"{views:,.0f}",
+            str(len(rows)),
+            _cell([100 * x["student_top1"] for x in rows], 1),
+            _cell([100 * x for x in kept], 1),
+            _cell([100 * x["agreement"] for x in rows if x["agreement"] is not None], 1),
+            _cell([x["kl"] for x in rows if x["kl"] is not None], 3),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(values: list[float], digits: int) -> str:
+    if not values:
+        return ""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def plot(path: str, out: str) -> None:
+    """Test accuracy over epochs, one line a teaching, with the range over the seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = read(path)
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    for teaching, name in NAMES.items():
+        # A recording shorter than the run is another question: see the table.
+        own = [
+            (epochs, [100 * x["student_top1"] for x in found])
+            for (kind, epochs, recorded), found in groups(rows).items()
+            if kind == teaching and (recorded is None or recorded >= min(epochs, 300))
+        ]
+        if not own:
+            continue
+        epochs = [x for x, _ in own]
+        (line,) = axes.plot(
+            epochs, [statistics.mean(x) for _, x in own], marker="o", label=name
+        )  # fmt: skip
+        axes.fill_between(
+            epochs, [min(x) for _, x in own], [max(x) for _, x in own],
+            alpha=0.2, color=line.get_color(), linewidth=0,
+        )  # fmt: skip
+    if teachers := [100 * x["teacher_top1"] for x in rows if x["teacher_top1"]]:
+        axes.axhline(statistics.mean(teachers), linestyle="--", color="grey", label="the teacher")
+    axes.set_xscale("log")
+    axes.set_xlabel("epochs")
+    axes.set_ylabel("test top-1, %")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(out, dpi=130)
+
+
+def main(arguments: list[str]) -> None:
+    match arguments:
+        case ["collect", out, *workdirs] if workdirs:
+            collect(out, workdirs)
+        case ["table", path]:
+            print(table(path))
+        case ["plot", path, out]:
+            plot(path, out)
+        case _:
+            raise SystemExit(f"{__doc__}\ngot {arguments}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        raise SystemExit(str(error)) from None
