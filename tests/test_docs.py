@@ -32,6 +32,7 @@ ONLY_PARSED = {
     "plan_table.py": "takes the TPU compiler minutes",
     "--over seed=0,1,2": "is six runs; the start page has a shorter one",
     "--workdir runs/digits_teacher": "is what the first command trains before its student",
+    "my_parts.py:Small": "is on the page itself; tests/test_own_parts.py trains one like it",
     "--max-hours 8.5": "is the first command but for its hours",
 }
 
@@ -110,7 +111,15 @@ def shell(command: str, place) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("line", RUN)
+# Each takes a minute and more, and its parts have tests of their own.
+LONG = ("experiments/own_images.py", "fm-distill sweep", "fm-distill plan")
+
+
+def marked(line):
+    return pytest.param(line, marks=pytest.mark.slow) if any(x in line for x in LONG) else line
+
+
+@pytest.mark.parametrize("line", map(marked, RUN))
 def test_command_runs(line, place):
     run(line, place)
 

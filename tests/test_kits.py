@@ -151,6 +151,7 @@ def test_kaggle_in_two_sessions(experiment, tmp_path):
     assert pictures == 8 and (work / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_colab_in_two_runtimes(experiment, tmp_path):
     """The first ends after a stretch; the second has nothing but the copy, and two stretches."""
     work, place, out = tmp_path / "content", tmp_path / "drive", tmp_path / "digits.ipynb"

@@ -60,7 +60,10 @@ class DataConfig:
     """The data set with its splits, and how it reaches the devices."""
 
     source: str
-    """Where the images come from: `tfds`, `class_folders`, `images` (no labels) or `digits`."""
+    (
+        "Where the images come from: `tfds`, `class_folders`, `images` (no labels) or `digits`; or "
+        "one's own source as FILE.py:NAME."
+    )
     name: str = ""
     """Name of the TFDS data set, e.g. `oxford_flowers102`; unused by the other sources."""
     data_dir: str = ""
@@ -102,7 +105,10 @@ class ViewConfig:
     """What is drawn for each image of each step, and the central view of evaluation."""
 
     crop: str = "tensorflow"
-    """Law of the random crop: `tensorflow` (Inception's), `torchvision` or `whole`."""
+    (
+        "Law of the random crop: `tensorflow` (Inception's), `torchvision` or `whole`; or one's "
+        "own as FILE.py:NAME."
+    )
     crop_area: tuple[float, float] = (0.05, 1.0)
     """Smallest and largest share of the image's area that a crop covers."""
     crop_aspect: tuple[float, float] = (0.75, 1.33)

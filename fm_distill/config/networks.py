@@ -21,7 +21,7 @@ class NetworkConfig:
         "`efficientnet_lite0`, `efficientnet_lite1`, `efficientnet_lite2`, `efficientnet_lite3`, "
         "`efficientnet_lite4`, `mobilenet_v3_large`, `mobilenet_v3_small`, "
         "`mobilenet_v3_large_gn`, `mobilenet_v3_small_gn` or `resnet50v2`; of a teacher that is a "
-        "function, `function`."
+        "function, `function`; or a network of one's own, as FILE.py:NAME or package.module:name."
     )
     resolution: PositiveInt
     """Height and width of the network's input in pixels."""

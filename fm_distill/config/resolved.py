@@ -21,6 +21,7 @@ IDENTITY = (
     "teachers",
     "teacher_weights",
     "recording",
+    "code",
 )
 
 
@@ -58,6 +59,15 @@ class WeightFacts:
     recording: RecordingFacts | None = None
 
 
+def _same(mine: Any, other: Any) -> bool:
+    """Equal, wherever a network of one's own lies: `code` knows what its file says."""
+    if isinstance(mine, dict) and isinstance(other, dict) and "model" in mine:
+        mine, other = ({**x, "model": x["model"].rpartition("/")[2]} for x in (mine, other))
+    if isinstance(mine, list | tuple) and isinstance(other, list | tuple):
+        return len(mine) == len(other) and all(map(_same, mine, other))
+    return bool(mine == other)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ResolvedRun:
     """What follows from a config, its data, its weights and the devices."""
@@ -83,6 +93,8 @@ class ResolvedRun:
     recording: str | None = None
     # Steps after which order and views repeat; None: not in this run.
     period_steps: int | None = None
+    # SHA-256 of the files of parts of one's own, the student's network first.
+    code: tuple[str, ...] = ()
 
     def differences(self, other: "ResolvedRun") -> list[str]:
         """One line for each field of `IDENTITY` in which `other` is not the same run."""
@@ -90,7 +102,7 @@ class ResolvedRun:
         lines = [
             f"{name}: {mine[name]} in the workdir, {others[name]} now (its contents, not its place)"
             for name in IDENTITY
-            if mine[name] != others[name]
+            if not _same(mine[name], others[name])
         ]
         # A longer schedule may begin to repeat behind the end of the shorter one.
         before = self.period_steps or self.total_steps

@@ -17,8 +17,8 @@ class ObjectiveConfig:
     )
     distance: str = "kl"
     (
-        "Distance to the teacher's output: `kl`, `l2`, `euclidean` or `hard`; with labels it is "
-        "the cross-entropy."
+        "Distance to the teacher's output: `kl`, `l2`, `euclidean` or `hard`, or one's own as "
+        "FILE.py:NAME; with labels it is the cross-entropy."
     )
     temperature: Positive = 1.0
     """Temperature that divides the logits of both networks."""
@@ -39,7 +39,7 @@ class OptimizerConfig:
     """Clipping, Adam or SGD, and decoupled weight decay."""
 
     name: str = "adam"
-    """The optimizer: `adam` or `sgd`."""
+    """The optimizer: `adam` or `sgd`, or one's own as FILE.py:NAME."""
     learning_rate: Positive
     """The learning rate at its peak, after the warm-up; `--lr` for short."""
     head_learning_rate: Positive | None = None

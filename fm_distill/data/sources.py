@@ -11,6 +11,7 @@ import numpy as np
 
 from fm_distill.config import DataConfig
 from fm_distill.errors import UserError
+from fm_distill.system.references import entry
 
 UNLABELLED = -1
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
@@ -255,7 +256,7 @@ SOURCES: dict[str, Callable[[DataConfig, str], Source]] = {
 
 def open_source(config: DataConfig, name: str) -> Source:
     """The split of the data set that it calls `name`. Raises `UserError`."""
-    source = SOURCES[config.source](config, name)
+    source = entry(SOURCES, config.source, "data.source")(config, name)
     if len(source) == 0:
         raise UserError(f"{source.identity} is empty")
     if config.classes and source.classes and source.classes != config.classes:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from fm_distill.errors import UserError
-from fm_distill.models import MODELS
+from fm_distill.models import model_of
 from fm_distill.runs.open_run import open_run
 from fm_distill.system.files import replacing
 from fm_distill.views.rendering import INPUT_RANGES
@@ -92,5 +92,5 @@ def _for_timm(card: Card) -> dict[str, str]:
         "std": json.dumps(card.std),
         "format": "pt",
     }
-    architecture = MODELS[card.model].timm
+    architecture = model_of(card.model).timm
     return said | ({"architecture": architecture} if architecture else {})

@@ -1,4 +1,4 @@
-"""The networks, behind one contract; the only room that imports Flax. Imports `config`.
+"""The networks, behind one contract; the only room that imports Flax. Imports `config`, `system`.
 
 A `Network` is a bundle of pure functions, called by `step.py` and `evaluate.py`:
 
@@ -8,7 +8,7 @@ A `Network` is a bundle of pure functions, called by `step.py` and `evaluate.py`
     apply_frozen(frozen, images, features=)  -> Output, in evaluation mode
 
 To add a model: a file with a function `(NetworkConfig, classes, dtype) -> Network` and a line in
-`MODELS`; the tests run over the table.
+`MODELS`; the tests run over the table. Without touching this package: `own.py`.
 """
 
 import dataclasses
@@ -29,6 +29,7 @@ from fm_distill.models.contract import (
     Variables,
     parameter_count,
 )
+from fm_distill.models.own import is_own, own_builder, own_code
 
 __all__ = [
     "CONVOLUTION",
@@ -40,6 +41,9 @@ __all__ = [
     "Variables",
     "build_network",
     "check_network",
+    "is_own",
+    "model_of",
+    "own_code",
     "parameter_count",
     "resolve",
 ]
@@ -78,10 +82,15 @@ MODELS: dict[str, Model] = {
 }
 
 
+def model_of(name: str) -> Model:
+    """The line of `MODELS`, or the code that `name` stands for. Raises `UserError`."""
+    return Model(own_builder(name), "minus_one_one") if is_own(name) else MODELS[name]
+
+
 def resolve(config: NetworkConfig) -> NetworkConfig:
     """`config` with the model's own values where it is `auto`, as for a network from scratch."""
     if config.input_range == "auto":
-        config = dataclasses.replace(config, input_range=MODELS[config.model].input_range)
+        config = dataclasses.replace(config, input_range=model_of(config.model).input_range)
     if config.groups == "auto":
         config = dataclasses.replace(config, groups=bit.fitting_groups(config))
     if config.root_pool_padding == "auto":
@@ -94,7 +103,7 @@ def build_network(config: NetworkConfig, classes: int, dtype: jnp.dtype) -> Netw
 
     Raises `ValueError` where the fields of `config` do not describe a network.
     """
-    return MODELS[config.model].build(resolve(config), classes, dtype)
+    return model_of(config.model).build(resolve(config), classes, dtype)
 
 
 def check_network(config: NetworkConfig) -> None:

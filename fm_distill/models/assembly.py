@@ -28,7 +28,8 @@ def make_network(
     def init(key: PRNGKeyArray) -> Variables:
         images = jnp.zeros((1, config.resolution, config.resolution, 3), jnp.float32)
         tree = module.init(key, images, train=False)
-        return Variables(tree["params"], tree.get("batch_stats", {}))
+        # A network of one's own may have no parameters.
+        return Variables(tree.get("params", {}), tree.get("batch_stats", {}))
 
     def apply(
         variables: Variables, images: Images, *, train: bool, features: tuple[str, ...] = ()

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from fm_distill.config import ObjectiveConfig
 from fm_distill.objectives.distances import DISTANCES, Logits, PerExample, cross_entropy
+from fm_distill.system.references import entry
 
 
 @jax.tree_util.register_dataclass
@@ -47,7 +48,8 @@ def make_terms(objective: ObjectiveConfig) -> tuple[Term, ...]:
     """
     if objective.target == "labels":
         return (Term("cross_entropy", 1.0, _to_labels),)
-    distance, temperature = DISTANCES[objective.distance], objective.temperature
+    distance = entry(DISTANCES, objective.distance, "objective.distance")
+    temperature = objective.temperature
 
     def to_teachers(logits: Logits, targets: Targets) -> PerExample:
         students = student_columns(logits, targets, temperature)

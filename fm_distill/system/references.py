@@ -5,9 +5,13 @@ import importlib
 import importlib.util
 import pathlib
 import sys
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
 
+from fm_distill.config.choices import not_a_choice
 from fm_distill.errors import UserError
+
+Entry = TypeVar("Entry")
 
 
 class Referenced(NamedTuple):
@@ -47,11 +51,41 @@ def load_reference(reference: str, option: str) -> Referenced:
     return Referenced(names[name], path, sha256)
 
 
+def is_reference(name: str) -> bool:
+    """Whether this names code rather than a line of a table."""
+    return ":" in name
+
+
+def entry(table: Mapping[str, Entry], name: str, option: str) -> Entry:
+    """The line `name` of a table, or the function that it refers to. Raises `UserError`."""
+    if not is_reference(name):
+        return table[name]
+    value: Entry = load_reference(name, option).value
+    if not callable(value):
+        raise UserError(f"{option}={name} is a {type(value).__name__}; expected a function")
+    return value
+
+
+def not_an_entry(table: Mapping[str, Any], name: str, option: str) -> Iterator[str]:
+    """A sentence where `name` is neither a line of the table nor a function."""
+    if not is_reference(name):
+        yield from not_a_choice(option, name, table)
+        return
+    try:
+        entry(table, name, option)
+    except UserError as error:
+        yield str(error)
+
+
 def _file(place: str) -> Any:
     path = pathlib.Path(place)
     if not path.is_file():
         raise UserError(f"there is no file {place}; give the path of a .py file")
-    name = f"fm_distill_reference_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}"
+    # A file is run once, unless it was changed.
+    contents = str(path.resolve()).encode() + path.read_bytes()
+    name = f"fm_distill_reference_{hashlib.sha256(contents).hexdigest()[:16]}"
+    if name in sys.modules:
+        return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -12,9 +12,10 @@ from fm_distill.config.networks import FUNCTION
 from fm_distill.config.teachers import recording_of, teachers_of
 from fm_distill.data.sources import SOURCES
 from fm_distill.errors import UserError
-from fm_distill.models import MODELS, check_network
+from fm_distill.models import MODELS, check_network, is_own
 from fm_distill.objectives.distances import DISTANCES
 from fm_distill.runs.metric_table import RANKED
+from fm_distill.system.references import not_an_entry
 from fm_distill.training.memory import REMATERIALISE
 from fm_distill.training.optim import OPTIMIZERS
 from fm_distill.views.crops import CROPS
@@ -32,12 +33,12 @@ def check(config: Config) -> None:
 def problems(config: Config) -> Iterator[str]:
     """A sentence for each thing that is wrong, with what to change."""
     yield from out_of_bounds(config)
-    yield from not_a_choice("data.source", config.data.source, SOURCES)
+    yield from not_an_entry(SOURCES, config.data.source, "data.source")
     for i, part in enumerate(config.data.transfer):
-        yield from not_a_choice(f"data.transfer.{i}.source", part.source, SOURCES)
-    yield from not_a_choice("views.crop", config.views.crop, CROPS)
-    yield from not_a_choice("objective.distance", config.objective.distance, DISTANCES)
-    yield from not_a_choice("optimizer.name", config.optimizer.name, OPTIMIZERS)
+        yield from not_an_entry(SOURCES, part.source, f"data.transfer.{i}.source")
+    yield from not_an_entry(CROPS, config.views.crop, "views.crop")
+    yield from not_an_entry(DISTANCES, config.objective.distance, "objective.distance")
+    yield from not_an_entry(OPTIMIZERS, config.optimizer.name, "optimizer.name")
     yield from not_a_choice("memory.rematerialise", config.memory.rematerialise, REMATERIALISE)
     yield from _wrong_network("student", config.student)
     yield from _wrong_teachers(config)
@@ -60,12 +61,13 @@ def problems(config: Config) -> Iterator[str]:
 
 
 def _wrong_network(option: str, network: NetworkConfig) -> Iterator[str]:
-    unknown = list(not_a_choice(f"{option}.model", network.model, MODELS))
+    own = is_own(network.model)
+    unknown = [] if own else list(not_a_choice(f"{option}.model", network.model, MODELS))
     yield from unknown
     if not unknown and not any(out_of_bounds(network)):
         try:
             check_network(network)
-        except ValueError as error:
+        except (ValueError, UserError) as error:
             yield f"{option}: {error}"
 
 

@@ -7,11 +7,16 @@ import re
 import runpy
 
 from fm_distill.config import Config, TeacherConfig
-from fm_distill.config.serialization import flatten
+from fm_distill.config.serialization import changed, flatten, from_json, to_json
 from fm_distill.config.steps import total_steps, transfer_examples
 from fm_distill.errors import UserError
 from fm_distill.training.optim import decay_equivalent
 
+# Options that may name code, as FILE.py:NAME.
+CODE = re.compile(
+    r"data(\.transfer\.\d+)?\.source|views\.crop|objective\.distance|optimizer\.name|student\.model"
+    r"|(teacher|more_teachers\.\d+)\.(function|network\.model)"
+)
 # Python's words for a field that a dataclass needs, and for one that it does not have.
 LEFT_OUT = re.compile(r"(\w+)\.__init__\(\) missing \d+ required keyword-only arguments?: (.*)")
 UNKNOWN = re.compile(r"(\w+)\.__init__\(\) got an unexpected keyword argument ('\w+')")
@@ -42,6 +47,13 @@ def load_experiment(path: str | os.PathLike[str]) -> Config:
         raise UserError(
             f"{path} defines no `config = fm_distill.Config(...)`; got {type(config).__name__}"
         )
+    try:
+        config = from_json(to_json(config))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    named = {x: str(y) for x, y in flatten(config).items() if CODE.fullmatch(x) and y}
+    here = {x: _code_from_here(y, path) for x, y in named.items()}
+    config = changed(config, {x: y for x, y in here.items() if y != named[x]})
     return dataclasses.replace(
         config,
         teacher=config.teacher and _beside(config.teacher, path),
@@ -53,10 +65,13 @@ def _beside(teacher: TeacherConfig, file: pathlib.Path) -> TeacherConfig:
     """With the paths of its code from where we are, not from the file's folder."""
     if teacher.experiment:
         teacher = dataclasses.replace(teacher, experiment=_from_here(teacher.experiment, file))
-    place, _, name = (teacher.function or "").rpartition(":")
-    if place.endswith(".py"):
-        teacher = dataclasses.replace(teacher, function=f"{_from_here(place, file)}:{name}")
     return teacher
+
+
+def _code_from_here(reference: str, file: pathlib.Path) -> str:
+    """`FILE.py:NAME` with the file's path from here; anything else as it is."""
+    place, _, name = reference.rpartition(":")
+    return f"{_from_here(place, file)}:{name}" if place.endswith(".py") else reference
 
 
 def _from_here(path: str, file: pathlib.Path) -> str:

@@ -22,6 +22,7 @@ from jaxtyping import Array, PyTree
 from fm_distill.config import OptimizerConfig, ScheduleConfig
 from fm_distill.config.steps import BIT_HYPER_RULE
 from fm_distill.models import HEAD
+from fm_distill.system.references import entry
 
 
 def make_schedule(config: ScheduleConfig, total_steps: int) -> Callable[[Array | int], Array]:
@@ -113,7 +114,7 @@ def make_optimizer(
     order = {"released": (rate, decay), "adamw": (decay, rate)}[config.decay]
     return optax.chain(
         clip,
-        OPTIMIZERS[config.name](config),
+        entry(OPTIMIZERS, config.name, "optimizer.name")(config),
         *order,
         optax.scale_by_schedule(lambda step: -schedule(step)),
     )

@@ -10,8 +10,10 @@ from fm_distill.config.teachers import teachers_of
 from fm_distill.data.resident import is_resident
 from fm_distill.data.splits import open_data
 from fm_distill.errors import UserError
+from fm_distill.models import is_own, own_code
 from fm_distill.models import resolve as resolve_network
 from fm_distill.networks.loading import load_networks
+from fm_distill.system.references import is_reference, load_reference
 from fm_distill.system.sharding import Layout, make_layout
 from fm_distill.weights.card import only_network
 from fm_distill.weights.hub import PREFIX
@@ -37,6 +39,7 @@ def resolve(
     if dispatch == "auto":
         dispatch = STEPS_PER_DISPATCH if resident and layout.platform != "cpu" else 1
     steps = total_steps(config, data.examples)
+    networks = (weights.student, *weights.teachers)
     return ResolvedRun(
         data=data.identity,
         examples=data.examples,
@@ -51,6 +54,7 @@ def resolve(
         feeding="resident" if resident else "streaming",
         steps_per_dispatch=dispatch,
         mesh=dict(layout.mesh.shape),
+        code=_own_code(config, networks),
         recording=weights.recording.identity if weights.recording else None,
         period_steps=_period_steps(config, steps, weights.recording),
     )
@@ -85,6 +89,14 @@ def resolve_here(config: Config, workdir: pathlib.Path) -> ResolvedRun:
     data, _ = open_data(config)
     networks = load_networks(config, workdir, data.train.classes, data.train.class_names)
     return resolve(config, data.facts, networks.facts, layout)
+
+
+def _own_code(config: Config, networks: tuple[NetworkConfig, ...]) -> tuple[str, ...]:
+    """SHA-256 of each file that the config names as code, the student's network first."""
+    sources = (config.data.source, *(part.source for part in config.data.transfer))
+    parts = (*sources, config.views.crop, config.objective.distance, config.optimizer.name)
+    models = [own_code(x.model) for x in networks if is_own(x.model)]
+    return (*models, *(load_reference(x, x).sha256 for x in parts if is_reference(x)))
 
 
 def _period_steps(config: Config, total: int, recording: RecordingFacts | None) -> int | None:

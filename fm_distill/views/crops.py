@@ -86,7 +86,10 @@ def whole_image(key: PRNGKeyArray, sizes: Sizes, config: ViewConfig) -> Boxes:
     return jnp.stack([jnp.zeros_like(height), jnp.zeros_like(width), height, width], axis=1)
 
 
-CROPS: dict[str, Callable[[PRNGKeyArray, Sizes, ViewConfig], Boxes]] = {
+# `(key, sizes, config) -> boxes`.
+Crop = Callable[[PRNGKeyArray, Sizes, ViewConfig], Boxes]
+
+CROPS: dict[str, Crop] = {
     "tensorflow": tensorflow_crop,
     "torchvision": torchvision_crop,
     "whole": whole_image,

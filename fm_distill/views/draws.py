@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from fm_distill.array_tree import AnyArray, array_tree
 from fm_distill.config import ViewConfig
 from fm_distill.config.regime import ViewLaw
+from fm_distill.system.references import entry
 from fm_distill.views.crops import CROPS, Sizes
 
 
@@ -44,7 +45,7 @@ def draw(key: PRNGKeyArray, sizes: Sizes, config: ViewConfig) -> Draw:
     permuted = config.mixup != "none" and config.mixup_partner == "permutation"
     partners = jax.random.permutation(partner_key, batch) if permuted else None
     return Draw(
-        boxes=CROPS[config.crop](box_key, sizes, config),
+        boxes=entry(CROPS, config.crop, "views.crop")(box_key, sizes, config),
         flips=flips,
         coefficients=_coefficients(coefficient_key, batch, config),
         partners=partners,

@@ -8,7 +8,7 @@ import numpy as np
 
 from fm_distill.config import InputRange, NetworkConfig
 from fm_distill.errors import UserError
-from fm_distill.models import MODELS, resolve
+from fm_distill.models import MODELS, model_of, resolve
 from fm_distill.views.rendering import INPUT_RANGES
 from fm_distill.weights.card import only_network
 from fm_distill.weights.files import Facts, WeightFile
@@ -42,7 +42,7 @@ def describe(
     card, architecture = file.facts.card, file.facts.architecture
     if card and (differ := differing(card.network, requested)):
         raise UserError(f"{file.path} holds another network than {fields} says: {differ}")
-    timm = MODELS[requested.model].timm
+    timm = model_of(requested.model).timm
     if architecture and architecture != timm and (timm or _model_of(architecture)):
         raise UserError(
             f"{file.path} says that it is a {architecture}"
@@ -89,7 +89,7 @@ def without_auto(
     stated = _input_range(file, fields)
     remarks = []
     if network.input_range == "auto":
-        chosen = stated or MODELS[network.model].input_range
+        chosen = stated or model_of(network.model).input_range
         why = (
             "as the file says"
             if stated

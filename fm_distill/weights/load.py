@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 
 from fm_distill.config import NetworkConfig
 from fm_distill.errors import UserError
-from fm_distill.models import HEAD, Variables, build_network
+from fm_distill.models import HEAD, Variables, build_network, is_own
 from fm_distill.weights.card import only_network
 from fm_distill.weights.description import describe, without_auto
 from fm_distill.weights.files import WeightFile, read
@@ -57,9 +57,8 @@ def load_weights(path: str, network: NetworkConfig | None, option: str) -> Pretr
         body = {x.name: x.shape for x in names.values() if x.name not in (HEAD_KERNEL, HEAD_BIAS)}
         tensors, note = as_original(path, file.tensors, body)
         file, notes = dataclasses.replace(file, tensors=tensors), [*notes, note]
-    naming, tensors, head = _recognised(file)
+    naming, tensors, classes = _recognised(file)
     _check_bit(file, described, naming, fields)
-    classes = int(tensors[head].size)
     notes = [f"{path}: {classes} classes, names of the kind {naming}", *notes]
     chosen, more = without_auto(described, file, naming, fields)
     variables = _placed(file, chosen, classes, naming, tensors, fields)
@@ -83,9 +82,12 @@ def _shapes(network: NetworkConfig, classes: int) -> Variables:
     return jax.eval_shape(init, jax.random.key(0))
 
 
-def _recognised(file: WeightFile) -> tuple[str, dict[str, np.ndarray], str]:
-    """The naming, the tensors by their names in it, and the name of the head's bias."""
+def _recognised(file: WeightFile) -> tuple[str, dict[str, np.ndarray], int]:
+    """The naming, the tensors by their names in it, and the number of classes."""
     tensors = dict(file.tensors)
+    card = file.facts.card
+    if card is not None and is_own(card.model):
+        return card.naming, tensors, card.classes
     for prefix in ("params/", "opt/target/"):
         # An intact checkpoint of the trainer has the optimizer's state beside it.
         if any(name.startswith(prefix) for name in tensors):
@@ -101,7 +103,7 @@ def _recognised(file: WeightFile) -> tuple[str, dict[str, np.ndarray], str]:
         raise UserError(f"{file.path} has several tensors of one name, but for a number in it")
     for head, naming in HEADS.items():
         if head in renamed:
-            return naming, renamed, head
+            return naming, renamed, int(renamed[head].size)
     raise UserError(
         f"{file.path}: the names of its tensors are none of {', '.join(NAMINGS)}: there is no "
         f"{' or '.join(HEADS)}; got {', '.join(sorted(renamed)[:3]) or 'no tensor at all'}"
@@ -173,6 +175,12 @@ def start_from(
     theirs = pretrained.class_names
     if pretrained.classes == classes and (None in (theirs, class_names) or theirs == class_names):
         return pretrained.variables, f"the head of {classes} classes is kept"
+    if HEAD not in init.params:
+        raise UserError(
+            f"the network's last layer has to be named `{HEAD}`, so that it can be replaced: the "
+            f"weights have {pretrained.classes} classes, and the run {classes}; it has "
+            f"{', '.join(init.params)}"
+        )
     params = {**pretrained.variables.params, HEAD: init.params[HEAD]}
     other = " other" if pretrained.classes == classes else ""
     return (

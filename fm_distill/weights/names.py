@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from fm_distill.config import NetworkConfig
-from fm_distill.models import Variables
+from fm_distill.models import Variables, is_own
 
 
 class Stored(NamedTuple):
@@ -165,16 +165,24 @@ def keras(network: NetworkConfig, variables: Variables) -> dict[str, Stored]:
     return {path: stored(path, shape) for path, shape in shapes_of(variables).items()}
 
 
+def flax(network: NetworkConfig, variables: Variables) -> dict[str, Stored]:
+    """`params/encoder/kernel`: the names of a network of one's own."""
+    return {path: _as_is(path, shape) for path, shape in shapes_of(variables).items()}
+
+
 NAMINGS: dict[str, Naming] = {
     "bit_original": bit_original,
     "bit_flat": bit_flat,
     "timm": timm,
     "keras": keras,
+    "flax": flax,
 }
 
 
 def naming_of(network: NetworkConfig) -> str:
-    """The naming that a network is exported in: timm's, but for the one that only Keras has."""
+    """The naming that a network is exported in: timm's, where timm has it."""
+    if is_own(network.model):
+        return "flax"
     return "keras" if network.model == "resnet50v2" else "timm"
 
 

@@ -1,0 +1,119 @@
+"""Checks of parts of one's own: what the tests of this project ask of each line of its tables.
+
+Each raises `AssertionError` with what is wrong. For instance, in a test file:
+
+    from fm_distill.testing import check_distance
+    from my_parts import huber
+
+    def test_huber():
+        check_distance(huber)
+"""
+
+from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from fm_distill.config import NetworkConfig, OptimizerConfig, ViewConfig
+from fm_distill.data.sources import Source
+from fm_distill.models import Network
+from fm_distill.objectives.distances import Distance
+from fm_distill.views.crops import Crop
+
+
+def check_distance(distance: Distance) -> None:
+    """One finite float32 number per example, of that example alone, least where both agree."""
+    rng = np.random.Generator(np.random.Philox(1))
+    student, teacher = jnp.asarray(rng.normal(0, 3, (2, 5, 7)), jnp.float32)
+    found = distance(student, teacher, 2.0)
+    assert found.shape == (5,), f"expected one number per example, (5,); got {found.shape}"
+    assert found.dtype == jnp.float32, f"expected float32, got {found.dtype}"
+    assert jnp.isfinite(found).all(), "a distance is not finite"
+    alone = distance(student[2:3], teacher[2:3], 2.0)
+    assert jnp.allclose(found[2], alone[0], rtol=1e-5), "an example's distance depends on others"
+    assert distance(teacher, teacher, 2.0).sum() <= found.sum() + 1e-5, (
+        "the distance of the teacher to itself is larger than that of another function"
+    )
+    gradient = jax.grad(lambda x: distance(x, teacher, 2.0).sum())
+    assert jnp.isfinite(gradient(student)).all(), "the gradient is not finite"
+    assert jnp.isfinite(gradient(teacher)).all(), "the gradient is not finite where both agree"
+
+
+def check_crop(crop: Crop) -> None:
+    """Boxes inside of each image, the same for the same key."""
+    sizes = jnp.array([[40, 40], [30, 60], [90, 31], [1, 1]] * 50, jnp.int32)
+    boxes = crop(jax.random.key(1), sizes, ViewConfig())
+    assert boxes.shape == (200, 4), f"expected boxes of shape (200, 4), got {boxes.shape}"
+    start, length = boxes[:, :2], boxes[:, 2:]
+    assert (start >= 0).all() and (length > 0).all(), "a box begins outside or is empty"
+    assert (start + length <= sizes + 1e-4).all(), "a box ends outside of its image"
+    again = crop(jax.random.key(1), sizes, ViewConfig())
+    assert (boxes == again).all(), "the same key draws other boxes"
+
+
+def check_network(
+    build: Callable[[NetworkConfig, int, jnp.dtype], Network], config: NetworkConfig
+) -> None:
+    """Float32 logits, examples that do not see each other, and a gradient to each parameter."""
+    network = build(config, 5, jnp.dtype("float32"))
+    assert network.classes == 5, f"expected 5 classes, got {network.classes}"
+    variables = network.init(jax.random.key(1))
+    leaves = zip(
+        jax.tree.leaves(variables), jax.tree.leaves(network.init(jax.random.key(1))), strict=True
+    )
+    assert all((a == b).all() for a, b in leaves), "the same key makes other parameters"
+    shape = 3, config.resolution, config.resolution, 3
+    images = jax.random.normal(jax.random.key(2), shape)
+    logits = network.apply(variables, images, train=False).logits
+    assert logits.shape == (3, 5), f"expected logits of shape (3, 5), got {logits.shape}"
+    assert logits.dtype == jnp.float32, f"expected float32 logits, got {logits.dtype}"
+    alone = network.apply(variables, images[1:2], train=False).logits
+    assert jnp.allclose(alone, logits[1:2], atol=1e-4), (
+        "an example's logits depend on others in evaluation"
+    )
+    frozen = network.apply_frozen(network.freeze(variables), images).logits
+    assert jnp.allclose(frozen, logits, atol=1e-4), "frozen, the network computes something else"
+
+    # A head of zeros would hide the gradient of all that is before it.
+    params = jax.tree.map(
+        lambda x: x + 0.1 * jax.random.normal(jax.random.key(3), x.shape), variables.params
+    )
+    moved = type(variables)(params, variables.statistics)
+
+    def loss(params: object) -> jax.Array:
+        output = network.apply(type(moved)(params, moved.statistics), images, train=True)
+        return jnp.square(output.logits).sum()
+
+    gradients = jax.tree_util.tree_leaves_with_path(jax.grad(loss)(params))
+    missed = [jax.tree_util.keystr(path) for path, x in gradients if not (x != 0).any()]
+    assert not missed, f"no gradient reaches {', '.join(missed)}"
+
+
+def check_source(source: Source) -> None:
+    """Random access that gives the same twice, labels in range; can be sent to a process."""
+    assert len(source) > 0, "the source is empty"
+    ForkingPickler.dumps(source)  # as reader processes get it
+    for index in {0, len(source) // 2, len(source) - 1}:
+        one, again = source[index], source[index]
+        assert np.array_equal(one.image, again.image), f"example {index} is another one now"
+        assert one.label == again.label, f"example {index} has another label now"
+        classes = source.classes or 0
+        assert -1 <= one.label < max(classes, 0) or (classes == 0 and one.label == -1), (
+            f"example {index} has the label {one.label}; expected -1, or 0 to {classes - 1}"
+        )
+    assert source.identity, "the source has no identity, by which a run knows its data again"
+
+
+def check_optimizer(make: Callable[[OptimizerConfig], optax.GradientTransformation]) -> None:
+    """A direction of descent: small steps against it find the bottom of a parabola."""
+    transform = make(OptimizerConfig(learning_rate=0.1))
+    place = {"kernel": jnp.array([3.0, -2.0])}
+    state = transform.init(place)
+    for _ in range(200):
+        gradient = jax.tree.map(lambda x: 2 * x, place)
+        update, state = transform.update(gradient, state, place)
+        place = jax.tree.map(lambda x, u: x - 0.03 * u, place, update)
+    assert jnp.abs(place["kernel"]).max() < 0.5, f"after 200 steps it stands at {place['kernel']}"
