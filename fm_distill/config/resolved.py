@@ -104,10 +104,10 @@ class ResolvedRun:
             for name in IDENTITY
             if not _same(mine[name], others[name])
         ]
+        shared = min(self.total_steps, other.total_steps)
+        before, now = (x.period_steps or x.total_steps for x in (self, other))
         # A longer schedule may begin to repeat behind the end of the shorter one.
-        before = self.period_steps or self.total_steps
-        now = min(other.period_steps or other.total_steps, other.total_steps)
-        if now != before and (self.period_steps or now < before):
+        if self.period_steps != other.period_steps and min(before, now) < shared:
             lines.append(
                 f"the views repeat after {before:,} steps in the workdir, after {now:,} now: the "
                 "recording has become longer or shorter; give views.period_steps"
