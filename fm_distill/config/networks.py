@@ -20,8 +20,9 @@ class NetworkConfig:
         "`bit_r50x1`, `bit_r50x3`, `bit_r101x1`, `bit_r101x3`, `bit_r152x2`, `bit_r152x4`, "
         "`efficientnet_lite0`, `efficientnet_lite1`, `efficientnet_lite2`, `efficientnet_lite3`, "
         "`efficientnet_lite4`, `mobilenet_v3_large`, `mobilenet_v3_small`, "
-        "`mobilenet_v3_large_gn`, `mobilenet_v3_small_gn` or `resnet50v2`; of a teacher that is a "
-        "function, `function`; or a network of one's own, as FILE.py:NAME or package.module:name."
+        "`mobilenet_v3_large_gn`, `mobilenet_v3_small_gn`, `resnet50v2`, `resnet18`, `resnet34`, "
+        "`resnet50`, `resnet50d` or `resnet101`; of a teacher that is a function, `function`; "
+        "or one's own network, as FILE.py:NAME or package.module:name."
     )
     resolution: PositiveInt
     """Height and width of the network's input in pixels."""

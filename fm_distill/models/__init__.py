@@ -8,17 +8,18 @@ A `Network` is a bundle of pure functions, called by `step.py` and `evaluate.py`
     apply_frozen(frozen, images, features=)  -> Output, in evaluation mode
 
 To add a model: a file with a function `(NetworkConfig, classes, dtype) -> Network` and a line in
-`MODELS`; the tests run over the table. Without touching this package: `own.py`.
+`MODELS`, or in the `MEMBERS` of its family; the tests run over the table. Without touching
+this package: `own.py`.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax.numpy as jnp
 
 from fm_distill.config import InputRange, NetworkConfig
-from fm_distill.models import bit, keras_resnet_v2, mobilenet_v3
+from fm_distill.models import bit, keras_resnet_v2, mobilenet_v3, resnet
 from fm_distill.models import efficientnet_lite as lite
 from fm_distill.models.contract import (
     CONVOLUTION,
@@ -61,6 +62,11 @@ class Model(NamedTuple):
     timm: str | None = None
 
 
+def _as_in_timm(members: Mapping[str, Builder], input_range: InputRange) -> dict[str, Model]:
+    """Lines of the models that have timm's names."""
+    return {name: Model(build, input_range, name) for name, build in members.items()}
+
+
 MODELS: dict[str, Model] = {
     "bit": Model(bit.build, "minus_one_one"),
     "bit_r50x1": Model(bit.member((3, 4, 6, 3), 1.0), "minus_one_one", "resnetv2_50x1_bit"),
@@ -79,6 +85,7 @@ MODELS: dict[str, Model] = {
     "mobilenet_v3_large_gn": Model(mobilenet_v3.member("large", 8), "imagenet"),
     "mobilenet_v3_small_gn": Model(mobilenet_v3.member("small", 8), "imagenet"),
     "resnet50v2": Model(keras_resnet_v2.build, "minus_one_one"),
+    **_as_in_timm(resnet.MEMBERS, "imagenet"),
 }
 
 

@@ -1,4 +1,4 @@
-"""The 3x3 maximum with stride 2 behind a root, and its gradient."""
+"""The 3x3 maximum with stride 2 behind a root, and its gradient; the mean of 2x2 pixels."""
 
 import flax.linen as nn
 import jax
@@ -76,3 +76,9 @@ def _reaches_outside(size: int, windows: int) -> Array:
     """Whether each window of three, every second pixel from the one before the first, does."""
     first = 2 * jnp.arange(windows) - 1
     return (first < 0) | (first + 2 >= size)
+
+
+def average_pool(x: Activations) -> Activations:
+    """Means of 2x2 pixels, in float32; at an odd border, of those that are inside."""
+    wide = x.astype(jnp.float32)
+    return nn.avg_pool(wide, (2, 2), (2, 2), "SAME", count_include_pad=False).astype(x.dtype)

@@ -18,13 +18,14 @@ from fm_distill.weights.files import WeightFile, read
 from fm_distill.weights.names import NAMINGS, Stored, bit_original, to_ours
 from fm_distill.weights.structure import HEAD_BIAS, HEAD_KERNEL, as_original
 
-# The bias of the head, by which a naming is recognised and the classes are counted; timm has one
-# name in BiT and one in its mobile families.
+# The bias of the head, by which a naming is recognised and the classes are counted; timm's name
+# depends on the family.
 HEADS = {
     HEAD_BIAS: "bit_original",
     "head/bias": "bit_flat",
     "head.fc.bias": "timm",
     "classifier.bias": "timm",
+    "fc.bias": "timm",
     "predictions/bias": "keras",
 }
 

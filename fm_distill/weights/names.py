@@ -118,14 +118,21 @@ def bit_flat(network: NetworkConfig, variables: Variables) -> dict[str, Stored]:
     return {path: stored(path, shape) for path, shape in shapes_of(variables).items()}
 
 
+# What timm calls the classifier, by the beginning of the model's name; `classifier` elsewhere.
+_TIMM_HEADS = {"resnet": "fc"}
+
+
 def timm(network: NetworkConfig, variables: Variables) -> dict[str, Stored]:
     """`stages.0.blocks.0.conv1.weight` (BiT), `blocks.0.0.conv_dw.weight`. Source: timm 1.0.
 
     BiT has a naming of its own; in the other families our modules have timm's names, where
-    `blocks_0_0` stands for `blocks.0.0` and `head` for `classifier`.
+    `blocks_0_0` stands for `blocks.0.0` and `head` for the classifier.
     """
-    of = _timm_bit if network.model.startswith("bit") else _timm_mirrored
-    return {path: of(path, shape) for path, shape in shapes_of(variables).items()}
+    if network.model.startswith("bit"):
+        return {path: _timm_bit(path, shape) for path, shape in shapes_of(variables).items()}
+    heads = [head for family, head in _TIMM_HEADS.items() if network.model.startswith(family)]
+    head = heads[0] if heads else "classifier"
+    return {path: _timm_mirrored(path, shape, head) for path, shape in shapes_of(variables).items()}
 
 
 def _timm_bit(path: str, shape: tuple[int, ...]) -> Stored:
@@ -145,11 +152,10 @@ def _timm_bit(path: str, shape: tuple[int, ...]) -> Stored:
     return _torch(f"stages.{stage}.blocks.{index}.{parts[part]}.{leaf}", shape)
 
 
-def _timm_mirrored(path: str, shape: tuple[int, ...]) -> Stored:
+def _timm_mirrored(path: str, shape: tuple[int, ...], head: str) -> Stored:
     _, *modules, leaf = path.split("/")
     name = ".".join(re.sub(r"_(?=\d)", ".", module) for module in modules)
-    name = "classifier" if name == "head" else name
-    return _torch(f"{name}.{_TORCH_LEAVES[leaf]}", shape)
+    return _torch(f"{head if name == 'head' else name}.{_TORCH_LEAVES[leaf]}", shape)
 
 
 def keras(network: NetworkConfig, variables: Variables) -> dict[str, Stored]:

@@ -1,0 +1,65 @@
+"""Weights and pictures from a formula, for timm's models and ours: functions of timm's names.
+
+Imports neither of them, so that the tool that asks timm can use it too.
+"""
+
+import zlib
+from typing import NamedTuple
+
+import numpy as np
+
+CLASSES = 6
+
+# Models of ours that have timm's names; their published sizes are recorded.
+COUNTED = ("resnet18", "resnet34", "resnet50", "resnet50d", "resnet101")
+
+
+class Case(NamedTuple):
+    """One model of timm's, built with `arguments`, at one resolution."""
+
+    model: str
+    resolution: int
+    # What ours is called, where it is not timm's name.
+    ours: str | None = None
+    arguments: dict = {}  # noqa: RUF012  read only
+
+    @property
+    def key(self) -> str:
+        return f"{self.ours or self.model}_at_{self.resolution}"
+
+
+CASES = (
+    Case("resnet18", 64),
+    Case("resnet50", 64),
+    # Odd pictures inside: 91, 46, 23, 12, 6, 3.
+    Case("resnet50d", 91),
+)
+
+
+def tensor_of(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The tensor that timm calls `name`."""
+    z = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
+    leaf = name.split(".")[-1]
+    if leaf == "weight" and len(shape) > 1:
+        z = z * np.sqrt(1.0 / np.prod(shape[1:]))
+    elif leaf == "weight":
+        z = 1 + 0.1 * z
+    elif leaf == "running_var":
+        z = np.exp(0.3 * z)
+    elif leaf == "gamma":
+        z = 0.5 + 0.1 * z
+    elif leaf in ("bias", "running_mean"):
+        z = 0.1 * z
+    else:
+        # Tokens and positions.
+        z = 0.5 * z
+    return z.astype(np.float32)
+
+
+def pictures(resolution: int) -> np.ndarray:
+    """Two pictures, of noise and of coloured waves: rows, columns and channels differ."""
+    rng = np.random.default_rng(2106_05237)
+    noise = rng.uniform(-1, 1, (resolution, resolution, 3))
+    y, x = np.mgrid[:resolution, :resolution][..., None] / resolution
+    waves = np.sin(3 * x + 2 * np.arange(3)) * np.cos(7 * y + np.arange(3)) + 0.1 * noise
+    return np.stack([noise, waves]).astype(np.float32)
