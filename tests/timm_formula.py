@@ -11,21 +11,39 @@ import numpy as np
 CLASSES = 6
 
 # Models of ours that have timm's names; their published sizes are recorded.
-COUNTED = ("resnet18", "resnet34", "resnet50", "resnet50d", "resnet101")
+COUNTED = (
+    *("resnet18", "resnet34", "resnet50", "resnet50d", "resnet101"),
+    *(
+        f"vit_{size}_patch16_{resolution}"
+        for size in ("tiny", "small", "base", "large")
+        for resolution in (224, 384)
+    ),
+    "vit_large_patch14_224",
+    "vit_wee_patch16_reg1_gap_256",
+    *(f"vit_{size}_patch16_reg4_gap_256" for size in ("little", "medium", "betwixt")),
+    *(
+        f"deit_{size}{distilled}_patch16_224"
+        for size in ("tiny", "small", "base")
+        for distilled in ("", "_distilled")
+    ),
+    *("deit_base_patch16_384", "deit_base_distilled_patch16_384"),
+    *(
+        f"vit_{size}_patch14{registers}_dinov2"
+        for size in ("small", "base", "large")
+        for registers in ("", "_reg4")
+    ),
+)
 
 
 class Case(NamedTuple):
-    """One model of timm's, built with `arguments`, at one resolution."""
+    """One model of timm's at one resolution."""
 
     model: str
     resolution: int
-    # What ours is called, where it is not timm's name.
-    ours: str | None = None
-    arguments: dict = {}  # noqa: RUF012  read only
 
     @property
     def key(self) -> str:
-        return f"{self.ours or self.model}_at_{self.resolution}"
+        return f"{self.model}_at_{self.resolution}"
 
 
 CASES = (
@@ -33,6 +51,15 @@ CASES = (
     Case("resnet50", 64),
     # Odd pictures inside: 91, 46, 23, 12, 6, 3.
     Case("resnet50d", 91),
+    Case("vit_tiny_patch16_224", 224),
+    # Positions for 6x6 patches from 14x14, and for 4x4 from 37x37.
+    Case("vit_tiny_patch16_224", 96),
+    Case("deit_tiny_distilled_patch16_224", 96),
+    Case("vit_small_patch14_dinov2", 56),
+    Case("vit_small_patch14_reg4_dinov2", 56),
+    # From 16x16 to 20x20.
+    Case("vit_wee_patch16_reg1_gap_256", 320),
+    Case("vit_little_patch16_reg4_gap_256", 64),
 )
 
 

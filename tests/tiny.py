@@ -1,6 +1,7 @@
 """The smallest config that exercises everything; experiment files of the tests import it."""
 
 import dataclasses
+import re
 
 from fm_distill.config import (
     CanvasConfig,
@@ -22,6 +23,18 @@ from fm_distill.training.resolve import resolve_described
 
 NETWORK = StudentConfig(
     model="bit", resolution=16, depths=(1,), width=0.125, groups=4, stem="small"
+)
+
+
+def smallest(model: str) -> int:
+    """A small resolution that the model takes."""
+    return 28 if "patch14" in model else 32
+
+
+# These differ from a smaller model of their family in nothing but sizes.
+LARGER = re.compile(
+    r"(vit|deit)_(?!small_patch14_|large_patch14_224)(small|medium|betwixt|base|large)_"
+    r"|vit_\w+_384|resnet(34|101)$|convnext(v2)?_(femto|pico|nano|small|base|large)$"
 )
 
 

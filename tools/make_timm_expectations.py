@@ -25,7 +25,10 @@ def parameters(name: str) -> int:
 
 def logits(case: Case) -> list[list[float]]:
     """Of the formula's weights, at the case's resolution."""
-    model = timm.create_model(case.model, num_classes=CLASSES, **case.arguments).eval()
+    transformer = case.model.startswith(("vit", "deit"))
+    # Resamples the positions.
+    arguments = {"dynamic_img_size": True} if transformer else {}
+    model = timm.create_model(case.model, num_classes=CLASSES, **arguments).eval()
     model.load_state_dict(
         {
             name: tensor

@@ -58,8 +58,8 @@ def _fold(params: PyTree, fold: Callable[[Kernel], Kernel], dtype: jnp.dtype) ->
     """Every kernel but the head's, folded in float32 and stored in the compute type."""
 
     def leaf_of(path: tuple, leaf: Array) -> Array:
-        module, *_, name = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-        return fold(leaf).astype(dtype) if name == "kernel" and module != HEAD else leaf
+        *modules, name = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        return fold(leaf).astype(dtype) if name == "kernel" and modules[0] != HEAD else leaf
 
     return jax.tree_util.tree_map_with_path(leaf_of, params)
 

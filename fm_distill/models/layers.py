@@ -20,8 +20,9 @@ Kernel = Float[Array, "_ _ inputs outputs"]
 PerChannel = Float[Array, " channels"]
 
 # `symmetric`: kernel // 2 zeros on each side, as in PyTorch. `same`: as in TensorFlow, which puts
-# the odd zero after the picture, so that with stride 2 it depends on the picture's size.
-Padding = Literal["symmetric", "same"]
+# the odd zero after the picture, so that with stride 2 it depends on the picture's size. `valid`:
+# none, for kernels that do not overlap.
+Padding = Literal["symmetric", "same", "valid"]
 
 # How much of the old running averages a training step keeps.
 BATCH_NORM_MOMENTUM = 0.9
@@ -31,6 +32,8 @@ def _padding(size: int, kernel: int, stride: int, padding: Padding) -> tuple[int
     """Zeros before and after one side of the picture."""
     if padding == "symmetric":
         return kernel // 2, kernel // 2
+    if padding == "valid":
+        return 0, 0
     # ceil(size / stride) outputs.
     total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
     return total // 2, total - total // 2
@@ -175,7 +178,7 @@ def channel_moments(x: Activations) -> tuple[PerChannel, PerChannel]:
     return mean, jnp.maximum(jnp.square(wide).mean(axis=(0, 1, 2)) - jnp.square(mean), 0)
 
 
-def identity(kernel: Kernel) -> Kernel:
+def identity(kernel: Array) -> Array:
     """The kernel of a family that computes none from it."""
     return kernel
 

@@ -26,8 +26,11 @@ HEADS = {
     "head.fc.bias": "timm",
     "classifier.bias": "timm",
     "fc.bias": "timm",
+    "head.bias": "timm",
     "predictions/bias": "keras",
 }
+# Of timm's files without a head (num_classes=0), a tensor that tells them.
+BODIES = ("pos_embed", "stem.0.weight", "conv1.weight", "conv1.0.weight")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Pretrained:
     """A network with its weights, and what is known of it."""
 
     network: NetworkConfig  # nothing in it is `auto`
-    classes: int  # of its head
+    classes: int  # of its head; 0 where there is none, and then `variables` have none either
     class_names: tuple[str, ...] | None
     variables: Variables
     notes: tuple[str, ...]  # what was recognised and what was chosen, a sentence each
@@ -45,9 +48,10 @@ def load_weights(path: str, network: NetworkConfig | None, option: str) -> Pretr
     """The weights at `path`: a file, a folder or `hf://OWNER/REPO`.
 
     `network` says what they are and how they are used; where it is None the file has to say it.
-    `option` is where both were given, `teacher` or `student`, and stands in messages. Raises
-    `UserError` where the file cannot be read, says otherwise than `network`, or does not hold it:
-    then every missing, unexpected, mis-shaped and not finite tensor is listed.
+    `option` is where both were given, `teacher` or `student`, and stands in messages; only a
+    student's weights may lack a head. Raises `UserError` where the file cannot be read, says
+    otherwise than `network`, or does not hold it: then every missing, unexpected, mis-shaped and
+    not finite tensor is listed.
     """
     fields = option if option == "student" else f"{option}.network"
     file = read(path)
@@ -60,7 +64,12 @@ def load_weights(path: str, network: NetworkConfig | None, option: str) -> Pretr
         file, notes = dataclasses.replace(file, tensors=tensors), [*notes, note]
     naming, tensors, classes = _recognised(file)
     _check_bit(file, described, naming, fields)
-    notes = [f"{path}: {classes} classes, names of the kind {naming}", *notes]
+    if not classes and option != "student":
+        raise UserError(
+            f"{path} has no head, so it has no logits to teach: give weights with a head, for "
+            "example of a run that began with these (--student.weights)"
+        )
+    notes = [f"{path}: {classes or 'no'} classes, names of the kind {naming}", *notes]
     chosen, more = without_auto(described, file, naming, fields)
     variables = _placed(file, chosen, classes, naming, tensors, fields)
     class_names = file.facts.card.class_names if file.facts.card else None
@@ -84,7 +93,7 @@ def _shapes(network: NetworkConfig, classes: int) -> Variables:
 
 
 def _recognised(file: WeightFile) -> tuple[str, dict[str, np.ndarray], int]:
-    """The naming, the tensors by their names in it, and the number of classes."""
+    """The naming, the tensors by their names in it, and the number of classes, 0 without a head."""
     tensors = dict(file.tensors)
     card = file.facts.card
     if card is not None and is_own(card.model):
@@ -105,6 +114,8 @@ def _recognised(file: WeightFile) -> tuple[str, dict[str, np.ndarray], int]:
     for head, naming in HEADS.items():
         if head in renamed:
             return naming, renamed, int(renamed[head].size)
+    if any(name in renamed for name in BODIES):
+        return "timm", renamed, 0
     raise UserError(
         f"{file.path}: the names of its tensors are none of {', '.join(NAMINGS)}: there is no "
         f"{' or '.join(HEADS)}; got {', '.join(sorted(renamed)[:3]) or 'no tensor at all'}"
@@ -120,7 +131,10 @@ def _placed(
     fields: str,
 ) -> Variables:
     """The tensors as the network's variables. Raises `UserError` that lists what does not fit."""
-    expected = _shapes(network, classes)
+    expected = _shapes(network, classes or 1)
+    if not classes:
+        body = {name: leaf for name, leaf in expected.params.items() if name != HEAD}
+        expected = Variables(body, expected.statistics)
     names = NAMINGS[naming](network, expected)
     problems: list[str] = []
 
@@ -183,6 +197,11 @@ def start_from(
             f"{', '.join(init.params)}"
         )
     params = {**pretrained.variables.params, HEAD: init.params[HEAD]}
+    if not pretrained.classes:
+        return (
+            Variables(params, pretrained.variables.statistics),
+            f"the weights have no head: there is a new one of {classes} classes",
+        )
     other = " other" if pretrained.classes == classes else ""
     return (
         Variables(params, pretrained.variables.statistics),

@@ -63,6 +63,7 @@ _TORCH_LEAVES = {
     "kernel": "weight",
     "scale": "weight",
     "bias": "bias",
+    "gamma": "gamma",
     "mean": "running_mean",
     "var": "running_var",
 }
@@ -119,7 +120,7 @@ def bit_flat(network: NetworkConfig, variables: Variables) -> dict[str, Stored]:
 
 
 # What timm calls the classifier, by the beginning of the model's name; `classifier` elsewhere.
-_TIMM_HEADS = {"resnet": "fc"}
+_TIMM_HEADS = {"resnet": "fc", "vit": "head", "deit": "head"}
 
 
 def timm(network: NetworkConfig, variables: Variables) -> dict[str, Stored]:
@@ -154,8 +155,12 @@ def _timm_bit(path: str, shape: tuple[int, ...]) -> Stored:
 
 def _timm_mirrored(path: str, shape: tuple[int, ...], head: str) -> Stored:
     _, *modules, leaf = path.split("/")
+    if not modules:
+        # Tokens and positions, which are of no module.
+        return _as_is(leaf, shape)
     name = ".".join(re.sub(r"_(?=\d)", ".", module) for module in modules)
-    return _torch(f"{head if name == 'head' else name}.{_TORCH_LEAVES[leaf]}", shape)
+    name = {"head": head, "head.dist": "head_dist"}.get(name, name)
+    return _torch(f"{name}.{_TORCH_LEAVES[leaf]}", shape)
 
 
 def keras(network: NetworkConfig, variables: Variables) -> dict[str, Stored]:

@@ -1,0 +1,66 @@
+"""Layers on the channels of each token or pixel: dense, LayerNorm, layer scale.
+
+Parameters are float32; a layer computes in `dtype`, with moments in float32.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from fm_distill.models.contract import CONVOLUTION
+
+Channels = Float[Array, "*places channels"]
+
+# Inside the square root, in timm's ViT and ConvNeXt.
+LAYER_NORM_EPSILON = 1e-6
+# Of the truncated normal that dense kernels, tokens and positions start from, as in timm.
+INITIAL_DEVIATION = 0.02
+
+
+def gelu(x: Channels) -> Channels:
+    """With the error function, not its usual approximation."""
+    return nn.gelu(x, approximate=False)
+
+
+class Dense(nn.Module):
+    """A matrix product and a bias. For rematerialisation its output counts as a convolution's."""
+
+    channels: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*places _"]) -> Float[Array, "*places _"]:
+        initial = nn.initializers.truncated_normal(INITIAL_DEVIATION)
+        kernel = self.param("kernel", initial, (x.shape[-1], self.channels), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (self.channels,), jnp.float32)
+        x = x @ kernel.astype(self.dtype) + bias.astype(self.dtype)
+        return checkpoint_name(x, CONVOLUTION)
+
+
+class LayerNorm(nn.Module):
+    """Over the channels of each place, in float32."""
+
+    @nn.compact
+    def __call__(self, x: Channels) -> Channels:
+        shape = (x.shape[-1],)
+        scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
+        wide = x.astype(jnp.float32)
+        wide = wide - wide.mean(axis=-1, keepdims=True)
+        variance = jnp.square(wide).mean(axis=-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(variance + LAYER_NORM_EPSILON)
+        return (wide * scale + bias).astype(x.dtype)
+
+
+class LayerScale(nn.Module):
+    """A factor of each channel (arXiv 2103.17239), small at first."""
+
+    initial: float
+
+    @nn.compact
+    def __call__(self, x: Channels) -> Channels:
+        initial = nn.initializers.constant(self.initial)
+        gamma = self.param("gamma", initial, (x.shape[-1],), jnp.float32)
+        return x * gamma.astype(x.dtype)
