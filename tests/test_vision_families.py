@@ -1,4 +1,4 @@
-"""ResNet, ViT, DeiT and DINOv2, against timm's logits and names.
+"""ResNet, ConvNeXt, ViT, DeiT and DINOv2, against timm's logits and names.
 
 `tools/make_timm_expectations.py` recorded what timm answers; nothing of timm is needed here.
 """
@@ -13,10 +13,12 @@ import pytest
 from conftest import ROOT
 from safetensors.numpy import save_file
 from timm_formula import CASES, CLASSES, Case, pictures, tensor_of
+from tiny import smallest
 
 from fm_distill.config import NetworkConfig
 from fm_distill.errors import UserError
-from fm_distill.models import Variables, build_network
+from fm_distill.models import Variables, build_network, convnext, resnet, resolve, vit
+from fm_distill.models.vit_designs import AUGREG, FACEBOOK
 from fm_distill.weights.load import load_weights, start_from
 from fm_distill.weights.names import in_naming, timm, to_ours
 
@@ -28,9 +30,15 @@ KEYS = (
     "deit_tiny_distilled_patch16_224_at_96",
     "vit_small_patch14_reg4_dinov2_at_56",
     "vit_little_patch16_reg4_gap_256_at_64",
+    "convnext_atto_at_64",
+    "convnextv2_tiny_at_64",
 )
 FORMS = [case for case in CASES if case.key in KEYS]
-FAST = [case for case in CASES if case.key in ("resnet18_at_64", "vit_tiny_patch16_224_at_96")]
+FAST = [
+    case
+    for case in CASES
+    if case.key in ("resnet18_at_64", "vit_tiny_patch16_224_at_96", "convnextv2_atto_at_103")
+]
 
 
 def config_of(case: Case) -> NetworkConfig:
@@ -88,20 +96,43 @@ def test_bfloat16_is_close(case):
     assert 1e-4 < difference < 0.1
 
 
-@pytest.mark.parametrize("case", FORMS, ids=lambda case: case.key)
-def test_a_gradient_reaches_every_parameter(case):
-    network = build_network(config_of(case), CLASSES, FLOAT32)
-    variables, images = formula_variables(case), jnp.asarray(pictures(case.resolution))
+# As of the networks of these names, but with few blocks and channels.
+SHRUNK = {
+    "resnet18": resnet.member(resnet.Design((1, 1), bottleneck=False)),
+    "resnet50d": resnet.member(resnet.Design((1, 1), bottleneck=True, deep=True)),
+    "convnext_atto": convnext.member(convnext.Design((0, 0, 0, 1), 8, convolutions=True)),
+    "convnextv2_tiny": convnext.member(convnext.Design((0, 0, 0, 1), 8, second_version=True)),
+    **{
+        name: vit.member(dataclasses.replace(design, channels=32, depth=2, heads=2))
+        for name, design in (AUGREG | FACEBOOK).items()
+        if f"{name}_at_" in " ".join(KEYS)
+    },
+}
+
+
+@pytest.mark.parametrize("name", SHRUNK)
+def test_a_gradient_reaches_every_parameter(name):
+    resolution = smallest(name) * 2
+    config = resolve(NetworkConfig(model=name, resolution=resolution))
+    network = SHRUNK[name](config, CLASSES, FLOAT32)
+    variables = network.init(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x: jnp.asarray(x + 0.3 * rng.standard_normal(x.shape), jnp.float32),
+        variables.params,
+    )
 
     def loss(params):
+        images = jnp.asarray(pictures(resolution))
         output = network.apply(Variables(params, variables.statistics), images, train=True)
         return jnp.square(output.logits).mean()
 
-    gradient = jax.jit(jax.grad(loss))(variables.params)
+    gradient = jax.jit(jax.grad(loss))(params)
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
-        # Behind a ReLU some channels are dead, and zeros around a small picture meet no pixel.
+        # Behind a ReLU some channels are dead, and of a 7x7 kernel around 2x2 pixels only the
+        # middle 3x3 meet any.
         share = float((leaf != 0).mean())
-        assert share > 0.5, (jax.tree_util.keystr(path), share)
+        assert share > 0.1, (jax.tree_util.keystr(path), share)
 
 
 @pytest.mark.parametrize("case", FORMS, ids=lambda case: case.key)

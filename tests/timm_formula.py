@@ -28,6 +28,11 @@ COUNTED = (
     ),
     *("deit_base_patch16_384", "deit_base_distilled_patch16_384"),
     *(
+        f"convnext{version}_{size}"
+        for size in ("atto", "femto", "pico", "nano", "tiny", "small", "base", "large")
+        for version in ("", "v2")
+    ),
+    *(
         f"vit_{size}_patch14{registers}_dinov2"
         for size in ("small", "base", "large")
         for registers in ("", "_reg4")
@@ -60,6 +65,11 @@ CASES = (
     # From 16x16 to 20x20.
     Case("vit_wee_patch16_reg1_gap_256", 320),
     Case("vit_little_patch16_reg4_gap_256", 64),
+    Case("convnext_atto", 64),
+    Case("convnext_tiny", 64),
+    # Of 103 pixels the last three, and of 25 the last one, are in no patch.
+    Case("convnextv2_atto", 103),
+    Case("convnextv2_tiny", 64),
 )
 
 

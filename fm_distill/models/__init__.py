@@ -19,7 +19,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from fm_distill.config import InputRange, NetworkConfig
-from fm_distill.models import bit, keras_resnet_v2, mobilenet_v3, resnet, vit
+from fm_distill.models import bit, convnext, keras_resnet_v2, mobilenet_v3, resnet, vit
 from fm_distill.models import efficientnet_lite as lite
 from fm_distill.models.contract import (
     CONVOLUTION,
@@ -86,6 +86,7 @@ MODELS: dict[str, Model] = {
     "mobilenet_v3_small_gn": Model(mobilenet_v3.member("small", 8), "imagenet"),
     "resnet50v2": Model(keras_resnet_v2.build, "minus_one_one"),
     **_as_in_timm(resnet.MEMBERS, "imagenet"),
+    **_as_in_timm(convnext.MEMBERS, "imagenet"),
     **_as_in_timm(vit.MEMBERS_OF_AUGREG, "minus_one_one"),
     **_as_in_timm(vit.MEMBERS_OF_FACEBOOK, "imagenet"),
 }

@@ -207,18 +207,22 @@ class Convolution(nn.Module):
 
 
 class DepthwiseConvolution(nn.Module):
-    """A convolution of each channel by itself, without bias."""
+    """A convolution of each channel by itself."""
 
     size: int
     stride: int
     dtype: jnp.dtype
     padding: Padding
+    bias: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch _ _ _"]) -> Float[Array, "batch _ _ _"]:
         shape = (self.size, self.size, 1, x.shape[-1])
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, jnp.float32)
         x = convolve_depthwise(x, kernel.astype(self.dtype), self.stride, self.padding)
+        if self.bias:
+            bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
+            x = x + bias.astype(self.dtype)
         return checkpoint_name(x, CONVOLUTION)
 
 

@@ -120,7 +120,7 @@ def bit_flat(network: NetworkConfig, variables: Variables) -> dict[str, Stored]:
 
 
 # What timm calls the classifier, by the beginning of the model's name; `classifier` elsewhere.
-_TIMM_HEADS = {"resnet": "fc", "vit": "head", "deit": "head"}
+_TIMM_HEADS = {"resnet": "fc", "vit": "head", "deit": "head", "convnext": "head.fc"}
 
 
 def timm(network: NetworkConfig, variables: Variables) -> dict[str, Stored]:
@@ -159,7 +159,7 @@ def _timm_mirrored(path: str, shape: tuple[int, ...], head: str) -> Stored:
         # Tokens and positions, which are of no module.
         return _as_is(leaf, shape)
     name = ".".join(re.sub(r"_(?=\d)", ".", module) for module in modules)
-    name = {"head": head, "head.dist": "head_dist"}.get(name, name)
+    name = {"head": head, "head.dist": "head_dist", "head_norm": "head.norm"}.get(name, name)
     return _torch(f"{name}.{_TORCH_LEAVES[leaf]}", shape)
 
 
