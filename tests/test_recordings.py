@@ -26,6 +26,9 @@ from fm_distill.config import (
     ScheduleConfig,
     TeacherConfig,
 )
+from fm_distill.data.feeding import Reader, StreamingFeed
+from fm_distill.data.resident import ResidentFeed
+from fm_distill.data.sources import open_source
 from fm_distill.errors import TrainingFailed, UserError
 from fm_distill.evaluation.inference import evaluate
 from fm_distill.objectives.distances import kl_divergence
@@ -35,9 +38,10 @@ from fm_distill.recordings import writing
 from fm_distill.recordings.manifest import open_recording
 from fm_distill.recordings.reading import RecordingReader
 from fm_distill.recordings.rows import decode, encode, indices_of, unseen
-from fm_distill.recordings.shards import read_shard
+from fm_distill.recordings.shards import read_shard, write_shard
 from fm_distill.recordings.view_digest import same_views, view_digests
 from fm_distill.system.preemption import Stop
+from fm_distill.system.sharding import make_layout
 from fm_distill.training.record import record
 from fm_distill.training.train import train
 
@@ -449,6 +453,37 @@ def test_a_manifest_that_cannot_be_is_refused(taught, tmp_path, change, said):
     rewritten(recording, change)
     with pytest.raises(UserError, match=said):
         train(learning(config, recording), tmp_path / "run")
+
+
+def test_views_of_another_generator_are_noticed(taught, tmp_path):
+    """By the draws of fixed keys, and by those of the recorded steps."""
+    config, folder = taught
+    recording = copied(folder, tmp_path)
+    rewritten(recording, lambda lines: lines[0]["golden"].reverse())
+    with pytest.raises(UserError, match="were drawn by another version of JAX or of fm-distill"):
+        train(learning(config, recording), tmp_path / "run")
+    rewritten(recording, lambda lines: lines[0]["golden"].reverse())
+    first = recording / "steps-00000000-00000002"
+    block = read_shard(first)
+    write_shard(first, dataclasses.replace(block, views=block.views + np.uint64(1)))
+    with pytest.raises(UserError, match="the views of step 0 are not those of the recording in"):
+        train(learning(config, recording), tmp_path / "run")
+
+
+@pytest.mark.parametrize("feeding", ["resident", "streaming"])
+def test_outputs_for_other_examples_are_refused(taught, feeding):
+    """In each batch, whatever the header says."""
+    config, folder = taught
+    reader = Reader(open_source(config.data, "train"), config.data, 10)
+    recording = RecordingReader(open_recording(folder / "recording"), 6)
+    layout = make_layout(MeshConfig(data=1))
+    shared = {"recording": recording, "period_steps": None}
+    if feeding == "resident":
+        feed = ResidentFeed(reader, 1, 16, layout.replicated, layout.ids, **shared)
+    else:
+        feed = StreamingFeed(reader, 1, 16, 6, layout.batch, **shared)
+    with pytest.raises(UserError, match=r"the recording answered to example .* where this run has"):
+        next(feed.feed(0, iter([1])))
 
 
 def test_a_line_that_was_cut_off_does_not_count(taught, tmp_path):
