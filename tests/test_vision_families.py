@@ -34,11 +34,7 @@ KEYS = (
     "convnextv2_tiny_at_64",
 )
 FORMS = [case for case in CASES if case.key in KEYS]
-FAST = [
-    case
-    for case in CASES
-    if case.key in ("resnet18_at_64", "vit_tiny_patch16_224_at_96", "convnextv2_atto_at_103")
-]
+FAST = [case for case in CASES if case.key in ("resnet18_at_64", "vit_tiny_patch16_224_at_96")]
 
 
 def config_of(case: Case) -> NetworkConfig:
