@@ -26,7 +26,7 @@ from fm_distill.config.serialization import NOT_IDENTITY
 from fm_distill.data.batch import Batch
 from fm_distill.data.feeding import Reader
 from fm_distill.data.images import shrink
-from fm_distill.data.resident import Resident
+from fm_distill.data.resident import Resident, ResidentSteps
 from fm_distill.data.sources import open_source
 from fm_distill.data.splits import open_data
 from fm_distill.evaluation.evaluate import Evaluator
@@ -105,7 +105,8 @@ def test_the_metrics_of_a_dispatch_are_those_of_its_last_step():
     state = TrainState(jnp.int32(5), Variables({}, {}), (), None)
     data = Resident.of(random_batch())
     program = make_program(train_step, state, (), data, ONE)
-    _, metrics = program(state, (), data, np.zeros((3, 8), np.int32), KEY)
+    fed = ResidentSteps(np.zeros((3, 8), np.int32))
+    _, metrics = program(state, (), data, fed, KEY)
     assert {name: float(x) for name, x in metrics.items()} == dict.fromkeys(metrics, 7.0)
 
 
