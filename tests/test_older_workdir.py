@@ -7,9 +7,13 @@ import pathlib
 import shutil
 
 import pytest
+from tiny import resolved_run, tiny_config
 
 from fm_distill.cli.main import main
+from fm_distill.config import TeacherConfig
+from fm_distill.config.serialization import differences
 from fm_distill.errors import EXIT_WRONG_INPUT
+from fm_distill.runs.stored_run import describe_run, stored_run
 
 CONFIG = pathlib.Path(__file__).parent / "data" / "older_config.json"
 TEACHER = "experiments/digits_teacher.py"
@@ -29,6 +33,24 @@ COMMANDS = {
     "export": ("export", "{run}", "{new}.safetensors"),
     "report": ("report", "{run}", "--out", "{new}.html"),
 }
+
+
+def test_a_run_without_fields_of_later_versions_is_the_same_run():
+    """A field that came later has its default, also where two configs are compared."""
+    config = tiny_config(teacher=TeacherConfig(workdir="x"))
+    resolved = resolved_run(tiny_config())
+    tree = describe_run(config, resolved, ())
+    for part, name in (
+        ("views", "period_steps"), ("student", "seed"), ("teacher", "recording"),
+        ("teacher", "function"),
+    ):  # fmt: skip
+        del tree["config"][part][name]
+    for name in ("recording", "period_steps", "code"):
+        del tree["resolved"][name]
+    stored = stored_run(tree, pathlib.Path("config.json"))
+    assert vars(stored.config.student)["seed"] is None
+    assert differences(stored.config, config) == []
+    assert stored.resolved.differences(resolved) == [] == resolved.differences(stored.resolved)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -1,7 +1,8 @@
 """A config as text and JSON, and what makes two configs the same run."""
 
+import dataclasses
 import re
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -9,6 +10,8 @@ from fm_distill.config import Config
 from fm_distill.config.options import option_names, with_parts
 from fm_distill.config.teachers import any_teacher
 from fm_distill.errors import UserError
+
+Part = TypeVar("Part")
 
 # Fields that say where things lie or what is written, not which student comes out. What holds for
 # `teacher` holds for all teachers.
@@ -39,6 +42,20 @@ NOT_IDENTITY = (
 )
 
 
+def completed(value: Part) -> Part:
+    """A frozen dataclass with all of its fields in `vars`.
+
+    msgspec leaves out those that the JSON of an older version does not have: they are defaults of
+    the class, and two equal configs would differ.
+    """
+    if isinstance(value, tuple):
+        return type(value)(map(completed, value))
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return value
+    whole = dataclasses.replace(value)
+    return dataclasses.replace(whole, **{name: completed(x) for name, x in vars(whole).items()})
+
+
 def to_json(config: Config) -> dict[str, Any]:
     """The config as nested dicts and lists."""
     return msgspec.to_builtins(config)
@@ -47,7 +64,7 @@ def to_json(config: Config) -> dict[str, Any]:
 def from_json(tree: Any) -> Config:
     """The inverse of `to_json`; raises `UserError` where `tree` is not a config of this version."""
     try:
-        return msgspec.convert(tree, Config, strict=True)
+        return completed(msgspec.convert(tree, Config, strict=True))
     except msgspec.ValidationError as error:
         raise UserError(f"this is not a config of this version: {error}") from None
 
