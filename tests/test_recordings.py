@@ -40,6 +40,7 @@ from fm_distill.recordings.reading import RecordingReader
 from fm_distill.recordings.rows import decode, encode, indices_of, unseen
 from fm_distill.recordings.shards import read_shard, write_shard
 from fm_distill.recordings.view_digest import same_views, view_digests
+from fm_distill.runs.workdir import Workdir
 from fm_distill.system.preemption import Stop
 from fm_distill.system.sharding import make_layout
 from fm_distill.training.record import record
@@ -523,6 +524,17 @@ def test_what_cannot_be_recorded_is_refused(taught, tmp_path, changes, options, 
     config, _ = taught
     with pytest.raises(UserError, match=said):
         record(dataclasses.replace(config, **changes), tmp_path / "x", Stop(), **options)
+
+
+def test_a_stop_while_the_teacher_is_trained_is_no_error(taught, tmp_path):
+    config, _ = taught
+    write_experiment(tmp_path / "teacher.py")
+    teacher = TeacherConfig(experiment=str(tmp_path / "teacher.py"))
+    config = dataclasses.replace(config, teacher=teacher)
+    found = record(config, tmp_path / "recording", Stop(max_hours=1e-9))
+    assert not found.complete and found.recording is None
+    assert found.reason == "the 1e-09 hours are used"
+    assert Workdir(tmp_path / "recording" / "teacher").read_status().state == "paused"
 
 
 def test_a_full_disk_keeps_the_shards_before(taught, tmp_path, monkeypatch):

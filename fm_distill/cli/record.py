@@ -6,7 +6,7 @@ import pathlib
 from typing import Literal
 
 from fm_distill.cli.options import OverConfig, first_experiment, parse_over
-from fm_distill.cli.train import say_paused
+from fm_distill.cli.train import check_hours, say_paused
 from fm_distill.errors import EXIT_COMPLETE, EXIT_PAUSED, UserError
 from fm_distill.system.console import log, sessions_left
 from fm_distill.system.preemption import Stop, stop_signals
@@ -17,7 +17,7 @@ class _Record(OverConfig):
     """Records what the teachers answer to the views of a run, or continues to."""
 
     to: str = ""
-    """The folder of the recording; None: recordings/NAME."""
+    """The folder of the recording; recordings/NAME if it is not given."""
     steps: str = ":"
     """The steps to record, as A:B, B excluded; all of the run without them."""
     dtype: Literal["float16", "float32"] = "float16"
@@ -31,8 +31,7 @@ class _Record(OverConfig):
 def record_command(arguments: list[str]) -> int:
     experiment, default, rest = first_experiment(arguments, "record EXPERIMENT.py --to DIR")
     asked = parse_over(_Record, default, rest, f"record {experiment}")
-    if asked.max_hours is not None and not asked.max_hours > 0:
-        raise UserError(f"--max-hours is {asked.max_hours}; expected a number above zero")
+    check_hours(asked.max_hours)
     steps = parse_steps(asked.steps)
     to = asked.to or os.path.join("recordings", asked.config.name)
     command = ["record", *arguments]
@@ -47,7 +46,8 @@ def record_command(arguments: list[str]) -> int:
 
         log(use_compilation_cache(pathlib.Path(to)))
         found = record(asked.config, to, stop, steps=steps, dtype=asked.dtype, top_k=asked.top_k)
-        print(status_text(found.recording))
+        if found.recording:
+            print(status_text(found.recording))
         if found.complete:
             return EXIT_COMPLETE
         left = sessions_left(found.hours_left, stop.max_hours or stop.hours())

@@ -70,8 +70,7 @@ def _train_as_one_of_many(arguments: list[str]) -> None:
 def _train_options(arguments: list[str]) -> tuple[_Train, str]:
     experiment, default, rest = first_experiment(arguments, "train EXPERIMENT.py")
     asked = parse_over(_Train, default, rest, f"train {experiment}")
-    if asked.max_hours is not None and not asked.max_hours > 0:
-        raise UserError(f"--max-hours is {asked.max_hours}; expected a number above zero")
+    check_hours(asked.max_hours)
     return asked, asked.workdir or os.path.join("runs", asked.config.name)
 
 
@@ -96,6 +95,11 @@ def _train_here(asked: _Train, workdir: str, stop: Stop, arguments: list[str]) -
     steps = f"after {result.step:,} of {result.total_steps:,} steps"
     say_paused(["train", *arguments], f" {steps}: {result.reason}; {left}")
     return EXIT_PAUSED
+
+
+def check_hours(hours: float | None) -> None:
+    if hours is not None and not hours > 0:
+        raise UserError(f"--max-hours is {hours}; expected a number above zero")
 
 
 def say_paused(command: list[str], reason: str) -> None:

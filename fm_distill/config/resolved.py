@@ -40,6 +40,8 @@ class RecordingFacts:
     path: str
     # SHA-256 of all that the recorded outputs depend on.
     identity: str
+    # From the first one on, without a hole.
+    steps: int
     # Maximal ranges of steps, in order.
     ranges: tuple[tuple[int, int], ...]
 

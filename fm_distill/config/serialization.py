@@ -42,18 +42,23 @@ NOT_IDENTITY = (
 )
 
 
-def completed(value: Part) -> Part:
-    """A frozen dataclass with all of its fields in `vars`.
+def converted(tree: Any, kind: type[Part]) -> Part:
+    """The JSON `tree` as a frozen dataclass. Raises `msgspec.ValidationError`."""
+    return _completed(msgspec.convert(tree, kind))
+
+
+def _completed(value: Part) -> Part:
+    """With all fields of dataclasses in `vars`.
 
     msgspec leaves out those that the JSON of an older version does not have: they are defaults of
     the class, and two equal configs would differ.
     """
     if isinstance(value, tuple):
-        return type(value)(map(completed, value))
+        return type(value)(map(_completed, value))
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return value
     whole = dataclasses.replace(value)
-    return dataclasses.replace(whole, **{name: completed(x) for name, x in vars(whole).items()})
+    return dataclasses.replace(whole, **{name: _completed(x) for name, x in vars(whole).items()})
 
 
 def to_json(config: Config) -> dict[str, Any]:
@@ -64,7 +69,7 @@ def to_json(config: Config) -> dict[str, Any]:
 def from_json(tree: Any) -> Config:
     """The inverse of `to_json`; raises `UserError` where `tree` is not a config of this version."""
     try:
-        return completed(msgspec.convert(tree, Config, strict=True))
+        return converted(tree, Config)
     except msgspec.ValidationError as error:
         raise UserError(f"this is not a config of this version: {error}") from None
 
@@ -97,7 +102,7 @@ def changed(config: Config, values: dict[str, Any]) -> Config:
             place = place[int(parent) if isinstance(place, list | tuple) else parent]
         place[leaf] = value
     try:
-        return msgspec.convert(tree, Config, strict=True)
+        return converted(tree, Config)
     except msgspec.ValidationError as error:
         given = ", ".join(f"{name}={value}" for name, value in values.items())
         raise UserError(f"{given}: a value is not of its field's type: {error}") from None

@@ -95,6 +95,12 @@ class TrainingStream:
         raise UserError(f"no image of {self.reader.source.identity} can be read")
 
 
+def read_stream(stream: TrainingStream, start_step: int) -> Iterator[dict[str, np.ndarray]]:
+    """The rows of each step from `start_step` on, read and decoded ahead."""
+    dataset = grain.MapDataset.source(stream)[start_step * stream.rows :]
+    return read_ahead(dataset.batch(stream.rows), stream.reader.config.workers)
+
+
 def process_rows(batch_size: int) -> tuple[int, int]:
     """First row and number of rows of each batch that this process feeds."""
     rows = batch_size // jax.process_count()
@@ -120,7 +126,7 @@ class StreamingFeed:
             reader, seed, total_steps, batch_size, first, rows, period_steps
         )
         self.recording = recording
-        self.sharding, self.workers = sharding, reader.config.workers
+        self.sharding = sharding
         self.targets = targets
         self.data = None
         self.skipped = 0
@@ -133,8 +139,7 @@ class StreamingFeed:
         stream = dataclasses.replace(
             self.stream, total_steps=self.stream.total_steps + skipped_steps
         )
-        dataset = grain.MapDataset.source(stream)[(start_step + skipped_steps) * rows :]
-        read = read_ahead(dataset.batch(rows), self.workers)
+        read = read_stream(stream, start_step + skipped_steps)
         recorded = self.recording.steps(start_step) if self.recording else None
         ready: collections.deque[Batch] = collections.deque()
         for steps in dispatches:

@@ -5,6 +5,7 @@ import os
 import msgspec
 
 from fm_distill.config import CanvasConfig
+from fm_distill.config.serialization import converted
 from fm_distill.errors import UserError
 from fm_distill.runs.open_run import names_of
 from fm_distill.runs.student import Student
@@ -25,7 +26,7 @@ def load_student(path: str | os.PathLike[str]) -> Student:
             "expected a file that `fm-distill export` wrote"
         )
     try:
-        canvas = msgspec.convert(card.config["data"]["canvas"], CanvasConfig)
+        canvas = converted(card.config["data"]["canvas"], CanvasConfig)
     except (KeyError, TypeError, msgspec.ValidationError) as error:
         raise UserError(
             f"{path}: the config on its card does not fit this version ({error}); export it again "

@@ -30,7 +30,7 @@ from fm_distill.models.contract import (
     Variables,
     parameter_count,
 )
-from fm_distill.models.own import is_own, own_builder, own_code
+from fm_distill.models.own import check_logits, is_own, own_builder, own_code
 
 __all__ = [
     "CONVOLUTION",
@@ -117,5 +117,10 @@ def build_network(config: NetworkConfig, classes: int, dtype: jnp.dtype) -> Netw
 
 
 def check_network(config: NetworkConfig) -> None:
-    """Raises `ValueError` where the fields of `config` do not describe a network."""
-    build_network(config, 2, jnp.dtype("float32"))
+    """Raises `ValueError` where the fields of `config` do not describe a network.
+
+    And `UserError` where a network of one's own does not run.
+    """
+    network = build_network(config, 2, jnp.dtype("float32"))
+    if is_own(config.model):
+        check_logits(network, config)

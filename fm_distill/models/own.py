@@ -14,6 +14,7 @@ from fm_distill.config import NetworkConfig
 from fm_distill.errors import UserError
 from fm_distill.models.assembly import make_network
 from fm_distill.models.contract import Images, Network
+from fm_distill.models.layers import identity
 from fm_distill.system.references import is_reference, load_reference
 
 Builder = Callable[[NetworkConfig, int, jnp.dtype], Network]
@@ -81,13 +82,12 @@ def _from_module(
         )
     made = module(**{name: value for name, value in fields.items() if name in known})
     whole = _WithFeatures(made)
-    network = make_network(whole, whole, lambda kernel: kernel, config, classes, jnp.dtype("f4"))
-    _check_logits(network, model, config, classes)
-    return network
+    return make_network(whole, whole, identity, config, classes, jnp.dtype("float32"))
 
 
-def _check_logits(network: Network, model: str, config: NetworkConfig, classes: int) -> None:
+def check_logits(network: Network, config: NetworkConfig) -> None:
     """Raises `UserError` where the network does not run, or returns something else than logits."""
+    model, classes = config.model, network.classes
     images = jax.ShapeDtypeStruct((2, config.resolution, config.resolution, 3), jnp.float32)
 
     def logits(images: Images) -> Array:

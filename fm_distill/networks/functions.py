@@ -16,7 +16,8 @@ from fm_distill.errors import UserError
 from fm_distill.system.references import load_reference
 
 Images = Float32[np.ndarray, "batch resolution resolution 3"]
-TeacherFunction = Callable[[Images], Any]
+# Pictures to logits, checked in each batch.
+TeacherFunction = Callable[[Images], Float32[np.ndarray, "batch classes"]]
 
 PROBES = 2  # pictures that a function is tried with
 # Two answers to the same pictures may differ by so much of their size.
@@ -46,7 +47,12 @@ def load_function(
             f"{np.abs(first - again).max():.3g}): put it into evaluation mode, without dropout"
         )
     code = hashlib.sha256(f"{found.sha256} {reference.rpartition(':')[2]}".encode()).hexdigest()
-    return found.value, int(first.shape[1]), code
+    classes = int(first.shape[1])
+
+    def checked(images: Images) -> Float32[np.ndarray, "batch classes"]:
+        return answers(found.value, images, reference, classes)
+
+    return checked, classes, code
 
 
 def probes(network: NetworkConfig) -> Images:
@@ -57,7 +63,7 @@ def probes(network: NetworkConfig) -> Images:
 
 
 def answers(
-    function: TeacherFunction, images: Images, reference: str, classes: int | None = None
+    function: Callable[[Images], Any], images: Images, reference: str, classes: int | None = None
 ) -> Float32[np.ndarray, "batch classes"]:
     """The logits of a batch. Raises `UserError` where the function fails or they cannot be that."""
     try:

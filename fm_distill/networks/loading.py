@@ -43,7 +43,10 @@ class Networks:
             student_weights=fingerprint(self.pretrained.variables) if self.pretrained else None,
             teacher_weights=tuple(teacher.fingerprint for teacher in self.teachers),
             recording=RecordingFacts(
-                str(self.recording.path), self.recording.header.identity, self.recording.ranges
+                str(self.recording.path),
+                self.recording.header.identity,
+                self.recording.steps,
+                self.recording.ranges,
             )
             if self.recording
             else None,

@@ -113,7 +113,7 @@ def recorded_teachers(
         return teachers
     note = f"the teachers are not here: their outputs are read from {recording.path}"
     return tuple(
-        Teacher(network, header.classes, header.class_names, None, weights, (note,)[i:])
+        Teacher(network, header.classes, header.class_names, None, weights, () if i else (note,))
         for i, (network, weights) in enumerate(
             zip(header.teachers, header.teacher_weights, strict=True)
         )

@@ -9,7 +9,7 @@ import msgspec
 
 from fm_distill.config import CanvasConfig, Config, NetworkConfig, ViewConfig
 from fm_distill.config.regime import ViewLaw, regime_of
-from fm_distill.config.serialization import completed
+from fm_distill.config.serialization import converted
 from fm_distill.errors import UserError
 from fm_distill.recordings.rows import RowType
 
@@ -23,7 +23,6 @@ OPTIONS = {
     "classes": "the number of classes",
     "canvas": "data.canvas",
     "view_law": "the views of `teaching`",
-    "golden": "the draws of fixed keys",
     "teacher_weights": "the teachers' weights",
 }
 
@@ -128,6 +127,6 @@ def parse_header(tree: Any, where: str) -> RecordingHeader:
             "the version of fm-distill that recorded it"
         )
     try:
-        return completed(msgspec.convert(tree, RecordingHeader))
+        return converted(tree, RecordingHeader)
     except msgspec.ValidationError as error:
         raise UserError(f"{where} does not begin with the header of a recording: {error}") from None

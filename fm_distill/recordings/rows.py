@@ -43,8 +43,8 @@ def encode(
     """The rows of `logits`, exact in float32; in float16 to 2^-11 of the distance to the largest.
 
     With `top_k` the rest is lumped together at `temperature`, the only one at which the distance
-    to it is exact. Source for the shift: measured in float16, the KL to what is stored falls from
-    4.6e-6 to 2.7e-7 nats with logits that have a constant of 20 added.
+    to it is exact. Without the shift, which no softmax sees, logits near 20 would be rounded to
+    multiples of 1/64.
     """
     logits = logits.astype(np.float32)
     largest = logits.max(axis=-1)

@@ -12,7 +12,7 @@ import msgspec
 
 from fm_distill.config import Config
 from fm_distill.config.resolved import ResolvedRun
-from fm_distill.config.serialization import completed
+from fm_distill.config.serialization import converted
 from fm_distill.errors import UserError
 
 LIBRARIES = ("fm-distill", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -60,7 +60,7 @@ def stored_run(tree: Any, path: pathlib.Path) -> StoredRun:
             "whose runs this one does not read: use that version, or train again in another workdir"
         )
     try:
-        return completed(msgspec.convert(tree, StoredRun))
+        return converted(tree, StoredRun)
     except msgspec.ValidationError as error:
         raise UserError(f"{path} is not the config of a run of this version: {error}") from None
 

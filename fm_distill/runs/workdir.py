@@ -8,9 +8,8 @@ import os
 import pathlib
 import re
 import shutil
-import time
 from collections.abc import Callable, Iterator
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -22,7 +21,7 @@ from fm_distill.runs.stored_progress import Status, StoredStatus, as_evaluation,
 from fm_distill.runs.stored_run import StoredRun, describe_run, stored_run
 from fm_distill.system.compilation_cache import COMPILED
 from fm_distill.system.console import log
-from fm_distill.system.files import replacing
+from fm_distill.system.files import lock, replacing
 from fm_distill.system.processes import first_process
 
 Contents = TypeVar("Contents")
@@ -89,7 +88,7 @@ class Workdir:
         except OSError as error:
             raise UserError(f"the workdir {self.path} cannot be written: {error}") from None
         with handle:
-            if not _lock(handle):
+            if not lock(handle):
                 raise UserError(
                     f"the workdir {self.path} is in use by another process; wait for it, or "
                     "choose another --workdir"
@@ -246,13 +245,3 @@ class Workdir:
             status, step, total_steps, reason, hours_left, images_per_second, updated
         )
         self.write_from_first("status.json", msgspec.to_builtins(stored))
-
-
-def _lock(handle: IO[str]) -> bool:
-    """Tries for a second, since a check of the lock (`in_use`) holds it for a moment."""
-    for _ in range(10):
-        with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        time.sleep(0.1)
-    return False

@@ -1,8 +1,11 @@
-"""Files that are written completely or not at all."""
+"""Files that are written completely or not at all, and locks that a crash frees."""
 
 import contextlib
+import fcntl
 import pathlib
+import time
 from collections.abc import Iterator
+from typing import IO
 
 
 @contextlib.contextmanager
@@ -19,3 +22,13 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+def lock(handle: IO[str]) -> bool:
+    """Tries for a second, since a check of the lock (`in_use`) holds it for a moment."""
+    for _ in range(10):
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        time.sleep(0.1)
+    return False

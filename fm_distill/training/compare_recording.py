@@ -12,7 +12,7 @@ from fm_distill.models import Variables
 from fm_distill.networks.branch import Branch
 from fm_distill.objectives.distances import kl_divergence
 from fm_distill.recordings.reading import RecordingReader
-from fm_distill.recordings.rows import decode
+from fm_distill.recordings.rows import TargetRows, decode
 from fm_distill.system.sharding import Layout
 from fm_distill.training.recorded import checked_steps
 from fm_distill.training.recorder import make_record_program
@@ -34,11 +34,12 @@ def compare_with_teachers(
     steps = checked_steps(config, recording.period_steps)
     found = []
     for step in steps:
-        examples = recording.at(step).examples[0].tolist()
-        batch = jax.device_put(stack([reader[i] for i in examples]), layout.batch)
+        recorded = jax.tree.map(lambda x: x[0], recording.at(step))
+        batch = stack([reader[i] for i in recorded.examples.tolist()])
+        batch = jax.device_put(batch, layout.batch)
         outputs = program(frozen, None, batch, key, jnp.int32(step))
         assert outputs.logits is not None
-        found.append(compared(recording, step, tuple(jnp.moveaxis(outputs.logits[0], 1, 0))))
+        found.append(compared(recorded.rows, tuple(jnp.moveaxis(outputs.logits[0], 1, 0))))
     difference, kl, same = np.array(found).T
     numbers = ", ".join(f"{x:,}" for x in steps)
     return (
@@ -47,11 +48,8 @@ def compare_with_teachers(
     )
 
 
-def compared(
-    recorded: RecordingReader, step: int, logits: tuple[AnyArray, ...]
-) -> tuple[float, float, float]:
+def compared(found: TargetRows, logits: tuple[AnyArray, ...]) -> tuple[float, float, float]:
     """Largest difference, mean KL in nats and agreement of recorded logits with those of now."""
-    found = jax.tree.map(lambda x: x[0], recorded.at(step)).rows
     if found.indices is not None:
         logits = tuple(
             jnp.take_along_axis(x, jnp.asarray(found.indices[:, i].astype(np.int32)), axis=-1)

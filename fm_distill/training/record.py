@@ -6,7 +6,6 @@ in `recorder.py`.
 
 import contextlib
 import dataclasses
-import fcntl
 import os
 import pathlib
 import shutil
@@ -26,6 +25,7 @@ from fm_distill.recordings.manifest import Recording, is_recording, open_recordi
 from fm_distill.recordings.rows import RowType
 from fm_distill.recordings.writing import step_bytes
 from fm_distill.system.console import log
+from fm_distill.system.files import lock
 from fm_distill.system.preemption import Stop
 from fm_distill.system.sharding import check_batch_size, make_layout
 from fm_distill.training.check import check
@@ -40,9 +40,7 @@ class RecordResult:
     """How far a recording got."""
 
     complete: bool
-    recording: Recording
-    start: int
-    stop: int
+    recording: Recording | None  # None: its teachers come first, and are not complete
     reason: str = ""  # why it is not complete
     hours_left: float | None = None
 
@@ -71,7 +69,7 @@ def record(
     with _locked(folder):
         if not train_teachers(config, folder, stop):
             reason = stop.reason() or "its teacher is not complete"
-            raise UserError(f"nothing is recorded yet: {reason}")
+            return RecordResult(False, None, reason)
         networks = load_networks(config, folder, data.train.classes, data.train.class_names)
         resolved = resolve(config, data.facts, networks.facts, layout)
         for note in networks.notes:
@@ -92,12 +90,12 @@ def record(
             f"{count:,} to do, {needed / 1e6:,.1f} MB"
         )
         if not missing:
-            return RecordResult(True, before, first, last)
+            return RecordResult(True, before)
         reader = Reader(data.train, config.data, resolved.classes)
         recorder = Recorder.make(config, resolved, networks.teachers, reader, layout, header)
         recorder.check(before)
         reason, left = recorder.run(folder, missing, stop)
-    return RecordResult(not reason, open_recording(folder), first, last, reason, left)
+    return RecordResult(not reason, open_recording(folder), reason, left)
 
 
 def _check(config: Config, top_k: int | None) -> None:
@@ -158,11 +156,9 @@ def _locked(folder: pathlib.Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error}") from None
     with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not lock(handle):
             raise UserError(
                 f"{folder} is in use by another process; wait for it, or record another range "
                 "(--steps) to another folder and move its files here"
-            ) from None
+            )
         yield

@@ -1,5 +1,7 @@
 """Whether a recording holds what the teachers would answer to the views of this run."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +28,9 @@ from fm_distill.views.draws import Draw, run_keys, step_draws
 
 CHECKED_STEPS = 3  # the first one and some others, drawn by the seed
 GOLDEN_VIEWS = 64
+
+# `(step, sizes) -> digests`, a row each.
+Digests = Callable[[int, Int32[np.ndarray, "batch 2"]], UInt64[np.ndarray, " batch"]]
 
 
 def make_header(
@@ -121,11 +126,11 @@ def check_recording(config: Config, recording: Recording, reader: Reader, period
             f"the views of the recording in {path} were drawn by another version of JAX or of "
             "fm-distill, which draws others from the same keys; its manifest names the versions"
         )
-    steps = RecordingReader(recording, period)
+    steps, digests = RecordingReader(recording, period), make_digests(config)
     for step in checked_steps(config, period):
         found = steps.at(step)
         sizes = np.stack([reader[int(i)]["size"] for i in found.examples[0]])
-        if not same_views(found.views[0], digests_of_step(config, step, sizes)):
+        if not same_views(found.views[0], digests(step, sizes)):
             raise UserError(
                 f"the views of step {step:,} are not those of the recording in {path}: its images "
                 "or their sizes are others; use the data of the recording, or record these"
@@ -140,16 +145,15 @@ def checked_steps(config: Config, period: int) -> list[int]:
     return sorted({0, *map(int, others)})
 
 
-def digests_of_step(
-    config: Config, step: int, sizes: Int32[np.ndarray, "batch 2"]
-) -> UInt64[np.ndarray, " batch"]:
-    """The digests of what the teachers see in `step` of images of these sizes."""
+def make_digests(config: Config) -> Digests:
+    """The digests of what the teachers see in a step of images of these sizes, compiled once."""
     law = regime_of(config.objective.target, config.teaching).views
 
+    @jax.jit
     def drawn(step: Int[jax.Array, ""], sizes: Int32[jax.Array, "batch 2"]) -> Draw:
         return step_draws(law, run_keys(config.seed).draws, step, sizes, config.views).teacher
 
-    return digests_of_draw(jax.device_get(jax.jit(drawn)(jnp.int32(step), sizes)))
+    return lambda step, sizes: digests_of_draw(jax.device_get(drawn(jnp.int32(step), sizes)))
 
 
 def digests_of_draw(draw: Draw) -> UInt64[np.ndarray, "..."]:
@@ -160,7 +164,7 @@ def golden_digests(config: Config) -> tuple[str, ...]:
     """Digests of draws from the seed, which another random number generator would not give."""
     side = 100 + np.arange(GOLDEN_VIEWS)
     sizes = np.stack([side, side[::-1]], axis=1).astype(np.int32)
-    return tuple(f"{x:016x}" for x in digests_of_step(config, 0, sizes).tolist())
+    return tuple(f"{x:016x}" for x in make_digests(config)(0, sizes).tolist())
 
 
 def repeated(resolved: ResolvedRun, batch_size: int) -> list[str]:

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +19,7 @@ from fm_distill.config import Config
 from fm_distill.config.regime import ViewLaw, regime_of
 from fm_distill.config.resolved import ResolvedRun
 from fm_distill.data.batch import Batch
-from fm_distill.data.feeding import Reader, TrainingStream, host_batch, read_ahead, send
+from fm_distill.data.feeding import Reader, TrainingStream, host_batch, read_stream, send
 from fm_distill.data.resident import Resident, ResidentFeed, ResidentSteps
 from fm_distill.errors import UserError
 from fm_distill.models import Variables
@@ -30,7 +29,6 @@ from fm_distill.networks.branch import (
     frozen_teachers,
     teacher_outputs,
 )
-from fm_distill.networks.functions import answers
 from fm_distill.networks.teachers import Teacher
 from fm_distill.recordings.header import RecordingHeader
 from fm_distill.recordings.manifest import ManifestWriter, Recording
@@ -260,8 +258,7 @@ class Recorder:
                 found.append(next(columns))
                 continue
             images = np.asarray(outputs.views[InputSpec.of(teacher.network)])
-            rows = answers(teacher.function, images, teacher.notes[0], self.header.classes)
-            found.append(_by_step(rows, steps))
+            found.append(_by_step(teacher.function(images), steps))
         return np.stack(found, axis=2)
 
     def _kept(self, hidden: list[tuple[float, float]]) -> str:
@@ -291,7 +288,6 @@ class Recorder:
     def _streamed(self, first: int, last: int) -> Passes:
         size = self.config.batch_size
         stream = TrainingStream(self.reader, self.config.seed, last, size, 0, size)
-        dataset = grain.MapDataset.source(stream)[first * size :].batch(size)
-        for step, item in enumerate(read_ahead(dataset, self.reader.config.workers), first):
+        for step, item in enumerate(read_stream(stream, first), first):
             batch = jax.tree.map(lambda x: send(x, self.layout.batch, 0), host_batch(item))
             yield step, item["example"][None].astype(np.int32), batch

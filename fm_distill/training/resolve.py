@@ -103,9 +103,9 @@ def _period_steps(config: Config, total: int, recording: RecordingFacts | None) 
     """After how many steps the views repeat; None where they do not."""
     period = config.views.period_steps or total
     if recording is not None:
-        first, *others = recording.ranges or ((0, 0),)
-        steps = first[1] if first[0] == 0 else 0
-        if steps < period and (config.views.period_steps or others or not steps):
+        steps = recording.steps
+        in_one_piece = steps > 0 and len(recording.ranges) == 1
+        if steps < period and (config.views.period_steps or not in_one_piece):
             there = ", ".join(f"{a:,} to {b:,}" for a, b in recording.ranges) or "none"
             shorter = f", or give --views.period-steps {steps}" if steps else ""
             raise UserError(

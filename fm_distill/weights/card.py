@@ -8,6 +8,7 @@ import msgspec
 import numpy as np
 
 from fm_distill.config import NetworkConfig
+from fm_distill.config.serialization import converted
 from fm_distill.errors import UserError
 
 # Where the card stands in the metadata of a safetensors file.
@@ -48,7 +49,7 @@ class Card:
 def card_from_json(text: str, path: str) -> Card:
     """The card in the metadata of `path`. Raises `UserError` where it is not one."""
     try:
-        return msgspec.json.decode(text, type=Card)
+        return converted(msgspec.json.decode(text), Card)
     except msgspec.DecodeError as error:
         raise UserError(
             f"{path}: its card does not fit this version ({error}); export it again with this one"
@@ -68,7 +69,7 @@ def only_network(network: NetworkConfig) -> NetworkConfig:
 def network_from_json(tree: Any) -> NetworkConfig:
     """A network as it was stored. Raises `UserError` where `tree` is not one."""
     try:
-        return msgspec.convert(tree, NetworkConfig)
+        return converted(tree, NetworkConfig)
     except msgspec.ValidationError as error:
         raise UserError(f"the stored network does not fit this version: {error}") from None
 
