@@ -15,7 +15,8 @@ from tiny import LARGER, smallest
 
 from fm_distill.config import NetworkConfig
 from fm_distill.models import MODELS, Variables, build_network, check_network
-from fm_distill.models.layers import Norm, convolve, convolve_depthwise
+from fm_distill.models.convolutions import convolve, convolve_depthwise
+from fm_distill.models.layers import Norm
 from fm_distill.weights import names
 
 FLOAT32 = jnp.dtype("float32")
@@ -90,6 +91,44 @@ def test_each_backend_gets_its_form_of_the_depthwise_convolution():
     assert "stablehlo.slice" not in tpu and "stablehlo.multiply" not in tpu
     cpu = traced.lower(lowering_platforms=("cpu",)).as_text()
     assert "stablehlo.convolution" not in cpu and cpu.count("stablehlo.multiply") == 9
+
+
+def convolution_in_numpy(x, kernel, gradient, stride):
+    """With `kernel // 2` zeros around: output, and gradients by picture and kernel."""
+    size = kernel.shape[0]
+    half = size // 2
+    padded = np.pad(x, ((0, 0), (half, half), (half, half), (0, 0)))
+    out = np.zeros(gradient.shape)
+    of_padded, of_kernel = np.zeros_like(padded), np.zeros_like(kernel)
+    for r, c in np.ndindex(out.shape[1:3]):
+        here = np.s_[:, r * stride : r * stride + size, c * stride : c * stride + size]
+        out[:, r, c] = np.einsum("nijc,ijco->no", padded[here], kernel)
+        of_padded[here] += np.einsum("no,ijco->nijc", gradient[:, r, c], kernel)
+        of_kernel += np.einsum("nijc,no->ijco", padded[here], gradient[:, r, c])
+    return out, of_padded[:, half : half + x.shape[1], half : half + x.shape[2]], of_kernel
+
+
+# Outputs of 8x8 pixels and less are matrix products on a CPU, larger ones are XLA's.
+@pytest.mark.parametrize("shape", [(1, 2), (5, 4), (8, 8), (9, 8), (17, 16)])
+@pytest.mark.parametrize(("size", "stride"), [(1, 1), (1, 2), (3, 1), (3, 2), (7, 2), (9, 1)])
+def test_a_convolution_and_its_gradients(shape, size, stride):
+    rng = np.random.default_rng(size)
+    x, kernel = rng.standard_normal((2, *shape, 3)), rng.standard_normal((size, size, 3, 5))
+    g = rng.standard_normal((2, *((n - 1) // stride + 1 for n in shape), 5))
+    expected = convolution_in_numpy(x, kernel, g, stride)
+    form = jax.jit(lambda x, k: convolve(x, k, stride))
+    out, pull = jax.vjp(form, jnp.float32(x), jnp.float32(kernel))
+    for found, wanted in zip((out, *pull(jnp.float32(g))), expected, strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-4)
+
+
+def test_each_backend_gets_its_form_of_a_convolution():
+    kernel = jnp.zeros((3, 3, 4, 4))
+    for side, on_cpu in ((8, 0), (9, 1)):
+        traced = jax.jit(convolve).trace(jnp.zeros((2, side, side, 4)), kernel)
+        for platform, count in (("cpu", on_cpu), ("tpu", 1), ("cuda", 1)):
+            text = traced.lower(lowering_platforms=(platform,)).as_text()
+            assert text.count("stablehlo.convolution") == count, (platform, side)
 
 
 @pytest.mark.parametrize("side", [7, 8])

@@ -13,7 +13,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from fm_distill.models.contract import UNIT, Images
-from fm_distill.models.layers import Convolution, DepthwiseConvolution, Norm, Padding
+from fm_distill.models.convolutions import Padding
+from fm_distill.models.layers import Convolution, DepthwiseConvolution, Norm
 
 Activations = Float[Array, "batch _ _ _"]
 Activation = Callable[[Array], Array]

@@ -1,0 +1,160 @@
+"""Convolutions, each in the form that a backend computes fast.
+
+Accelerators have one good form, XLA's own. On a CPU, the same sums are written out where that is
+faster: `tools/bench_convolutions.py` prints by how much.
+"""
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Images = Float[Array, "batch _ _ inputs"]
+Kernel = Float[Array, "_ _ inputs outputs"]
+Convolved = Float[Array, "batch _ _ outputs"]
+
+# `symmetric`: kernel // 2 zeros on each side, as in PyTorch. `same`: as in TensorFlow, which puts
+# the odd zero after the picture, so that with stride 2 it depends on the picture's size. `valid`:
+# none, for kernels that do not overlap.
+Padding = Literal["symmetric", "same", "valid"]
+Around = tuple[tuple[int, int], tuple[int, int]]
+
+# Outputs up to this many pixels are one product with the columns of their pictures. For larger
+# ones it is no faster (`tools/bench_convolutions.py`) and takes as many times the picture's memory
+# as the kernel has taps.
+MOST_PIXELS_AS_COLUMNS = 64
+# Larger kernels (the patches of a ViT) would be too many slices to compile.
+LARGEST_AS_COLUMNS = 7
+
+
+def _padding(size: int, kernel: int, stride: int, padding: Padding) -> tuple[int, int]:
+    """Zeros before and after one side of the picture."""
+    if padding == "symmetric":
+        return kernel // 2, kernel // 2
+    if padding == "valid":
+        return 0, 0
+    # ceil(size / stride) outputs.
+    total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+    return total // 2, total - total // 2
+
+
+def _around(x: Array, kernel: Array, stride: int, padding: Padding) -> Around:
+    height, width = (_padding(x.shape[1 + i], kernel.shape[i], stride, padding) for i in range(2))
+    return height, width
+
+
+def convolve(
+    images: Images, kernel: Kernel, stride: int = 1, padding: Padding = "symmetric"
+) -> Convolved:
+    """A convolution.
+
+    On a CPU, XLA's convolution to 4x4 or 2x2 pixels, and any of 1x1, is far slower than the same
+    matrix product.
+    """
+    around = _around(images, kernel, stride, padding)
+    xla = functools.partial(_xla, stride=stride, around=around)
+    rows, columns = (
+        (images.shape[1 + i] + sum(around[i]) - kernel.shape[i]) // stride + 1 for i in range(2)
+    )
+    if kernel.shape[:2] == (1, 1):
+        cpu = functools.partial(_pointwise, stride=stride)
+    elif rows * columns <= MOST_PIXELS_AS_COLUMNS and max(kernel.shape[:2]) <= LARGEST_AS_COLUMNS:
+        cpu = functools.partial(_by_columns, stride=stride, around=around)
+    else:
+        return xla(images, kernel)
+    return jax.lax.platform_dependent(images, kernel, cpu=cpu, default=xla)
+
+
+def _xla(x: Array, kernel: Array, stride: int, around: Around, groups: int = 1) -> Array:
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        around,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
+
+
+def _pointwise(x: Array, kernel: Array, stride: int) -> Array:
+    x = x[:, ::stride, ::stride]
+    return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def _shifted(x: Array, kernel: Array, stride: int, around: Around) -> list[Array]:
+    """For each row and column of a kernel, the pixels of `x` that it meets."""
+    x = jnp.pad(x, ((0, 0), *around, (0, 0)))
+    # Rows and columns of the output, minus one.
+    rows, columns = ((x.shape[1 + i] - kernel.shape[i]) // stride for i in range(2))
+    return [
+        x[:, i : i + rows * stride + 1 : stride, j : j + columns * stride + 1 : stride]
+        for i in range(kernel.shape[0])
+        for j in range(kernel.shape[1])
+    ]
+
+
+def _by_columns(x: Array, kernel: Array, stride: int, around: Around) -> Array:
+    """One product, with what a kernel meets at each place side by side."""
+    met = jnp.concatenate(_shifted(x, kernel, stride, around), axis=-1)
+    out = met.reshape(-1, met.shape[-1]) @ kernel.reshape(-1, kernel.shape[-1])
+    return out.reshape(*met.shape[:-1], kernel.shape[-1])
+
+
+def convolve_depthwise(
+    images: Float[Array, "batch _ _ channels"],
+    kernel: Float[Array, "_ _ 1 channels"],
+    stride: int = 1,
+    padding: Padding = "symmetric",
+) -> Float[Array, "batch _ _ channels"]:
+    """A convolution of each channel with a kernel of its own.
+
+    On a CPU, XLA's grouped convolution is an order of magnitude slower than the same sum of
+    shifted pictures, forward and backward.
+    """
+    around = _around(images, kernel, stride, padding)
+    grouped = functools.partial(_xla, stride=stride, around=around, groups=images.shape[-1])
+
+    def shifts(x: Array, k: Array) -> Array:
+        # Sums in float32, as a convolution does.
+        out = _sum_of_shifts(stride, around, x.astype(jnp.float32), k.astype(jnp.float32))
+        return out.astype(images.dtype)
+
+    return jax.lax.platform_dependent(images, kernel, cpu=shifts, default=grouped)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _sum_of_shifts(stride: int, around: Around, x: Array, kernel: Array) -> Array:
+    taps = kernel.reshape(-1, kernel.shape[-1])
+    shifted = _shifted(x, kernel, stride, around)
+    return sum(pixels * tap for pixels, tap in zip(shifted, taps, strict=True))
+
+
+def _forward_of_shifts(
+    stride: int, around: Around, x: Array, kernel: Array
+) -> tuple[Array, tuple[Array, Array]]:
+    return _sum_of_shifts(stride, around, x, kernel), (x, kernel)
+
+
+def _backward_of_shifts(
+    stride: int, around: Around, saved: tuple[Array, Array], out: Array
+) -> tuple[Array, Array]:
+    x, kernel = saved
+    _, to_x = jax.vjp(lambda x: _sum_of_shifts.fun(stride, around, x, kernel), x)
+    per_tap = [_sum_pixels(pixels * out) for pixels in _shifted(x, kernel, stride, around)]
+    return to_x(out)[0], jnp.stack(per_tap).reshape(kernel.shape)
+
+
+_sum_of_shifts.defvjp(_forward_of_shifts, _backward_of_shifts)
+
+
+def _sum_pixels(x: Float[Array, "batch _ _ channels"]) -> Float[Array, " channels"]:
+    """Over all but the channels, by halves: XLA's own sum is several times slower on a CPU."""
+    for axis in (0, 1):
+        while (count := x.shape[axis]) > 1:
+            low = jax.lax.slice_in_dim(x, 0, count // 2, axis=axis)
+            high = jax.lax.slice_in_dim(x, count - count // 2, count, axis=axis)
+            middle = jax.lax.slice_in_dim(x, count // 2, count - count // 2, axis=axis)
+            x = jnp.concatenate([low + high, middle], axis) if count % 2 else low + high
+    return x.sum(axis=(0, 1, 2))
