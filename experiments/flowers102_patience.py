@@ -1,4 +1,4 @@
-"""Patience on real images, on two CPU cores: a MobileNetV3-small learns from a recorded teacher.
+"""Patience on real images, on two CPU cores: a narrow ResNet learns from a recorded teacher.
 
 Command:  fm-distill train experiments/flowers102_teacher.py --data.data-dir TFDS_DIR
           fm-distill record experiments/flowers102_patience.py --data.data-dir TFDS_DIR \\
@@ -32,7 +32,9 @@ config = dataclasses.replace(
     name="flowers102_patience",
     batch_size=32,
     views=ViewConfig(),
-    student=StudentConfig(model="mobilenet_v3_small", resolution=64),
+    student=StudentConfig(
+        model="bit", depths=(1, 1, 1, 1), width=0.25, norm="batch", resolution=64
+    ),
     teacher=TeacherConfig(workdir="runs/flowers102_teacher"),
     objective=ObjectiveConfig(temperature=2.0),
     optimizer=OptimizerConfig(learning_rate=2e-3, weight_decay=1e-4),
