@@ -51,7 +51,7 @@ def tiny(tmp_path):
         (["--views.crop-area", "0.5", "0.1"], "expected 0 < lowest <= highest"),
         (["--views.mixup", "cutmix"], "invalid choice"),
         (["--objective.target", "teacher"], "needs a teacher"),
-        (["--objective.distance", "cka"], "expected one of euclidean, hard, kl, l2"),
+        (["--objective.distance", "cka"], "expected one of dist_rows, euclidean"),
         (["--objective.temperature", "0"], "expected a number above zero"),
         (["--optimizer.learning-rate", "nan"], "expected a number above zero"),
         (["--optimizer.weight-decay", "-1"], "expected 0 to 1"),

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import logging
+import re
 
 import pytest
 from conftest import write_experiment
@@ -117,7 +118,7 @@ def test_help_needs_no_experiment(capsys, name):
     code, out, _ = command(capsys, name, "--help")
     assert code == 0
     for option in option_names(empty(Config)):
-        if ".0." not in option:
+        if not re.search(r"\.\d\.", option):
             assert "--" + option.replace("_", "-") + " " in out, option
     assert "Decay of the student's moving average" in out
 
@@ -266,7 +267,9 @@ def test_fields_of_any_teacher_are_swept():
     assert found.teacher.network == NetworkConfig(model="bit_r50x1", resolution=64)
     assert found.more_teachers == (configs.TeacherConfig(weights="b"),)
     assert changed(found, {"more_teachers.0.weights": "c"}).more_teachers[0].weights == "c"
-    with pytest.raises(UserError, match=r"no option 'more_teachers\.3\.weights'"):
+    with pytest.raises(UserError, match=r"no option 'more_teachers\.9\.weights'"):
+        changed(config, {"more_teachers.9.weights": "b"})
+    with pytest.raises(UserError, match=r"there is no more_teachers\.0 before more_teachers\.3"):
         changed(config, {"more_teachers.3.weights": "b"})
 
 
@@ -289,7 +292,7 @@ def test_places_of_any_teacher_are_no_identity():
 def test_optional_parts_and_choices():
     assert {*optional_parts(tiny_config())} == {
         "data.transfer", "data.validation", "data.test", "teacher", "teacher.network",
-        "more_teachers",
+        "more_teachers", "objective.terms",
     }  # fmt: skip
     assert list(not_a_choice("x", "a", ["a", "b"])) == []
     assert "name" in dict.fromkeys(option_names(empty(DataConfig)))

@@ -52,7 +52,9 @@ def gradients_of(config, state, branches, frozen, batch, memory=MemoryConfig()):
         lambda params: (), lambda g, s, params: (jax.tree.map(jnp.subtract, g, params), s)
     )
     student, teachers = branches
-    step = make_train_step(student, teachers, keep, config.views, config.objective, memory=memory)
+    step = make_train_step(
+        student, teachers, keep, config.views, config.objective, 8, memory=memory
+    )
     state = dataclasses.replace(state, opt_state=())
     new, metrics = jax.jit(step)(state, frozen, batch, KEY)
     return new.student.params, metrics

@@ -69,7 +69,7 @@ def loss_of(teaching: str, batch) -> float:
     one = branch()
     state = init_state(KEY, one.network, jnp_identity(), None)
     objective = ObjectiveConfig(distance="l2")
-    step = make_train_step(one, (one,), jnp_identity(), VIEWS, objective, teaching)
+    step = make_train_step(one, (one,), jnp_identity(), VIEWS, objective, 8, teaching)
     _, metrics = jax.jit(step)(state, (state.student,), batch, KEY)
     return float(metrics["loss"])
 
@@ -362,7 +362,7 @@ def test_kept_statistics_stay_and_are_used():
     losses = {}
     for keep in (True, False):
         step = make_train_step(
-            built.student, (), built.optimizer, config.views, config.objective,
+            built.student, (), built.optimizer, config.views, config.objective, 8,
             keep_statistics=keep,
         )  # fmt: skip
         new, metrics = jax.jit(step)(state, (), batch, KEY)

@@ -1,7 +1,7 @@
 """What can be set about a run: frozen dataclasses, without JAX. Imports `errors`.
 
 A batch's path starts here: an experiment file builds one `Config`, `experiment.py` checks it. Its
-parts: `data.py`, `networks.py`, `training.py`.
+parts: `data.py`, `networks.py`, `objective.py`, `training.py`.
 """
 
 import dataclasses
@@ -21,13 +21,13 @@ from fm_distill.config.networks import (
     StudentConfig,
     TeacherConfig,
 )
+from fm_distill.config.objective import CurveConfig, ObjectiveConfig, TermConfig
 from fm_distill.config.training import (
     CheckpointConfig,
     DivergenceConfig,
     LogConfig,
     MemoryConfig,
     MeshConfig,
-    ObjectiveConfig,
     OptimizerConfig,
     ScheduleConfig,
 )
@@ -36,6 +36,7 @@ __all__ = [
     "CanvasConfig",
     "CheckpointConfig",
     "Config",
+    "CurveConfig",
     "DataConfig",
     "DivergenceConfig",
     "InputRange",
@@ -49,6 +50,7 @@ __all__ = [
     "SplitConfig",
     "StudentConfig",
     "TeacherConfig",
+    "TermConfig",
     "TransferConfig",
     "ViewConfig",
 ]

@@ -32,6 +32,7 @@ class Bounds:
 
 PositiveInt = Annotated[int, Bounds(above=0)]
 Positive = Annotated[float, Bounds(above=0)]
+NotNegative = Annotated[float, Bounds(least=0)]
 Count = Annotated[int, Bounds(least=0)]
 Share = Annotated[float, Bounds(least=0, most=1)]
 Seed = Annotated[int, Bounds(least=0, most=2**32 - 1)]

@@ -12,6 +12,8 @@ from typing import Any
 from fm_distill.errors import UserError
 
 PLACEHOLDERS = {str: "", int: 0, float: 0.0}
+# So many more teachers, terms or sources than an experiment has can be named as options.
+MORE = 4
 
 
 def empty(kind: Any) -> Any:
@@ -29,13 +31,13 @@ def empty(kind: Any) -> Any:
 
 
 def option_names(part: Any, prefix: str = "") -> Iterator[str]:
-    """`data.canvas.size`, ...: of all fields, those of absent parts and of one more teacher too."""
+    """`data.canvas.size`, ...: of all fields, those of absent parts and of `MORE` teachers too."""
     for name, value, kind, _ in _fields(part):
         option = prefix + name
         if kind is None:
             yield option
         elif isinstance(value, tuple):
-            for i, item in enumerate((*value, empty(kind))):
+            for i, item in enumerate((*value, *[empty(kind)] * MORE)):
                 yield from option_names(item, f"{option}.{i}.")
         else:
             yield from option_names(empty(kind) if value is None else value, f"{option}.")
@@ -86,6 +88,7 @@ def with_parts(part: Any, names: Collection[str], prefix: str = "") -> Any:
             items = list(value)
             while _lies_in(f"{option}.{len(items)}", names):
                 items.append(_brought_in(kind, f"{option}.{len(items)}", names))
+            _refuse_gap(option, len(items), names)
             places = enumerate(items)
             changes[name] = tuple(with_parts(x, names, f"{option}.{i}.") for i, x in places)
             continue
@@ -98,6 +101,13 @@ def with_parts(part: Any, names: Collection[str], prefix: str = "") -> Any:
 
 def _lies_in(part: str, names: Collection[str]) -> bool:
     return any(name.startswith(f"{part}.") for name in names)
+
+
+def _refuse_gap(option: str, count: int, names: Collection[str]) -> None:
+    for name in names:
+        place = name.removeprefix(f"{option}.").partition(".")[0]
+        if name.startswith(f"{option}.") and place.isdecimal() and int(place) >= count:
+            raise UserError(f"there is no {option}.{count} before {name}; count from {count} on")
 
 
 def _brought_in(kind: Any, option: str, names: Collection[str]) -> Any:

@@ -1,37 +1,9 @@
-"""What is minimised, how, on which devices, and what is written."""
+"""How it is minimised, on which devices, and what is written."""
 
 import dataclasses
 from typing import Annotated, Literal
 
 from fm_distill.config.bounds import Bounds, Count, Decay, Positive, PositiveInt, Share
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ObjectiveConfig:
-    """What the student minimises."""
-
-    target: Literal["teacher", "labels"] = "teacher"
-    (
-        "What the student learns: the teacher's output (function matching), or the labels (a "
-        "teacher, or a baseline)."
-    )
-    distance: str = "kl"
-    (
-        "Distance to the teacher's output: `kl`, `l2`, `euclidean` or `hard`, or one's own as "
-        "FILE.py:NAME; with labels it is the cross-entropy."
-    )
-    temperature: Positive = 1.0
-    """Temperature that divides the logits of both networks."""
-    temperature_squared: bool = True
-    ("Whether KL is multiplied by T^2, as in the released code and not in the paper's equation 1.")
-    ensemble: Literal["mean_logits", "mean_probabilities", "sum_of_distances"] = "mean_logits"
-    (
-        "How several teachers teach together: by the mean of their logits (the paper), of their "
-        "probabilities at `temperature`, or by the sum of the distances to each (the released "
-        "trainer)."
-    )
-    label_smoothing: Share = 0.0
-    """With labels: the share of each label that is spread evenly over all classes."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,18 +1,32 @@
 """The loss: a sum of named terms, each a distance of the student's output with its weight.
 
-To add a term: an entry in what `make_terms` returns. Each is a value per example, so that the loss
-is a mean over the batch whatever the devices and the parts it is computed in.
+To add a kind of term: a line in a table of `distances.py`. Each is a value per example, so that the
+loss is a mean over the batch whatever the devices and the parts it is computed in.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from fm_distill.config import ObjectiveConfig
-from fm_distill.objectives.distances import DISTANCES, Logits, PerExample, cross_entropy
+from fm_distill.config import CurveConfig, ObjectiveConfig
+from fm_distill.config.objective import LABELS, terms_of
+from fm_distill.objectives.curves import Progress, value_at
+from fm_distill.objectives.distances import (
+    BATCH_DISTANCES,
+    DISTANCES,
+    LABELLED_DISTANCES,
+    SQUARED,
+    Distance,
+    LabelledDistance,
+    Logits,
+    PerExample,
+    Temperature,
+    cross_entropy,
+)
 from fm_distill.system.references import entry
 
 
@@ -30,13 +44,28 @@ class Targets:
     indices: tuple[Int[Array, "*batch kept"], ...] = ()
 
 
+Value = Callable[[Logits, Targets, Temperature], PerExample]
+
+
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """One term of the loss."""
+    """One term of the loss: a value for each example, with a weight that may follow a curve."""
 
     name: str
     weight: float
-    value: Callable[[Logits, Targets], PerExample]
+    value: Value
+    temperature: float = 1.0
+    # Whether the weight is multiplied by the square of the temperature.
+    squared: bool = False
+    schedule: CurveConfig = CurveConfig()
+    temperature_schedule: CurveConfig = CurveConfig()
+
+    def temperature_at(self, progress: Progress) -> Temperature:
+        return self.temperature * value_at(self.temperature_schedule, progress)
+
+    def weight_at(self, progress: Progress) -> Float[Array, ""]:
+        weight = self.weight * value_at(self.schedule, progress)
+        return weight * jnp.square(self.temperature_at(progress)) if self.squared else weight
 
 
 def make_terms(objective: ObjectiveConfig) -> tuple[Term, ...]:
@@ -46,23 +75,60 @@ def make_terms(objective: ObjectiveConfig) -> tuple[Term, ...]:
     multiplies (big_vision, evaluators/proj/distill/distance.py), so that the gradient's scale does
     not depend on T (Hinton et al. 2015, section 2); the paper's equation 1 does not.
     """
-    if objective.target == "labels":
-        return (Term("cross_entropy", 1.0, _to_labels),)
-    distance = entry(DISTANCES, objective.distance, "objective.distance")
-    temperature = objective.temperature
+    terms: list[Term] = []
+    for config in terms_of(objective):
+        same = sum(x.name == config.kind or x.name.startswith(f"{config.kind}_") for x in terms)
+        terms.append(
+            Term(
+                f"{config.kind}_{same + 1}" if same else config.kind,
+                config.weight,
+                _value(config.kind),
+                config.temperature or objective.temperature,
+                objective.temperature_squared and config.kind in SQUARED,
+                config.schedule,
+                objective.temperature_schedule,
+            )
+        )
+    return tuple(terms)
 
-    def to_teachers(logits: Logits, targets: Targets) -> PerExample:
-        students = student_columns(logits, targets, temperature)
-        pairs = zip(students, targets.teacher_logits, strict=True)
-        first, *others = (distance(x, y, temperature) for x, y in pairs)
-        return sum(others, start=first)
 
-    squared = objective.distance == "kl" and objective.temperature_squared
-    return (Term(objective.distance, temperature**2 if squared else 1.0, to_teachers),)
+def needs_labels(objective: ObjectiveConfig) -> bool:
+    return any(x.kind == LABELS or x.kind in LABELLED_DISTANCES for x in terms_of(objective))
+
+
+def _value(kind: str) -> Value:
+    if kind == LABELS:
+        return _to_labels
+    if kind in LABELLED_DISTANCES:
+        return functools.partial(_to_labelled_teachers, LABELLED_DISTANCES[kind])
+    distance = entry(DISTANCES | BATCH_DISTANCES, kind, "objective.distance")
+    return functools.partial(_to_teachers, distance)
+
+
+def _to_teachers(
+    distance: Distance, logits: Logits, targets: Targets, temperature: Temperature
+) -> PerExample:
+    """The sum over the teachers."""
+    students = student_columns(logits, targets, temperature)
+    pairs = zip(students, targets.teacher_logits, strict=True)
+    return functools.reduce(jnp.add, (distance(x, y, temperature) for x, y in pairs))
+
+
+def _to_labelled_teachers(
+    distance: LabelledDistance, logits: Logits, targets: Targets, temperature: Temperature
+) -> PerExample:
+    assert targets.labels is not None
+    found = (distance(logits, x, targets.labels, temperature) for x in targets.teacher_logits)
+    return functools.reduce(jnp.add, found)
+
+
+def _to_labels(logits: Logits, targets: Targets, temperature: Temperature) -> PerExample:
+    assert targets.labels is not None
+    return cross_entropy(logits, targets.labels)
 
 
 def student_columns(
-    logits: Logits, targets: Targets, temperature: float
+    logits: Logits, targets: Targets, temperature: Temperature
 ) -> tuple[Float[Array, "batch columns"], ...]:
     """The student's logits in the columns of each of the `teacher_logits`.
 
@@ -89,12 +155,16 @@ def first_choice(targets: Targets) -> Int[Array, " batch"]:
     return jnp.argmax(targets.teacher_logits[0], -1)
 
 
-def _to_labels(logits: Logits, targets: Targets) -> PerExample:
-    assert targets.labels is not None
-    return cross_entropy(logits, targets.labels)
+def values_of(
+    terms: tuple[Term, ...], logits: Logits, targets: Targets, progress: Progress
+) -> tuple[PerExample, ...]:
+    """The value of each term, without its weight, for each example."""
+    return tuple(x.value(logits, targets, x.temperature_at(progress)) for x in terms)
 
 
-def weighted_sum(terms: tuple[Term, ...], logits: Logits, targets: Targets) -> PerExample:
+def weighted_sum(
+    terms: tuple[Term, ...], values: tuple[PerExample, ...], progress: Progress
+) -> PerExample:
     """The loss of each example."""
-    first, *others = (term.weight * term.value(logits, targets) for term in terms)
-    return sum(others, start=first)
+    weighted = (x.weight_at(progress) * y for x, y in zip(terms, values, strict=True))
+    return functools.reduce(jnp.add, weighted)

@@ -29,7 +29,7 @@ LABEL_LETTERS = 32
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """A learning rate over steps: as planned, and as it was logged so far."""
+    """A learning rate, or a weight, over steps: as planned, and as it was logged so far."""
 
     planned: Curve
     logged: Curve
@@ -71,8 +71,8 @@ def curves(runs: Mapping[str, History], lengths: Mapping[str, int] | None = None
     return _svg(figure)
 
 
-def schedules(runs: Mapping[str, Rates]) -> bytes:
-    """The learning rate over steps: the plan as a line, what was logged as dots."""
+def schedules(runs: Mapping[str, Rates], title: str = "Learning rate") -> bytes:
+    """A rate or weight over steps: the plan as a line, what was logged as dots."""
     figure = _figure(7.0, 3.2)
     axes = figure.subplots()
     lengths = {run: max(rates.planned[0], default=0.0) for run, rates in runs.items()}
@@ -84,7 +84,7 @@ def schedules(runs: Mapping[str, Rates]) -> bytes:
                 over = [100 * step / lengths[run] for step in x] if shares else x
                 label = _plain(f"{of_run}{what}")
                 axes.plot(over, y, style, color=f"C{number}", label=label, ms=4)
-    _finish(axes, "Learning rate", SHARE if shares else "steps")
+    _finish(axes, title, SHARE if shares else "steps")
     return _svg(figure)
 
 

@@ -9,7 +9,7 @@ import dataclasses
 import html
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -22,6 +22,8 @@ from fm_distill.evaluation.predictions import (
     most_disagreeing,
     predict_split,
 )
+from fm_distill.objectives.curves import progress_of
+from fm_distill.objectives.terms import Term, make_terms
 from fm_distill.reports import plots
 from fm_distill.reports.summary import ReportedRun, config_differences, summary
 from fm_distill.reports.view_samples import sample_views
@@ -77,6 +79,7 @@ def report(
                 plots.schedules({run.name: _rates(run) for run in runs}),
                 "The line is the schedule, the dots are what was logged.",
             ),
+            *_weights(runs),
             *(_of_run(run, data_dir, teacher_weights) for run in runs),
         ]
     )
@@ -92,6 +95,33 @@ def report(
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error}") from None
     return out
+
+
+def _weights(runs: Sequence[ReportedRun]) -> Iterator[str]:
+    """The weights of the terms of those runs whose loss has several."""
+    rates: dict[str, plots.Rates] = {}
+    for run in runs:
+        terms = make_terms(run.stored.config.objective)
+        for term in terms if len(terms) > 1 else ():
+            rates[f"{run.name}, {term.name}"] = weight_of(term, run.total_steps, run.history)
+    if rates:
+        yield _image(
+            "weights",
+            plots.schedules(rates, "Weights of the terms"),
+            "What each term of the loss is multiplied by, the square of the temperature included. "
+            "The line is the schedule, the dots are what was logged.",
+        )
+
+
+def weight_of(term: Term, total_steps: int, history: History) -> plots.Rates:
+    """The weight of a term in a run of `total_steps`, planned and logged."""
+    planned: Curve = ([], [])
+    if total_steps:
+        steps = np.unique(np.linspace(0, total_steps - 1, PLAN_POINTS).astype(int))
+        weights = [float(term.weight_at(progress_of(int(x), total_steps))) for x in steps]
+        planned = steps.astype(float).tolist(), weights
+    steps_done, logged = history.curve("train", f"weight_{term.name}", over="step")
+    return plots.Rates(planned, ([step - 1 for step in steps_done], logged))
 
 
 def rates_of(config: Config, total_steps: int, history: History) -> plots.Rates:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from fm_distill.config import NetworkConfig
 from fm_distill.config.networks import FUNCTION
+from fm_distill.config.objective import terms_of
 from fm_distill.config.serialization import flatten
 from fm_distill.models import build_network, parameter_count
 from fm_distill.runs.history import History
@@ -116,6 +117,7 @@ def _column(run: ReportedRun) -> dict[str, str]:
         }
     found |= {
         "learns from": config.teaching if config.objective.target == "teacher" else "labels",
+        "terms": ", ".join(f"{x.weight:g} {x.kind}" for x in terms_of(config.objective)),
         "temperature": f"{config.objective.temperature:g}",
         "batch size": f"{config.batch_size:,}",
         "seed": str(config.seed),

@@ -60,6 +60,7 @@ def build(config: Config, resolved: ResolvedRun) -> Build:
         optimizer,
         config.views,
         config.objective,
+        resolved.total_steps,
         config.teaching,
         config.ema_decay,
         config.student.keep_statistics,

@@ -13,9 +13,9 @@ from fm_distill.config.teachers import recording_of, teachers_of
 from fm_distill.data.sources import SOURCES
 from fm_distill.errors import UserError
 from fm_distill.models import MODELS, check_network, is_own
-from fm_distill.objectives.distances import DISTANCES
 from fm_distill.runs.metric_table import RANKED
 from fm_distill.system.references import not_an_entry
+from fm_distill.training.check_objective import wrong_objective
 from fm_distill.training.memory import REMATERIALISE
 from fm_distill.training.optim import OPTIMIZERS
 from fm_distill.views.crops import CROPS
@@ -37,12 +37,12 @@ def problems(config: Config) -> Iterator[str]:
     for i, part in enumerate(config.data.transfer):
         yield from not_an_entry(SOURCES, part.source, f"data.transfer.{i}.source")
     yield from not_an_entry(CROPS, config.views.crop, "views.crop")
-    yield from not_an_entry(DISTANCES, config.objective.distance, "objective.distance")
     yield from not_an_entry(OPTIMIZERS, config.optimizer.name, "optimizer.name")
     yield from not_a_choice("memory.rematerialise", config.memory.rematerialise, REMATERIALISE)
     yield from _wrong_network("student", config.student)
     yield from _wrong_teachers(config)
     yield from _wrong_teaching(config)
+    yield from wrong_objective(config)
     yield from _wrong_length(config)
     yield from _wrong_views(config)
     keep_best = config.checkpoint.keep_best
@@ -132,7 +132,7 @@ def _wrong_with_recording(config: Config) -> Iterator[str]:
 
 
 def _wrong_teaching(config: Config) -> Iterator[str]:
-    objective, data = config.objective, config.data
+    data = config.data
     if config.student.keep_statistics and not config.student.weights:
         yield (
             "student.keep_statistics needs student.weights: from scratch there are no statistics "
@@ -143,25 +143,10 @@ def _wrong_teaching(config: Config) -> Iterator[str]:
             f"fixed_crops={config.fixed_crops} belongs to teaching=fixed, and teaching is "
             f"{config.teaching}"
         )
-    if objective.target == "teacher" and objective.label_smoothing:
-        yield (
-            "objective.label_smoothing needs objective.target=labels: a teacher's output is not "
-            "smoothed; use a higher objective.temperature"
-        )
-    if objective.target == "labels" and data.transfer:
-        yield (
-            "data.transfer are images without labels; with objective.target=labels train on "
-            "data.train"
-        )
     if data.class_names and data.source != "images":
         yield (
             f"data.class_names are for images without labels, and data.source={data.source} has "
             "names of its own; leave it out"
-        )
-    if objective.target == "labels" and data.source == "images":
-        yield (
-            "objective.target=labels needs labels, and data.source=images has none; "
-            "use class_folders, or objective.target=teacher"
         )
 
 

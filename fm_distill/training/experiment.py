@@ -14,8 +14,8 @@ from fm_distill.training.optim import decay_equivalent
 
 # Options that may name code, as FILE.py:NAME.
 CODE = re.compile(
-    r"data(\.transfer\.\d+)?\.source|views\.crop|objective\.distance|optimizer\.name|student\.model"
-    r"|(teacher|more_teachers\.\d+)\.(function|network\.model)"
+    r"data(\.transfer\.\d+)?\.source|views\.crop|optimizer\.name|student\.model"
+    r"|objective\.(distance|terms\.\d+\.kind)|(teacher|more_teachers\.\d+)\.(function|network\.model)"
 )
 # Python's words for a field that a dataclass needs, and for one that it does not have.
 LEFT_OUT = re.compile(r"(\w+)\.__init__\(\) missing \d+ required keyword-only arguments?: (.*)")

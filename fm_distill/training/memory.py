@@ -50,24 +50,24 @@ def in_parts(function: Callable[[PyTree], PyTree], parts: int, batch: PyTree) ->
 
 
 def accumulated(
-    gradient_of: Callable[[PyTree, PyTree], tuple[tuple[Array, tuple[PyTree, Array]], PyTree]],
+    gradient_of: Callable[[PyTree, PyTree], tuple[tuple[Array, tuple[PyTree, PyTree]], PyTree]],
     parts: int,
     params: PyTree,
     batch: PyTree,
-) -> tuple[tuple[Array, tuple[PyTree, Array]], PyTree]:
+) -> tuple[tuple[Array, tuple[PyTree, PyTree]], PyTree]:
     """`gradient_of(params, batch)` where the loss is a mean over the examples.
 
-    It returns `((loss, (statistics, logits)), gradients)`. The statistics have to be the same for
-    any part: those of a BatchNorm in training are not.
+    It returns `((loss, (statistics, what each example has)), gradients)`. The statistics have to
+    be the same for any part: those of a BatchNorm in training are not.
     """
     if parts == 1:
         return gradient_of(params, batch)
 
-    def add(total: PyTree, part: PyTree) -> tuple[PyTree, tuple[PyTree, Array]]:
+    def add(total: PyTree, part: PyTree) -> tuple[PyTree, tuple[PyTree, PyTree]]:
         (loss, auxiliary), gradients = gradient_of(params, part)
         return jax.tree.map(jnp.add, total, (loss, gradients)), auxiliary
 
     zeros = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), params))
-    total, (statistics, logits) = jax.lax.scan(add, zeros, _split(batch, parts))
+    total, (statistics, of_examples) = jax.lax.scan(add, zeros, _split(batch, parts))
     loss, gradients = jax.tree.map(lambda x: x / parts, total)
-    return (loss, (jax.tree.map(lambda x: x[-1], statistics), _join(logits))), gradients
+    return (loss, (jax.tree.map(lambda x: x[-1], statistics), _join(of_examples))), gradients

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Int, Int32, UInt64
 
 from fm_distill.config import Config
+from fm_distill.config.objective import LABELS, terms_of
 from fm_distill.config.regime import regime_of
 from fm_distill.config.resolved import ResolvedRun
 from fm_distill.config.teachers import recording_of, teachers_of
@@ -71,16 +72,18 @@ def refuse_another_recording(config: Config) -> None:
     differ = header_differences(header, rendered(config))
     objective = config.objective
     if header.top_k is not None:
-        if objective.temperature != header.temperature:
+        own = {x.temperature or objective.temperature for x in terms_of(objective)}
+        others = own - {header.temperature}
+        if others or objective.temperature_schedule.points:
             differ.append(
                 f"objective.temperature: {header.temperature} in the recording of the top "
                 f"{header.top_k}, whose rest is lumped together at it, "
-                f"{objective.temperature} in this run"
+                f"{', '.join(map(str, sorted(others))) or 'a schedule'} in this run"
             )
-        if objective.distance != "kl":
+        if unknown := [x.kind for x in terms_of(objective) if x.kind not in ("kl", LABELS)]:
             differ.append(
-                f"objective.distance: {objective.distance}, and a recording of the top "
-                f"{header.top_k} knows kl alone"
+                f"objective: {', '.join(unknown)}, and a recording of the top {header.top_k} "
+                "knows kl alone"
             )
         if len(header.teachers) > 1 and objective.ensemble != "sum_of_distances":
             differ.append(

@@ -4,6 +4,7 @@ import pathlib
 from typing import Literal
 
 from fm_distill.config import Config, NetworkConfig
+from fm_distill.config.objective import terms_of
 from fm_distill.config.resolved import DataFacts, RecordingFacts, ResolvedRun, WeightFacts
 from fm_distill.config.steps import total_steps
 from fm_distill.config.teachers import teachers_of
@@ -94,7 +95,8 @@ def resolve_here(config: Config, workdir: pathlib.Path) -> ResolvedRun:
 def _own_code(config: Config, networks: tuple[NetworkConfig, ...]) -> tuple[str, ...]:
     """SHA-256 of each file that the config names as code, the student's network first."""
     sources = (config.data.source, *(part.source for part in config.data.transfer))
-    parts = (*sources, config.views.crop, config.objective.distance, config.optimizer.name)
+    terms = (x.kind for x in terms_of(config.objective))
+    parts = (*sources, config.views.crop, *terms, config.optimizer.name)
     models = [own_code(x.model) for x in networks if is_own(x.model)]
     return (*models, *(load_reference(x, x).sha256 for x in parts if is_reference(x)))
 

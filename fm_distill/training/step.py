@@ -17,9 +17,18 @@ from fm_distill.config.regime import TargetSource, regime_of
 from fm_distill.data.batch import Batch
 from fm_distill.models import Output, Variables
 from fm_distill.networks.branch import Branch, StepViews, Views, step_views, teacher_outputs
+from fm_distill.objectives.curves import progress_of
 from fm_distill.objectives.distances import smooth
 from fm_distill.objectives.ensemble import combine
-from fm_distill.objectives.terms import Targets, Term, first_choice, make_terms, weighted_sum
+from fm_distill.objectives.terms import (
+    Targets,
+    Term,
+    first_choice,
+    make_terms,
+    needs_labels,
+    values_of,
+    weighted_sum,
+)
 from fm_distill.recordings.rows import decode, indices_of
 from fm_distill.runs.state import TrainState
 from fm_distill.training.memory import accumulated, in_parts, rematerialised
@@ -101,36 +110,51 @@ TARGET_SOURCES: dict[
 }
 
 
+def with_labels(teach: Teach, classes: int) -> Teach:
+    """The targets of `teach`, and the labels, mixed as the student's view is, for other terms."""
+
+    def teach_both(frozen: tuple[Variables, ...], batch: Batch, views: StepViews) -> Targets:
+        labels = mix(views.draw, jax.nn.one_hot(batch.labels, classes))
+        return dataclasses.replace(teach(frozen, batch, views), labels=labels)
+
+    return teach_both
+
+
 def make_update(
     student: Branch,
     optimizer: optax.GradientTransformation,
     terms: tuple[Term, ...],
+    total_steps: int,
     ema_decay: float | None = None,
     keep_statistics: bool = False,
     memory: MemoryConfig = MemoryConfig(),
 ) -> Update:
     """`(state, student view, targets) -> (state, metrics)`, pure: one step of the student.
 
-    The loss is the mean over the batch of the weighted sum of `terms`. With `keep_statistics`
-    BatchNorm stays as it is. `memory` changes what is kept at a time, not what comes out.
+    The loss is the mean over the batch of the weighted sum of `terms`, whose schedules are over
+    `total_steps`. With `keep_statistics` BatchNorm stays as it is. `memory` changes what is kept
+    at a time, not what comes out.
     """
 
     def apply(variables: Variables, images: Array) -> Output:
         return student.network.apply(variables, images, train=not keep_statistics)
 
     def update(state: TrainState, view: Array, targets: Targets) -> tuple[TrainState, Metrics]:
+        progress = progress_of(state.step, total_steps)
+
         def loss_of(
             params: PyTree, part: tuple[Array, Targets]
-        ) -> tuple[Array, tuple[PyTree, Array]]:
+        ) -> tuple[Array, tuple[PyTree, tuple[Array, tuple[Array, ...]]]]:
             images, expected = part
             with jax.named_scope("student"):
                 variables = dataclasses.replace(state.student, params=params)
                 output = rematerialised(apply, memory.rematerialise)(variables, images)
-            values = weighted_sum(terms, output.logits, expected)
-            return values.mean(), (output.statistics, output.logits)
+            values = values_of(terms, output.logits, expected, progress)
+            loss = weighted_sum(terms, values, progress).mean()
+            return loss, (output.statistics, (output.logits, values))
 
         gradient_of = jax.value_and_grad(loss_of, has_aux=True)
-        (loss, (statistics, logits)), gradients = accumulated(
+        (loss, (statistics, (logits, values))), gradients = accumulated(
             gradient_of, memory.accumulate, state.student.params, (view, targets)
         )
         with jax.named_scope("update"):
@@ -144,6 +168,10 @@ def make_update(
             "gradient_norm": optax.global_norm(gradients),
             "update_norm": optax.global_norm(updates),
         }
+        if len(terms) > 1:
+            for term, value in zip(terms, values, strict=True):
+                metrics[f"term_{term.name}"] = value.mean()
+                metrics[f"weight_{term.name}"] = term.weight_at(progress)
         if targets.teacher_logits:
             same = jnp.argmax(logits, -1) == first_choice(targets)
             metrics["agreement"] = same.mean(dtype=jnp.float32)
@@ -158,6 +186,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     views: ViewConfig,
     objective: ObjectiveConfig,
+    total_steps: int,
     teaching: str = "function_matching",
     ema_decay: float | None = None,
     keep_statistics: bool = False,
@@ -173,9 +202,10 @@ def make_train_step(
     """
     regime = regime_of(objective.target, teaching, recorded)
     teach = TARGET_SOURCES[regime.targets](teachers, student.network.classes, objective, memory)
-    update = make_update(
-        student, optimizer, make_terms(objective), ema_decay, keep_statistics, memory
-    )
+    if regime.targets != "labels" and needs_labels(objective):
+        teach = with_labels(teach, student.network.classes)
+    terms = make_terms(objective)
+    update = make_update(student, optimizer, terms, total_steps, ema_decay, keep_statistics, memory)
 
     def train_step(
         state: TrainState, frozen: tuple[Variables, ...], batch: Batch, draws_key: PRNGKeyArray

@@ -1,0 +1,89 @@
+"""What is minimised: one distance, or a sum of terms with schedules."""
+
+import dataclasses
+from typing import Literal
+
+from fm_distill.config.bounds import NotNegative, Positive, Share
+
+# The kind of term that is the cross-entropy to the labels.
+LABELS = "labels"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CurveConfig:
+    """A factor over the run, through points; it stays at its first and its last value."""
+
+    points: tuple[tuple[float, float], ...] = ()
+    (
+        "Pairs of the share of the run, 0 to 1 and rising, and the factor there, 0 or more: "
+        "0 0 0.5 1 rises from 0 to 1 in the first half; none: 1 all along."
+    )
+    interpolation: Literal["linear", "cosine", "step"] = "linear"
+    (
+        "Between two points: a straight line, half a cosine, or the value of the point before "
+        "(`step`)."
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TermConfig:
+    """One term of the loss."""
+
+    kind: str
+    (
+        "What is compared: a distance of the outputs (`kl`, `l2`, `euclidean`, `hard`, "
+        "`standardised_kl`, `dist_rows`, `dist_columns`, or one's own as FILE.py:NAME), one that "
+        "needs labels too (`dkd_target`, `dkd_others`), or the cross-entropy to the `labels`."
+    )
+    weight: NotNegative = 1.0
+    """What the term is multiplied by."""
+    schedule: CurveConfig = CurveConfig()
+    """What `weight` is multiplied by over the run."""
+    temperature: Positive | None = None
+    """Temperature of this term; None: the objective's."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """What the student minimises."""
+
+    target: Literal["teacher", "labels"] = "teacher"
+    (
+        "What the student learns: the teacher's output (function matching), or the labels (a "
+        "teacher, or a baseline)."
+    )
+    distance: str = "kl"
+    (
+        "Distance to the teacher's output: `kl`, `l2`, `euclidean`, `hard`, `standardised_kl` or "
+        "`dist_rows`, or one's own as FILE.py:NAME; with labels it is the cross-entropy."
+    )
+    terms: tuple[TermConfig, ...] = ()
+    """A loss of several terms, instead of `distance` alone."""
+    temperature: Positive = 1.0
+    """Temperature that divides the logits of both networks."""
+    temperature_schedule: CurveConfig = CurveConfig()
+    (
+        "What `temperature` is multiplied by over the run; evaluation compares at `temperature` "
+        "itself."
+    )
+    temperature_squared: bool = True
+    (
+        "Whether KL, and what is made of it, is multiplied by T^2, as in the released code and not "
+        "in the paper's equation 1."
+    )
+    ensemble: Literal["mean_logits", "mean_probabilities", "sum_of_distances"] = "mean_logits"
+    (
+        "How several teachers teach together: by the mean of their logits (the paper), of their "
+        "probabilities at `temperature`, or by the sum of the distances to each (the released "
+        "trainer)."
+    )
+    label_smoothing: Share = 0.0
+    """With labels: the share of each label that is spread evenly over all classes."""
+
+
+def terms_of(objective: ObjectiveConfig) -> tuple[TermConfig, ...]:
+    """The terms of the loss: those that are given, or the one that `target` and `distance` are."""
+    if objective.terms:
+        return objective.terms
+    kind = LABELS if objective.target == "labels" else objective.distance
+    return (TermConfig(kind=kind),)

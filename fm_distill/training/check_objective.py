@@ -1,0 +1,120 @@
+"""The checks of `objective`: its terms, their schedules, and what they need of the data."""
+
+import itertools
+from collections.abc import Iterator
+
+from fm_distill.config import Config, CurveConfig, ObjectiveConfig
+from fm_distill.config.objective import LABELS, terms_of
+from fm_distill.objectives.curves import value_at
+from fm_distill.objectives.distances import BATCH_DISTANCES, DISTANCES, LABELLED_DISTANCES
+from fm_distill.objectives.terms import make_terms, needs_labels
+from fm_distill.system.references import not_an_entry
+
+KINDS = {LABELS: None, **DISTANCES, **BATCH_DISTANCES, **LABELLED_DISTANCES}
+
+
+def wrong_objective(config: Config) -> Iterator[str]:
+    """A sentence for each thing that is wrong, with what to change."""
+    objective = config.objective
+    unknown = [*not_an_entry(DISTANCES, objective.distance, "objective.distance")]
+    unknown += [
+        sentence
+        for i, term in enumerate(objective.terms)
+        for sentence in not_an_entry(KINDS, term.kind, f"objective.terms.{i}.kind")
+    ]
+    yield from unknown
+    if objective.terms and (objective.target, objective.distance) != ("teacher", "kl"):
+        yield (
+            f"objective.terms are the whole loss, and objective.target={objective.target}, "
+            f"objective.distance={objective.distance} would be another one; leave those out, and "
+            "give each as a term"
+        )
+    wrong_curves = [
+        sentence for option, curve in _curves(objective) for sentence in _wrong_curve(option, curve)
+    ]
+    yield from wrong_curves
+    if not unknown and not wrong_curves:
+        yield from _wrong_weights(objective)
+    if any(factor <= 0 for _, factor in objective.temperature_schedule.points):
+        yield "objective.temperature_schedule: a temperature is above zero at each point"
+    yield from _wrong_temperatures(config)
+    yield from _wrong_labels(config)
+    over_batch = [x.kind for x in terms_of(objective) if x.kind in BATCH_DISTANCES]
+    if over_batch and config.memory.accumulate > 1:
+        yield (
+            f"the term {over_batch[0]} compares the examples of a batch with each other, and "
+            f"memory.accumulate={config.memory.accumulate} computes parts of it; use 1"
+        )
+
+
+def _curves(objective: ObjectiveConfig) -> Iterator[tuple[str, CurveConfig]]:
+    yield "objective.temperature_schedule", objective.temperature_schedule
+    for i, term in enumerate(objective.terms):
+        yield f"objective.terms.{i}.schedule", term.schedule
+
+
+def _wrong_curve(option: str, curve: CurveConfig) -> Iterator[str]:
+    shares = [share for share, _ in curve.points]
+    if any(not 0 <= share <= 1 for share in shares):
+        written = ", ".join(f"{x:g}" for x in shares)
+        yield (
+            f"{option}.points are at {written} of the run; a run goes from 0 to 1, and what ends "
+            "after it is never reached"
+        )
+    elif any(a >= b for a, b in itertools.pairwise(shares)):
+        yield f"{option}.points: the shares of the run have to rise; got {shares}"
+    if any(not 0 <= factor < float("inf") for _, factor in curve.points):
+        yield f"{option}.points: a factor is 0 or more; got {[y for _, y in curve.points]}"
+    if not curve.points and curve.interpolation != "linear":
+        yield f"{option}.interpolation={curve.interpolation} needs {option}.points"
+
+
+def _wrong_weights(objective: ObjectiveConfig) -> Iterator[str]:
+    """Where all weights are zero, the student learns nothing."""
+    terms = make_terms(objective)
+    shares = sorted({0.0, 1.0, *(x for term in terms for x, _ in term.schedule.points)})
+    for start, end in itertools.pairwise(shares):
+        middle = (start + end) / 2
+        if not any(x.weight * float(value_at(x.schedule, middle)) for x in terms):
+            yield (
+                f"the weights of objective.terms sum to zero from {start:g} to {end:g} of the run; "
+                "give one term a weight there"
+            )
+
+
+def _wrong_temperatures(config: Config) -> Iterator[str]:
+    """The mean of probabilities is taken at one temperature, before the terms."""
+    objective = config.objective
+    own = {x.temperature for x in objective.terms if x.temperature is not None}
+    if objective.ensemble != "mean_probabilities" or not config.more_teachers:
+        return
+    if objective.temperature_schedule.points or own - {objective.temperature}:
+        yield (
+            "objective.ensemble=mean_probabilities takes the mean at objective.temperature, and "
+            "there are other temperatures; use mean_logits or sum_of_distances"
+        )
+
+
+def _wrong_labels(config: Config) -> Iterator[str]:
+    objective, data = config.objective, config.data
+    if objective.target == "teacher" and objective.label_smoothing:
+        yield (
+            "objective.label_smoothing needs objective.target=labels: a teacher's output is not "
+            "smoothed; use a higher objective.temperature"
+        )
+    if not needs_labels(objective):
+        return
+    if objective.terms:
+        named = next(x.kind for x in objective.terms if x.kind in {LABELS, *LABELLED_DISTANCES})
+        wanted, other = f"the term {named}", "leave it out"
+    else:
+        wanted, other = "objective.target=labels", "use objective.target=teacher"
+    if data.transfer:
+        yield (
+            f"data.transfer are images without labels, and {wanted} needs labels: train on "
+            f"data.train, or {other}"
+        )
+    if data.source == "images":
+        yield (
+            f"{wanted} needs labels, and data.source=images has none; use class_folders, or {other}"
+        )
