@@ -7,7 +7,7 @@ import pytest
 
 from fm_distill.config import ObjectiveConfig
 from fm_distill.objectives.distances import DISTANCES, cross_entropy, kl_divergence, smooth
-from fm_distill.objectives.terms import Targets, make_terms, values_of, weighted_sum
+from fm_distill.objectives.terms import Outputs, Targets, make_terms, values_of, weighted_sum
 
 
 def log_softmax(x):
@@ -49,7 +49,7 @@ REFERENCES = {
 
 
 def loss_of(terms, logits, targets, progress=0.0):
-    return weighted_sum(terms, values_of(terms, logits, targets, progress), progress)
+    return weighted_sum(terms, values_of(terms, Outputs(logits), targets, progress), progress)
 
 
 @pytest.fixture

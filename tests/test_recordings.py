@@ -32,7 +32,7 @@ from fm_distill.data.sources import open_source
 from fm_distill.errors import TrainingFailed, UserError
 from fm_distill.evaluation.inference import evaluate
 from fm_distill.objectives.distances import kl_divergence
-from fm_distill.objectives.terms import Targets, make_terms, values_of
+from fm_distill.objectives.terms import Outputs, Targets, make_terms, values_of
 from fm_distill.recordings import status as recordings
 from fm_distill.recordings import writing
 from fm_distill.recordings.manifest import open_recording
@@ -97,9 +97,9 @@ def test_the_top_k_compares_what_is_lumped_together(temperature):
         return total
 
     host = np.asarray(students, np.float64)
-    (found,) = values_of(terms, students, targets, 0.0)
+    (found,) = values_of(terms, Outputs(students), targets, 0.0)
     np.testing.assert_allclose(found, reference(host), rtol=2e-5)
-    gradient = jax.grad(lambda x: values_of(terms, x, targets, 0.0)[0].sum())(students)
+    gradient = jax.grad(lambda x: values_of(terms, Outputs(x), targets, 0.0)[0].sum())(students)
     for row, column in itertools.product((0, 3), range(30)):
         moved = np.zeros_like(host)
         moved[row, column] = 1e-6

@@ -30,9 +30,10 @@ from fm_distill.objectives.distances import (
     dkd_target,
     standardised_kl,
 )
-from fm_distill.objectives.terms import Targets, make_terms, values_of
+from fm_distill.objectives.terms import Outputs, Targets, make_terms, values_of
 from fm_distill.reports.report import weight_of
 from fm_distill.runs.history import read_history
+from fm_distill.system.sharding import make_layout
 from fm_distill.training.check import problems
 from fm_distill.training.train import train
 
@@ -140,8 +141,7 @@ def test_equal_outputs_have_no_loss_and_equal_logits_a_gradient(name, distance, 
 
 def test_one_device_and_eight_agree_on_what_compares_a_batch(logits):
     student, teacher = (jnp.float32(np.tile(x, (4, 1)) * np.arange(1, 25)[:, None]) for x in logits)
-    mesh = jax.make_mesh((8,), ("data",))
-    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    rows = make_layout(MeshConfig(data=8)).batch
     form = jax.jit(jax.value_and_grad(lambda x, y: dist_columns(x, y, 2.0).sum()))
     one, eight = form(student, teacher), form(*jax.device_put((student, teacher), rows))
     np.testing.assert_allclose(one[0], eight[0], rtol=1e-6)
@@ -198,7 +198,7 @@ def test_weights_and_temperatures_follow_their_curves(logits):
             + 0.5 * own**2 * numpy_kl(*logits, own)
         )
         np.testing.assert_allclose(loss_of(terms, student, targets, progress), expected, rtol=3e-5)
-    values = values_of(terms, student, targets, 0.0)
+    values = values_of(terms, Outputs(student), targets, 0.0)
     np.testing.assert_allclose(values[0], numpy_kl(*logits, 4.0), rtol=2e-5)
 
 

@@ -197,6 +197,9 @@ def _report(arguments: list[str]) -> int:
 class _Show(OverConfig):
     """The config, and what follows from it and from the data and weights that are here."""
 
+    taps: bool = False
+    """List the features of the networks, which terms of the loss can read, instead."""
+
 
 def _show(arguments: list[str]) -> int:
     experiment, default, rest = first_experiment(arguments, "show EXPERIMENT.py")
@@ -207,6 +210,16 @@ def _show(arguments: list[str]) -> int:
     from fm_distill.training.resolve import resolve_here
 
     check(asked.config)
+    if asked.taps:
+        from fm_distill.config.teachers import teachers_of
+        from fm_distill.networks.taps import tap_table
+        from fm_distill.planning.plan import described_teachers
+
+        print(tap_table("student", asked.config.student))
+        teachers = zip(teachers_of(asked.config), described_teachers(asked.config), strict=True)
+        for (option, _), network in teachers:
+            print(tap_table(option, network))
+        return EXIT_COMPLETE
     print(describe(asked.config))
     try:
         resolved = resolve_here(asked.config, pathlib.Path("runs", asked.config.name))

@@ -33,7 +33,9 @@ class TermConfig:
     (
         "What is compared: a distance of the outputs (`kl`, `l2`, `euclidean`, `hard`, "
         "`standardised_kl`, `dist_rows`, `dist_columns`, or one's own as FILE.py:NAME), one that "
-        "needs labels too (`dkd_target`, `dkd_others`), or the cross-entropy to the `labels`."
+        "needs labels too (`dkd_target`, `dkd_others`), the cross-entropy to the `labels`, or a "
+        "distance of features (`attention`, `attention_norm`, `similarity`, `rkd_distance`, "
+        "`rkd_angle`)."
     )
     weight: NotNegative = 1.0
     """What the term is multiplied by."""
@@ -41,6 +43,10 @@ class TermConfig:
     """What `weight` is multiplied by over the run."""
     temperature: Positive | None = None
     """Temperature of this term; None: the objective's."""
+    student_tap: str | None = None
+    """The student's feature that a distance of features reads; `show --taps` lists them."""
+    teacher_tap: str | None = None
+    """The teacher's."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

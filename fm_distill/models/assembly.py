@@ -51,7 +51,18 @@ def make_network(
         logits, available = frozen_module.apply(tree, images, train=False)
         return Output(logits, select_features(available, features), frozen.statistics)
 
-    return Network(classes, init, apply, freeze, apply_frozen)
+    def feature_shapes() -> dict[str, tuple[int, ...]]:
+        def features(key: PRNGKeyArray) -> list[Array]:
+            images = jnp.zeros((2, config.resolution, config.resolution, 3), jnp.float32)
+            (_, available), _ = module.init_with_output(key, images, train=False)
+            names.extend(available)  # JAX sorts the keys of a dict
+            return [*available.values()]
+
+        names: list[str] = []
+        shapes = jax.eval_shape(features, jax.random.key(0))
+        return {name: x.shape for name, x in zip(names, shapes, strict=True)}
+
+    return Network(classes, init, apply, freeze, apply_frozen, feature_shapes)
 
 
 def _fold(params: PyTree, fold: Callable[[Kernel], Kernel], dtype: jnp.dtype) -> PyTree:

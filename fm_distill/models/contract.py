@@ -54,6 +54,8 @@ class Network:
     apply: Apply
     freeze: Freeze
     apply_frozen: ApplyFrozen
+    # Shapes of all named features of a batch of two.
+    feature_shapes: Callable[[], dict[str, tuple[int, ...]]] = dict
 
 
 def parameter_count(params: PyTree) -> int:

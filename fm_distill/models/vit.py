@@ -121,7 +121,7 @@ class DistilledHead(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Patches, blocks, pool, head. Features, which are tokens: `stem`, `block1`... by block."""
+    """Patches, blocks, pool, head. Features are the patches' tokens as maps: `stem`, `block1`..."""
 
     design: Design
     classes: int
@@ -130,11 +130,16 @@ class VisionTransformer(nn.Module):
     @nn.compact
     def __call__(self, images: Images, train: bool) -> tuple[Array, dict[str, Array]]:
         d = self.design
-        x = self._embedded(Patches(d, self.dtype, name="patch_embed")(images))
-        features = {"stem": x}
+        patches = Patches(d, self.dtype, name="patch_embed")(images)
+        x = self._embedded(patches)
+
+        def as_map(x: Tokens) -> Float[Array, "batch rows columns channels"]:
+            return x[:, d.prefix :].reshape(patches.shape)
+
+        features = {"stem": as_map(x)}
         for i in range(d.depth):
             x = Block(d, self.dtype, name=f"blocks_{i}")(x)
-            features[f"block{i + 1}"] = x
+            features[f"block{i + 1}"] = as_map(x)
         if d.mean_pooled:
             # Of the patches alone, and before the norm.
             pooled = x[:, d.prefix :].astype(jnp.float32).mean(axis=1)

@@ -81,10 +81,23 @@ def teacher_outputs(
     teachers: tuple[Branch, ...], frozen: tuple[Variables, ...], views: Views
 ) -> tuple[Array, ...]:
     """The logits of each teacher, float32 (batch, classes)."""
-    return tuple(
-        branch.network.apply_frozen(variables, views[branch.input_spec]).logits
-        for branch, variables in zip(teachers, frozen, strict=True)
-    )
+    return teacher_outputs_with_features(teachers, frozen, views, ())[0]
+
+
+def teacher_outputs_with_features(
+    teachers: tuple[Branch, ...],
+    frozen: tuple[Variables, ...],
+    views: Views,
+    features: tuple[str, ...],
+) -> tuple[tuple[Array, ...], dict[str, Array]]:
+    """The logits of each teacher, and the named features of the first one."""
+    outputs = [
+        branch.network.apply_frozen(
+            variables, views[branch.input_spec], features=() if i else features
+        )
+        for i, (branch, variables) in enumerate(zip(teachers, frozen, strict=True))
+    ]
+    return tuple(x.logits for x in outputs), outputs[0].features if outputs else {}
 
 
 def freeze_on_devices(network: Network, variables: Variables, layout: Layout) -> Variables:

@@ -6,13 +6,14 @@ loss is a mean over the batch whatever the devices and the parts it is computed 
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from fm_distill.config import CurveConfig, ObjectiveConfig
+from fm_distill.config import CurveConfig, ObjectiveConfig, TermConfig
 from fm_distill.config.objective import LABELS, terms_of
 from fm_distill.objectives.curves import Progress, value_at
 from fm_distill.objectives.distances import (
@@ -27,6 +28,7 @@ from fm_distill.objectives.distances import (
     Temperature,
     cross_entropy,
 )
+from fm_distill.objectives.features import FEATURE_DISTANCES, FeatureDistance
 from fm_distill.system.references import entry
 
 
@@ -39,12 +41,21 @@ class Targets:
     teacher_logits: tuple[Float[Array, "*batch classes"], ...] = ()
     # Class probabilities, smoothed and mixed as the student's view is; None without labels.
     labels: Float[Array, "*batch classes"] | None = None
+    # Those of the teacher that a term reads.
+    teacher_features: Mapping[str, Array] = dataclasses.field(default_factory=dict)
     # The classes of `teacher_logits` where only the most likely ones are known: these columns,
     # and one more for all the others together.
     indices: tuple[Int[Array, "*batch kept"], ...] = ()
 
 
-Value = Callable[[Logits, Targets, Temperature], PerExample]
+class Outputs(NamedTuple):
+    """What a term reads of the student."""
+
+    logits: Logits
+    features: Mapping[str, Array] = {}
+
+
+Value = Callable[[Outputs, Targets, Temperature], PerExample]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +93,7 @@ def make_terms(objective: ObjectiveConfig) -> tuple[Term, ...]:
             Term(
                 f"{config.kind}_{same + 1}" if same else config.kind,
                 config.weight,
-                _value(config.kind),
+                _value(config),
                 config.temperature or objective.temperature,
                 objective.temperature_squared and config.kind in SQUARED,
                 config.schedule,
@@ -96,35 +107,60 @@ def needs_labels(objective: ObjectiveConfig) -> bool:
     return any(x.kind == LABELS or x.kind in LABELLED_DISTANCES for x in terms_of(objective))
 
 
-def _value(kind: str) -> Value:
-    if kind == LABELS:
+def features_of(objective: ObjectiveConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names of the student's and of the teacher's features that the terms read."""
+    terms = [x for x in terms_of(objective) if x.kind in FEATURE_DISTANCES]
+    student = {x.student_tap for x in terms if x.student_tap}
+    teacher = {x.teacher_tap for x in terms if x.teacher_tap}
+    return tuple(sorted(student)), tuple(sorted(teacher))
+
+
+def _value(config: TermConfig) -> Value:
+    if config.kind == LABELS:
         return _to_labels
-    if kind in LABELLED_DISTANCES:
-        return functools.partial(_to_labelled_teachers, LABELLED_DISTANCES[kind])
-    distance = entry(DISTANCES | BATCH_DISTANCES, kind, "objective.distance")
+    if config.kind in LABELLED_DISTANCES:
+        return functools.partial(_to_labelled_teachers, LABELLED_DISTANCES[config.kind])
+    if config.kind in FEATURE_DISTANCES:
+        assert config.student_tap and config.teacher_tap
+        names = config.student_tap, config.teacher_tap
+        return functools.partial(_to_features, FEATURE_DISTANCES[config.kind], *names)
+    distance = entry(DISTANCES | BATCH_DISTANCES, config.kind, "objective.distance")
     return functools.partial(_to_teachers, distance)
 
 
 def _to_teachers(
-    distance: Distance, logits: Logits, targets: Targets, temperature: Temperature
+    distance: Distance, student: Outputs, targets: Targets, temperature: Temperature
 ) -> PerExample:
     """The sum over the teachers."""
-    students = student_columns(logits, targets, temperature)
-    pairs = zip(students, targets.teacher_logits, strict=True)
+    columns = student_columns(student.logits, targets, temperature)
+    pairs = zip(columns, targets.teacher_logits, strict=True)
     return functools.reduce(jnp.add, (distance(x, y, temperature) for x, y in pairs))
 
 
 def _to_labelled_teachers(
-    distance: LabelledDistance, logits: Logits, targets: Targets, temperature: Temperature
+    distance: LabelledDistance, student: Outputs, targets: Targets, temperature: Temperature
 ) -> PerExample:
-    assert targets.labels is not None
-    found = (distance(logits, x, targets.labels, temperature) for x in targets.teacher_logits)
+    labels = targets.labels
+    assert labels is not None
+    teachers = targets.teacher_logits
+    found = (distance(student.logits, x, labels, temperature) for x in teachers)
     return functools.reduce(jnp.add, found)
 
 
-def _to_labels(logits: Logits, targets: Targets, temperature: Temperature) -> PerExample:
+def _to_labels(student: Outputs, targets: Targets, temperature: Temperature) -> PerExample:
     assert targets.labels is not None
-    return cross_entropy(logits, targets.labels)
+    return cross_entropy(student.logits, targets.labels)
+
+
+def _to_features(
+    distance: FeatureDistance,
+    of_student: str,
+    of_teacher: str,
+    student: Outputs,
+    targets: Targets,
+    temperature: Temperature,
+) -> PerExample:
+    return distance(student.features[of_student], targets.teacher_features[of_teacher])
 
 
 def student_columns(
@@ -156,10 +192,10 @@ def first_choice(targets: Targets) -> Int[Array, " batch"]:
 
 
 def values_of(
-    terms: tuple[Term, ...], logits: Logits, targets: Targets, progress: Progress
+    terms: tuple[Term, ...], student: Outputs, targets: Targets, progress: Progress
 ) -> tuple[PerExample, ...]:
     """The value of each term, without its weight, for each example."""
-    return tuple(x.value(logits, targets, x.temperature_at(progress)) for x in terms)
+    return tuple(x.value(student, targets, x.temperature_at(progress)) for x in terms)
 
 
 def weighted_sum(

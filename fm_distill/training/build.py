@@ -1,6 +1,7 @@
 """A resolved run made into networks, optimizer and step: what is trained, and what is planned."""
 
 import dataclasses
+import difflib
 from collections.abc import Callable
 
 import jax
@@ -15,6 +16,7 @@ from fm_distill.config.resolved import ResolvedRun
 from fm_distill.config.teachers import recording_of
 from fm_distill.errors import UserError
 from fm_distill.networks.branch import Branch, make_branch
+from fm_distill.objectives.features import FEATURE_DISTANCES, OF_MAPS
 from fm_distill.runs.state import TrainState, init_state
 from fm_distill.training.optim import make_optimizer, make_schedule
 from fm_distill.training.step import TrainStep, make_train_step
@@ -48,6 +50,7 @@ def build(config: Config, resolved: ResolvedRun) -> Build:
     networks = (x for x in resolved.teachers if x.model != FUNCTION)
     teachers = tuple(make_branch(x, resolved.classes, dtype) for x in networks)
     _check_accumulation(config, student)
+    check_features(config, student, teachers)
     recorded = recording_of(config) is not None
     regime = regime_of(config.objective.target, config.teaching, recorded)
     live = regime.targets == "teachers"
@@ -69,6 +72,33 @@ def build(config: Config, resolved: ResolvedRun) -> Build:
         resolved.period_steps,
     )
     return Build(student, teachers, schedule, optimizer, step, live_teachers, config)
+
+
+def check_features(config: Config, student: Branch, teachers: tuple[Branch, ...]) -> None:
+    """Raises `UserError` where a term reads a feature that is not there, or no map."""
+    for i, term in enumerate(config.objective.terms):
+        sides = ("student", student, term.student_tap), (
+            "teacher", teachers[0] if teachers else None, term.teacher_tap
+        )  # fmt: skip
+        for side, branch, name in sides if term.kind in FEATURE_DISTANCES else ():
+            assert branch is not None
+            assert name is not None
+            option = f"objective.terms.{i}.{side}_tap"
+            shapes = branch.network.feature_shapes()
+            if name not in shapes:
+                near = difflib.get_close_matches(name, shapes, 1) or [*shapes][-1:]
+                raise UserError(
+                    f"{option} is {name!r}, which the {side} does not have; did you mean "
+                    f"{near[0]!r}? It has {', '.join(shapes)}"
+                    if shapes
+                    else f"{option} is {name!r}, and the {side} names no features"
+                )
+            if term.kind in OF_MAPS and len(shapes[name]) != 4:
+                maps = [x for x, shape in shapes.items() if len(shape) == 4]
+                raise UserError(
+                    f"{option}: {term.kind} compares maps, and {name} is of shape "
+                    f"{shapes[name][1:]} for an image; use one of {', '.join(maps)}"
+                )
 
 
 def _check_accumulation(config: Config, student: Branch) -> None:

@@ -5,12 +5,14 @@ from collections.abc import Iterator
 
 from fm_distill.config import Config, CurveConfig, ObjectiveConfig
 from fm_distill.config.objective import LABELS, terms_of
+from fm_distill.config.teachers import recording_of
 from fm_distill.objectives.curves import value_at
 from fm_distill.objectives.distances import BATCH_DISTANCES, DISTANCES, LABELLED_DISTANCES
+from fm_distill.objectives.features import FEATURE_DISTANCES, OVER_BATCH
 from fm_distill.objectives.terms import make_terms, needs_labels
 from fm_distill.system.references import not_an_entry
 
-KINDS = {LABELS: None, **DISTANCES, **BATCH_DISTANCES, **LABELLED_DISTANCES}
+KINDS = {LABELS: None, **DISTANCES, **BATCH_DISTANCES, **LABELLED_DISTANCES, **FEATURE_DISTANCES}
 
 
 def wrong_objective(config: Config) -> Iterator[str]:
@@ -33,13 +35,17 @@ def wrong_objective(config: Config) -> Iterator[str]:
         sentence for option, curve in _curves(objective) for sentence in _wrong_curve(option, curve)
     ]
     yield from wrong_curves
-    if not unknown and not wrong_curves:
+    wrong_names = [*_wrong_feature_names(objective)]
+    yield from wrong_names
+    if not unknown and not wrong_curves and not wrong_names:
         yield from _wrong_weights(objective)
     if any(factor <= 0 for _, factor in objective.temperature_schedule.points):
         yield "objective.temperature_schedule: a temperature is above zero at each point"
     yield from _wrong_temperatures(config)
     yield from _wrong_labels(config)
-    over_batch = [x.kind for x in terms_of(objective) if x.kind in BATCH_DISTANCES]
+    yield from _wrong_features(config)
+    compared = OVER_BATCH | BATCH_DISTANCES.keys()
+    over_batch = [x.kind for x in terms_of(objective) if x.kind in compared]
     if over_batch and config.memory.accumulate > 1:
         yield (
             f"the term {over_batch[0]} compares the examples of a batch with each other, and "
@@ -80,6 +86,44 @@ def _wrong_weights(objective: ObjectiveConfig) -> Iterator[str]:
                 f"the weights of objective.terms sum to zero from {start:g} to {end:g} of the run; "
                 "give one term a weight there"
             )
+
+
+def _wrong_feature_names(objective: ObjectiveConfig) -> Iterator[str]:
+    for i, term in enumerate(objective.terms):
+        names = (term.student_tap, term.teacher_tap)
+        option = f"objective.terms.{i}"
+        if term.kind in FEATURE_DISTANCES and not all(names):
+            yield (
+                f"{option}.kind={term.kind} compares features: give {option}.student_tap and "
+                f"{option}.teacher_tap (`fm-distill show --taps` lists them)"
+            )
+        if term.kind not in FEATURE_DISTANCES and any(names):
+            yield (
+                f"{option}.kind={term.kind} compares outputs, and reads no features: leave out "
+                f"{option}.student_tap and {option}.teacher_tap"
+            )
+
+
+def _wrong_features(config: Config) -> Iterator[str]:
+    """Features are those of one teacher that runs in the step."""
+    kinds = [x.kind for x in config.objective.terms if x.kind in FEATURE_DISTANCES]
+    if not kinds:
+        return
+    if recording_of(config) is not None:
+        yield (
+            f"the term {kinds[0]} reads the teacher's features, and teacher.recording holds its "
+            "logits alone; leave out one of them"
+        )
+    if config.teaching == "fixed":
+        yield (
+            f"the term {kinds[0]} reads the teacher's features of each view, and teaching=fixed "
+            "keeps its logits alone; use another teaching"
+        )
+    if config.more_teachers:
+        yield (
+            f"the term {kinds[0]} reads the features of one teacher, and there are more_teachers; "
+            "leave out one of them"
+        )
 
 
 def _wrong_temperatures(config: Config) -> Iterator[str]:

@@ -16,13 +16,21 @@ from fm_distill.config import MemoryConfig, ObjectiveConfig, ViewConfig
 from fm_distill.config.regime import TargetSource, regime_of
 from fm_distill.data.batch import Batch
 from fm_distill.models import Output, Variables
-from fm_distill.networks.branch import Branch, StepViews, Views, step_views, teacher_outputs
+from fm_distill.networks.branch import (
+    Branch,
+    StepViews,
+    Views,
+    step_views,
+    teacher_outputs_with_features,
+)
 from fm_distill.objectives.curves import progress_of
 from fm_distill.objectives.distances import smooth
 from fm_distill.objectives.ensemble import combine
 from fm_distill.objectives.terms import (
+    Outputs,
     Targets,
     Term,
+    features_of,
     first_choice,
     make_terms,
     needs_labels,
@@ -50,13 +58,16 @@ def teach_live(
 ) -> Teach:
     """Targets are the outputs of the teachers on their views of this step."""
 
-    def teach(frozen: tuple[Variables, ...], batch: Batch, views: StepViews) -> Targets:
-        def combined(part: Views) -> tuple[Array, ...]:
-            with jax.named_scope("teacher"):
-                logits = teacher_outputs(teachers, frozen, part)
-                return combine(logits, objective.ensemble, objective.temperature)
+    _, names = features_of(objective)
 
-        return Targets(in_parts(combined, memory.teacher_parts, views.teachers))
+    def teach(frozen: tuple[Variables, ...], batch: Batch, views: StepViews) -> Targets:
+        def combined(part: Views) -> tuple[tuple[Array, ...], dict[str, Array]]:
+            with jax.named_scope("teacher"):
+                logits, features = teacher_outputs_with_features(teachers, frozen, part, names)
+                return combine(logits, objective.ensemble, objective.temperature), features
+
+        logits, features = in_parts(combined, memory.teacher_parts, views.teachers)
+        return Targets(logits, teacher_features=features)
 
     return teach
 
@@ -128,16 +139,18 @@ def make_update(
     ema_decay: float | None = None,
     keep_statistics: bool = False,
     memory: MemoryConfig = MemoryConfig(),
+    features: tuple[str, ...] = (),
 ) -> Update:
     """`(state, student view, targets) -> (state, metrics)`, pure: one step of the student.
 
     The loss is the mean over the batch of the weighted sum of `terms`, whose schedules are over
-    `total_steps`. With `keep_statistics` BatchNorm stays as it is. `memory` changes what is kept
-    at a time, not what comes out.
+    `total_steps` and which read the student's `features`. With `keep_statistics` BatchNorm stays
+    as it is. `memory` changes what is kept at a time, not what comes out.
     """
 
     def apply(variables: Variables, images: Array) -> Output:
-        return student.network.apply(variables, images, train=not keep_statistics)
+        train = not keep_statistics
+        return student.network.apply(variables, images, train=train, features=features)
 
     def update(state: TrainState, view: Array, targets: Targets) -> tuple[TrainState, Metrics]:
         progress = progress_of(state.step, total_steps)
@@ -149,7 +162,8 @@ def make_update(
             with jax.named_scope("student"):
                 variables = dataclasses.replace(state.student, params=params)
                 output = rematerialised(apply, memory.rematerialise)(variables, images)
-            values = values_of(terms, output.logits, expected, progress)
+            outputs = Outputs(output.logits, output.features)
+            values = values_of(terms, outputs, expected, progress)
             loss = weighted_sum(terms, values, progress).mean()
             return loss, (output.statistics, (output.logits, values))
 
@@ -205,7 +219,10 @@ def make_train_step(
     if regime.targets != "labels" and needs_labels(objective):
         teach = with_labels(teach, student.network.classes)
     terms = make_terms(objective)
-    update = make_update(student, optimizer, terms, total_steps, ema_decay, keep_statistics, memory)
+    read, _ = features_of(objective)
+    update = make_update(
+        student, optimizer, terms, total_steps, ema_decay, keep_statistics, memory, read
+    )
 
     def train_step(
         state: TrainState, frozen: tuple[Variables, ...], batch: Batch, draws_key: PRNGKeyArray

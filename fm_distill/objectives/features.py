@@ -1,0 +1,135 @@
+"""Distances between features of student and teacher, in float32, one number per example.
+
+Features are named by the networks: maps (batch, rows, columns, channels), or vectors. None of these
+needs the same number of channels on both sides. To add one: a function and a line in
+`FEATURE_DISTANCES`; the tests run over the table.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from fm_distill.objectives.distances import LEAST_SQUARE, PerExample
+
+Features = Float[Array, "batch ..."]
+Maps = Float[Array, "batch _ _ _"]
+Vectors = Float[Array, "batch _"]
+Square = Float[Array, "batch batch"]
+
+
+def attention(student: Maps, teacher: Maps) -> PerExample:
+    """Mean square of the difference of the attention maps, each of norm 1.
+
+    Attention is the mean over channels of the square. Source: Zagoruyko and Komodakis 2017
+    (arXiv 1612.03928), the authors' code; a mean over places, so smaller for larger maps.
+    """
+    return jnp.square(_attention_difference(student, teacher)).mean(axis=-1)
+
+
+def attention_norm(student: Maps, teacher: Maps) -> PerExample:
+    """Half the norm of the difference of the attention maps: the paper's equation 2, beta 1."""
+    squares = jnp.square(_attention_difference(student, teacher)).sum(axis=-1)
+    return 0.5 * _root(squares)
+
+
+def _attention_difference(student: Maps, teacher: Maps) -> Vectors:
+    one, other = (
+        jnp.square(x.astype(jnp.float32)).mean(axis=-1, keepdims=True) for x in (student, teacher)
+    )
+    rows, columns = (min(one.shape[i], other.shape[i]) for i in (1, 2))
+    side = rows, columns
+    return _unit(_shrunk(one, side)) - _unit(_shrunk(other, side))
+
+
+def _shrunk(x: Maps, side: tuple[int, int]) -> Maps:
+    if x.shape[1:3] == side:
+        return x
+    shape = (len(x), *side, x.shape[-1])
+    return jax.image.resize(x, shape, "linear", antialias=True)
+
+
+def similarity(student: Features, teacher: Features) -> PerExample:
+    """Square of the difference of the rows of both Gram matrices over the batch, each of norm 1.
+
+    Source: Tung and Mori 2019 (arXiv 1907.09682), equations 1 to 4. Its mean over the batch is the
+    paper's loss.
+    """
+
+    def gram(x: Features) -> Square:
+        rows = _flat(x)
+        return _unit(_products(rows, rows))
+
+    return jnp.square(gram(student) - gram(teacher)).sum(axis=-1) / len(student)
+
+
+def rkd_distance(student: Features, teacher: Features) -> PerExample:
+    """Smooth L1 of the distances between examples, over the mean distance of each side.
+
+    Source: Park et al. 2019 (arXiv 1904.05068), equations 5 to 7, and the authors' code: squares
+    no less than 1e-12 before the root, zero on the diagonal, all batch^2 pairs in the mean. Their
+    weight is 1 for embeddings that are not normalised.
+    """
+    return _smooth_l1(_relative(_flat(student)) - _relative(_flat(teacher))).mean(axis=-1)
+
+
+def _relative(x: Vectors) -> Square:
+    squares = jnp.square(x).sum(axis=-1)
+    square = squares[:, None] + squares[None] - 2 * _products(x, x)
+    apart = jnp.sqrt(jnp.maximum(square, 1e-12)) * (1 - jnp.eye(len(x)))
+    positive = apart > 0
+    return apart / (apart.sum() / jnp.maximum(positive.sum(), 1))
+
+
+def rkd_angle(student: Features, teacher: Features) -> PerExample:
+    """Smooth L1 of the cosines of the angles at each example, over all batch^2 pairs of others.
+
+    Source: Park et al. 2019, equations 8 and 9, and the authors' code; their weight is 2. It keeps
+    batch^3 numbers.
+    """
+
+    def cosines(x: Vectors) -> Float[Array, "batch batch batch"]:
+        apart = _unit(x[None] - x[:, None])
+        return jnp.einsum("ijc,ikc->ijk", apart, apart, precision=jax.lax.Precision.HIGHEST)
+
+    return _smooth_l1(cosines(_flat(student)) - cosines(_flat(teacher))).mean(axis=(1, 2))
+
+
+def _flat(x: Features) -> Vectors:
+    return x.reshape(len(x), -1).astype(jnp.float32)
+
+
+def _products(x: Vectors, y: Vectors) -> Square:
+    return jnp.matmul(x, y.T, precision=jax.lax.Precision.HIGHEST)
+
+
+def _unit(x: Float[Array, "..."]) -> Array:
+    """With norm 1 along the last axis, or over a whole map; zero stays zero."""
+    x = x.reshape(len(x), -1) if x.ndim == 4 else x
+    return x / _root(jnp.square(x).sum(axis=-1, keepdims=True))
+
+
+def _root(squares: Float[Array, "..."]) -> Array:
+    """Whose gradient at zero is finite."""
+    return jnp.sqrt(squares + LEAST_SQUARE**2)
+
+
+def _smooth_l1(x: Float[Array, "..."]) -> Array:
+    size = jnp.abs(x)
+    return jnp.where(size < 1, 0.5 * jnp.square(x), size - 0.5)
+
+
+FeatureDistance = Callable[[Features, Features], PerExample]
+
+# `(student's features, teacher's features) -> distances`.
+FEATURE_DISTANCES: dict[str, FeatureDistance] = {
+    "attention": attention,
+    "attention_norm": attention_norm,
+    "similarity": similarity,
+    "rkd_distance": rkd_distance,
+    "rkd_angle": rkd_angle,
+}
+# Those that need maps, and those in which an example's distance depends on the batch.
+OF_MAPS = frozenset({"attention", "attention_norm"})
+OVER_BATCH = frozenset({"similarity", "rkd_distance", "rkd_angle"})
