@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from test_accelerator_paths import matching
 from test_distances import log_softmax, loss_of, numpy_kl, pearson
+from test_step import KEY, matching_config, random_batch, with_random_head
 from test_train import lines_of, same_bits, stop_at
-from tiny import tiny_config
+from tiny import NETWORK, resolved_run, tiny_config
 
 from fm_distill.config import (
     CurveConfig,
@@ -34,8 +35,11 @@ from fm_distill.objectives.terms import Outputs, Targets, make_terms, values_of
 from fm_distill.reports.report import weight_of
 from fm_distill.runs.history import read_history
 from fm_distill.system.sharding import make_layout
+from fm_distill.training.build import build
 from fm_distill.training.check import problems
 from fm_distill.training.train import train
+from fm_distill.views.draws import draw
+from fm_distill.views.rendering import render
 
 CLASSES = 7
 LABELS = np.array([3, 0, 6, 5, 5, 1])
@@ -313,3 +317,25 @@ def one(**term):
 def test_what_cannot_be_learned_is_refused(objective, changes, said):
     assert said in wrong(objective, **changes)
     assert not wrong(ObjectiveConfig(terms=(TermConfig(kind="kl"), TermConfig(kind="labels"))))
+
+
+def test_labels_are_mixed_as_the_students_view_is():
+    objective = ObjectiveConfig(terms=(TermConfig(kind="kl"), TermConfig(kind="labels")))
+    config = dataclasses.replace(matching_config(), objective=objective)
+    built = build(config, resolved_run(config, (NETWORK,)))
+    state = built.init(jax.random.key(0))
+    state = dataclasses.replace(state, student=with_random_head(state.student))
+    frozen = (built.teachers[0].network.freeze(with_random_head(state.student, 1)),)
+    batch = jax.tree.map(jnp.asarray, random_batch())
+    _, metrics = jax.jit(built.train_step)(state, frozen, batch, KEY)
+    drawn = draw(jax.random.fold_in(KEY, 0), batch.sizes, config.views)
+    images = render(drawn, batch.canvases, built.student.input_spec)
+    logits = built.student.network.apply(state.student, images, train=True).logits
+    coefficient = np.asarray(drawn.coefficients)[:, None]
+    one_hot = np.eye(10)[np.asarray(batch.labels)]
+    # The partner is the example before, as no other is drawn.
+    assert drawn.partners is None
+    mixed = coefficient * one_hot + (1 - coefficient) * np.roll(one_hot, 1, axis=0)
+    expected = -(mixed * log_softmax(logits)).sum(-1).mean()
+    assert float(metrics["term_labels"]) == pytest.approx(expected, rel=1e-5)
+    assert abs(-(one_hot * log_softmax(logits)).sum(-1).mean() - expected) > 1e-3
