@@ -44,6 +44,7 @@ from fm_distill.runs.workdir import Workdir
 from fm_distill.system.preemption import Stop
 from fm_distill.system.sharding import make_layout
 from fm_distill.training.record import record
+from fm_distill.training.sweep import sweep
 from fm_distill.training.train import train
 
 LOGITS = np.random.Generator(np.random.Philox(3)).normal(20, 5, (7, 2, 30)).astype(np.float32)
@@ -313,6 +314,18 @@ def test_a_recording_that_grew_does_not_change_a_run_that_began(taught, tmp_path
     views = dataclasses.replace(config.views, period_steps=4)
     with pytest.raises(UserError, match="period_steps: None in the workdir, 4 now"):
         train(dataclasses.replace(student, views=views), tmp_path / "run")
+
+
+def test_a_sweep_over_temperatures_needs_no_teacher(taught, tmp_path):
+    config, folder = taught
+    log = dataclasses.replace(QUIET, final_evaluation=True)
+    config = learning(config, folder / "recording", log=log)
+    table = sweep(config, {"objective.temperature": (1.0, 2.0)}, tmp_path)
+    assert len(table.splitlines()) == 4
+    runs = sorted(x for x in tmp_path.iterdir() if (x / "metrics.jsonl").exists())
+    one, two = (losses(x) for x in runs)
+    np.testing.assert_allclose(two, losses(folder / "live"), rtol=3e-6)
+    assert one[1][1] != two[1][1]
 
 
 def test_another_initial_seed_changes_the_init_alone(taught, tmp_path):

@@ -32,7 +32,7 @@ from fm_distill.objectives.distances import (
     standardised_kl,
 )
 from fm_distill.objectives.terms import Outputs, Targets, make_terms, values_of
-from fm_distill.reports.report import weight_of
+from fm_distill.reports.report import report, weight_of
 from fm_distill.runs.history import read_history
 from fm_distill.system.sharding import make_layout
 from fm_distill.training.build import build
@@ -242,6 +242,13 @@ def test_what_a_run_logs_is_its_loss(several):
     rates = weight_of(terms[0], config.schedule.total_steps, read_history(folder / "run"))
     assert rates.planned[0] == rates.logged[0]
     np.testing.assert_allclose(rates.planned[1], rates.logged[1], rtol=1e-6)
+
+
+def test_the_report_draws_the_weights(several, tmp_path):
+    _, folder = several
+    page = report([folder / "run"], tmp_path / "page.html").read_text()
+    assert "What each term of the loss is multiplied by" in page
+    assert "0.5 kl, 1 labels, 0.1 dist_columns, 0.2 dkd_others" in page
 
 
 def test_schedules_go_on_exactly_after_a_stop(several, tmp_path, monkeypatch):
