@@ -234,6 +234,7 @@ def test_features_that_cannot_be_compared_are_refused(reading, tmp_path, objecti
     ("changes", "said"),
     [
         ({"teacher": TeacherConfig(recording="r")}, "teacher.recording holds its logits alone"),
+        ({"teacher": TeacherConfig(function="f.py:g")}, "teacher.function returns logits alone"),
         ({"teaching": "fixed"}, "teaching=fixed keeps its logits alone"),
         ({"more_teachers": (TeacherConfig(weights="w"),)}, "reads the features of one teacher"),
         ({"memory": MemoryConfig(accumulate=2)}, "similarity compares the examples of a batch"),

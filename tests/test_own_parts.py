@@ -23,6 +23,7 @@ from fm_distill.evaluation.inference import evaluate
 from fm_distill.exporting.export import export
 from fm_distill.models import MODELS, build_network
 from fm_distill.objectives.distances import DISTANCES
+from fm_distill.objectives.terms import make_terms
 from fm_distill.runs.open_run import open_run
 from fm_distill.training.experiment import load_experiment
 from fm_distill.training.optim import OPTIMIZERS
@@ -231,6 +232,7 @@ def test_paths_of_code_are_relative_to_the_experiment(mine, tmp_path, monkeypatc
         tmp_path / "folder" / "run.py",
         'student=StudentConfig(model="mine.py:Small", resolution=16), '
         'views=ViewConfig(crop="mine.py:squares"), '
+        'objective=ObjectiveConfig(terms=(TermConfig(kind="mine.py:huber"),)), '
         'teacher=TeacherConfig(function="mine.py:huber"), more_teachers=(TeacherConfig('
         'weights="x", network=NetworkConfig(model="mine.py:Small", resolution=16)),)',
     )
@@ -238,6 +240,9 @@ def test_paths_of_code_are_relative_to_the_experiment(mine, tmp_path, monkeypatc
     found = load_experiment(os.path.relpath(path))
     assert found.student.model == "folder/mine.py:Small"
     assert found.views.crop == "folder/mine.py:squares"
+    assert found.objective.terms[0].kind == "folder/mine.py:huber"
+    (term,) = make_terms(found.objective)
+    assert term.name == "huber" and not term.squared
     assert found.teacher.function == "folder/mine.py:huber"
     assert found.more_teachers[0].network.model == "folder/mine.py:Small"
     assert found.data.source == "digits"

@@ -86,24 +86,24 @@ def make_terms(objective: ObjectiveConfig) -> tuple[Term, ...]:
     multiplies (big_vision, evaluators/proj/distill/distance.py), so that the gradient's scale does
     not depend on T (Hinton et al. 2015, section 2); the paper's equation 1 does not.
     """
-    terms: list[Term] = []
-    for config in terms_of(objective):
-        same = sum(x.name == config.kind or x.name.startswith(f"{config.kind}_") for x in terms)
-        terms.append(
-            Term(
-                f"{config.kind}_{same + 1}" if same else config.kind,
-                config.weight,
-                _value(config),
-                config.temperature or objective.temperature,
-                objective.temperature_squared and config.kind in SQUARED,
-                config.schedule,
-                objective.temperature_schedule,
-            )
+    configs = terms_of(objective)
+    names = [x.kind.rpartition(":")[2] for x in configs]  # of a reference, the function's
+    return tuple(
+        Term(
+            f"{name}_{before + 1}" if (before := names[:i].count(name)) else name,
+            config.weight,
+            _value(config),
+            config.temperature or objective.temperature,
+            objective.temperature_squared and config.kind in SQUARED,
+            config.schedule,
+            objective.temperature_schedule,
         )
-    return tuple(terms)
+        for i, (name, config) in enumerate(zip(names, configs, strict=True))
+    )
 
 
 def needs_labels(objective: ObjectiveConfig) -> bool:
+    """Whether a term compares with labels, beside a teacher or alone."""
     return any(x.kind == LABELS or x.kind in LABELLED_DISTANCES for x in terms_of(objective))
 
 

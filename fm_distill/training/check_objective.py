@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from fm_distill.config import Config, CurveConfig, ObjectiveConfig
 from fm_distill.config.objective import LABELS, terms_of
-from fm_distill.config.teachers import recording_of
+from fm_distill.config.teachers import recording_of, teachers_of
 from fm_distill.objectives.curves import value_at
 from fm_distill.objectives.distances import BATCH_DISTANCES, DISTANCES, LABELLED_DISTANCES
 from fm_distill.objectives.features import FEATURE_DISTANCES, OVER_BATCH
@@ -112,6 +112,11 @@ def _wrong_features(config: Config) -> Iterator[str]:
     if recording_of(config) is not None:
         yield (
             f"the term {kinds[0]} reads the teacher's features, and teacher.recording holds its "
+            "logits alone; leave out one of them"
+        )
+    if any(teacher.function for _, teacher in teachers_of(config)):
+        yield (
+            f"the term {kinds[0]} reads the teacher's features, and teacher.function returns "
             "logits alone; leave out one of them"
         )
     if config.teaching == "fixed":
