@@ -274,13 +274,18 @@ def one(**term):
 @pytest.mark.parametrize(
     ("objective", "changes", "said"),
     [
-        (one(kind="cka"), {}, "objective.terms.0.kind is 'cka'; expected one of dist_columns"),
+        (one(kind="cka"), {}, "objective.terms.0.kind is 'cka'; expected one of attention, "),
         (one(weight=-1.0), {}, "objective.terms.0.weight is -1.0; expected 0 or more"),
         (one(weight=0.0), {}, "the weights of objective.terms sum to zero from 0 to 1 of the run"),
         (
             one(schedule=curve((0.4, 0), (0.6, 1))),
             {},
             "the weights of objective.terms sum to zero from 0 to 0.4 of the run",
+        ),
+        (
+            one(schedule=curve((0, 0), (0.3, 1), interpolation="step")),
+            {},
+            "the weights of objective.terms sum to zero from 0 to 0.3 of the run",
         ),
         (
             one(schedule=curve((0, 0), (1.5, 1))),
@@ -324,6 +329,7 @@ def one(**term):
 def test_what_cannot_be_learned_is_refused(objective, changes, said):
     assert said in wrong(objective, **changes)
     assert not wrong(ObjectiveConfig(terms=(TermConfig(kind="kl"), TermConfig(kind="labels"))))
+    assert not wrong(one(schedule=curve((0, 0), (0.3, 1))))  # it rises from the first step on
 
 
 def test_labels_are_mixed_as_the_students_view_is():

@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from fm_distill.config import Config, CurveConfig, ObjectiveConfig
 from fm_distill.config.objective import LABELS, terms_of
 from fm_distill.config.teachers import recording_of, teachers_of
-from fm_distill.objectives.curves import value_at
 from fm_distill.objectives.distances import BATCH_DISTANCES, DISTANCES, LABELLED_DISTANCES
 from fm_distill.objectives.features import FEATURE_DISTANCES, OVER_BATCH
-from fm_distill.objectives.terms import make_terms, needs_labels
+from fm_distill.objectives.terms import needs_labels
 from fm_distill.system.references import not_an_entry
 
 KINDS = {LABELS: None, **DISTANCES, **BATCH_DISTANCES, **LABELLED_DISTANCES, **FEATURE_DISTANCES}
@@ -77,15 +76,24 @@ def _wrong_curve(option: str, curve: CurveConfig) -> Iterator[str]:
 
 def _wrong_weights(objective: ObjectiveConfig) -> Iterator[str]:
     """Where all weights are zero, the student learns nothing."""
-    terms = make_terms(objective)
+    terms = terms_of(objective)
     shares = sorted({0.0, 1.0, *(x for term in terms for x, _ in term.schedule.points)})
     for start, end in itertools.pairwise(shares):
         middle = (start + end) / 2
-        if not any(x.weight * float(value_at(x.schedule, middle)) for x in terms):
+        if not any(x.weight and _is_above_zero(x.schedule, middle) for x in terms):
             yield (
                 f"the weights of objective.terms sum to zero from {start:g} to {end:g} of the run; "
                 "give one term a weight there"
             )
+
+
+def _is_above_zero(curve: CurveConfig, share: float) -> bool:
+    """Whether the factor is, between two points. Without JAX: a plan must start no backend here."""
+    if not curve.points:
+        return True
+    before = [factor for at, factor in curve.points if at <= share] or [curve.points[0][1]]
+    after = [factor for at, factor in curve.points if at > share] or [curve.points[-1][1]]
+    return before[-1] > 0 or (curve.interpolation != "step" and after[0] > 0)
 
 
 def _wrong_feature_names(objective: ObjectiveConfig) -> Iterator[str]:
