@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import run_command, write_experiment
-from test_accelerator_paths import matching
-from test_train import lines_of, same_bits, stop_at
+from test_terms import stop_and_continue, trained_by
+from test_train import lines_of, same_bits
 from tiny import NETWORK
 
 from fm_distill.config import MemoryConfig, MeshConfig, ObjectiveConfig, TeacherConfig, TermConfig
@@ -175,10 +175,7 @@ READING = ObjectiveConfig(
 
 @pytest.fixture(scope="module")
 def reading(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("reading")
-    config = dataclasses.replace(matching(folder, MeshConfig(data=1)), objective=READING)
-    assert train(config, folder / "run").complete
-    return config, folder
+    return trained_by(READING, tmp_path_factory.mktemp("reading"))
 
 
 def test_a_run_that_reads_features_goes_on_after_a_stop(reading, tmp_path, monkeypatch):
@@ -187,10 +184,7 @@ def test_a_run_that_reads_features_goes_on_after_a_stop(reading, tmp_path, monke
     for line in lines:
         parts = [line[f"term_{x.kind}"] * line[f"weight_{x.kind}"] for x in READING.terms]
         assert line["loss"] == pytest.approx(sum(parts), rel=1e-5) and min(parts) > 0
-    with monkeypatch.context() as patch:
-        stop_at(patch, 2)
-        assert train(config, tmp_path / "run").step == 3
-    assert train(config, tmp_path / "run").complete
+    stop_and_continue(config, tmp_path / "run", monkeypatch)
     same_bits(folder / "run", tmp_path / "run")
 
 

@@ -219,12 +219,23 @@ SEVERAL = ObjectiveConfig(
 )
 
 
-@pytest.fixture(scope="module")
-def several(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("several")
-    config = dataclasses.replace(matching(folder, MeshConfig(data=1)), objective=SEVERAL)
+def trained_by(objective, folder):
+    """The config of a complete run in `folder / "run"`, and the folder."""
+    config = dataclasses.replace(matching(folder, MeshConfig(data=1)), objective=objective)
     assert train(config, folder / "run").complete
     return config, folder
+
+
+def stop_and_continue(config, workdir, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        assert train(config, workdir).step == 3
+    assert train(config, workdir).complete
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory):
+    return trained_by(SEVERAL, tmp_path_factory.mktemp("several"))
 
 
 def test_what_a_run_logs_is_its_loss(several):
@@ -253,10 +264,7 @@ def test_the_report_draws_the_weights(several, tmp_path):
 
 def test_schedules_go_on_exactly_after_a_stop(several, tmp_path, monkeypatch):
     config, folder = several
-    with monkeypatch.context() as patch:
-        stop_at(patch, 2)
-        assert train(config, tmp_path / "run").step == 3
-    assert train(config, tmp_path / "run").complete
+    stop_and_continue(config, tmp_path / "run", monkeypatch)
     same_bits(folder / "run", tmp_path / "run")
     assert lines_of(tmp_path / "run") == lines_of(folder / "run")
     assert evaluate(tmp_path / "run")["student"] == evaluate(folder / "run")["student"]

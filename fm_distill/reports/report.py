@@ -12,6 +12,7 @@ import pathlib
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+from jaxtyping import Array
 
 from fm_distill.config import Config
 from fm_distill.errors import UserError
@@ -27,7 +28,7 @@ from fm_distill.objectives.terms import Term, make_terms
 from fm_distill.reports import plots
 from fm_distill.reports.summary import ReportedRun, config_differences, summary
 from fm_distill.reports.view_samples import sample_views
-from fm_distill.runs.history import Curve, History, read_history
+from fm_distill.runs.history import History, read_history
 from fm_distill.runs.workdir import Workdir
 from fm_distill.system.files import replacing
 from fm_distill.training.optim import make_schedule
@@ -115,25 +116,31 @@ def _weights(runs: Sequence[ReportedRun]) -> Iterator[str]:
 
 def weight_of(term: Term, total_steps: int, history: History) -> plots.Rates:
     """The weight of a term in a run of `total_steps`, planned and logged."""
-    planned: Curve = ([], [])
-    if total_steps:
-        steps = np.unique(np.linspace(0, total_steps - 1, PLAN_POINTS).astype(int))
-        weights = [float(term.weight_at(progress_of(int(x), total_steps))) for x in steps]
-        planned = steps.astype(float).tolist(), weights
-    steps_done, logged = history.curve("train", f"weight_{term.name}", over="step")
-    return plots.Rates(planned, ([step - 1 for step in steps_done], logged))
+
+    def weight(step: int) -> Array:
+        return term.weight_at(progress_of(step, total_steps))
+
+    return _planned_and_logged(weight, f"weight_{term.name}", total_steps, history)
 
 
 def rates_of(config: Config, total_steps: int, history: History) -> plots.Rates:
     """The learning rate of a run of `total_steps`, planned and logged."""
-    planned: Curve = ([], [])
-    if total_steps:
-        shape = make_schedule(config.schedule, total_steps)
-        steps = np.unique(np.linspace(0, total_steps - 1, PLAN_POINTS).astype(int))
-        rates = config.optimizer.learning_rate * np.asarray([shape(int(x)) for x in steps])
-        planned = steps.astype(float).tolist(), rates.tolist()
-    steps_done, logged = history.curve("train", "learning_rate", over="step")
+
+    def rate(step: int) -> Array:
+        return config.optimizer.learning_rate * make_schedule(config.schedule, total_steps)(step)
+
+    return _planned_and_logged(rate, "learning_rate", total_steps, history)
+
+
+def _planned_and_logged(
+    value: Callable[[int], Array], metric: str, total_steps: int, history: History
+) -> plots.Rates:
+    """`value(step)` over the run, nothing where its length is not known; and the `metric`."""
+    points = np.linspace(0, total_steps - 1, PLAN_POINTS if total_steps else 0)
+    steps = np.unique(points.astype(int))
+    planned = steps.astype(float).tolist(), [float(value(int(x))) for x in steps]
     # A line is written after its step, which is one less where steps are counted from zero.
+    steps_done, logged = history.curve("train", metric, over="step")
     return plots.Rates(planned, ([step - 1 for step in steps_done], logged))
 
 

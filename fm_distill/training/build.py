@@ -50,7 +50,7 @@ def build(config: Config, resolved: ResolvedRun) -> Build:
     networks = (x for x in resolved.teachers if x.model != FUNCTION)
     teachers = tuple(make_branch(x, resolved.classes, dtype) for x in networks)
     _check_accumulation(config, student)
-    check_features(config, student, teachers)
+    _check_features(config, student, teachers)
     recorded = recording_of(config) is not None
     regime = regime_of(config.objective.target, config.teaching, recorded)
     live = regime.targets == "teachers"
@@ -74,7 +74,7 @@ def build(config: Config, resolved: ResolvedRun) -> Build:
     return Build(student, teachers, schedule, optimizer, step, live_teachers, config)
 
 
-def check_features(config: Config, student: Branch, teachers: tuple[Branch, ...]) -> None:
+def _check_features(config: Config, student: Branch, teachers: tuple[Branch, ...]) -> None:
     """Raises `UserError` where a term reads a feature that is not there, or no map."""
     for i, term in enumerate(config.objective.terms):
         sides = ("student", student, term.student_tap), (
