@@ -107,9 +107,12 @@ def test_a_run_stays_as_it_began(tmp_path):
     early = [x for x in samples if 120 <= x.step <= 400]
     late = [x for x in samples if x.step >= 1000]
     assert early and late
-    # While a checkpoint is written there are a few more of both.
-    assert min(x.descriptors for x in late) <= min(x.descriptors for x in early)
-    assert min(x.files for x in late) <= min(x.files for x in early)
+    # While a checkpoint is written there are a few more of both, and a library may open one late;
+    # one that each checkpoint left open would be 30 more.
+    checkpoints = (1000 - 400) // disturb.CHECKPOINT_EVERY
+    allowed = checkpoints // 6
+    assert min(x.descriptors for x in late) <= min(x.descriptors for x in early) + allowed
+    assert min(x.files for x in late) <= min(x.files for x in early) + allowed
     assert min(x.memory_mb for x in late) < 1.2 * max(x.memory_mb for x in early)
     assert "at the end" in long_run.table(samples, 1200)
 
