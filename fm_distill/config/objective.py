@@ -33,9 +33,10 @@ class TermConfig:
     (
         "What is compared: a distance of the outputs (`kl`, `l2`, `euclidean`, `hard`, "
         "`standardised_kl`, `dist_rows`, `dist_columns`, or one's own as FILE.py:NAME), one that "
-        "needs labels too (`dkd_target`, `dkd_others`), the cross-entropy to the `labels`, or a "
+        "needs labels too (`dkd_target`, `dkd_others`), the cross-entropy to the `labels`, a "
         "distance of features (`attention`, `attention_norm`, `similarity`, `rkd_distance`, "
-        "`rkd_angle`)."
+        "`rkd_angle`), or one of features through an adapter (`hint`, `hint_normalised`, "
+        "`cosine`)."
     )
     weight: NotNegative = 1.0
     """What the term is multiplied by."""
@@ -46,7 +47,13 @@ class TermConfig:
     student_tap: str | None = None
     """The student's feature that a distance of features reads; `show --taps` lists them."""
     teacher_tap: str | None = None
-    """The teacher's."""
+    """The teacher's feature that a distance of features reads."""
+    adapter: Literal["convolution", "batch_norm", "none"] = "convolution"
+    (
+        "What `hint`, `hint_normalised` and `cosine` put on the student's feature: a 1x1 "
+        "`convolution` to the teacher's channels, one with `batch_norm`, or `none` where both have "
+        "as many."
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

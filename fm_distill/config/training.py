@@ -19,6 +19,8 @@ class OptimizerConfig:
         "The learning rate of the head alone, where it starts anew on a pretrained body; None: as "
         "the body's."
     )
+    adapter_learning_rate: Positive | None = None
+    """The learning rate of the adapters between features; None: `learning_rate`."""
     weight_decay: Share = 0.0
     """Weight decay, of kernels only; `decay` says how it is scaled."""
     decay: Literal["released", "adamw"] = "released"

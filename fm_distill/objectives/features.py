@@ -1,8 +1,8 @@
 """Distances between features of student and teacher, in float32, one number per example.
 
-Features are named by the networks: maps (batch, rows, columns, channels), or vectors. None of these
-needs the same number of channels on both sides. To add one: a function and a line in
-`FEATURE_DISTANCES`; the tests run over the table.
+Features are named by the networks: maps (batch, rows, columns, channels), or vectors. Those in
+`FEATURE_DISTANCES` need no adapter; those in `ADAPTED_DISTANCES` are of features of one shape. To
+add one: a function and a line in a table; the tests run over the tables.
 """
 
 from collections.abc import Callable
@@ -38,9 +38,8 @@ def _attention_difference(student: Maps, teacher: Maps) -> Vectors:
     one, other = (
         jnp.square(x.astype(jnp.float32)).mean(axis=-1, keepdims=True) for x in (student, teacher)
     )
-    rows, columns = (min(one.shape[i], other.shape[i]) for i in (1, 2))
-    side = rows, columns
-    return _unit(_shrunk(one, side)) - _unit(_shrunk(other, side))
+    one, other = of_one_size(one, other)
+    return _unit(one) - _unit(other)
 
 
 def _shrunk(x: Maps, side: tuple[int, int]) -> Maps:
@@ -96,6 +95,38 @@ def rkd_angle(student: Features, teacher: Features) -> PerExample:
     return _smooth_l1(cosines(_flat(student)) - cosines(_flat(teacher))).mean(axis=(1, 2))
 
 
+def hint(student: Features, teacher: Features) -> PerExample:
+    """Mean square of the difference.
+
+    Source: Romero et al. 2015 (arXiv 1412.6550), equation 3, which is half the sum; a mean here, as
+    in mdistiller, so that the weight does not depend on the size of the map.
+    """
+    difference = student.astype(jnp.float32) - teacher.astype(jnp.float32)
+    return jnp.square(difference).mean(axis=tuple(range(1, difference.ndim)))
+
+
+def hint_normalised(student: Features, teacher: Features) -> PerExample:
+    """Square of the difference of the features, each example's of norm 1: 2 - 2 cosine."""
+    return jnp.square(_unit(_flat(student)) - _unit(_flat(teacher))).sum(axis=-1)
+
+
+def cosine(student: Features, teacher: Features) -> PerExample:
+    """1 - the cosine of the channels at each place, in the mean over the places."""
+    one, other = (x.astype(jnp.float32) for x in (student, teacher))
+    one, other = (x / _root(jnp.square(x).sum(axis=-1, keepdims=True)) for x in (one, other))
+    # Of the difference: 1 - a product rounds below zero where both are equal.
+    away = 0.5 * jnp.square(one - other).sum(axis=-1)
+    return away.reshape(len(away), -1).mean(axis=-1)
+
+
+def of_one_size(student: Features, teacher: Features) -> tuple[Features, Features]:
+    """Maps, of which the larger is shrunk with antialiasing to the smaller; vectors as they are."""
+    if student.ndim != 4:
+        return student, teacher
+    side = min(student.shape[1], teacher.shape[1]), min(student.shape[2], teacher.shape[2])
+    return _shrunk(student, side), _shrunk(teacher, side)
+
+
 def _flat(x: Features) -> Vectors:
     return x.reshape(len(x), -1).astype(jnp.float32)
 
@@ -130,6 +161,13 @@ FEATURE_DISTANCES: dict[str, FeatureDistance] = {
     "rkd_distance": rkd_distance,
     "rkd_angle": rkd_angle,
 }
+# The same, where the student's went through an adapter and both are of one shape.
+ADAPTED_DISTANCES: dict[str, FeatureDistance] = {
+    "hint": hint,
+    "hint_normalised": hint_normalised,
+    "cosine": cosine,
+}
+OF_FEATURES = FEATURE_DISTANCES.keys() | ADAPTED_DISTANCES.keys()
 # Those that need maps, and those in which an example's distance depends on the batch.
 OF_MAPS = frozenset({"attention", "attention_norm"})
 OVER_BATCH = frozenset({"similarity", "rkd_distance", "rkd_angle"})

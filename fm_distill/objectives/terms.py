@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from fm_distill.config import CurveConfig, ObjectiveConfig, TermConfig
 from fm_distill.config.objective import LABELS, terms_of
+from fm_distill.objectives.adapters import AdapterParams, adapt
 from fm_distill.objectives.curves import Progress, value_at
 from fm_distill.objectives.distances import (
     BATCH_DISTANCES,
@@ -28,7 +29,13 @@ from fm_distill.objectives.distances import (
     Temperature,
     cross_entropy,
 )
-from fm_distill.objectives.features import FEATURE_DISTANCES, FeatureDistance
+from fm_distill.objectives.features import (
+    ADAPTED_DISTANCES,
+    FEATURE_DISTANCES,
+    OF_FEATURES,
+    FeatureDistance,
+    of_one_size,
+)
 from fm_distill.system.references import entry
 
 
@@ -49,10 +56,11 @@ class Targets:
 
 
 class Outputs(NamedTuple):
-    """What a term reads of the student."""
+    """What a term reads of the student, and the adapters by the names of their terms."""
 
     logits: Logits
     features: Mapping[str, Array] = {}
+    adapters: Mapping[str, AdapterParams] = {}
 
 
 Value = Callable[[Outputs, Targets, Temperature], PerExample]
@@ -86,18 +94,26 @@ def make_terms(objective: ObjectiveConfig) -> tuple[Term, ...]:
     multiplies (big_vision, evaluators/proj/distill/distance.py), so that the gradient's scale does
     not depend on T (Hinton et al. 2015, section 2); the paper's equation 1 does not.
     """
-    configs = terms_of(objective)
-    names = [x.kind.rpartition(":")[2] for x in configs]  # of a reference, the function's
     return tuple(
         Term(
-            f"{name}_{before + 1}" if (before := names[:i].count(name)) else name,
+            name,
             config.weight,
-            _value(config),
+            _value(name, config),
             config.temperature or objective.temperature,
             objective.temperature_squared and config.kind in SQUARED,
             config.schedule,
             objective.temperature_schedule,
         )
+        for name, config in named_terms(objective)
+    )
+
+
+def named_terms(objective: ObjectiveConfig) -> tuple[tuple[str, TermConfig], ...]:
+    """Each term with its name: its kind, or `kind_2` for the second of a kind."""
+    configs = terms_of(objective)
+    names = [x.kind.rpartition(":")[2] for x in configs]  # of a reference, the function's
+    return tuple(
+        (f"{name}_{before + 1}" if (before := names[:i].count(name)) else name, config)
         for i, (name, config) in enumerate(zip(names, configs, strict=True))
     )
 
@@ -109,21 +125,23 @@ def needs_labels(objective: ObjectiveConfig) -> bool:
 
 def features_of(objective: ObjectiveConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The names of the student's and of the teacher's features that the terms read."""
-    terms = [x for x in terms_of(objective) if x.kind in FEATURE_DISTANCES]
+    terms = [x for x in terms_of(objective) if x.kind in OF_FEATURES]
     student = {x.student_tap for x in terms if x.student_tap}
     teacher = {x.teacher_tap for x in terms if x.teacher_tap}
     return tuple(sorted(student)), tuple(sorted(teacher))
 
 
-def _value(config: TermConfig) -> Value:
+def _value(name: str, config: TermConfig) -> Value:
     if config.kind == LABELS:
         return _to_labels
     if config.kind in LABELLED_DISTANCES:
         return functools.partial(_to_labelled_teachers, LABELLED_DISTANCES[config.kind])
-    if config.kind in FEATURE_DISTANCES:
+    if config.kind in OF_FEATURES:
         assert config.student_tap and config.teacher_tap
-        names = config.student_tap, config.teacher_tap
-        return functools.partial(_to_features, FEATURE_DISTANCES[config.kind], *names)
+        taps = config.student_tap, config.teacher_tap
+        if config.kind in FEATURE_DISTANCES:
+            return functools.partial(_to_features, FEATURE_DISTANCES[config.kind], *taps)
+        return functools.partial(_to_adapted, ADAPTED_DISTANCES[config.kind], *taps, name)
     distance = entry(DISTANCES | BATCH_DISTANCES, config.kind, "objective.distance")
     return functools.partial(_to_teachers, distance)
 
@@ -161,6 +179,21 @@ def _to_features(
     temperature: Temperature,
 ) -> PerExample:
     return distance(student.features[of_student], targets.teacher_features[of_teacher])
+
+
+def _to_adapted(
+    distance: FeatureDistance,
+    of_student: str,
+    of_teacher: str,
+    name: str,
+    student: Outputs,
+    targets: Targets,
+    temperature: Temperature,
+) -> PerExample:
+    features = student.features[of_student], targets.teacher_features[of_teacher]
+    one, other = of_one_size(*features)
+    params = student.adapters.get(name)
+    return distance(one if params is None else adapt(params, one), other)
 
 
 def student_columns(

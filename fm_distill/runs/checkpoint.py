@@ -27,7 +27,7 @@ from fm_distill.runs.integrity import (
     write_manifest,
 )
 from fm_distill.runs.metric_table import RANKED
-from fm_distill.runs.state import TrainState
+from fm_distill.runs.state import Adapters, TrainState
 from fm_distill.system.processes import broadcast_from_first, first_process
 
 ASIDE = "unfinished"  # where Orbax writes
@@ -186,6 +186,7 @@ def restore(checkpoint: pathlib.Path, like: TrainState) -> TrainState:
         student=_variables(found["student"]),
         opt_state=found["opt_state"],
         ema=_variables(found["ema"]) if "ema" in found else None,
+        adapters=Adapters(**found["adapters"]) if "adapters" in found else None,
     )
 
 
@@ -220,7 +221,11 @@ def _parts(state: TrainState) -> dict[str, PyTree]:
         "student": _tree(state.student),
         "opt_state": state.opt_state,
     }
-    return parts if state.ema is None else parts | {"ema": _tree(state.ema)}
+    if state.ema is not None:
+        parts["ema"] = _tree(state.ema)
+    if state.adapters is not None:
+        parts["adapters"] = vars(state.adapters)
+    return parts
 
 
 def _tree(variables: Variables) -> PyTree:

@@ -13,6 +13,15 @@ from fm_distill.models import Network, Variables
 
 @array_tree
 @dataclasses.dataclass(frozen=True)
+class Adapters:
+    """What the terms of the loss learn beside the student, by the names of the terms."""
+
+    params: PyTree
+    opt_state: PyTree
+
+
+@array_tree
+@dataclasses.dataclass(frozen=True)
 class TrainState:
     """All that changes in training, and nothing else: `step` batches have been consumed."""
 
@@ -20,6 +29,7 @@ class TrainState:
     student: Variables
     opt_state: PyTree
     ema: Variables | None  # moving average of the student
+    adapters: Adapters | None = None
 
 
 def init_state(
@@ -27,6 +37,7 @@ def init_state(
     student: Network,
     optimizer: optax.GradientTransformation,
     ema_decay: float | None,
+    adapters: Adapters | None = None,
 ) -> TrainState:
     """The state before the first step."""
     variables = student.init(key)
@@ -36,4 +47,5 @@ def init_state(
         opt_state=optimizer.init(variables.params),
         # A copy: the same buffer cannot be donated twice.
         ema=None if ema_decay is None else jax.tree.map(jnp.copy, variables),
+        adapters=adapters,
     )

@@ -1,8 +1,7 @@
 """A resolved run made into networks, optimizer and step: what is trained, and what is planned."""
 
 import dataclasses
-import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +15,10 @@ from fm_distill.config.resolved import ResolvedRun
 from fm_distill.config.teachers import recording_of
 from fm_distill.errors import UserError
 from fm_distill.networks.branch import Branch, make_branch
-from fm_distill.objectives.features import FEATURE_DISTANCES, OF_MAPS
-from fm_distill.runs.state import TrainState, init_state
-from fm_distill.training.optim import make_optimizer, make_schedule
+from fm_distill.objectives.adapters import AdapterShape, init_adapters
+from fm_distill.runs.state import Adapters, TrainState, init_state
+from fm_distill.training.check_features import check_features
+from fm_distill.training.optim import adapter_optimizer, make_optimizer, make_schedule
 from fm_distill.training.step import TrainStep, make_train_step
 
 
@@ -34,9 +34,18 @@ class Build:
     # Those that the step runs: none where the targets are labels or a table.
     live_teachers: tuple[Branch, ...]
     config: Config
+    adapters: Mapping[str, AdapterShape]  # by the names of their terms
+    adapter_optimizer: optax.GradientTransformation
 
     def init(self, key: PRNGKeyArray) -> TrainState:
-        return init_state(key, self.student.network, self.optimizer, self.config.ema_decay)
+        adapters = None
+        if self.adapters:
+            # The student begins with the same numbers as without adapters.
+            params = init_adapters(jax.random.fold_in(key, 1), self.adapters)
+            adapters = Adapters(params, self.adapter_optimizer.init(params))
+        return init_state(
+            key, self.student.network, self.optimizer, self.config.ema_decay, adapters
+        )
 
     def abstract_state(self) -> TrainState:
         """Shapes of the state."""
@@ -50,13 +59,14 @@ def build(config: Config, resolved: ResolvedRun) -> Build:
     networks = (x for x in resolved.teachers if x.model != FUNCTION)
     teachers = tuple(make_branch(x, resolved.classes, dtype) for x in networks)
     _check_accumulation(config, student)
-    _check_features(config, student, teachers)
+    adapters = check_features(config.objective, student, teachers)
     recorded = recording_of(config) is not None
     regime = regime_of(config.objective.target, config.teaching, recorded)
     live = regime.targets == "teachers"
     live_teachers = teachers if live else ()
     schedule = make_schedule(config.schedule, resolved.total_steps)
     optimizer = make_optimizer(config.optimizer, schedule)
+    of_adapters = make_optimizer(adapter_optimizer(config.optimizer), schedule)
     step = make_train_step(
         student,
         live_teachers,
@@ -70,35 +80,19 @@ def build(config: Config, resolved: ResolvedRun) -> Build:
         config.memory,
         recorded,
         resolved.period_steps,
+        of_adapters,
     )
-    return Build(student, teachers, schedule, optimizer, step, live_teachers, config)
-
-
-def _check_features(config: Config, student: Branch, teachers: tuple[Branch, ...]) -> None:
-    """Raises `UserError` where a term reads a feature that is not there, or no map."""
-    for i, term in enumerate(config.objective.terms):
-        sides = ("student", student, term.student_tap), (
-            "teacher", teachers[0] if teachers else None, term.teacher_tap
-        )  # fmt: skip
-        for side, branch, name in sides if term.kind in FEATURE_DISTANCES else ():
-            assert branch is not None
-            assert name is not None
-            option = f"objective.terms.{i}.{side}_tap"
-            shapes = branch.network.feature_shapes()
-            if name not in shapes:
-                near = difflib.get_close_matches(name, shapes, 1) or [*shapes][-1:]
-                raise UserError(
-                    f"{option} is {name!r}, which the {side} does not have; did you mean "
-                    f"{near[0]!r}? It has {', '.join(shapes)}"
-                    if shapes
-                    else f"{option} is {name!r}, and the {side} names no features"
-                )
-            if term.kind in OF_MAPS and len(shapes[name]) != 4:
-                maps = [x for x, shape in shapes.items() if len(shape) == 4]
-                raise UserError(
-                    f"{option}: {term.kind} compares maps, and {name} is of shape "
-                    f"{shapes[name][1:]} for an image; use one of {', '.join(maps)}"
-                )
+    return Build(
+        student,
+        teachers,
+        schedule,
+        optimizer,
+        step,
+        live_teachers,
+        config,
+        adapters,
+        of_adapters,
+    )
 
 
 def _check_accumulation(config: Config, student: Branch) -> None:

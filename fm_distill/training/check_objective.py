@@ -7,11 +7,13 @@ from fm_distill.config import Config, CurveConfig, ObjectiveConfig
 from fm_distill.config.objective import LABELS, terms_of
 from fm_distill.config.teachers import recording_of, teachers_of
 from fm_distill.objectives.distances import BATCH_DISTANCES, DISTANCES, LABELLED_DISTANCES
-from fm_distill.objectives.features import FEATURE_DISTANCES, OVER_BATCH
+from fm_distill.objectives.features import ADAPTED_DISTANCES, OF_FEATURES, OVER_BATCH
 from fm_distill.objectives.terms import needs_labels
 from fm_distill.system.references import not_an_entry
 
-KINDS = {LABELS: None, **DISTANCES, **BATCH_DISTANCES, **LABELLED_DISTANCES, **FEATURE_DISTANCES}
+KINDS = dict.fromkeys(
+    (LABELS, *DISTANCES, *BATCH_DISTANCES, *LABELLED_DISTANCES, *sorted(OF_FEATURES))
+)
 
 
 def wrong_objective(config: Config) -> Iterator[str]:
@@ -43,8 +45,21 @@ def wrong_objective(config: Config) -> Iterator[str]:
     yield from _wrong_temperatures(config)
     yield from _wrong_labels(config)
     yield from _wrong_features(config)
+    rate = config.optimizer.adapter_learning_rate
+    if rate is not None and not any(
+        x.kind in ADAPTED_DISTANCES and x.adapter != "none" for x in objective.terms
+    ):
+        yield (
+            f"optimizer.adapter_learning_rate={rate:g} is that of adapters, and no term of "
+            "objective.terms has one; leave it out"
+        )
     compared = OVER_BATCH | BATCH_DISTANCES.keys()
     over_batch = [x.kind for x in terms_of(objective) if x.kind in compared]
+    over_batch += [
+        f"{x.kind} with adapter=batch_norm"
+        for x in objective.terms
+        if x.kind in ADAPTED_DISTANCES and x.adapter == "batch_norm"
+    ]
     if over_batch and config.memory.accumulate > 1:
         yield (
             f"the term {over_batch[0]} compares the examples of a batch with each other, and "
@@ -100,21 +115,26 @@ def _wrong_feature_names(objective: ObjectiveConfig) -> Iterator[str]:
     for i, term in enumerate(objective.terms):
         names = (term.student_tap, term.teacher_tap)
         option = f"objective.terms.{i}"
-        if term.kind in FEATURE_DISTANCES and not all(names):
+        if term.kind in OF_FEATURES and not all(names):
             yield (
                 f"{option}.kind={term.kind} compares features: give {option}.student_tap and "
                 f"{option}.teacher_tap (`fm-distill show --taps` lists them)"
             )
-        if term.kind not in FEATURE_DISTANCES and any(names):
+        if term.kind not in OF_FEATURES and any(names):
             yield (
                 f"{option}.kind={term.kind} compares outputs, and reads no features: leave out "
                 f"{option}.student_tap and {option}.teacher_tap"
+            )
+        if term.kind not in ADAPTED_DISTANCES and term.adapter != "convolution":
+            yield (
+                f"{option}.kind={term.kind} takes no adapter: leave out "
+                f"{option}.adapter={term.adapter}"
             )
 
 
 def _wrong_features(config: Config) -> Iterator[str]:
     """Features are those of one teacher that runs in the step."""
-    kinds = [x.kind for x in config.objective.terms if x.kind in FEATURE_DISTANCES]
+    kinds = [x.kind for x in config.objective.terms if x.kind in OF_FEATURES]
     if not kinds:
         return
     if recording_of(config) is not None:

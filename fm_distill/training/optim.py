@@ -11,6 +11,7 @@ and only kernels decay. Source: big_vision's optax.py and configs/proj/distill (
 Loshchilov and Hutter 2019 (adamw).
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -118,6 +119,15 @@ def make_optimizer(
         *order,
         optax.scale_by_schedule(lambda step: -schedule(step)),
     )
+
+
+def adapter_optimizer(config: OptimizerConfig) -> OptimizerConfig:
+    """That of the adapters: the student's with a learning rate of its own.
+
+    The adapters are clipped by their own norm, so that the student's step does not depend on them.
+    """
+    rate = config.adapter_learning_rate or config.learning_rate
+    return dataclasses.replace(config, learning_rate=rate, head_learning_rate=None)
 
 
 def decay_equivalent(config: OptimizerConfig) -> str:

@@ -22,6 +22,7 @@ from fm_distill.training.compare_recording import compare_with_teachers
 from fm_distill.training.dispatch import due
 from fm_distill.training.program import FINITE
 from fm_distill.training.setup import Setup
+from fm_distill.training.step import ADAPTER_GRADIENT
 
 # `status.json` is written with a logged line, but not more often than this.
 STATUS_EVERY_S = 5.0
@@ -49,6 +50,7 @@ class Reporter:
         self.step = start
         self.figures: dict[int, dict[str, float]] = {}  # step -> of the last evaluation
         self.status_at = -STATUS_EVERY_S
+        self.dead: set[str] = set()  # the adapters that have been warned of
 
     def dispatched(self, step: int, steps: int, metrics: dict[str, Array]) -> None:
         """Reports the dispatch before, and keeps this one for later."""
@@ -114,6 +116,7 @@ class Reporter:
         if self.setup.feed.skipped:
             values["corrupt_images"] = self.setup.feed.skipped
         self.writer.write(step, epoch, "train", values)
+        self._warn_of_dead_adapters(values)
         loss, speed = (BY_NAME[x].text(values[x]) for x in ("loss", "images_per_second"))
         text = f"epoch {epoch:.1f}, loss {loss}, {speed}"
         if self.mark[1] - self.status_at > STATUS_EVERY_S:
@@ -122,6 +125,20 @@ class Reporter:
                 "running", step, self.setup.resolved.total_steps, "", self.hours_left(), rate
             )
         return text
+
+    def _warn_of_dead_adapters(self, values: dict[str, float]) -> None:
+        """Once for each whose term has a weight and whose kernel has no gradient."""
+        for name, value in values.items():
+            term = name.removeprefix(ADAPTER_GRADIENT)
+            weight = values.get(f"weight_{term}", 1.0)  # not logged where it is the only term
+            if term == name or term in self.dead or value > 0 or weight == 0:
+                continue
+            self.dead.add(term)
+            log(
+                f"WARNING: the adapter of the term {term} learns nothing: its gradient is zero. "
+                "The student's feature may be zero everywhere (dead activations); read another "
+                "student_tap, or lower optimizer.learning_rate"
+            )
 
     def _epoch(self, step: int) -> float:
         return step * self.setup.config.batch_size / len(self.setup.reader)

@@ -80,11 +80,12 @@ class Setup:
     def slowed(self, factor: float) -> "Setup":
         """The same with all learning rates times `factor`."""
         optimizer = self.config.optimizer
-        head = optimizer.head_learning_rate
+        head, adapters = optimizer.head_learning_rate, optimizer.adapter_learning_rate
         optimizer = dataclasses.replace(
             optimizer,
             learning_rate=optimizer.learning_rate * factor,
             head_learning_rate=None if head is None else head * factor,
+            adapter_learning_rate=None if adapters is None else adapters * factor,
         )
         config = dataclasses.replace(self.config, optimizer=optimizer)
         built = build(config, self.resolved)

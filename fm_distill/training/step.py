@@ -38,11 +38,13 @@ from fm_distill.objectives.terms import (
     weighted_sum,
 )
 from fm_distill.recordings.rows import decode, indices_of
-from fm_distill.runs.state import TrainState
+from fm_distill.runs.state import Adapters, TrainState
 from fm_distill.training.memory import accumulated, in_parts, rematerialised
 from fm_distill.views.draws import mix
 
 Metrics = dict[str, Float[Array, ""]]
+# The metric of a term's adapter: the norm of the gradient of its kernel.
+ADAPTER_GRADIENT = "adapter_gradient_"
 
 TrainStep = Callable[
     [TrainState, tuple[Variables, ...], Batch, PRNGKeyArray], tuple[TrainState, Metrics]
@@ -140,12 +142,14 @@ def make_update(
     keep_statistics: bool = False,
     memory: MemoryConfig = MemoryConfig(),
     features: tuple[str, ...] = (),
+    adapter_optimizer: optax.GradientTransformation | None = None,
 ) -> Update:
     """`(state, student view, targets) -> (state, metrics)`, pure: one step of the student.
 
     The loss is the mean over the batch of the weighted sum of `terms`, whose schedules are over
     `total_steps` and which read the student's `features`. With `keep_statistics` BatchNorm stays
-    as it is. `memory` changes what is kept at a time, not what comes out.
+    as it is. `memory` changes what is kept at a time, not what comes out. The adapters of the
+    terms, where the state has some, move by `adapter_optimizer`.
     """
 
     def apply(variables: Variables, images: Array) -> Output:
@@ -156,20 +160,22 @@ def make_update(
         progress = progress_of(state.step, total_steps)
 
         def loss_of(
-            params: PyTree, part: tuple[Array, Targets]
+            learned: tuple[PyTree, PyTree], part: tuple[Array, Targets]
         ) -> tuple[Array, tuple[PyTree, tuple[Array, tuple[Array, ...]]]]:
+            params, adapters = learned
             images, expected = part
             with jax.named_scope("student"):
                 variables = dataclasses.replace(state.student, params=params)
                 output = rematerialised(apply, memory.rematerialise)(variables, images)
-            outputs = Outputs(output.logits, output.features)
+            outputs = Outputs(output.logits, output.features, adapters)
             values = values_of(terms, outputs, expected, progress)
             loss = weighted_sum(terms, values, progress).mean()
             return loss, (output.statistics, (output.logits, values))
 
         gradient_of = jax.value_and_grad(loss_of, has_aux=True)
-        (loss, (statistics, (logits, values))), gradients = accumulated(
-            gradient_of, memory.accumulate, state.student.params, (view, targets)
+        adapters = {} if state.adapters is None else state.adapters.params
+        (loss, (statistics, (logits, values))), (gradients, of_adapters) = accumulated(
+            gradient_of, memory.accumulate, (state.student.params, adapters), (view, targets)
         )
         with jax.named_scope("update"):
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.student.params)
@@ -177,6 +183,7 @@ def make_update(
             ema = state.ema
             if ema_decay is not None:
                 ema = jax.tree.map(lambda e, x: ema_decay * e + (1 - ema_decay) * x, ema, new)
+            moved = _move(state.adapters, of_adapters, adapter_optimizer)
         metrics = {
             "loss": loss,
             "gradient_norm": optax.global_norm(gradients),
@@ -186,12 +193,26 @@ def make_update(
             for term, value in zip(terms, values, strict=True):
                 metrics[f"term_{term.name}"] = value.mean()
                 metrics[f"weight_{term.name}"] = term.weight_at(progress)
+        for name, gradient in of_adapters.items():
+            metrics[f"{ADAPTER_GRADIENT}{name}"] = jnp.linalg.norm(gradient["kernel"])
         if targets.teacher_logits:
             same = jnp.argmax(logits, -1) == first_choice(targets)
             metrics["agreement"] = same.mean(dtype=jnp.float32)
-        return TrainState(state.step + 1, new, opt_state, ema), metrics
+        return TrainState(state.step + 1, new, opt_state, ema, moved), metrics
 
     return update
+
+
+def _move(
+    adapters: Adapters | None,
+    gradients: PyTree,
+    optimizer: optax.GradientTransformation | None,
+) -> Adapters | None:
+    if adapters is None:
+        return None
+    assert optimizer is not None
+    updates, opt_state = optimizer.update(gradients, adapters.opt_state, adapters.params)
+    return Adapters(optax.apply_updates(adapters.params, updates), opt_state)
 
 
 def make_train_step(
@@ -207,6 +228,7 @@ def make_train_step(
     memory: MemoryConfig = MemoryConfig(),
     recorded: bool = False,
     period_steps: int | None = None,
+    adapter_optimizer: optax.GradientTransformation | None = None,
 ) -> TrainStep:
     """`(state, frozen teachers, batch, draws_key) -> (state, metrics)`, pure.
 
@@ -221,7 +243,15 @@ def make_train_step(
     terms = make_terms(objective)
     read, _ = features_of(objective)
     update = make_update(
-        student, optimizer, terms, total_steps, ema_decay, keep_statistics, memory, read
+        student,
+        optimizer,
+        terms,
+        total_steps,
+        ema_decay,
+        keep_statistics,
+        memory,
+        read,
+        adapter_optimizer,
     )
 
     def train_step(

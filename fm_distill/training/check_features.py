@@ -1,0 +1,70 @@
+"""The features that terms read: that the networks have them, and which adapters they need."""
+
+import difflib
+
+from fm_distill.config import ObjectiveConfig, TermConfig
+from fm_distill.errors import UserError
+from fm_distill.networks.branch import Branch
+from fm_distill.objectives.adapters import AdapterShape
+from fm_distill.objectives.features import ADAPTED_DISTANCES, OF_FEATURES, OF_MAPS
+from fm_distill.objectives.terms import named_terms
+
+Shape = tuple[int, ...]
+
+
+def check_features(
+    objective: ObjectiveConfig, student: Branch, teachers: tuple[Branch, ...]
+) -> dict[str, AdapterShape]:
+    """The adapter of each term that has one.
+
+    Raises `UserError` where a term reads a feature that is not there, or two that cannot be
+    compared.
+    """
+    adapters = {}
+    for i, (name, term) in enumerate(named_terms(objective)):
+        if term.kind not in OF_FEATURES:
+            continue
+        option = f"objective.terms.{i}"
+        of_student = _shape(f"{option}.student_tap", "student", student, term, term.student_tap)
+        of_teacher = _shape(f"{option}.teacher_tap", "teacher", teachers[0], term, term.teacher_tap)
+        if term.kind in ADAPTED_DISTANCES:
+            _check_pair(option, term, of_student, of_teacher)
+            if term.adapter != "none":
+                batch_norm = term.adapter == "batch_norm"
+                adapters[name] = AdapterShape(of_student[-1], of_teacher[-1], batch_norm)
+    return adapters
+
+
+def _shape(option: str, side: str, branch: Branch, term: TermConfig, name: str | None) -> Shape:
+    """That of the feature called `name`, without the batch."""
+    assert name is not None
+    shapes = {x: shape[1:] for x, shape in branch.network.feature_shapes().items()}
+    if name not in shapes:
+        near = difflib.get_close_matches(name, shapes, 1) or [*shapes][-1:]
+        raise UserError(
+            f"{option} is {name!r}, which the {side} does not have; did you mean "
+            f"{near[0]!r}? It has {', '.join(shapes)}"
+            if shapes
+            else f"{option} is {name!r}, and the {side} names no features"
+        )
+    if term.kind in OF_MAPS and len(shapes[name]) != 3:
+        maps = [x for x, shape in shapes.items() if len(shape) == 3]
+        raise UserError(
+            f"{option}: {term.kind} compares maps, and {name} is of shape {shapes[name]} for an "
+            f"image; use one of {', '.join(maps)}"
+        )
+    return shapes[name]
+
+
+def _check_pair(option: str, term: TermConfig, of_student: Shape, of_teacher: Shape) -> None:
+    if len(of_student) != len(of_teacher):
+        raise UserError(
+            f"{option}: no adapter joins {term.student_tap} of shape {of_student} and "
+            f"{term.teacher_tap} of shape {of_teacher}; use two maps, or two vectors"
+        )
+    if term.adapter == "none" and of_student[-1] != of_teacher[-1]:
+        raise UserError(
+            f"{option}.adapter=none needs as many channels on both sides, and "
+            f"{term.student_tap} has {of_student[-1]}, {term.teacher_tap} {of_teacher[-1]}; use "
+            "convolution or batch_norm"
+        )
