@@ -143,7 +143,7 @@ ADAPTED = ObjectiveConfig(
     temperature=2.0,
     terms=(
         TermConfig(kind="kl"),
-        TermConfig(kind="hint", weight=0.5, student_tap="block1", teacher_tap="block1"),
+        TermConfig(kind="hint", weight=0.5, student_tap="block1", teacher_tap="block1_unit01/b"),
         TermConfig(
             kind="cosine", student_tap="pre_logits", teacher_tap="pre_logits", adapter="batch_norm"
         ),

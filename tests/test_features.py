@@ -163,6 +163,37 @@ def test_shapes_are_those_of_what_is_computed(model, last):
     assert model in MODELS and len(shapes[last]) == 4
 
 
+def test_a_modules_output_is_read_by_its_path():
+    """Of the last norm follow the activation, the mean over the places, and the head."""
+    network = build_network(NETWORK, 3, jnp.dtype("float32"))
+    variables = network.init(jax.random.key(0))
+    head = variables.params["head"]
+    head = {
+        "kernel": jax.random.normal(jax.random.key(1), head["kernel"].shape),
+        "bias": head["bias"],
+    }
+    variables = dataclasses.replace(variables, params=variables.params | {"head": head})
+    images = jax.random.normal(jax.random.key(2), (2, 16, 16, 3))
+    asked = ("norm", "head", "pre_logits", "block1_unit01/c")
+    output = network.apply(variables, images, train=True, features=asked)
+    frozen = network.apply_frozen(network.freeze(variables), images, features=asked)
+    shapes = network.feature_shapes(modules=True)
+    for found in (output, frozen):
+        assert {name: x.shape for name, x in found.features.items()} == {
+            x: shapes[x] for x in asked
+        }
+        np.testing.assert_array_equal(found.features["head"], found.logits)
+        mean = jax.nn.relu(found.features["norm"]).mean((1, 2))
+        np.testing.assert_allclose(found.features["pre_logits"], mean, rtol=1e-5, atol=1e-6)
+    for name in asked:
+        np.testing.assert_allclose(
+            output.features[name], frozen.features[name], rtol=1e-3, atol=1e-4
+        )
+    assert set(network.feature_shapes()) < set(shapes)
+    with pytest.raises(ValueError, match="no features"):
+        network.apply(variables, images, train=False, features=("norm/deeper",))
+
+
 READING = ObjectiveConfig(
     temperature=2.0,
     terms=(
@@ -207,7 +238,7 @@ def one(**term):
         (
             one(kind="similarity", student_tap="pre_logit", teacher_tap="block1"),
             r"objective.terms.0.student_tap is 'pre_logit', which the student does not have; did "
-            r"you mean 'pre_logits'\? It has root, block1, pre_logits",
+            r"you mean 'pre_logits'\? It has root, block1, pre_logits, and its modules",
         ),
         (
             one(kind="attention", student_tap="root", teacher_tap="pre_logits"),
@@ -246,10 +277,11 @@ def test_taps_are_listed_for_both_sides(tmp_path):
         'teacher=TeacherConfig(network=NetworkConfig(model="vit_tiny_patch16_224", resolution=64), '
         'weights="none"), objective=ObjectiveConfig()',
     )
-    found = run_command("show", path, "--taps")
+    found = run_command("show", path, "--taps", "--modules")
     assert found.returncode == 0, found.stderr
     lines = [x.split() for x in found.stdout.splitlines()]
     assert ["#", "student:", "bit", "at", "16", "pixels"] in lines
     assert ["block1", "16", "x", "16", "x", "32", "stride", "1"] in lines
     assert ["block12", "4", "x", "4", "x", "192", "stride", "16"] in lines
     assert ["pre_logits", "192"] in lines
+    assert ["block1_unit01/b", "16", "x", "16", "x", "8", "stride", "1"] in lines

@@ -129,6 +129,24 @@ def test_render_is_crop_then_bilinear_resize(resolution, input_range):
     np.testing.assert_allclose(images, expected, atol=2e-5)
 
 
+def test_a_view_is_rounded_before_it_is_mixed():
+    rng = np.random.default_rng(0)
+    canvases = rng.integers(0, 256, (2, 20, 20, 3), np.uint8)
+    boxes = jnp.array([[3, 2, 9, 14], [5, 0, 15, 6]], jnp.float32)
+    found = Draw(boxes, jnp.array([False, True]), jnp.ones(2), None)
+    rounded = InputSpec(7, "zero_one", "uint8")
+    alone = np.asarray(render(found, jnp.asarray(canvases), rounded)) * 255
+    plain = np.stack([reference(*x, 7) for x in zip(canvases, boxes, found.flips, strict=True)])
+    between = np.abs(plain % 1 - 0.5) < 1e-3  # where single precision may go either way
+    np.testing.assert_allclose(alone[~between], np.round(plain)[~between], atol=1e-4)
+    np.testing.assert_allclose(alone, np.round(alone), atol=1e-4)
+    mixed = dataclasses.replace(found, coefficients=jnp.full(2, 0.75))
+    both = np.asarray(render(mixed, jnp.asarray(canvases), rounded)) * 255
+    np.testing.assert_allclose(both, 0.75 * alone + 0.25 * alone[::-1], atol=1e-4)
+    central = render_central(jnp.asarray(canvases), jnp.full((2, 2), 20), 0.8, rounded) * 255
+    np.testing.assert_allclose(central, np.round(central), atol=1e-4)
+
+
 # Made with TensorFlow by `tools/make_central_views.py`.
 CENTRAL_VIEWS = dict(np.load(pathlib.Path(__file__).parent / "data" / "central_views.npz"))
 

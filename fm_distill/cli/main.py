@@ -199,6 +199,8 @@ class _Show(OverConfig):
 
     taps: bool = False
     """List the features of the networks, which terms of the loss can read, instead."""
+    modules: bool = False
+    """With `--taps`: list the output of each module too, by its path."""
 
 
 def _show(arguments: list[str]) -> int:
@@ -210,15 +212,17 @@ def _show(arguments: list[str]) -> int:
     from fm_distill.training.resolve import resolve_here
 
     check(asked.config)
+    if asked.modules and not asked.taps:
+        raise UserError("--modules is a part of --taps; give both")
     if asked.taps:
         from fm_distill.config.teachers import teachers_of
         from fm_distill.networks.taps import tap_table
         from fm_distill.planning.plan import described_teachers
 
-        print(tap_table("student", asked.config.student))
+        print(tap_table("student", asked.config.student, asked.modules))
         teachers = zip(teachers_of(asked.config), described_teachers(asked.config), strict=True)
         for (option, _), network in teachers:
-            print(tap_table(option, network))
+            print(tap_table(option, network, asked.modules))
         return EXIT_COMPLETE
     print(describe(asked.config))
     try:

@@ -46,6 +46,11 @@ class NetworkConfig:
         "Normalisation of the input; `auto`: as the weights were trained, else as the model's "
         "published ones were."
     )
+    input_rounding: Literal["none", "uint8"] = "none"
+    (
+        "Whether a resized picture is rounded to whole grey levels before it is mixed and "
+        "normalised, as by a pipeline that stores 8-bit images (`uint8`)."
+    )
     depths: tuple[int, ...] = ()
     """Of the model `bit`: residual units of each block, e.g. 3 4 6 3; named models fix it."""
     width: Positive = 1.0

@@ -1,10 +1,11 @@
 """From a Flax module to a `Network`, and the checks of a config that families share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from fm_distill.config import NetworkConfig
@@ -35,11 +36,10 @@ def make_network(
         variables: Variables, images: Images, *, train: bool, features: tuple[str, ...] = ()
     ) -> Output:
         tree = {"params": variables.params, "batch_stats": variables.statistics}
-        if not train:
-            logits, available = module.apply(tree, images, train=False)
-            return Output(logits, select_features(available, features), variables.statistics)
-        (logits, available), new = module.apply(tree, images, train=True, mutable=["batch_stats"])
-        return Output(logits, select_features(available, features), new.get("batch_stats", {}))
+        mutable = ("batch_stats",) if train else ()
+        logits, found, new = _run(module, tree, images, train, mutable, features)
+        statistics = new.get("batch_stats", {}) if train else variables.statistics
+        return Output(logits, found, statistics)
 
     def freeze(variables: Variables) -> Variables:
         return Variables(_fold(variables.params, fold, dtype), variables.statistics)
@@ -48,13 +48,16 @@ def make_network(
         frozen: Variables, images: Images, *, features: tuple[str, ...] = ()
     ) -> Output:
         tree = {"params": frozen.params, "batch_stats": frozen.statistics}
-        logits, available = frozen_module.apply(tree, images, train=False)
-        return Output(logits, select_features(available, features), frozen.statistics)
+        logits, found, _ = _run(frozen_module, tree, images, False, (), features)
+        return Output(logits, found, frozen.statistics)
 
-    def feature_shapes() -> dict[str, tuple[int, ...]]:
+    def feature_shapes(modules: bool = False) -> dict[str, tuple[int, ...]]:
         def features(key: PRNGKeyArray) -> list[Array]:
             images = jnp.zeros((2, config.resolution, config.resolution, 3), jnp.float32)
-            (_, available), _ = module.init_with_output(key, images, train=False)
+            (_, named), tree = module.init_with_output(
+                key, images, train=False, capture_intermediates=modules
+            )
+            available = named | _outputs(tree.get("intermediates", {}), excluded=named)
             names.extend(available)  # JAX sorts the keys of a dict
             return [*available.values()]
 
@@ -63,6 +66,44 @@ def make_network(
         return {name: x.shape for name, x in zip(names, shapes, strict=True)}
 
     return Network(classes, init, apply, freeze, apply_frozen, feature_shapes)
+
+
+def _run(
+    module: nn.Module,
+    tree: PyTree,
+    images: Images,
+    train: bool,
+    mutable: tuple[str, ...],
+    features: tuple[str, ...],
+) -> tuple[Array, dict[str, Array], PyTree]:
+    """Logits, the requested features, and what is mutable. A module's path is a feature too."""
+
+    def requested(called: nn.Module, method: str) -> bool:
+        return method == "__call__" and "/".join(called.path) in features
+
+    if not features:
+        (logits, _), new = module.apply(tree, images, train=train, mutable=mutable)
+        return logits, {}, new
+    (logits, named), new = module.apply(
+        tree,
+        images,
+        train=train,
+        mutable=[*mutable, "intermediates"],
+        capture_intermediates=requested,
+    )
+    available = _outputs(new.get("intermediates", {}), excluded=named) | named
+    return logits, select_features(available, features), new
+
+
+def _outputs(intermediates: PyTree, excluded: Mapping[str, Array]) -> dict[str, Array]:
+    """What each module returned when it was last called, by its path: maps and vectors."""
+    calls = traverse_util.flatten_dict(intermediates)
+    outputs = {"/".join(path[:-1]): values[-1] for path, values in calls.items()}
+    return {
+        path: x
+        for path, x in outputs.items()
+        if path and path not in excluded and isinstance(x, jax.Array) and x.ndim in (2, 4)
+    }
 
 
 def _fold(params: PyTree, fold: Callable[[Kernel], Kernel], dtype: jnp.dtype) -> PyTree:

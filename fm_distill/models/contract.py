@@ -45,6 +45,14 @@ Freeze = Callable[[Variables], Variables]
 ApplyFrozen = Callable[..., Output]
 
 
+FeatureShapes = Callable[..., dict[str, tuple[int, ...]]]
+
+
+def no_features(modules: bool = False) -> dict[str, tuple[int, ...]]:
+    """Of a network that names none."""
+    return {}
+
+
 @dataclasses.dataclass(frozen=True)
 class Network:
     """A network as pure functions."""
@@ -54,8 +62,9 @@ class Network:
     apply: Apply
     freeze: Freeze
     apply_frozen: ApplyFrozen
-    # Shapes of all named features of a batch of two.
-    feature_shapes: Callable[[], dict[str, tuple[int, ...]]] = dict
+    # Shapes of all named features of a batch of two; with `modules=True` of the output of each
+    # module too, by its path.
+    feature_shapes: FeatureShapes = no_features
 
 
 def parameter_count(params: PyTree) -> int:

@@ -38,7 +38,9 @@ def load_pretrained(path: str, network: NetworkConfig | None, option: str) -> Pr
                 f"the run in {path} trained another network than the {option}'s: {differ}"
             )
         requested = only_network(network)
-        chosen = dataclasses.replace(chosen, resolution=requested.resolution)
+        chosen = dataclasses.replace(
+            chosen, resolution=requested.resolution, input_rounding=requested.input_rounding
+        )
         for given, own, field in (
             (requested.input_range, run.network.input_range, "input_range"),
             (requested.root_pool_padding, run.network.root_pool_padding, "root_pool_padding"),

@@ -38,17 +38,20 @@ def check_features(
 def _shape(option: str, side: str, branch: Branch, term: TermConfig, name: str | None) -> Shape:
     """That of the feature called `name`, without the batch."""
     assert name is not None
-    shapes = {x: shape[1:] for x, shape in branch.network.feature_shapes().items()}
+    named = branch.network.feature_shapes()
+    found = named if name in named else branch.network.feature_shapes(modules=True)
+    shapes = {x: shape[1:] for x, shape in found.items()}
     if name not in shapes:
         near = difflib.get_close_matches(name, shapes, 1) or [*shapes][-1:]
         raise UserError(
             f"{option} is {name!r}, which the {side} does not have; did you mean "
-            f"{near[0]!r}? It has {', '.join(shapes)}"
+            f"{near[0]!r}? It has {', '.join(named)}, and its modules (`fm-distill show "
+            "--taps --modules`)"
             if shapes
             else f"{option} is {name!r}, and the {side} names no features"
         )
     if term.kind in OF_MAPS and len(shapes[name]) != 3:
-        maps = [x for x, shape in shapes.items() if len(shape) == 3]
+        maps = [x for x, shape in named.items() if len(shape) == 4]
         raise UserError(
             f"{option}: {term.kind} compares maps, and {name} is of shape {shapes[name]} for an "
             f"image; use one of {', '.join(maps)}"

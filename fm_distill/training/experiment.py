@@ -9,6 +9,7 @@ import runpy
 from fm_distill.config import Config, TeacherConfig
 from fm_distill.config.serialization import changed, flatten, from_json, to_json
 from fm_distill.config.steps import total_steps, transfer_examples
+from fm_distill.config.teachers import teachers_of
 from fm_distill.errors import UserError
 from fm_distill.training.optim import decay_equivalent
 
@@ -59,6 +60,21 @@ def load_experiment(path: str | os.PathLike[str]) -> Config:
         teacher=config.teacher and _beside(config.teacher, path),
         more_teachers=tuple(_beside(teacher, path) for teacher in config.more_teachers),
     )
+
+
+def check_chain(config: Config, above: tuple[str, ...] = ()) -> None:
+    """Raises `UserError` where an experiment is, through its teachers, a teacher of its own."""
+    for _, teacher in teachers_of(config):
+        if not teacher.experiment:
+            continue
+        file = os.path.relpath(teacher.experiment)
+        if file in above:
+            raise UserError(
+                f"teacher.experiment leads back to where it came from: {' -> '.join(above)} -> "
+                f"{file}; a chain of teachers has to end in one that learns from labels, or in "
+                "weights"
+            )
+        check_chain(load_experiment(file), (*above, file))
 
 
 def _beside(teacher: TeacherConfig, file: pathlib.Path) -> TeacherConfig:

@@ -35,7 +35,7 @@ from fm_distill.system.preemption import Stop, Stopped, stop_signals
 from fm_distill.system.processes import broadcast_from_first, first_process, only_process
 from fm_distill.system.sharding import check_batch_size, make_layout
 from fm_distill.training.check import check
-from fm_distill.training.experiment import load_experiment
+from fm_distill.training.experiment import check_chain, load_experiment
 from fm_distill.training.loop import Loop
 from fm_distill.training.recorded import refuse_another_recording
 from fm_distill.training.reporter import Reporter, introduce, progress_bar
@@ -95,6 +95,8 @@ def train_until(
     lengthened = workdir.refuse_another_config(config, extend)
     if not lengthened and (complete := _complete(config, workdir)) is not None:
         return complete
+    if recording_of(config) is None:
+        check_chain(config)
     config = _with_recording_here(config, workdir)
     refuse_another_recording(config)
     layout = make_layout(config.mesh)

@@ -32,10 +32,11 @@ class InputSpec:
 
     resolution: int
     input_range: str
+    input_rounding: str = "none"
 
     @classmethod
     def of(cls, network: NetworkConfig) -> "InputSpec":
-        return cls(network.resolution, network.input_range)
+        return cls(network.resolution, network.input_range, network.input_rounding)
 
 
 def render(draw: Draw, canvases: Canvases, input_spec: InputSpec) -> Pictures:
@@ -73,6 +74,9 @@ def render_central(
 
 def _normalise(pixels: Pictures, input_spec: InputSpec) -> Pictures:
     mean, deviation = INPUT_RANGES[input_spec.input_range]
+    if input_spec.input_rounding == "uint8":
+        # Bilinear weights keep it within 0 to 255. No gradient has to pass.
+        pixels = jnp.round(pixels)
     return (pixels - jnp.asarray(mean)) / jnp.asarray(deviation)
 
 
