@@ -159,7 +159,7 @@ def adapted(tmp_path_factory):
 
 def test_adapters_are_learned_and_go_on_after_a_stop(adapted, tmp_path, monkeypatch):
     config, folder = adapted
-    arrays = {x: y for x, y in arrays_of(folder / "run").items() if "adapters" in x}
+    arrays = {x: y for x, y in arrays_of(folder / "run").items() if "terms" in x}
     assert any("opt_state" in x for x in arrays)
     (bias,) = (y for x, y in arrays.items() if "params" in x and "bias" in x)
     assert np.abs(bias).min() > 0  # they begin at zero
@@ -195,7 +195,7 @@ def test_adapters_are_no_part_of_the_student(adapted, alone, tmp_path):
     export(folder / "run", tmp_path / "student.safetensors")
     student = load_student(tmp_path / "student.safetensors")
     np.testing.assert_array_equal(student.predict(images), run.student.predict(images))
-    others = {x for x in arrays_of(folder / "run") if "adapters" not in x}
+    others = {x for x in arrays_of(folder / "run") if "terms" not in x}
     assert others == set(arrays_of(alone / "run"))
 
 

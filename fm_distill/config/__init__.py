@@ -21,7 +21,7 @@ from fm_distill.config.networks import (
     StudentConfig,
     TeacherConfig,
 )
-from fm_distill.config.objective import CurveConfig, ObjectiveConfig, TermConfig
+from fm_distill.config.objective import BankConfig, CurveConfig, ObjectiveConfig, TermConfig
 from fm_distill.config.training import (
     CheckpointConfig,
     DivergenceConfig,
@@ -33,6 +33,7 @@ from fm_distill.config.training import (
 )
 
 __all__ = [
+    "BankConfig",
     "CanvasConfig",
     "CheckpointConfig",
     "Config",

@@ -3,10 +3,12 @@
 import dataclasses
 from typing import Literal
 
-from fm_distill.config.bounds import NotNegative, Positive, Share
+from fm_distill.config.bounds import NotNegative, Positive, PositiveInt, Share
 
 # The kind of term that is the cross-entropy to the labels.
 LABELS = "labels"
+# The one that compares with a bank of the teacher's features.
+BANK_SIMILARITY = "bank_similarity"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,6 +28,18 @@ class CurveConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class BankConfig:
+    """Of `bank_similarity`: the teacher's earlier features, and how similarities are compared."""
+
+    rows: PositiveInt = 65_536
+    """Features of the teacher that are kept, those of the last batches; SEED keeps 65,536."""
+    student_temperature: Positive = 0.2
+    """Temperature that divides the student's similarities; SEED's is 0.2."""
+    teacher_temperature: Positive = 0.01
+    """Temperature that divides the teacher's similarities; SEED's is 0.01."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TermConfig:
     """One term of the loss."""
 
@@ -36,7 +50,7 @@ class TermConfig:
         "needs labels too (`dkd_target`, `dkd_others`), the cross-entropy to the `labels`, a "
         "distance of features (`attention`, `attention_norm`, `similarity`, `rkd_distance`, "
         "`rkd_angle`), or one of features through an adapter (`hint`, `hint_normalised`, "
-        "`cosine`)."
+        "`cosine`, `bank_similarity`)."
     )
     weight: NotNegative = 1.0
     """What the term is multiplied by."""
@@ -50,10 +64,12 @@ class TermConfig:
     """The teacher's feature that a distance of features reads."""
     adapter: Literal["convolution", "batch_norm", "none"] = "convolution"
     (
-        "What `hint`, `hint_normalised` and `cosine` put on the student's feature: a 1x1 "
-        "`convolution` to the teacher's channels, one with `batch_norm`, or `none` where both have "
-        "as many."
+        "What `hint`, `hint_normalised`, `cosine` and `bank_similarity` put on the student's "
+        "feature: a 1x1 `convolution` to the teacher's channels, one with `batch_norm`, or `none` "
+        "where both have as many."
     )
+    bank: BankConfig = BankConfig()
+    """What `bank_similarity` compares with."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

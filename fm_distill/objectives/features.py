@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from fm_distill.config.objective import BANK_SIMILARITY
 from fm_distill.objectives.distances import LEAST_SQUARE, PerExample
 
 Features = Float[Array, "batch ..."]
@@ -167,7 +168,8 @@ ADAPTED_DISTANCES: dict[str, FeatureDistance] = {
     "hint_normalised": hint_normalised,
     "cosine": cosine,
 }
-OF_FEATURES = FEATURE_DISTANCES.keys() | ADAPTED_DISTANCES.keys()
+ADAPTED = ADAPTED_DISTANCES.keys() | {BANK_SIMILARITY}
+OF_FEATURES = FEATURE_DISTANCES.keys() | ADAPTED
 # Those that need maps, and those in which an example's distance depends on the batch.
 OF_MAPS = frozenset({"attention", "attention_norm"})
 OVER_BATCH = frozenset({"similarity", "rkd_distance", "rkd_angle"})

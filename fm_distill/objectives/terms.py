@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from fm_distill.config import CurveConfig, ObjectiveConfig, TermConfig
-from fm_distill.config.objective import LABELS, terms_of
+from fm_distill.config import BankConfig, CurveConfig, ObjectiveConfig, TermConfig
+from fm_distill.config.objective import BANK_SIMILARITY, LABELS, terms_of
 from fm_distill.objectives.adapters import AdapterParams, adapt
+from fm_distill.objectives.bank import Bank, bank_similarity
 from fm_distill.objectives.curves import Progress, value_at
 from fm_distill.objectives.distances import (
     BATCH_DISTANCES,
@@ -56,11 +57,12 @@ class Targets:
 
 
 class Outputs(NamedTuple):
-    """What a term reads of the student, and the adapters by the names of their terms."""
+    """What a term reads of the student, and what the terms have of their own, by their names."""
 
     logits: Logits
     features: Mapping[str, Array] = {}
     adapters: Mapping[str, AdapterParams] = {}
+    banks: Mapping[str, Bank] = {}
 
 
 Value = Callable[[Outputs, Targets, Temperature], PerExample]
@@ -123,6 +125,15 @@ def needs_labels(objective: ObjectiveConfig) -> bool:
     return any(x.kind == LABELS or x.kind in LABELLED_DISTANCES for x in terms_of(objective))
 
 
+def bank_taps(objective: ObjectiveConfig) -> dict[str, str]:
+    """The teacher's feature that each bank keeps, by the name of its term."""
+    return {
+        name: str(term.teacher_tap)
+        for name, term in named_terms(objective)
+        if term.kind == BANK_SIMILARITY
+    }
+
+
 def features_of(objective: ObjectiveConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The names of the student's and of the teacher's features that the terms read."""
     terms = [x for x in terms_of(objective) if x.kind in OF_FEATURES]
@@ -141,6 +152,8 @@ def _value(name: str, config: TermConfig) -> Value:
         taps = config.student_tap, config.teacher_tap
         if config.kind in FEATURE_DISTANCES:
             return functools.partial(_to_features, FEATURE_DISTANCES[config.kind], *taps)
+        if config.kind == BANK_SIMILARITY:
+            return functools.partial(_to_bank, config.bank, *taps, name)
         return functools.partial(_to_adapted, ADAPTED_DISTANCES[config.kind], *taps, name)
     distance = entry(DISTANCES | BATCH_DISTANCES, config.kind, "objective.distance")
     return functools.partial(_to_teachers, distance)
@@ -192,8 +205,26 @@ def _to_adapted(
 ) -> PerExample:
     features = student.features[of_student], targets.teacher_features[of_teacher]
     one, other = of_one_size(*features)
+    return distance(_adapted(one, name, student), other)
+
+
+def _to_bank(
+    config: BankConfig,
+    of_student: str,
+    of_teacher: str,
+    name: str,
+    student: Outputs,
+    targets: Targets,
+    temperature: Temperature,
+) -> PerExample:
+    one = _adapted(student.features[of_student], name, student)
+    other = targets.teacher_features[of_teacher]
+    return bank_similarity(one, other, student.banks[name], config)
+
+
+def _adapted(features: Array, name: str, student: Outputs) -> Array:
     params = student.adapters.get(name)
-    return distance(one if params is None else adapt(params, one), other)
+    return features if params is None else adapt(params, features)
 
 
 def student_columns(

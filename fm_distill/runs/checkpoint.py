@@ -27,7 +27,7 @@ from fm_distill.runs.integrity import (
     write_manifest,
 )
 from fm_distill.runs.metric_table import RANKED
-from fm_distill.runs.state import Adapters, TrainState
+from fm_distill.runs.state import TermState, TrainState
 from fm_distill.system.processes import broadcast_from_first, first_process
 
 ASIDE = "unfinished"  # where Orbax writes
@@ -186,7 +186,7 @@ def restore(checkpoint: pathlib.Path, like: TrainState) -> TrainState:
         student=_variables(found["student"]),
         opt_state=found["opt_state"],
         ema=_variables(found["ema"]) if "ema" in found else None,
-        adapters=Adapters(**found["adapters"]) if "adapters" in found else None,
+        terms=_term_state(found["terms"]) if "terms" in found else None,
     )
 
 
@@ -223,9 +223,13 @@ def _parts(state: TrainState) -> dict[str, PyTree]:
     }
     if state.ema is not None:
         parts["ema"] = _tree(state.ema)
-    if state.adapters is not None:
-        parts["adapters"] = vars(state.adapters)
+    if state.terms is not None:
+        parts["terms"] = {name: part for name, part in vars(state.terms).items() if part}
     return parts
+
+
+def _term_state(tree: PyTree) -> TermState:
+    return TermState(tree.get("params", {}), tree["opt_state"], tree.get("banks", {}))
 
 
 def _tree(variables: Variables) -> PyTree:

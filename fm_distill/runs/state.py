@@ -13,11 +13,12 @@ from fm_distill.models import Network, Variables
 
 @array_tree
 @dataclasses.dataclass(frozen=True)
-class Adapters:
-    """What the terms of the loss learn beside the student, by the names of the terms."""
+class TermState:
+    """What terms of the loss have of their own, by the names of the terms."""
 
-    params: PyTree
-    opt_state: PyTree
+    params: PyTree  # of their adapters
+    opt_state: PyTree  # of these
+    banks: PyTree  # of the teacher's earlier features; {} where no term has one
 
 
 @array_tree
@@ -29,7 +30,7 @@ class TrainState:
     student: Variables
     opt_state: PyTree
     ema: Variables | None  # moving average of the student
-    adapters: Adapters | None = None
+    terms: TermState | None = None
 
 
 def init_state(
@@ -37,7 +38,7 @@ def init_state(
     student: Network,
     optimizer: optax.GradientTransformation,
     ema_decay: float | None,
-    adapters: Adapters | None = None,
+    terms: TermState | None = None,
 ) -> TrainState:
     """The state before the first step."""
     variables = student.init(key)
@@ -47,5 +48,5 @@ def init_state(
         opt_state=optimizer.init(variables.params),
         # A copy: the same buffer cannot be donated twice.
         ema=None if ema_decay is None else jax.tree.map(jnp.copy, variables),
-        adapters=adapters,
+        terms=terms,
     )

@@ -1,7 +1,7 @@
 """A resolved run made into networks, optimizer and step: what is trained, and what is planned."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +15,11 @@ from fm_distill.config.resolved import ResolvedRun
 from fm_distill.config.teachers import recording_of
 from fm_distill.errors import UserError
 from fm_distill.networks.branch import Branch, make_branch
-from fm_distill.objectives.adapters import AdapterShape, init_adapters
-from fm_distill.runs.state import Adapters, TrainState, init_state
+from fm_distill.runs.state import TrainState, init_state
 from fm_distill.training.check_features import check_features
 from fm_distill.training.optim import adapter_optimizer, make_optimizer, make_schedule
 from fm_distill.training.step import TrainStep, make_train_step
+from fm_distill.training.term_state import TermShapes, init_terms, make_term_update
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,18 +34,12 @@ class Build:
     # Those that the step runs: none where the targets are labels or a table.
     live_teachers: tuple[Branch, ...]
     config: Config
-    adapters: Mapping[str, AdapterShape]  # by the names of their terms
+    term_shapes: TermShapes
     adapter_optimizer: optax.GradientTransformation
 
     def init(self, key: PRNGKeyArray) -> TrainState:
-        adapters = None
-        if self.adapters:
-            # The student begins with the same numbers as without adapters.
-            params = init_adapters(jax.random.fold_in(key, 1), self.adapters)
-            adapters = Adapters(params, self.adapter_optimizer.init(params))
-        return init_state(
-            key, self.student.network, self.optimizer, self.config.ema_decay, adapters
-        )
+        terms = init_terms(key, self.term_shapes, self.adapter_optimizer)
+        return init_state(key, self.student.network, self.optimizer, self.config.ema_decay, terms)
 
     def abstract_state(self) -> TrainState:
         """Shapes of the state."""
@@ -59,7 +53,7 @@ def build(config: Config, resolved: ResolvedRun) -> Build:
     networks = (x for x in resolved.teachers if x.model != FUNCTION)
     teachers = tuple(make_branch(x, resolved.classes, dtype) for x in networks)
     _check_accumulation(config, student)
-    adapters = check_features(config.objective, student, teachers)
+    term_shapes = check_features(config, resolved.examples, student, teachers)
     recorded = recording_of(config) is not None
     regime = regime_of(config.objective.target, config.teaching, recorded)
     live = regime.targets == "teachers"
@@ -80,7 +74,7 @@ def build(config: Config, resolved: ResolvedRun) -> Build:
         config.memory,
         recorded,
         resolved.period_steps,
-        of_adapters,
+        make_term_update(config.objective, of_adapters),
     )
     return Build(
         student,
@@ -90,7 +84,7 @@ def build(config: Config, resolved: ResolvedRun) -> Build:
         step,
         live_teachers,
         config,
-        adapters,
+        term_shapes,
         of_adapters,
     )
 

@@ -2,37 +2,42 @@
 
 import difflib
 
-from fm_distill.config import ObjectiveConfig, TermConfig
+from fm_distill.config import Config, TermConfig
+from fm_distill.config.objective import BANK_SIMILARITY
 from fm_distill.errors import UserError
 from fm_distill.networks.branch import Branch
 from fm_distill.objectives.adapters import AdapterShape
-from fm_distill.objectives.features import ADAPTED_DISTANCES, OF_FEATURES, OF_MAPS
+from fm_distill.objectives.features import ADAPTED, OF_FEATURES, OF_MAPS
 from fm_distill.objectives.terms import named_terms
+from fm_distill.training.term_state import TermShapes
 
 Shape = tuple[int, ...]
 
 
 def check_features(
-    objective: ObjectiveConfig, student: Branch, teachers: tuple[Branch, ...]
-) -> dict[str, AdapterShape]:
-    """The adapter of each term that has one.
+    config: Config, examples: int, student: Branch, teachers: tuple[Branch, ...]
+) -> TermShapes:
+    """The adapters and banks of the terms; `examples` are those of the training split.
 
     Raises `UserError` where a term reads a feature that is not there, or two that cannot be
-    compared.
+    compared, or where a bank does not fit the data.
     """
-    adapters = {}
-    for i, (name, term) in enumerate(named_terms(objective)):
+    adapters, banks = {}, {}
+    for i, (name, term) in enumerate(named_terms(config.objective)):
         if term.kind not in OF_FEATURES:
             continue
         option = f"objective.terms.{i}"
         of_student = _shape(f"{option}.student_tap", "student", student, term, term.student_tap)
         of_teacher = _shape(f"{option}.teacher_tap", "teacher", teachers[0], term, term.teacher_tap)
-        if term.kind in ADAPTED_DISTANCES:
+        if term.kind in ADAPTED:
             _check_pair(option, term, of_student, of_teacher)
             if term.adapter != "none":
                 batch_norm = term.adapter == "batch_norm"
                 adapters[name] = AdapterShape(of_student[-1], of_teacher[-1], batch_norm)
-    return adapters
+        if term.kind == BANK_SIMILARITY:
+            _check_bank(f"{option}.bank.rows", term.bank.rows, config.batch_size, examples)
+            banks[name] = term.bank.rows, of_teacher[-1]
+    return TermShapes(adapters, banks)
 
 
 def _shape(option: str, side: str, branch: Branch, term: TermConfig, name: str | None) -> Shape:
@@ -50,6 +55,12 @@ def _shape(option: str, side: str, branch: Branch, term: TermConfig, name: str |
             if shapes
             else f"{option} is {name!r}, and the {side} names no features"
         )
+    if term.kind == BANK_SIMILARITY and len(shapes[name]) != 1:
+        vectors = [x for x, shape in named.items() if len(shape) == 2]
+        raise UserError(
+            f"{option}: {term.kind} compares vectors, and {name} is of shape {shapes[name]} for an "
+            f"image; use one of {', '.join(vectors)}"
+        )
     if term.kind in OF_MAPS and len(shapes[name]) != 3:
         maps = [x for x, shape in named.items() if len(shape) == 4]
         raise UserError(
@@ -57,6 +68,20 @@ def _shape(option: str, side: str, branch: Branch, term: TermConfig, name: str |
             f"image; use one of {', '.join(maps)}"
         )
     return shapes[name]
+
+
+def _check_bank(option: str, rows: int, batch_size: int, examples: int) -> None:
+    most = examples // batch_size * batch_size
+    if rows > examples:
+        raise UserError(
+            f"{option}={rows} are more than the {examples:,} examples that there are, so that each "
+            f"image would be compared with itself; use {most} or less"
+        )
+    if rows % batch_size:
+        raise UserError(
+            f"{option}={rows} is not divisible by batch_size={batch_size}; use "
+            f"{rows // batch_size * batch_size or batch_size}"
+        )
 
 
 def _check_pair(option: str, term: TermConfig, of_student: Shape, of_teacher: Shape) -> None:

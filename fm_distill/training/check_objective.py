@@ -3,11 +3,11 @@
 import itertools
 from collections.abc import Iterator
 
-from fm_distill.config import Config, CurveConfig, ObjectiveConfig
-from fm_distill.config.objective import LABELS, terms_of
+from fm_distill.config import BankConfig, Config, CurveConfig, ObjectiveConfig
+from fm_distill.config.objective import BANK_SIMILARITY, LABELS, terms_of
 from fm_distill.config.teachers import recording_of, teachers_of
 from fm_distill.objectives.distances import BATCH_DISTANCES, DISTANCES, LABELLED_DISTANCES
-from fm_distill.objectives.features import ADAPTED_DISTANCES, OF_FEATURES, OVER_BATCH
+from fm_distill.objectives.features import ADAPTED, OF_FEATURES, OVER_BATCH
 from fm_distill.objectives.terms import needs_labels
 from fm_distill.system.references import not_an_entry
 
@@ -47,7 +47,7 @@ def wrong_objective(config: Config) -> Iterator[str]:
     yield from _wrong_features(config)
     rate = config.optimizer.adapter_learning_rate
     if rate is not None and not any(
-        x.kind in ADAPTED_DISTANCES and x.adapter != "none" for x in objective.terms
+        x.kind in ADAPTED and x.adapter != "none" for x in objective.terms
     ):
         yield (
             f"optimizer.adapter_learning_rate={rate:g} is that of adapters, and no term of "
@@ -58,7 +58,7 @@ def wrong_objective(config: Config) -> Iterator[str]:
     over_batch += [
         f"{x.kind} with adapter=batch_norm"
         for x in objective.terms
-        if x.kind in ADAPTED_DISTANCES and x.adapter == "batch_norm"
+        if x.kind in ADAPTED and x.adapter == "batch_norm"
     ]
     if over_batch and config.memory.accumulate > 1:
         yield (
@@ -125,10 +125,20 @@ def _wrong_feature_names(objective: ObjectiveConfig) -> Iterator[str]:
                 f"{option}.kind={term.kind} compares outputs, and reads no features: leave out "
                 f"{option}.student_tap and {option}.teacher_tap"
             )
-        if term.kind not in ADAPTED_DISTANCES and term.adapter != "convolution":
+        if term.kind not in ADAPTED and term.adapter != "convolution":
             yield (
                 f"{option}.kind={term.kind} takes no adapter: leave out "
                 f"{option}.adapter={term.adapter}"
+            )
+        if term.kind != BANK_SIMILARITY and term.bank != BankConfig():
+            yield (
+                f"{option}.kind={term.kind} has no bank: leave out {option}.bank, or use "
+                f"{BANK_SIMILARITY}"
+            )
+        if term.kind == BANK_SIMILARITY and term.temperature is not None:
+            yield (
+                f"{option}.kind={term.kind} divides by {option}.bank.student_temperature and "
+                f"{option}.bank.teacher_temperature: leave out {option}.temperature"
             )
 
 

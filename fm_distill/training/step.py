@@ -38,8 +38,9 @@ from fm_distill.objectives.terms import (
     weighted_sum,
 )
 from fm_distill.recordings.rows import decode, indices_of
-from fm_distill.runs.state import Adapters, TrainState
+from fm_distill.runs.state import TrainState
 from fm_distill.training.memory import accumulated, in_parts, rematerialised
+from fm_distill.training.term_state import NOTHING, TermUpdate
 from fm_distill.views.draws import mix
 
 Metrics = dict[str, Float[Array, ""]]
@@ -142,14 +143,14 @@ def make_update(
     keep_statistics: bool = False,
     memory: MemoryConfig = MemoryConfig(),
     features: tuple[str, ...] = (),
-    adapter_optimizer: optax.GradientTransformation | None = None,
+    term_update: TermUpdate | None = None,
 ) -> Update:
     """`(state, student view, targets) -> (state, metrics)`, pure: one step of the student.
 
     The loss is the mean over the batch of the weighted sum of `terms`, whose schedules are over
     `total_steps` and which read the student's `features`. With `keep_statistics` BatchNorm stays
-    as it is. `memory` changes what is kept at a time, not what comes out. The adapters of the
-    terms, where the state has some, move by `adapter_optimizer`.
+    as it is. `memory` changes what is kept at a time, not what comes out. What the
+    terms have of their own, where the state has it, changes by `term_update`.
     """
 
     def apply(variables: Variables, images: Array) -> Output:
@@ -158,6 +159,7 @@ def make_update(
 
     def update(state: TrainState, view: Array, targets: Targets) -> tuple[TrainState, Metrics]:
         progress = progress_of(state.step, total_steps)
+        own = state.terms or NOTHING
 
         def loss_of(
             learned: tuple[PyTree, PyTree], part: tuple[Array, Targets]
@@ -167,15 +169,14 @@ def make_update(
             with jax.named_scope("student"):
                 variables = dataclasses.replace(state.student, params=params)
                 output = rematerialised(apply, memory.rematerialise)(variables, images)
-            outputs = Outputs(output.logits, output.features, adapters)
+            outputs = Outputs(output.logits, output.features, adapters, own.banks)
             values = values_of(terms, outputs, expected, progress)
             loss = weighted_sum(terms, values, progress).mean()
             return loss, (output.statistics, (output.logits, values))
 
         gradient_of = jax.value_and_grad(loss_of, has_aux=True)
-        adapters = {} if state.adapters is None else state.adapters.params
         (loss, (statistics, (logits, values))), (gradients, of_adapters) = accumulated(
-            gradient_of, memory.accumulate, (state.student.params, adapters), (view, targets)
+            gradient_of, memory.accumulate, (state.student.params, own.params), (view, targets)
         )
         with jax.named_scope("update"):
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.student.params)
@@ -183,7 +184,9 @@ def make_update(
             ema = state.ema
             if ema_decay is not None:
                 ema = jax.tree.map(lambda e, x: ema_decay * e + (1 - ema_decay) * x, ema, new)
-            moved = _move(state.adapters, of_adapters, adapter_optimizer)
+            moved = state.terms
+            if term_update is not None and moved is not None:
+                moved = term_update(moved, of_adapters, targets, state.step)
         metrics = {
             "loss": loss,
             "gradient_norm": optax.global_norm(gradients),
@@ -203,18 +206,6 @@ def make_update(
     return update
 
 
-def _move(
-    adapters: Adapters | None,
-    gradients: PyTree,
-    optimizer: optax.GradientTransformation | None,
-) -> Adapters | None:
-    if adapters is None:
-        return None
-    assert optimizer is not None
-    updates, opt_state = optimizer.update(gradients, adapters.opt_state, adapters.params)
-    return Adapters(optax.apply_updates(adapters.params, updates), opt_state)
-
-
 def make_train_step(
     student: Branch,
     teachers: tuple[Branch, ...],
@@ -228,7 +219,7 @@ def make_train_step(
     memory: MemoryConfig = MemoryConfig(),
     recorded: bool = False,
     period_steps: int | None = None,
-    adapter_optimizer: optax.GradientTransformation | None = None,
+    term_update: TermUpdate | None = None,
 ) -> TrainStep:
     """`(state, frozen teachers, batch, draws_key) -> (state, metrics)`, pure.
 
@@ -251,7 +242,7 @@ def make_train_step(
         keep_statistics,
         memory,
         read,
-        adapter_optimizer,
+        term_update,
     )
 
     def train_step(
