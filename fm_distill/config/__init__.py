@@ -21,7 +21,12 @@ from fm_distill.config.networks import (
     StudentConfig,
     TeacherConfig,
 )
-from fm_distill.config.objective import CurveConfig, ObjectiveConfig, TermConfig
+from fm_distill.config.objective import (
+    CurveConfig,
+    ExampleWeightsConfig,
+    ObjectiveConfig,
+    TermConfig,
+)
 from fm_distill.config.training import (
     CheckpointConfig,
     DivergenceConfig,
@@ -39,6 +44,7 @@ __all__ = [
     "CurveConfig",
     "DataConfig",
     "DivergenceConfig",
+    "ExampleWeightsConfig",
     "InputRange",
     "LogConfig",
     "MemoryConfig",

@@ -46,6 +46,8 @@ class Targets:
     # The classes of `teacher_logits` where only the most likely ones are known: these columns,
     # and one more for all the others together.
     indices: tuple[Int[Array, "*batch kept"], ...] = ()
+    # By class, mixed as the student's view is; None where examples are not weighted by class.
+    class_weights: Float[Array, "*batch"] | None = None
 
 
 class Outputs(NamedTuple):
@@ -125,10 +127,10 @@ def _value(config: TermConfig) -> Value:
         names = config.student_tap, config.teacher_tap
         return functools.partial(_to_features, FEATURE_DISTANCES[config.kind], *names)
     distance = entry(DISTANCES | BATCH_DISTANCES, config.kind, "objective.distance")
-    return functools.partial(_to_teachers, distance)
+    return functools.partial(to_teachers, distance)
 
 
-def _to_teachers(
+def to_teachers(
     distance: Distance, student: Outputs, targets: Targets, temperature: Temperature
 ) -> PerExample:
     """The sum over the teachers."""

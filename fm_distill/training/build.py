@@ -70,6 +70,7 @@ def build(config: Config, resolved: ResolvedRun) -> Build:
         config.memory,
         recorded,
         resolved.period_steps,
+        resolved.class_counts,
     )
     return Build(student, teachers, schedule, optimizer, step, live_teachers, config)
 
