@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -81,13 +82,13 @@ def test_class_weights_against_numpy(kind, beta):
         np.testing.assert_array_equal(found, 1)
 
 
-def test_effective_numbers_near_one_are_inverse_frequencies():
-    """Where 1 - beta^n would have lost all its digits."""
-    near, limit = (
-        class_weights(ExampleWeightsConfig(kind=kind, beta=1 - 2**-50), COUNTS)
-        for kind in ("effective_number", "inverse_frequency")
-    )
-    np.testing.assert_allclose(near, limit, rtol=1e-12)
+def test_effective_numbers_near_one_keep_their_digits():
+    """Where 1 - beta^n in float64 has lost half of its digits: against fractions."""
+    beta = 1 - 1e-10
+    exact = [1 / (1 - Fraction(beta) ** n) for n in COUNTS]
+    mean = sum(x * n for x, n in zip(exact, COUNTS, strict=True)) / sum(COUNTS)
+    found = class_weights(ExampleWeightsConfig(kind="effective_number", beta=beta), COUNTS)
+    np.testing.assert_allclose(found, [float(x / mean) for x in exact], rtol=1e-12)
 
 
 @pytest.mark.parametrize("kind", BY_DIFFICULTY)
