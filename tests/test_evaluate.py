@@ -47,7 +47,7 @@ def batches(labels, size):
         yield Batch(canvases[rows], np.full((size, 2), 4, np.int32), padded[rows]), mask[rows]
 
 
-def evaluate(student, teacher, labels, devices=1, size=16, temperature=2.0):
+def evaluate(student, teacher, labels, devices=1, size=16, temperature=2.0, class_counts=None):
     config = tiny_config()
     config = dataclasses.replace(
         config, objective=dataclasses.replace(config.objective, temperature=temperature)
@@ -58,7 +58,7 @@ def evaluate(student, teacher, labels, devices=1, size=16, temperature=2.0):
     branches = [Branch(n, input_spec) for n in networks]
     variables = [n.init(jax.random.key(0)) for n in networks]
     variables = jax.device_put(variables, layout.replicated)
-    evaluator = Evaluator.make(config, branches[0], tuple(branches[1:]), layout)
+    evaluator = Evaluator.make(config, branches[0], tuple(branches[1:]), layout, class_counts)
     return evaluator(variables[0], tuple(variables[1:]), batches(labels, size), "test", 7)
 
 

@@ -45,7 +45,8 @@ def test_a_run_without_fields_of_later_versions_is_the_same_run():
         ("teacher", "function"),
     ):  # fmt: skip
         del tree["config"][part][name]
-    for name in ("recording", "period_steps", "code"):
+    del tree["config"]["objective"]["example_weights"], tree["config"]["data"]["long_tail"]
+    for name in ("recording", "period_steps", "code", "class_counts"):
         del tree["resolved"][name]
     stored = stored_run(tree, pathlib.Path("config.json"))
     assert vars(stored.config.student)["seed"] is None

@@ -20,6 +20,7 @@ from test_train import lines_of, same_bits, stop_at
 
 from fm_distill.config import (
     DivergenceConfig,
+    ExampleWeightsConfig,
     LogConfig,
     MeshConfig,
     ObjectiveConfig,
@@ -347,6 +348,7 @@ def test_another_initial_seed_changes_the_init_alone(taught, tmp_path):
         ({"views.mixup": "none"}, "views.mixup: batch in the recording, none in this run"),
         ({"data.canvas.size": 28}, "data.canvas.size: 32 in the recording, 28 in this run"),
         ({"data.train.name": "test"}, "1,259 examples of digits/train, and this run has 359 of"),
+        ({"data.long_tail": 1.5}, "has 1,061 of digits/train with a long tail of 1.5"),
         ({"teaching": "fixed"}, "teaching=fixed computes its targets once"),
         ({"objective.target": "labels"}, "objective.target=labels learns from labels"),
     ],
@@ -397,6 +399,10 @@ def test_a_top_k_recording_teaches_at_its_temperature_alone(taught, tmp_path):
     for change, said in (
         ({"temperature": 1.0}, "objective.temperature: 2.0 in the recording of the top 3"),
         ({"distance": "l2"}, "l2, and a recording of the top 3 knows kl alone"),
+        (
+            {"example_weights": ExampleWeightsConfig(kind="teacher_entropy")},
+            "teacher_entropy is that of all classes, and the recording has the top 3",
+        ),
     ):
         objective = dataclasses.replace(config.objective, **change)
         with pytest.raises(UserError, match=said):

@@ -21,7 +21,13 @@ from fm_distill.config.networks import (
     StudentConfig,
     TeacherConfig,
 )
-from fm_distill.config.objective import BankConfig, CurveConfig, ObjectiveConfig, TermConfig
+from fm_distill.config.objective import (
+    BankConfig,
+    CurveConfig,
+    ExampleWeightsConfig,
+    ObjectiveConfig,
+    TermConfig,
+)
 from fm_distill.config.training import (
     CheckpointConfig,
     DivergenceConfig,
@@ -40,6 +46,7 @@ __all__ = [
     "CurveConfig",
     "DataConfig",
     "DivergenceConfig",
+    "ExampleWeightsConfig",
     "InputRange",
     "LogConfig",
     "MemoryConfig",

@@ -15,7 +15,7 @@ class SplitConfig:
     examples: PositiveInt | None = None
     (
         "Number of examples of the split, for what is computed before the data are there; checked "
-        "against them."
+        "against them, after `data.long_tail`."
     )
 
 
@@ -74,6 +74,11 @@ class DataConfig:
     (
         "What is distilled on instead of `train`: other images, or a mixture with the own data set "
         "named among them."
+    )
+    long_tail: Annotated[float, Bounds(least=1)] | None = None
+    (
+        "Thins `train` to a long tail: the examples of a class fall exponentially with its index, "
+        "and the first has so many times those of the last; None: as it is."
     )
     validation: SplitConfig | None = None
     """The split that is evaluated while training; None for no such evaluation."""

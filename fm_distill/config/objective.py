@@ -3,12 +3,15 @@
 import dataclasses
 from typing import Literal
 
-from fm_distill.config.bounds import NotNegative, Positive, PositiveInt, Share
+from fm_distill.config.bounds import Decay, NotNegative, Positive, PositiveInt, Share
 
 # The kind of term that is the cross-entropy to the labels.
 LABELS = "labels"
 # The one that compares with a bank of the teacher's features.
 BANK_SIMILARITY = "bank_similarity"
+# Kinds of example weights: by the class of the label, and by what the networks say.
+BY_CLASS = ("inverse_frequency", "effective_number")
+BY_DIFFICULTY = ("teacher_entropy", "teacher_distance")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,6 +76,25 @@ class TermConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ExampleWeightsConfig:
+    """What the loss of each example is multiplied by; the mean stays one."""
+
+    kind: Literal[
+        "none", "inverse_frequency", "effective_number", "teacher_entropy", "teacher_distance"
+    ] = "none"
+    (
+        "Weight of an example: by its class, `inverse_frequency` or `effective_number` of the "
+        "class's training examples; by its difficulty, `teacher_entropy` or `teacher_distance` "
+        "(the KL that is left); or `none`."
+    )
+    beta: Decay = 0.999
+    (
+        "With `effective_number`: 0 weights all classes alike, towards 1 it becomes the inverse "
+        "frequency; the paper tries 0.9 to 0.9999."
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
     """What the student minimises."""
 
@@ -88,6 +110,8 @@ class ObjectiveConfig:
     )
     terms: tuple[TermConfig, ...] = ()
     """A loss of several terms, instead of `distance` alone."""
+    example_weights: ExampleWeightsConfig = ExampleWeightsConfig()
+    """What the terms of each example are multiplied by."""
     temperature: Positive = 1.0
     """Temperature that divides the logits of both networks."""
     temperature_schedule: CurveConfig = CurveConfig()

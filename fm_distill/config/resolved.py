@@ -31,6 +31,8 @@ class DataFacts:
 
     identity: str
     examples: int
+    # Of each class; None where nothing asks for them and they would have to be read.
+    class_counts: tuple[int, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +99,8 @@ class ResolvedRun:
     period_steps: int | None = None
     # SHA-256 of the files of parts of one's own, the student's network first.
     code: tuple[str, ...] = ()
+    # Training examples of each class; None where they are not known.
+    class_counts: tuple[int, ...] | None = None
 
     def differences(self, other: "ResolvedRun") -> list[str]:
         """One line for each field of `IDENTITY` in which `other` is not the same run."""
@@ -122,8 +126,11 @@ class ResolvedRun:
         return " + ".join(self.teacher_weights) or None
 
     def lines(self) -> list[str]:
-        """One line a field, for people; of many class names the first ones."""
+        """One line a field, for people; of many classes the first ones."""
         tree: dict[str, Any] = msgspec.to_builtins(self)
-        if self.class_names and len(self.class_names) > 10:
-            tree["class_names"] = ", ".join([*self.class_names[:3], "..."])
+        for name, values in (
+            ("class_names", self.class_names), ("class_counts", self.class_counts),
+        ):  # fmt: skip
+            if values and len(values) > 10:
+                tree[name] = ", ".join([*map(str, values[:3]), "..."])
         return [f"{name} = {value}" for name, value in tree.items()]

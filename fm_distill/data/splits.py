@@ -2,12 +2,16 @@
 
 import dataclasses
 
+import numpy as np
+
 from fm_distill.config import Config, SplitConfig
 from fm_distill.config.choices import check_choice
+from fm_distill.config.objective import BY_CLASS
 from fm_distill.config.resolved import DataFacts
 from fm_distill.config.steps import transfer_examples
+from fm_distill.data.labels import every_class, known_labels
 from fm_distill.data.sources import Source, open_source
-from fm_distill.data.transfer import open_training
+from fm_distill.data.transfer import open_own, open_training
 from fm_distill.errors import UserError
 
 
@@ -18,6 +22,8 @@ class Data:
     train: Source
     validation: Source | None
     test: Source | None
+    # Training examples of each class; None where they are not known.
+    class_counts: tuple[int, ...] | None = None
 
     @property
     def final(self) -> tuple[str, Source]:
@@ -30,11 +36,11 @@ class Data:
     @property
     def facts(self) -> DataFacts:
         """What the run depends on of its training data."""
-        return DataFacts(self.train.identity, len(self.train))
+        return DataFacts(self.train.identity, len(self.train), self.class_counts)
 
 
 def open_data(config: Config) -> tuple[Data, list[str]]:
-    """All splits that the experiment names, and warnings. Raises `UserError`."""
+    """All splits that the experiment names, and what to say of them. Raises `UserError`."""
 
     def opened(split: SplitConfig | None) -> Source | None:
         return None if split is None else open_source(config.data, split.name)
@@ -48,7 +54,34 @@ def open_data(config: Config) -> tuple[Data, list[str]]:
             f"WARNING: {option} is {given:,}, but {train.identity} has {len(train):,}; the run's "
             "length follows the data"
         )
-    return Data(train, opened(data.validation), opened(data.test)), warnings
+    counts = class_counts(config, train)
+    if data.long_tail is not None and counts:
+        warnings.append(
+            f"data.long_tail={data.long_tail:g} leaves {len(train):,} examples: {max(counts):,} of "
+            f"the largest class, {min(counts):,} of the smallest"
+        )
+    return Data(train, opened(data.validation), opened(data.test), counts), warnings
+
+
+def class_counts(config: Config, train: Source) -> tuple[int, ...] | None:
+    """The examples of each class of the training split. Raises `UserError` where a class has none.
+
+    None where no weights ask for them and all images would have to be read.
+    """
+    kind = config.objective.example_weights.kind
+    if kind in BY_CLASS:
+        labels = every_class(train, f"objective.example_weights.kind={kind}")
+    elif (known := known_labels(train)) is not None and train.classes:
+        labels = known
+    else:
+        return None
+    return tuple(map(int, np.bincount(labels, minlength=train.classes or 0)))
+
+
+def open_named(config: Config, split: str) -> Source:
+    """`split` of the own data set, as the run sees it. Raises `UserError`."""
+    named = split_of(config, split)
+    return open_own(config.data) if split == "train" else open_source(config.data, named.name)
 
 
 def split_of(config: Config, split: str) -> SplitConfig:

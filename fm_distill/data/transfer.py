@@ -6,6 +6,7 @@ Source: Beyer et al. 2021, section 3.8 (out-of-domain data).
 import dataclasses
 
 from fm_distill.config import DataConfig
+from fm_distill.data.long_tail import long_tailed
 from fm_distill.data.sources import UNLABELLED, Raw, Source, open_source
 
 
@@ -32,9 +33,15 @@ class Joined:
         raise IndexError(index)
 
 
+def open_own(config: DataConfig) -> Source:
+    """The own training split, thinned where `long_tail` says so. Raises `UserError`."""
+    own = open_source(config, config.train.name)
+    return own if config.long_tail is None else long_tailed(own, config.long_tail)
+
+
 def open_training(config: DataConfig) -> Source:
     """What is trained on: the own training split, or what `transfer` names. Raises `UserError`."""
-    own = open_source(config, config.train.name)
+    own = open_own(config)
     if not config.transfer:
         return own
     parts = tuple(

@@ -6,7 +6,7 @@ resolution. Several teachers are measured as the one that they teach as.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from fm_distill.config import Config, ObjectiveConfig, ViewConfig
 from fm_distill.data.batch import Batch
+from fm_distill.evaluation.class_groups import Groups, accuracies, groups_of, sums_of_groups
 from fm_distill.models import Variables
 from fm_distill.networks.branch import (
     Branch,
@@ -54,13 +55,23 @@ def teacher_logits(
 
 
 def make_evaluation_step(
-    student: Branch, teachers: tuple[Branch, ...], views: ViewConfig, objective: ObjectiveConfig
+    student: Branch,
+    teachers: tuple[Branch, ...],
+    views: ViewConfig,
+    objective: ObjectiveConfig,
+    groups: Groups | None = None,
 ) -> EvaluationProgram:
     """`(student, frozen teachers, batch, mask, index) -> sums over what the mask keeps`.
 
     `index` is the batch's number: the training view's draw is a function of it. Of a mixture, both
-    images have to be kept.
+    images have to be kept. With the `groups` of the classes, also the sums of each group.
     """
+
+    def measured(logits: Array, labels: Array, mask: Array) -> Sums:
+        sums = _measure(logits, labels, mask)
+        if groups is None:
+            return sums
+        return sums | {"groups": sums_of_groups(groups, logits, labels, mask)}
 
     def evaluation_step(
         variables: Variables,
@@ -72,7 +83,7 @@ def make_evaluation_step(
         branches = (student, *teachers)
         central = render_central_views(batch, branches, views.central_fraction)
         logits = student_logits(student, variables, central)
-        sums: Sums = {"examples": mask.sum(), "student": _measure(logits, batch.labels, mask)}
+        sums: Sums = {"examples": mask.sum(), "student": measured(logits, batch.labels, mask)}
         if not teachers:
             return sums
         teacher = teacher_logits(teachers, teacher_variables, central, objective)
@@ -84,7 +95,7 @@ def make_evaluation_step(
             teacher_logits(teachers, teacher_variables, mixed, objective),
         )
         return sums | {
-            "teacher": _measure(teacher, batch.labels, mask),
+            "teacher": measured(teacher, batch.labels, mask),
             "match": _compare(logits, teacher, mask, objective.temperature),
             "training_view": _compare(*pair, both, objective.temperature),
         }
@@ -191,13 +202,14 @@ def _match(sums: Sums | None, classes: int) -> dict[str, dict[str, float | None]
 
 def _figures(sums: Sums | None, classes: int) -> dict[str, float | None]:
     if sums is None or sums["labelled"] == 0:
-        return dict.fromkeys(("top1", "top5", "cross_entropy", "ece"))
+        return dict.fromkeys(("top1", "top5", "cross_entropy", "ece")) | accuracies(None)
     count = float(sums["labelled"])
     return {
         "top1": float(sums["top1"]) / count,
         "top5": float(sums["top5"]) / count if classes >= 5 else None,
         "cross_entropy": float(sums["cross_entropy"]) / count,
         "ece": float(np.abs(sums["bin_confidence"] - sums["bin_right"]).sum()) / count,
+        **accuracies(sums.get("groups")),
     }
 
 
@@ -211,9 +223,16 @@ class Evaluator:
 
     @classmethod
     def make(
-        cls, config: Config, student: Branch, teachers: tuple[Branch, ...], layout: Layout
+        cls,
+        config: Config,
+        student: Branch,
+        teachers: tuple[Branch, ...],
+        layout: Layout,
+        class_counts: Sequence[int] | None = None,
     ) -> "Evaluator":
-        step = make_evaluation_step(student, teachers, config.views, config.objective)
+        """`class_counts`: training examples of each class, where they are known."""
+        groups = groups_of(class_counts)
+        step = make_evaluation_step(student, teachers, config.views, config.objective, groups)
         program = jax.jit(step, out_shardings=layout.replicated)
         return cls(program, layout, student.network.classes)
 

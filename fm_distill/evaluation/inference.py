@@ -15,8 +15,7 @@ from fm_distill.config import Config, MeshConfig
 from fm_distill.config.serialization import differences
 from fm_distill.config.teachers import recording_of
 from fm_distill.data.feeding import Reader, evaluation_batches
-from fm_distill.data.sources import open_source
-from fm_distill.data.splits import split_of
+from fm_distill.data.splits import open_named
 from fm_distill.errors import UserError
 from fm_distill.evaluation.evaluate import Evaluator
 from fm_distill.evaluation.image_files import prepared
@@ -60,7 +59,11 @@ def evaluate(
     opened = open_split(workdir, split, config, step)
     batches = evaluation_batches(opened.reader, opened.batch_size)
     evaluator = Evaluator.make(
-        opened.config, opened.student_branch, opened.teacher_branches, opened.layout
+        opened.config,
+        opened.student_branch,
+        opened.teacher_branches,
+        opened.layout,
+        opened.run.resolved.class_counts,
     )
     return evaluator(opened.student, opened.frozen, batches, split, opened.run.step)
 
@@ -76,7 +79,7 @@ def open_split(
     config = config or run.config
     if differ := differences(run.config, config):
         raise UserError(f"the run in {workdir} was trained otherwise:\n  " + "\n  ".join(differ))
-    source = open_source(config.data, split_of(config, split).name)
+    source = open_named(config, split)
     here = recording_of(config) is None or teachers_here(config, run.workdir.path)
     teachers = load_teachers(config, run.workdir.path) if here else ()
     weights, expected = tuple(x.fingerprint for x in teachers), run.resolved.teacher_weights

@@ -54,6 +54,8 @@ class Targets:
     # The classes of `teacher_logits` where only the most likely ones are known: these columns,
     # and one more for all the others together.
     indices: tuple[Int[Array, "*batch kept"], ...] = ()
+    # By class, mixed as the student's view is; None where examples are not weighted by class.
+    class_weights: Float[Array, "*batch"] | None = None
 
 
 class Outputs(NamedTuple):
@@ -156,10 +158,10 @@ def _value(name: str, config: TermConfig) -> Value:
             return functools.partial(_to_bank, config.bank, *taps, name)
         return functools.partial(_to_adapted, ADAPTED_DISTANCES[config.kind], *taps, name)
     distance = entry(DISTANCES | BATCH_DISTANCES, config.kind, "objective.distance")
-    return functools.partial(_to_teachers, distance)
+    return functools.partial(to_teachers, distance)
 
 
-def _to_teachers(
+def to_teachers(
     distance: Distance, student: Outputs, targets: Targets, temperature: Temperature
 ) -> PerExample:
     """The sum over the teachers."""

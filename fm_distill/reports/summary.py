@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fm_distill.config import NetworkConfig
+from fm_distill.config import ExampleWeightsConfig, NetworkConfig
 from fm_distill.config.networks import FUNCTION
 from fm_distill.config.objective import terms_of
 from fm_distill.config.serialization import flatten
@@ -25,6 +25,8 @@ MEANINGS = {
     "compression": "The teacher's parameters over the student's.",
     "recording": "Where the teacher's answers were read from; it was not asked itself.",
     "views repeat": "Order and views begin again: each image has so many different ones.",
+    "example weights": "What the terms of each example are multiplied by; the mean is one.",
+    "long tail": "The training split was thinned: the first class over the last, in examples.",
     "temperature": "Divides the logits of both networks before they are compared.",
     "updated": "When the run wrote its state last.",
     "commit": "Of the code that the run was begun or continued with last.",
@@ -115,9 +117,12 @@ def _column(run: ReportedRun) -> dict[str, str]:
             "teacher parameters": f"{teachers:,}",
             "compression": f"{teachers / student:.1f} x",
         }
+    if config.data.long_tail:
+        found["long tail"] = f"{config.data.long_tail:g}"
     found |= {
         "learns from": config.teaching if config.objective.target == "teacher" else "labels",
         "terms": ", ".join(f"{x.weight:g} {x.kind}" for x in terms_of(config.objective)),
+        **_example_weights(config.objective.example_weights),
         "temperature": f"{config.objective.temperature:g}",
         "batch size": f"{config.batch_size:,}",
         "seed": str(config.seed),
@@ -133,6 +138,13 @@ def _column(run: ReportedRun) -> dict[str, str]:
         return found
     so_far = {x.label: x.text(last[x.name]) for x in at("log") if last.get(x.name) is not None}
     return found | {"evaluated on": f"validation, at step {last['step']:,}"} | so_far
+
+
+def _example_weights(weights: ExampleWeightsConfig) -> dict[str, str]:
+    if weights.kind == "none":
+        return {}
+    beta = f", beta {weights.beta:g}" if weights.kind == "effective_number" else ""
+    return {"example weights": weights.kind + beta}
 
 
 def _parameters(network: NetworkConfig, classes: int) -> int:

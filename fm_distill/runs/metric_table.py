@@ -52,7 +52,7 @@ class Metric:
         """The value in the figures of an evaluation; None where there is none."""
         value: Any = figures
         for key in self.path:
-            value = value[key]
+            value = value.get(key)  # of an earlier version, they lack some
         return None if value is None else float(value)
 
     def number(self, value: float) -> float:
@@ -76,6 +76,22 @@ SHOWN: frozenset[Place] = frozenset({"table", "sweep", "report"})
 EVERYWHERE: frozenset[Place] = SHOWN | {"log", "best"}
 REPORT: frozenset[Place] = frozenset({"report"})
 
+THIRDS = {
+    "head": "the third of the classes with the most training examples",
+    "middle": "the third of the classes between head and tail",
+    "tail": "the third of the classes with the fewest training examples",
+}
+
+
+def _of_third(network: str, third: str) -> Metric:
+    return Metric(
+        f"{network}_{third}_top1", (network, f"{third}_top1"), f"{network} accuracy, {third}",
+        "fraction", True,
+        f"The {network}'s accuracy on the examples of {THIRDS[third]}.",
+        frozenset({"log", "table", "report"}),
+    )  # fmt: skip
+
+
 METRICS = (
     Metric(
         "teacher_top1", ("teacher", "top1"), "teacher accuracy", "fraction", True,
@@ -87,6 +103,7 @@ METRICS = (
         "Share of the examples whose label is the student's most likely class.",
         EVERYWHERE | {"line"}, Curve(ACCURACY, "student", "-"),
     ),
+    *(_of_third(network, third) for third in THIRDS for network in ("teacher", "student")),
     Metric(
         "retention", ("retention",), "accuracy kept", "fraction", True,
         "The student's accuracy over the teacher's.",

@@ -75,6 +75,7 @@ def build(config: Config, resolved: ResolvedRun) -> Build:
         recorded,
         resolved.period_steps,
         make_term_update(config.objective, of_adapters),
+        resolved.class_counts,
     )
     return Build(
         student,

@@ -5,7 +5,7 @@ What depends on those is refused where they are opened.
 
 from collections.abc import Iterator
 
-from fm_distill.config import Config, NetworkConfig, TeacherConfig
+from fm_distill.config import Config, DataConfig, NetworkConfig, TeacherConfig
 from fm_distill.config.bounds import out_of_bounds
 from fm_distill.config.choices import not_a_choice
 from fm_distill.config.networks import FUNCTION
@@ -42,6 +42,7 @@ def problems(config: Config) -> Iterator[str]:
     yield from _wrong_network("student", config.student)
     yield from _wrong_teachers(config)
     yield from _wrong_teaching(config)
+    yield from _wrong_long_tail(config.data)
     yield from wrong_objective(config)
     yield from _wrong_length(config)
     yield from _wrong_views(config)
@@ -147,6 +148,21 @@ def _wrong_teaching(config: Config) -> Iterator[str]:
         yield (
             f"data.class_names are for images without labels, and data.source={data.source} has "
             "names of its own; leave it out"
+        )
+
+
+def _wrong_long_tail(data: DataConfig) -> Iterator[str]:
+    if data.long_tail is None:
+        return
+    if data.transfer:
+        yield (
+            f"data.long_tail={data.long_tail:g} thins data.train, and data.transfer is trained on "
+            "instead of it; leave out one of them"
+        )
+    if data.source == "images":
+        yield (
+            f"data.long_tail={data.long_tail:g} needs labels, and data.source=images has none; "
+            "use class_folders, or leave it out"
         )
 
 

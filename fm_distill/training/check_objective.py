@@ -3,8 +3,20 @@
 import itertools
 from collections.abc import Iterator
 
-from fm_distill.config import BankConfig, Config, CurveConfig, ObjectiveConfig
-from fm_distill.config.objective import BANK_SIMILARITY, LABELS, terms_of
+from fm_distill.config import (
+    BankConfig,
+    Config,
+    CurveConfig,
+    ExampleWeightsConfig,
+    ObjectiveConfig,
+)
+from fm_distill.config.objective import (
+    BANK_SIMILARITY,
+    BY_CLASS,
+    BY_DIFFICULTY,
+    LABELS,
+    terms_of,
+)
 from fm_distill.config.teachers import recording_of, teachers_of
 from fm_distill.objectives.distances import BATCH_DISTANCES, DISTANCES, LABELLED_DISTANCES
 from fm_distill.objectives.features import ADAPTED, OF_FEATURES, OVER_BATCH
@@ -53,6 +65,7 @@ def wrong_objective(config: Config) -> Iterator[str]:
             f"optimizer.adapter_learning_rate={rate:g} is that of adapters, and no term of "
             "objective.terms has one; leave it out"
         )
+    yield from _wrong_example_weights(config)
     compared = OVER_BATCH | BATCH_DISTANCES.keys()
     over_batch = [x.kind for x in terms_of(objective) if x.kind in compared]
     over_batch += [
@@ -180,6 +193,39 @@ def _wrong_temperatures(config: Config) -> Iterator[str]:
             "objective.ensemble=mean_probabilities takes the mean at objective.temperature, and "
             "there are other temperatures; use mean_logits or sum_of_distances"
         )
+
+
+def _wrong_example_weights(config: Config) -> Iterator[str]:
+    objective, data = config.objective, config.data
+    weights = objective.example_weights
+    option = f"objective.example_weights.kind={weights.kind}"
+    if weights.kind != "effective_number" and weights.beta != ExampleWeightsConfig().beta:
+        yield (
+            f"objective.example_weights.beta={weights.beta:g} belongs to kind=effective_number, "
+            f"and {option}; leave it out"
+        )
+    if weights.kind in BY_CLASS:
+        if data.transfer:
+            yield (
+                f"data.transfer are images without labels, and {option} needs labels: train on "
+                "data.train, or weight by teacher_entropy or teacher_distance"
+            )
+        if data.source == "images":
+            yield (
+                f"{option} needs labels, and data.source=images has none; use class_folders, or "
+                "weight by teacher_entropy or teacher_distance"
+            )
+    if weights.kind in BY_DIFFICULTY:
+        if objective.target == "labels":
+            yield (
+                f"{option} asks the teacher, and objective.target=labels has none; weight by "
+                "class, or use objective.target=teacher"
+            )
+        if config.memory.accumulate > 1:
+            yield (
+                f"{option} divides by the mean over the batch, and memory.accumulate="
+                f"{config.memory.accumulate} computes parts of it; use 1"
+            )
 
 
 def _wrong_labels(config: Config) -> Iterator[str]:

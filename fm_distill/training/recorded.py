@@ -85,6 +85,11 @@ def refuse_another_recording(config: Config) -> None:
                 f"objective: {', '.join(unknown)}, and a recording of the top {header.top_k} "
                 "knows kl alone"
             )
+        if objective.example_weights.kind == "teacher_entropy":
+            differ.append(
+                "objective.example_weights.kind: teacher_entropy is that of all classes, and the "
+                f"recording has the top {header.top_k}; use teacher_distance"
+            )
         if len(header.teachers) > 1 and objective.ensemble != "sum_of_distances":
             differ.append(
                 f"objective.ensemble: {objective.ensemble} needs all classes of each teacher, and "

@@ -4,7 +4,7 @@ import pathlib
 from typing import Literal
 
 from fm_distill.config import Config, NetworkConfig
-from fm_distill.config.objective import terms_of
+from fm_distill.config.objective import BY_CLASS, terms_of
 from fm_distill.config.resolved import DataFacts, RecordingFacts, ResolvedRun, WeightFacts
 from fm_distill.config.steps import total_steps
 from fm_distill.config.teachers import teachers_of
@@ -58,6 +58,7 @@ def resolve(
         code=_own_code(config, networks),
         recording=weights.recording.identity if weights.recording else None,
         period_steps=_period_steps(config, steps, weights.recording),
+        class_counts=data.class_counts,
     )
 
 
@@ -71,10 +72,13 @@ def resolve_described(
 ) -> ResolvedRun:
     """The run as far as descriptions of its data and networks tell: neither is there.
 
-    `teachers` may hold no `auto`.
+    `teachers` may hold no `auto`. Where examples are weighted by class, all classes have the same
+    number of them.
     """
     weights = WeightFacts(resolve_network(only_network(config.student)), teachers, classes)
-    return resolve(config, DataFacts("", examples), weights, layout, memory_bytes)
+    by_class = config.objective.example_weights.kind in BY_CLASS
+    counts = (max(1, examples // classes),) * classes if by_class else None
+    return resolve(config, DataFacts("", examples, counts), weights, layout, memory_bytes)
 
 
 def resolve_here(config: Config, workdir: pathlib.Path) -> ResolvedRun:

@@ -184,7 +184,7 @@ def prepare(
         teachers_here=here,
         networks=networks,
         program=program,
-        evaluator=Evaluator.make(config, built.student, here, layout),
+        evaluator=Evaluator.make(config, built.student, here, layout, resolved.class_counts),
         validation=_cached(batches(data.validation), config, data.validation)
         if data.validation
         else None,

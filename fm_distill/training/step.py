@@ -9,10 +9,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from fm_distill.config import MemoryConfig, ObjectiveConfig, ViewConfig
+from fm_distill.config.objective import BY_CLASS
 from fm_distill.config.regime import TargetSource, regime_of
 from fm_distill.data.batch import Batch
 from fm_distill.models import Output, Variables
@@ -26,6 +28,12 @@ from fm_distill.networks.branch import (
 from fm_distill.objectives.curves import progress_of
 from fm_distill.objectives.distances import smooth
 from fm_distill.objectives.ensemble import combine
+from fm_distill.objectives.example_weights import (
+    ExampleWeights,
+    class_weights,
+    effective_share,
+    make_example_weights,
+)
 from fm_distill.objectives.terms import (
     Outputs,
     Targets,
@@ -134,6 +142,16 @@ def with_labels(teach: Teach, classes: int) -> Teach:
     return teach_both
 
 
+def with_class_weights(teach: Teach, of_class: Float[np.ndarray, " classes"]) -> Teach:
+    """The targets of `teach`, and the weight of each example, mixed as the student's view is."""
+
+    def teach_weighted(frozen: tuple[Variables, ...], batch: Batch, views: StepViews) -> Targets:
+        weights = mix(views.draw, jnp.asarray(of_class, jnp.float32)[batch.labels])
+        return dataclasses.replace(teach(frozen, batch, views), class_weights=weights)
+
+    return teach_weighted
+
+
 def make_update(
     student: Branch,
     optimizer: optax.GradientTransformation,
@@ -144,13 +162,15 @@ def make_update(
     memory: MemoryConfig = MemoryConfig(),
     features: tuple[str, ...] = (),
     term_update: TermUpdate | None = None,
+    example_weights: ExampleWeights | None = None,
 ) -> Update:
     """`(state, student view, targets) -> (state, metrics)`, pure: one step of the student.
 
     The loss is the mean over the batch of the weighted sum of `terms`, whose schedules are over
-    `total_steps` and which read the student's `features`. With `keep_statistics` BatchNorm stays
-    as it is. `memory` changes what is kept at a time, not what comes out. What the
-    terms have of their own, where the state has it, changes by `term_update`.
+    `total_steps` and which read the student's `features`; each example's sum is multiplied by its
+    weight, if there are `example_weights`. With `keep_statistics` BatchNorm stays as it is.
+    `memory` changes what is kept at a time, not what comes out. What the terms have of their own,
+    where the state has it, changes by `term_update`.
     """
 
     def apply(variables: Variables, images: Array) -> Output:
@@ -163,7 +183,7 @@ def make_update(
 
         def loss_of(
             learned: tuple[PyTree, PyTree], part: tuple[Array, Targets]
-        ) -> tuple[Array, tuple[PyTree, tuple[Array, tuple[Array, ...]]]]:
+        ) -> tuple[Array, tuple[PyTree, tuple[Array, tuple[Array, ...], Array | None]]]:
             params, adapters = learned
             images, expected = part
             with jax.named_scope("student"):
@@ -171,11 +191,15 @@ def make_update(
                 output = rematerialised(apply, memory.rematerialise)(variables, images)
             outputs = Outputs(output.logits, output.features, adapters, own.banks)
             values = values_of(terms, outputs, expected, progress)
+            weights = None
+            if example_weights is not None:
+                weights = jax.lax.stop_gradient(example_weights(outputs, expected, progress))
+                values = tuple(weights * x for x in values)
             loss = weighted_sum(terms, values, progress).mean()
-            return loss, (output.statistics, (output.logits, values))
+            return loss, (output.statistics, (output.logits, values, weights))
 
         gradient_of = jax.value_and_grad(loss_of, has_aux=True)
-        (loss, (statistics, (logits, values))), (gradients, of_adapters) = accumulated(
+        (loss, (statistics, (logits, values, weights))), (gradients, of_adapters) = accumulated(
             gradient_of, memory.accumulate, (state.student.params, own.params), (view, targets)
         )
         with jax.named_scope("update"):
@@ -198,6 +222,8 @@ def make_update(
                 metrics[f"weight_{term.name}"] = term.weight_at(progress)
         for name, gradient in of_adapters.items():
             metrics[f"{ADAPTER_GRADIENT}{name}"] = jnp.linalg.norm(gradient["kernel"])
+        if weights is not None:
+            metrics["effective_sample_share"] = effective_share(weights)
         if targets.teacher_logits:
             same = jnp.argmax(logits, -1) == first_choice(targets)
             metrics["agreement"] = same.mean(dtype=jnp.float32)
@@ -220,19 +246,25 @@ def make_train_step(
     recorded: bool = False,
     period_steps: int | None = None,
     term_update: TermUpdate | None = None,
+    class_counts: tuple[int, ...] | None = None,
 ) -> TrainStep:
     """`(state, frozen teachers, batch, draws_key) -> (state, metrics)`, pure.
 
     Views, targets and update of one step. Everything random comes from `draws_key` and
     `state.step`, modulo `period_steps`. `teachers` are those that the step runs: none where
     `teaching` is `fixed`, the labels are the target, or the outputs were `recorded`.
+    `class_counts`, the training examples of each class, are needed by weights by class.
     """
     regime = regime_of(objective.target, teaching, recorded)
     teach = TARGET_SOURCES[regime.targets](teachers, student.network.classes, objective, memory)
     if regime.targets != "labels" and needs_labels(objective):
         teach = with_labels(teach, student.network.classes)
+    if objective.example_weights.kind in BY_CLASS:
+        assert class_counts is not None
+        teach = with_class_weights(teach, class_weights(objective.example_weights, class_counts))
     terms = make_terms(objective)
     read, _ = features_of(objective)
+    weigh = make_example_weights(objective)
     update = make_update(
         student,
         optimizer,
@@ -243,6 +275,7 @@ def make_train_step(
         memory,
         read,
         term_update,
+        weigh,
     )
 
     def train_step(

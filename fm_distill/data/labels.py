@@ -1,0 +1,85 @@
+"""The labels of a whole split, for what has to count them before the training begins."""
+
+import dataclasses
+
+import grain
+import numpy as np
+from jaxtyping import Int64
+
+from fm_distill.data.feeding import read_ahead
+from fm_distill.data.sources import Digits, Files, Raw, Source
+from fm_distill.errors import UserError
+from fm_distill.system.console import progress
+
+Labels = Int64[np.ndarray, " examples"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Selected:
+    """Some examples of a split, with their labels."""
+
+    source: Source
+    examples: Int64[np.ndarray, " examples"]
+    labels: Labels
+    identity: str
+    classes: int | None
+    class_names: tuple[str, ...] | None
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Raw:
+        return self.source[int(self.examples[index])]
+
+
+def known_labels(source: Source) -> Labels | None:
+    """The labels of a source that has them in memory; None where its images would be read."""
+    if isinstance(source, Digits | Files | Selected) and source.labels is not None:
+        return np.asarray(source.labels, np.int64)
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reading:
+    """The labels of a source, one at a time."""
+
+    source: Source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> np.int64:
+        return np.int64(self.source[index].label)
+
+
+def every_class(source: Source, wanted: str) -> Labels:
+    """The label of each example, read if need be, where each class has one.
+
+    Raises `UserError` where it has none, or an image no label; `wanted` is the option that asks.
+    """
+    classes = source.classes
+    if classes is None:
+        raise UserError(
+            f"{wanted} needs the labels of the training images, and {source.identity} has none; "
+            "leave it out, or use labelled images"
+        )
+    labels = known_labels(source)
+    if labels is None:
+        read = read_ahead(grain.MapDataset.source(_Reading(source)), 0)
+        labels = np.fromiter(progress(read, "reading labels", "images", len(source)), np.int64)
+    wrong = np.flatnonzero((labels < 0) | (labels >= classes))
+    if wrong.size:
+        raise UserError(
+            f"{wanted} needs the label of each training image, and {source.identity}[{wrong[0]}] "
+            f"has {labels[wrong[0]]}; expected 0 to {classes - 1}: mend the data, or leave it out"
+        )
+    missing = np.flatnonzero(np.bincount(labels, minlength=classes) == 0)
+    if missing.size:
+        named = source.class_names
+        name = f" ({named[missing[0]]})" if named else ""
+        raise UserError(
+            f"{wanted} needs examples of each class, and {source.identity} has none of "
+            f"{missing.size} of {classes} classes, the first of them {missing[0]}{name}; leave it "
+            "out, or use data with all classes"
+        )
+    return labels
