@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from fm_distill.exporting.load_student import load_student
     from fm_distill.planning.plan import plan
     from fm_distill.reports.report import report
+    from fm_distill.reports.sweep import sweep
     from fm_distill.runs.open_run import open_run
     from fm_distill.training.experiment import load_experiment
-    from fm_distill.training.sweep import sweep
     from fm_distill.training.train import train
 
 __all__ = [
@@ -57,7 +57,7 @@ _MODULES = {
     "plan": "fm_distill.planning.plan",
     "predict": "fm_distill.evaluation.inference",
     "report": "fm_distill.reports.report",
-    "sweep": "fm_distill.training.sweep",
+    "sweep": "fm_distill.reports.sweep",
     "train": "fm_distill.training.train",
 }
 

@@ -33,6 +33,7 @@ ONLY_PARSED = {
     "--over seed=0,1,2": "is six runs; the start page has a shorter one",
     "--workdir runs/digits_teacher": "is what the first command trains before its student",
     "my_parts.py:Small": "is on the page itself; tests/test_own_parts.py trains one like it",
+    "runs/mine --cost": "takes a minute; tests/test_cost.py measures smaller networks",
     "--max-hours 8.5": "is the first command but for its hours",
 }
 

@@ -10,6 +10,7 @@ from tiny import tiny_config
 
 from fm_distill.config import MeshConfig, ObjectiveConfig, ViewConfig
 from fm_distill.data.batch import Batch
+from fm_distill.evaluation.bootstrap import Right, gap_interval, retention_interval
 from fm_distill.evaluation.evaluate import Evaluator, table
 from fm_distill.models import Network, Output, Variables
 from fm_distill.networks.branch import Branch
@@ -112,10 +113,27 @@ def test_figures_against_numpy_on_any_number_of_devices(known, devices, size):
     assert found["gap"] == pytest.approx(top1["t"] - top1["s"])
 
 
+def test_intervals_are_those_of_the_paired_answers(known):
+    """Padded examples and those without a label are not counted."""
+    (noise, teacher), _ = known
+    student, labels = teacher + noise, teacher.argmax(-1)
+    labels[:20] = (labels[:20] + 1) % 9
+    student[-1] = teacher[-1] = -np.arange(9)  # which padding sees, with label 0
+    labels[45:] = -1
+    found = evaluate(student, teacher, labels, devices=8, size=16)
+    s, t = (x.argmax(-1)[:45] == labels[:45] for x in (student, teacher))
+    right = Right(*(int(x.sum()) for x in (s & t, s & ~t, ~s & t, ~s & ~t)))
+    assert all(right.counts[[0, 2, 3]]) and right.counts.sum() == 45
+    assert found["retention_interval"] == retention_interval(right)
+    assert found["gap_interval"] == gap_interval(right)
+    assert found["retention_interval"][0] < found["retention"] < found["retention_interval"][1]
+
+
 def test_without_labels(known):
     (student, teacher), labels = known
     found = evaluate(student, teacher, np.full_like(labels, -1))
     assert set(found["student"].values()) == {None} and found["retention"] is None
+    assert found["retention_interval"] is None and found["gap_interval"] is None
     assert found["agreement"]["top1"] is not None and found["kl"]["one"] is not None
     assert "accuracy" not in table(found)
 
@@ -124,6 +142,7 @@ def test_without_teacher(known):
     (student, _), labels = known
     found = evaluate(student, None, labels)
     assert set(found["teacher"].values()) == {None} and found["gap"] is None
+    assert found["retention_interval"] is None and found["gap_interval"] is None
     assert found["agreement"] == {"top1": None, "top5": None}
     assert found["kl"] == {"train_temperature": None, "one": None}
     assert found["student"]["top1"] is not None

@@ -41,11 +41,11 @@ from fm_distill.recordings.reading import RecordingReader
 from fm_distill.recordings.rows import decode, encode, indices_of, unseen
 from fm_distill.recordings.shards import read_shard, write_shard
 from fm_distill.recordings.view_digest import same_views, view_digests
+from fm_distill.reports.sweep import sweep
 from fm_distill.runs.workdir import Workdir
 from fm_distill.system.preemption import Stop
 from fm_distill.system.sharding import make_layout
 from fm_distill.training.record import record
-from fm_distill.training.sweep import sweep
 from fm_distill.training.train import train
 
 LOGITS = np.random.Generator(np.random.Philox(3)).normal(20, 5, (7, 2, 30)).astype(np.float32)

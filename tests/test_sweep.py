@@ -4,8 +4,11 @@ import csv
 import json
 import re
 import statistics
+import sys
 import urllib.parse
+from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from conftest import run_command, write_experiment
 from tiny import tiny_config
@@ -13,8 +16,11 @@ from tiny import tiny_config
 from fm_distill.config import LogConfig, ScheduleConfig
 from fm_distill.config.serialization import changed
 from fm_distill.errors import UserError
-from fm_distill.training.sweep import parse_over, sweep
-from fm_distill.training.sweep_table import SweptRun, as_csv, as_markdown, as_page
+from fm_distill.reports import plots
+from fm_distill.reports.pareto import front, pareto
+from fm_distill.reports.sweep import parse_over, sweep
+from fm_distill.reports.sweep_table import SweptRun, as_csv, as_markdown, as_page, save
+from fm_distill.runs.workdir import Workdir
 
 
 def quick_config():
@@ -59,12 +65,19 @@ def test_every_combination_runs_once_and_the_table_has_mean_and_spread(tmp_path,
     capsys.readouterr()
     assert sweep(quick_config(), over, tmp_path) == table
     assert capsys.readouterr().err.count("is complete") == 4
+    # What is measured on request stands in columns of its own; equal networks are measured once.
+    assert "latency" not in table and "Pareto" not in table
+    assert "latency at full batch, ms | " in sweep(quick_config(), over, tmp_path, cost=True)
+    with (tmp_path / "sweep.csv").open(newline="") as file:
+        measured = [x["student latency at batch 1, ms"] for x in csv.DictReader(file)]
+    assert len(set(measured)) == 1 and float(measured[0]) > 0
 
 
 def test_values_are_put_in_their_place():
     config = changed(quick_config(), {"student.width": 0.5, "seed": 3, "views.mixup": "none"})
     assert (config.student.width, config.seed, config.views.mixup) == (0.5, 3, "none")
     assert changed(quick_config(), {"objective.temperature": 2}).objective.temperature == 2.0
+    assert changed(quick_config(), {"student.depths": [1, 2]}).student.depths == (1, 2)
 
 
 @pytest.mark.parametrize(
@@ -74,6 +87,7 @@ def test_values_are_put_in_their_place():
         ("objective.temperature=1,2.5", ("objective.temperature", (1, 2.5))),
         ("teaching=fixed,consistent", ("teaching", ("fixed", "consistent"))),
         ("optimizer.clip-norm=null,1.0", ("optimizer.clip_norm", (None, 1.0))),
+        ("student.depths=[1,1],[2]", ("student.depths", ([1, 1], [2]))),
     ],
 )
 def test_what_to_sweep_over_is_read(text, expected):
@@ -139,3 +153,114 @@ def test_the_command_shares_the_teacher_between_runs(tmp_path):
     assert wrong.returncode == 2 and "expected OPTION=VALUE" in wrong.stderr
     nothing = run_command("sweep", student)
     assert nothing.returncode == 2 and "--over" in nothing.stderr
+
+
+def figures(top1, millions, ms=None, teacher=0.9):
+    """Of a student of so many million FLOPs and a tenth of it of parameters."""
+    calls = ms and {"batch_size": 8, "median_ms": ms, "p95_ms": 2 * ms, "activation_bytes": 9}
+    cost = {
+        "parameters": int(1e5 * millions), "flops": int(1e6 * millions),
+        "one": calls, "batch": calls,
+    }  # fmt: skip
+    return {
+        "student": {"top1": top1},
+        "teacher": {"top1": teacher},
+        "agreement": {"top1": top1 and 0.5},
+        "retention": top1 / teacher,
+        "retention_interval": [top1 / teacher - 0.1, top1 / teacher + 0.05],
+        "cost": {"student": cost, "teacher": None, "device": "a clock" if ms else None},
+    }
+
+
+def test_the_front_is_what_no_other_beats_in_both():
+    rng = np.random.default_rng(0)
+    accuracy, cost = rng.integers(0, 6, (2, 30)).astype(float).tolist()
+    for i, on in enumerate(front(accuracy, cost)):
+        beaten = [
+            (accuracy[j] > accuracy[i] and cost[j] <= cost[i])
+            or (accuracy[j] >= accuracy[i] and cost[j] < cost[i])
+            for j in range(30)
+        ]  # fmt: skip
+        assert on is not any(beaten)
+    assert front([1.0, 1.0], [2.0, 2.0]) == [True, True]
+
+
+def test_a_sweep_over_cost_ends_with_the_pareto_front(tmp_path):
+    runs = [
+        SweptRun("width=2", "c", figures(0.80, 30, ms=5.0)),
+        SweptRun("width=1", "a", figures(0.70, 10, ms=2.0)),
+        SweptRun("width=1", "b", figures(0.60, 10, ms=2.0)),
+        SweptRun("width=1.5", "d", figures(0.64, 20, ms=1.0)),
+    ]
+    save(runs, tmp_path)
+    with (tmp_path / "pareto.csv").open(newline="") as file:
+        rows = [*csv.DictReader(file)]
+    assert [x["runs"] for x in rows] == ["width=1", "width=1.5", "width=2"]
+    assert [float(x["student accuracy, %"]) for x in rows] == pytest.approx([65, 64, 80])
+    assert [float(x["student FLOPs, millions"]) for x in rows] == [10, 20, 30]
+    assert [float(x["student latency at batch 1, ms"]) for x in rows] == [2, 1, 5]
+    latency = "latency at batch 1, latency at full batch"
+    everything = f"parameters, FLOPs, {latency}"
+    assert [x["Pareto-optimal in"] for x in rows] == [everything, latency, everything]
+    first, second = as_markdown(runs).split("\n\n")
+    assert "| width=1.5 | 64.00 | 2.0000 | 20.00 | 1.0000 | 1.0000 | latency at" in second
+    cells = dict(zip(*(x.split(" | ") for x in first.splitlines()[::3][:2]), strict=True))
+    assert cells["student FLOPs, millions"] == "10.00" and cells["seeds"] == "2"
+    assert (
+        cells["95 % interval"]
+        == f"{100 * (0.65 / 0.9 - 0.1):.2f} to {100 * (0.65 / 0.9 + 0.05):.2f}"
+    )
+    page = (tmp_path / "sweep.html").read_text()
+    assert "<img src='pareto.svg'" in page and page.count("<td>width=1.5</td>") == 0
+    assert "<tr><th>width=1.5</th><td>64.00</td>" in page
+    assert ElementTree.fromstring((tmp_path / "pareto.svg").read_bytes()).tag.endswith("svg")
+    # In the same folder, runs of one network, whose times differ by chance: nothing is left of it.
+    once, again = figures(0.7, 10, ms=1.0), figures(0.6, 10, ms=1.1)
+    save([SweptRun("t=1", "a", once), SweptRun("t=2", "b", again)], tmp_path)
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["sweep.csv", "sweep.html"]
+    page = (tmp_path / "sweep.html").read_text()
+    assert "pareto" not in page.lower() and "latency at batch 1" in page
+
+
+def test_the_front_is_drawn(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "_svg", lambda figure: drawn.append(figure) or b"")
+    groups = {"a": [figures(0.7, 10)], "b": [figures(0.6, 20)], "c": [figures(0.8, 30)]}
+    pareto(groups).picture()
+    parameters, flops = drawn[0].axes
+    assert flops.get_xlabel() == "student FLOPs, millions" and flops.get_xscale() == "log"
+    best = next(x for x in flops.lines if x.get_label() == "Pareto-optimal")
+    np.testing.assert_allclose(best.get_xydata(), [[10, 70], [30, 80]])
+    assert [x.get_text() for x in flops.texts] == ["a", "c"]
+    (teacher,) = (x for x in parameters.lines if x.get_label() == "teacher")
+    assert teacher.get_ydata()[0] == pytest.approx(90)
+
+
+def test_without_labels_the_front_is_of_the_agreement():
+    unlabelled = [figures(0.7, x) | {"student": {"top1": None}} for x in (10, 20)]
+    found = pareto({"a": unlabelled[:1], "b": unlabelled[1:]})
+    assert found.quality.name == "agreement_top1" and found.teacher is None
+    assert found.accuracy == (50, 50)
+    assert [x for *_, x in found.rows()] == ["parameters, FLOPs", ""]
+
+
+def test_without_matplotlib_the_tables_are_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    save([SweptRun("a", "a", figures(0.7, 10)), SweptRun("b", "b", figures(0.8, 20))], tmp_path)
+    assert "not drawn: figures need matplotlib: pip install" in capsys.readouterr().err
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["pareto.csv", "sweep.csv", "sweep.html"]
+    assert "<img" not in (tmp_path / "sweep.html").read_text()
+
+
+def test_a_sweep_over_the_student_ends_with_its_own_costs(tmp_path):
+    table = sweep(quick_config(), {"student.resolution": (16, 8)}, tmp_path)
+    with (tmp_path / "pareto.csv").open(newline="") as file:
+        rows = [*csv.DictReader(file)]
+    assert [x["runs"] for x in rows] == ["student.resolution=8", "student.resolution=16"]
+    for row in rows:
+        run = Workdir(tmp_path / row["runs"])
+        flops = run.read_evaluation()["cost"]["student"]["flops"]
+        assert float(row["student FLOPs, millions"]) == pytest.approx(flops / 1e6)
+    assert rows[0]["Pareto-optimal in"] == "FLOPs"
+    assert "student parameters, millions" not in rows[0]  # the same in both runs
+    assert (tmp_path / "pareto.svg").is_file() and table.count("\n\n") == 1

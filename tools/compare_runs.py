@@ -9,7 +9,7 @@ import json
 import pathlib
 import sys
 
-from fm_distill.training.sweep_table import SweptRun, as_markdown
+from fm_distill.reports.sweep_table import SweptRun, as_markdown
 
 
 def main(arguments: list[str]) -> None:

@@ -41,15 +41,18 @@ USAGE = """usage: fm-distill COMMAND ...
   status DIR [--json]
       progress, time left, and whether each checkpoint, or shard of a recording, is intact
   sweep EXPERIMENT.py --over OPTION=VALUE,VALUE,... [--workdir DIR] [--any.config.field VALUE ...]
-      every combination of the values, and a table of means and spreads over the seeds
+      every combination of the values, and a table of means and spreads over the seeds; where the
+      students differ in cost, which of them are Pareto-optimal; --cost measures latency, too
   evaluate DIR [--split test] [--step N] [--json] [--data.data-dir PATH] [--teacher.weights FILE]
       student and teacher on every example of a split
+      --cost             measure latency and memory of both, too
   predict DIR|STUDENT.safetensors IMAGE [IMAGE ...] [--top 5] [--json]
       the student's classes and probabilities for image files, folders and .npy arrays
   export DIR OUT.safetensors [--step N] [--overwrite]
       the student as a weight file in timm's or Keras's names, with a card
   report DIR [DIR ...] [--out report.html] [--data-dir PATH] [--teacher-weights FILE] [--overwrite]
       one HTML file: figures of the runs side by side, curves, views, disagreements
+      --cost             measure latency and memory of the networks, too
   show EXPERIMENT.py [--any.config.field VALUE ...]
       the config, and what follows from it and from the data and weights that are here
   plan EXPERIMENT.py --topology v3-8 [--max-hours 9] [--weekly-hours 20] [--num-examples N] [--json]
@@ -84,6 +87,8 @@ class _Evaluate(OverConfig):
     """The split: train, validation or test."""
     step: int | None = None
     """The checkpoint after so many steps; None: the newest."""
+    cost: bool = False
+    """Measure latency and activation memory of student and teacher, too."""
     json: bool = False
     """Print one JSON object."""
 
@@ -98,7 +103,7 @@ def _evaluate(arguments: list[str]) -> int:
     asked = parse_over(_Evaluate, stored, rest, f"evaluate {workdir}")
     if stored.ema_decay is not None:
         print("evaluating the moving average (EMA) of the student", file=sys.stderr)
-    figures = evaluate(workdir, asked.split, asked.config, asked.step)
+    figures = evaluate(workdir, asked.split, asked.config, asked.step, cost=asked.cost)
     print(json.dumps(figures) if asked.json else table(figures))
     return EXIT_COMPLETE
 
@@ -173,6 +178,8 @@ class _Report:
     """Where the data lie now, if not where the runs had them."""
     teacher_weights: str | None = None
     """Where the teacher's weights lie now."""
+    cost: bool = False
+    """Measure latency and activation memory of students and teachers, too."""
     overwrite: bool = False
     """Replace what is there."""
 
@@ -188,6 +195,7 @@ def _report(arguments: list[str]) -> int:
         overwrite=asked.overwrite,
         data_dir=asked.data_dir,
         teacher_weights=asked.teacher_weights,
+        cost=asked.cost,
     )
     print(written)
     return EXIT_COMPLETE

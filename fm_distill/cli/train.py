@@ -118,6 +118,8 @@ class _Sweep(OverConfig):
     """Where the runs lie, each in a folder of its own."""
     max_hours: float | None = None
     """Stop inside this many hours, all safe on disk."""
+    cost: bool = False
+    """Measure latency and activation memory of the networks, too, when all runs are complete."""
 
 
 def sweep_command(arguments: list[str]) -> int:
@@ -127,14 +129,14 @@ def sweep_command(arguments: list[str]) -> int:
     if not asked.over:
         raise UserError("sweep needs what to sweep over: --over seed=0,1,2 optimizer.name=adam,sgd")
 
+    from fm_distill.reports import sweep as sweeping
     from fm_distill.system.compilation_cache import use_compilation_cache
-    from fm_distill.training import sweep as sweeping
 
     workdir = asked.workdir or os.path.join("runs", f"{asked.config.name}_sweep")
     log(use_compilation_cache(pathlib.Path(workdir)))
     values = [sweeping.parse_over(x) for x in asked.over]
     over = {ALIASES.get(name, name): chosen for name, chosen in values}
-    table = sweeping.sweep(asked.config, over, workdir, max_hours=asked.max_hours)
+    table = sweeping.sweep(asked.config, over, workdir, max_hours=asked.max_hours, cost=asked.cost)
     if table is None:
         say_paused(["sweep", *arguments], "")
         return EXIT_PAUSED

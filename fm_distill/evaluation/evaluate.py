@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from fm_distill.config import Config, ObjectiveConfig, ViewConfig
 from fm_distill.data.batch import Batch
+from fm_distill.evaluation.bootstrap import Right, gap_interval, retention_interval
 from fm_distill.evaluation.class_groups import Groups, accuracies, groups_of, sums_of_groups
 from fm_distill.models import Variables
 from fm_distill.networks.branch import (
@@ -27,6 +28,7 @@ from fm_distill.networks.branch import (
 )
 from fm_distill.objectives.distances import kl_divergence
 from fm_distill.objectives.ensemble import as_one
+from fm_distill.runs.cost_metrics import costs_text
 from fm_distill.runs.metric_table import shown
 from fm_distill.system.sharding import Layout
 from fm_distill.views.draws import draw, mix
@@ -96,11 +98,21 @@ def make_evaluation_step(
         )
         return sums | {
             "teacher": measured(teacher, batch.labels, mask),
+            "both_right": (
+                _right(logits, batch.labels, mask) & _right(teacher, batch.labels, mask)
+            ).sum(),
             "match": _compare(logits, teacher, mask, objective.temperature),
             "training_view": _compare(*pair, both, objective.temperature),
         }
 
     return evaluation_step
+
+
+def _right(
+    logits: Float[Array, "batch classes"], labels: Array, mask: Array
+) -> Bool[Array, " batch"]:
+    """Whether an example's label is known and the first class."""
+    return (jnp.argmax(logits, -1) == labels) & (labels >= 0) & mask
 
 
 def _measure(logits: Float[Array, "batch classes"], labels: Array, mask: Array) -> Sums:
@@ -111,7 +123,7 @@ def _measure(logits: Float[Array, "batch classes"], labels: Array, mask: Array) 
     known = mask & (labels >= 0)
     log_probabilities = jax.nn.log_softmax(logits)
     label = jnp.maximum(labels, 0)
-    right = (jnp.argmax(logits, -1) == label) & known
+    right = _right(logits, labels, mask)
     top5 = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1]
     picked = jnp.take_along_axis(log_probabilities, label[:, None], axis=-1)[:, 0]
     confidence = jnp.exp(log_probabilities.max(axis=-1))
@@ -175,6 +187,7 @@ def summarise(sums: Sums, split: str, step: int) -> dict[str, Any]:
     teacher = _figures(sums["teacher"], classes) if "teacher" in sums else _figures(None, classes)
     central = _match(sums.get("match"), classes)
     top1, aim = student["top1"], teacher["top1"]
+    right = _paired(sums) if top1 is not None and aim is not None else None
     return {
         "split": split,
         "examples": examples,
@@ -184,8 +197,21 @@ def summarise(sums: Sums, split: str, step: int) -> dict[str, Any]:
         **central,
         "training_view": _match(sums.get("training_view"), classes),
         "retention": top1 / aim if top1 is not None and aim else None,
+        "retention_interval": retention_interval(right) if right else None,
         "gap": aim - top1 if top1 is not None and aim is not None else None,
+        "gap_interval": gap_interval(right) if right else None,
     }
+
+
+def _paired(sums: Sums) -> Right:
+    both, student, teacher, labelled = (
+        round(float(x))
+        for x in (
+            sums["both_right"], sums["student"]["top1"], sums["teacher"]["top1"],
+            sums["student"]["labelled"],
+        )
+    )  # fmt: skip
+    return Right(both, student - both, teacher - both, labelled - student - teacher + both)
 
 
 def _match(sums: Sums | None, classes: int) -> dict[str, dict[str, float | None]]:
@@ -250,7 +276,8 @@ class Evaluator:
 
 
 def table(figures: dict[str, Any]) -> str:
-    """The headline figures, as text."""
+    """The headline figures, and what student and teacher cost, as text."""
     title = f"{figures['split']}, {figures['examples']:,} examples, step {figures['step']:,}"
     found = shown(figures, "table")
-    return "\n".join([title, *(f"  {x.label:<28}{x.text(value):>12}" for x, value in found)])
+    lines = [f"  {x.label:<28}{x.text(value):>12}{x.interval_text(figures)}" for x, value in found]
+    return "\n".join([title, *lines, *costs_text(figures)])

@@ -22,6 +22,7 @@ from fm_distill.evaluation.image_files import prepared
 from fm_distill.exporting.load_student import load_student
 from fm_distill.models import Variables
 from fm_distill.networks.branch import Branch, frozen_teachers, make_branch
+from fm_distill.networks.cost import run_cost
 from fm_distill.networks.teachers import load_teachers, teachers_here
 from fm_distill.runs.open_run import Run, open_run
 from fm_distill.runs.student import BATCH, Student
@@ -48,13 +49,15 @@ def evaluate(
     split: str = "test",
     config: Config | None = None,
     step: int | None = None,
+    *,
+    cost: bool = False,
 ) -> dict[str, Any]:
     """Student and teacher of the run in `workdir` on every example of `split` exactly once.
 
     Returns the figures of `evaluate.summarise`: accuracies and agreement as fractions of 1, KL
     and cross-entropy in nats. `config` may name new places of data and teacher. Where the run
     keeps an average of the student, that is evaluated. `step` names a checkpoint; else it is the
-    newest. Raises `UserError`.
+    newest. With `cost`, latency and memory are measured too. Raises `UserError`.
     """
     opened = open_split(workdir, split, config, step)
     batches = evaluation_batches(opened.reader, opened.batch_size)
@@ -65,7 +68,9 @@ def evaluate(
         opened.layout,
         opened.run.resolved.class_counts,
     )
-    return evaluator(opened.student, opened.frozen, batches, split, opened.run.step)
+    figures = evaluator(opened.student, opened.frozen, batches, split, opened.run.step)
+    batch_size = opened.config.batch_size if cost else None
+    return figures | {"cost": run_cost(opened.run.resolved, batch_size)}
 
 
 def open_split(

@@ -27,6 +27,7 @@ from fm_distill.data.batch import Batch
 from fm_distill.data.resident import Resident, ResidentSteps, tiles_of
 from fm_distill.errors import UserError
 from fm_distill.networks.branch import step_views, teacher_outputs
+from fm_distill.networks.cost import count_flops
 from fm_distill.planning.hlo import read
 from fm_distill.planning.topologies import Topology, topology
 from fm_distill.recordings.rows import TargetRows
@@ -180,9 +181,9 @@ def flops(config: Config, resolved: ResolvedRun, arguments: tuple[PyTree, ...]) 
         abstract((config.batch_size, *(branch.input_spec.resolution,) * 2, 3), jnp.float32)
         for branch in teachers
     ]
-    of_views = _counted(views, key, batch)
-    of_teacher = _counted(teacher, frozen, images) if frozen else 0.0
-    total = _counted(built.train_step, state, frozen, batch, key)
+    of_views = count_flops(views, key, batch)
+    of_teacher = count_flops(teacher, frozen, images) if frozen else 0.0
+    total = count_flops(built.train_step, state, frozen, batch, key)
     return {
         "total": total,
         "teacher": of_teacher,
@@ -190,11 +191,6 @@ def flops(config: Config, resolved: ResolvedRun, arguments: tuple[PyTree, ...]) 
         "student": total - of_teacher - of_views,
         "views": of_views,
     }
-
-
-def _counted(function: Any, *arguments: PyTree) -> float:
-    cost = jax.jit(function).trace(*arguments).lower(lowering_platforms=("tpu",)).cost_analysis()
-    return float(cost["flops"])
 
 
 def _devices(requested: Topology) -> list[Any]:

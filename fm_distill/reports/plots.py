@@ -5,6 +5,7 @@ Data in, bytes out; the only file that knows matplotlib, which the extra `plots`
 
 import dataclasses
 import io
+import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -41,6 +42,14 @@ class Disagreement:
 
     pixels: np.ndarray  # uint8 (height, width, 3)
     lines: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tradeoff:
+    """A cost of each student, and whether no other student is better at it and as accurate."""
+
+    cost: tuple[float, ...]
+    optimal: tuple[bool, ...]
 
 
 def curves(runs: Mapping[str, History], lengths: Mapping[str, int] | None = None) -> bytes:
@@ -85,6 +94,47 @@ def schedules(runs: Mapping[str, Rates], title: str = "Learning rate") -> bytes:
                 label = _plain(f"{of_run}{what}")
                 axes.plot(over, y, style, color=f"C{number}", label=label, ms=4)
     _finish(axes, title, SHARE if shares else "steps")
+    return _svg(figure)
+
+
+def tradeoffs(
+    names: Sequence[str],
+    accuracy: Sequence[float],
+    spread: Sequence[float],
+    panels: Mapping[str, Tradeoff],
+    quality: str,
+    teacher: float | None,
+) -> bytes:
+    """Accuracy of the students against each cost; the Pareto front as a line, with names.
+
+    `spread` is a standard deviation, `teacher` the teacher's accuracy.
+    """
+    rows = -(-len(panels) // 2)
+    figure = _figure(11.0, 4.2 * rows)
+    for i, (cost, found) in enumerate(panels.items(), 1):
+        axes = figure.add_subplot(rows, 2, i)
+        axes.errorbar(found.cost, accuracy, spread, fmt="o", color="C0", ms=4, capsize=2, lw=0.8)
+        best = sorted(
+            (x, y, name)
+            for x, y, name, on in zip(found.cost, accuracy, names, found.optimal, strict=True)
+            if on
+        )
+        axes.plot(
+            [x for x, *_ in best], [y for _, y, _ in best], "o-", color="C1",
+            label="Pareto-optimal", drawstyle="steps-post",
+        )  # fmt: skip
+        for place, (x, y, name) in enumerate(best):
+            right = 2 * place >= len(best)  # of the picture: the name stands to the left
+            axes.annotate(
+                _short(_without_sections(name)), (x, y), xytext=(-6, 3) if right else (4, -10),
+                ha="right" if right else "left", textcoords="offset points", fontsize=8,
+            )  # fmt: skip
+        if teacher is not None:
+            axes.axhline(teacher, color="grey", ls=":", label="teacher")
+        axes.set_xscale("log")
+        axes.tick_params(axis="x", which="both", rotation=30, labelsize=8)
+        axes.set_ylabel(quality)
+        _finish(axes, "", cost)
     return _svg(figure)
 
 
@@ -195,6 +245,11 @@ def _picture(axes: Any, pixels: np.ndarray) -> None:
     axes.imshow(pixels, interpolation="nearest")
     axes.set_xticks([])
     axes.set_yticks([])
+
+
+def _without_sections(name: str) -> str:
+    """`student.width=1, seed=2` as `width=1, seed=2`."""
+    return re.sub(r"\b[\w.]+\.(?=\w+=)", "", name)
 
 
 def _short(name: str) -> str:

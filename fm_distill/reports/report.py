@@ -23,6 +23,7 @@ from fm_distill.evaluation.predictions import (
     most_disagreeing,
     predict_split,
 )
+from fm_distill.networks.cost import run_cost
 from fm_distill.objectives.curves import progress_of
 from fm_distill.objectives.terms import Term, make_terms
 from fm_distill.reports import plots
@@ -51,11 +52,13 @@ def report(
     overwrite: bool = False,
     data_dir: str | None = None,
     teacher_weights: str | None = None,
+    cost: bool = False,
 ) -> pathlib.Path:
     """Writes the report of one run, or of several side by side, and returns its path.
 
     Runs that are not complete are shown as far as they are. `data_dir` and `teacher_weights` say
-    where data and teacher lie now. Raises `UserError`.
+    where data and teacher lie now. With `cost`, latency and memory of the networks are measured
+    too. Raises `UserError`.
     """
     out = pathlib.Path(out)
     if out.is_dir() or (out.exists() and not overwrite):
@@ -64,7 +67,7 @@ def report(
         raise UserError(f"there is no folder {out.parent} for {out.name}; make it first")
     if not workdirs:
         raise UserError("a report needs the workdir of at least one run")
-    runs = _read(workdirs)
+    runs = _read(workdirs, cost)
     lengths = {run.name: run.total_steps for run in runs}
     figures = "\n".join(
         [
@@ -144,7 +147,7 @@ def _planned_and_logged(
     return plots.Rates(planned, ([step - 1 for step in steps_done], logged))
 
 
-def _read(workdirs: Sequence[str | os.PathLike[str]]) -> list[ReportedRun]:
+def _read(workdirs: Sequence[str | os.PathLike[str]], measure: bool) -> list[ReportedRun]:
     paths = [pathlib.Path(x) for x in workdirs]
     if len({path.resolve() for path in paths}) < len(paths):
         raise UserError("a workdir is given twice; give each once")
@@ -156,7 +159,9 @@ def _read(workdirs: Sequence[str | os.PathLike[str]]) -> list[ReportedRun]:
         stored = place.stored()
         status = place.read_status()
         history = read_history(path)
-        runs.append(ReportedRun(name, place, stored, history, status, place.read_evaluation()))
+        cost = run_cost(stored.resolved, stored.config.batch_size if measure else None)
+        figures = place.read_evaluation()
+        runs.append(ReportedRun(name, place, stored, history, status, figures, cost))
     return runs
 
 

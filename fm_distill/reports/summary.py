@@ -5,23 +5,17 @@ import html
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-from fm_distill.config import ExampleWeightsConfig, NetworkConfig
-from fm_distill.config.networks import FUNCTION
+from fm_distill.config import ExampleWeightsConfig
 from fm_distill.config.objective import terms_of
 from fm_distill.config.serialization import flatten
-from fm_distill.models import build_network, parameter_count
 from fm_distill.runs.history import History
+from fm_distill.runs.metric import Place
 from fm_distill.runs.metric_table import METRICS, at, shown
 from fm_distill.runs.stored_progress import StoredStatus
 from fm_distill.runs.stored_run import StoredRun
 from fm_distill.runs.workdir import Workdir
 
 MEANINGS = {
-    "student parameters": "Trained numbers of the student's network.",
-    "teacher parameters": "Those of the teacher's network, or of all teachers together.",
     "compression": "The teacher's parameters over the student's.",
     "recording": "Where the teacher's answers were read from; it was not asked itself.",
     "views repeat": "Order and views begin again: each image has so many different ones.",
@@ -44,6 +38,7 @@ class ReportedRun:
     history: History
     status: StoredStatus | None
     figures: dict[str, Any] | None  # of the complete run
+    cost: dict[str, Any]  # of `networks.cost.run_cost`
 
     @property
     def total_steps(self) -> int:
@@ -97,14 +92,10 @@ def _column(run: ReportedRun) -> dict[str, str]:
     if teacher:
         places = (teacher.weights, teacher.experiment, teacher.workdir, teacher.function)
         source = next((x for x in places if x), teacher.recording)
-    student = _parameters(resolved.student, resolved.classes)
-    networks = [x for x in resolved.teachers if x.model != FUNCTION]
-    teachers = sum(_parameters(x, resolved.classes) for x in networks)
     found = {
         "state": status.state if status else "not begun",
         "steps": f"{status.step if status else 0:,} of {run.total_steps:,}",
         "student": f"{resolved.student.model}, {resolved.student.resolution} px",
-        "student parameters": f"{student:,}",
         "teacher": str(source or "none"),
     }
     if teacher and teacher.recording:
@@ -112,11 +103,7 @@ def _column(run: ReportedRun) -> dict[str, str]:
     if resolved.period_steps:
         passes = run.total_steps / resolved.period_steps
         found["views repeat"] = f"after {resolved.period_steps:,} steps, {passes:.3g} passes"
-    if teachers:
-        found |= {
-            "teacher parameters": f"{teachers:,}",
-            "compression": f"{teachers / student:.1f} x",
-        }
+    found |= _costs(run)
     if config.data.long_tail:
         found["long tail"] = f"{config.data.long_tail:g}"
     found |= {
@@ -131,7 +118,10 @@ def _column(run: ReportedRun) -> dict[str, str]:
     }
     if run.figures:
         split = f"{run.figures['split']}, {run.figures['examples']:,} examples"
-        values = {x.label: x.text(value) for x, value in shown(run.figures, "report")}
+        values = {
+            x.label: f"{x.text(value)}{x.interval_text(run.figures)}"
+            for x, value in shown(run.figures, "report")
+        }
         return found | {"evaluated on": split} | values
     last = run.history.last("validation")
     if not last:
@@ -147,6 +137,19 @@ def _example_weights(weights: ExampleWeightsConfig) -> dict[str, str]:
     return {"example weights": weights.kind + beta}
 
 
-def _parameters(network: NetworkConfig, classes: int) -> int:
-    init = build_network(network, classes, jnp.dtype("float32")).init
-    return parameter_count(jax.eval_shape(init, jax.random.key(0)).params)
+def _costs(run: ReportedRun) -> dict[str, str]:
+    """What the networks cost; `-` for a teacher that is a function."""
+    cost = run.cost
+    places: tuple[Place, ...] = ("cost", "measured") if cost["device"] else ("cost",)
+    found = {}
+    for metric in (x for place in places for x in at(place)):
+        if cost[metric.path[1]] is not None:
+            value = metric.of({"cost": cost})
+            found[metric.label] = "-" if value is None else metric.text(value)
+    teacher, student = ((cost[x] or {}).get("parameters") for x in ("teacher", "student"))
+    if teacher and student:
+        found["compression"] = f"{teacher / student:.1f} x"
+    if cost["device"]:
+        size = cost["student"]["batch"]["batch_size"]
+        found["measured on"] = f"{cost['device']}; full batch: {size:,} images"
+    return found

@@ -3,70 +3,11 @@
 Evaluation, progress lines, best checkpoint, curves, sweeps and reports read this table.
 """
 
-import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
-Unit = Literal["fraction", "nats", "images/s", "1"]
-# `log`: in `metrics.jsonl` of the validation split. `best`: `checkpoint.keep_best` may name it.
-# `line`: in the progress line. `table`: what `evaluate` prints. `sweep`: a column of a sweep.
-# `report`: a row of a report.
-Place = Literal["log", "best", "line", "table", "sweep", "report"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Curve:
-    """Where a metric is drawn."""
-
-    panel: str  # a title, of one picture
-    label: str
-    style: str  # matplotlib's
-
-
-@dataclasses.dataclass(frozen=True)
-class Metric:
-    """One reported number."""
-
-    # In `metrics.jsonl`, TensorBoard and `checkpoint.keep_best`.
-    name: str
-    # In the figures of an evaluation; empty for a number of the training alone.
-    path: tuple[str, ...]
-    label: str
-    unit: Unit
-    higher_is_better: bool | None  # None: neither
-    meaning: str
-    places: frozenset[Place]
-    curve: Curve | None = None
-
-    @property
-    def split(self) -> str:
-        """In `metrics.jsonl`."""
-        return "validation" if self.path else "train"
-
-    @property
-    def column(self) -> str:
-        """Label and unit, as the head of a column of numbers."""
-        return f"{self.label}, {'%' if self.unit == 'fraction' else self.unit}"
-
-    def of(self, figures: Mapping[str, Any]) -> float | None:
-        """The value in the figures of an evaluation; None where there is none."""
-        value: Any = figures
-        for key in self.path:
-            value = value.get(key)  # of an earlier version, they lack some
-        return None if value is None else float(value)
-
-    def number(self, value: float) -> float:
-        """`value` in the unit of `column`."""
-        return 100 * value if self.unit == "fraction" else value
-
-    def text(self, value: float) -> str:
-        """`value` with its unit, for people."""
-        if self.unit == "fraction":
-            return f"{100 * value:.2f} %"
-        if self.unit == "images/s":
-            return f"{value:,.0f} {self.unit}"
-        return f"{value:.4f} nats" if self.unit == "nats" else f"{value:.4f}"
-
+from fm_distill.runs.cost_metrics import COSTS
+from fm_distill.runs.metric import Curve, Metric, Place
 
 LOSS = "Training loss"
 AGREEMENT = "Top-1 agreement with the teacher"
@@ -107,7 +48,7 @@ METRICS = (
     Metric(
         "retention", ("retention",), "accuracy kept", "fraction", True,
         "The student's accuracy over the teacher's.",
-        SHOWN,
+        SHOWN, interval_path=("retention_interval",),
     ),
     Metric(
         "agreement_top1", ("agreement", "top1"), "top-1 agreement", "fraction", True,
@@ -166,6 +107,7 @@ METRICS = (
         "images_per_second", (), "speed", "images/s", True, "Training images a second.",
         frozenset({"line"}),
     ),
+    *(metric for pair in COSTS for metric in pair),
 )  # fmt: skip
 BY_NAME = {metric.name: metric for metric in METRICS}
 # Progress lines show so many of the validation split; `metrics.jsonl` has the rest.

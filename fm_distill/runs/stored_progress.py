@@ -39,6 +39,29 @@ class _Match:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Calls:
+    batch_size: int
+    median_ms: float
+    p95_ms: float
+    activation_bytes: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cost:
+    parameters: int | None
+    flops: int | None
+    one: _Calls | None
+    batch: _Calls | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Costs:
+    student: _Cost
+    teacher: _Cost | None
+    device: str | None
+
+
+@dataclasses.dataclass(frozen=True)
 class _Evaluation:
     """What is read of `evaluation.json`; there may be more in it."""
 
@@ -51,6 +74,9 @@ class _Evaluation:
     kl: _Divergence
     training_view: _Match
     retention: float | None
+    # Written since there is a cost; a run is complete without them.
+    retention_interval: tuple[float, float] | None = None
+    cost: _Costs | None = None
 
 
 def as_status(tree: Any) -> StoredStatus:

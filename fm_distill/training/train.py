@@ -17,6 +17,7 @@ from fm_distill.config.steps import total_steps
 from fm_distill.config.teachers import recording_of, teachers_of
 from fm_distill.data.splits import open_data
 from fm_distill.errors import Diverged, TrainingFailed, UserError
+from fm_distill.networks.cost import run_cost
 from fm_distill.networks.loading import load_networks
 from fm_distill.networks.teachers import teacher_workdirs
 from fm_distill.runs.checkpoint import CheckpointWriter
@@ -281,6 +282,7 @@ def _finish(setup: Setup, state: TrainState, workdir: Workdir, stop: Stop) -> Re
         with stop.recorded(lambda why: workdir.set_status("paused", total, total, why)):
             stop.idle()
             figures = setup.evaluator(student, setup.frozen, batches, setup.final_split, total)
+            figures |= {"cost": run_cost(setup.resolved)}
     except Stopped as stopped:
         reason = f"{stopped}, before the last evaluation was done"
         workdir.set_status("paused", total, total, reason)

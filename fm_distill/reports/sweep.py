@@ -5,24 +5,29 @@ where it was, and one that is complete only prints its table.
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
 import pathlib
+import re
 from typing import Any
 
 from fm_distill.config import Config
 from fm_distill.config.serialization import changed
 from fm_distill.config.teachers import teachers_of, with_teachers
 from fm_distill.errors import UserError
+from fm_distill.networks.cost import cost_of, run_cost
 from fm_distill.networks.teachers import teacher_workdirs
+from fm_distill.reports.sweep_table import SweptRun, as_markdown, save
+from fm_distill.runs.workdir import Workdir
 from fm_distill.system.console import log
 from fm_distill.system.preemption import Stop, stop_signals
 from fm_distill.training.check import check
-from fm_distill.training.sweep_table import SweptRun, as_markdown, save
 from fm_distill.training.train import train_until
 
 SEED = "seed"
+BETWEEN = re.compile(r",(?![^\[]*\])")  # a comma that is not inside of a list
 
 
 def sweep(
@@ -31,14 +36,17 @@ def sweep(
     workdir: str | os.PathLike[str],
     *,
     max_hours: float | None = None,
+    cost: bool = False,
 ) -> str | None:
     """Runs every combination of `over` (option -> values) in folders of `workdir`.
 
     Returns the table, which is also written there as `sweep.csv` and, with links to the runs, as
     `sweep.html`: a line for each combination of what is not the seed, with mean and sample
-    standard deviation over the seeds; None where a signal or `max_hours` stopped it. Teachers that
-    are experiments are trained once, in `workdir`. Raises `UserError` before the first run where a
-    combination is wrong.
+    standard deviation over the seeds; None where a signal or `max_hours` stopped it. Where the
+    students differ in FLOPs, a second one says which of them are Pareto-optimal, also as
+    `pareto.csv` and `pareto.svg`. With `cost`, latency and memory are measured when all runs are
+    complete. Teachers that are experiments are trained once, in `workdir`. Raises `UserError`
+    before the first run where a combination is wrong.
     """
     folder = pathlib.Path(workdir)
     config = _with_shared_teachers(config, folder)
@@ -62,12 +70,29 @@ def sweep(
             assert result.evaluation is not None
             group = {option: value for option, value in values.items() if option != SEED}
             done.append(SweptRun(_name(group, ", "), name, result.evaluation))
+    if cost:
+        log("measuring latency and memory of the networks")
+        done = _measured(done, folder)
     save(done, folder)
     return as_markdown(done)
 
 
+def _measured(runs: list[SweptRun], folder: pathlib.Path) -> list[SweptRun]:
+    """One after another on this device; equal networks, as of several seeds, once."""
+    measure = functools.cache(cost_of)
+    found = []
+    for run in runs:
+        stored = Workdir(folder / run.folder).stored()
+        figures = {"cost": run_cost(stored.resolved, stored.config.batch_size, measure)}
+        found.append(dataclasses.replace(run, figures=run.figures | figures))
+    return found
+
+
 def parse_over(text: str) -> tuple[str, tuple[Any, ...]]:
-    """`"objective.temperature=1,2.5"` as a name and values, each read as JSON or else as text."""
+    """`"objective.temperature=1,2.5"` as a name and values, each read as JSON or else as text.
+
+    A list is one value: `"student.depths=[1,1],[2,2]"`.
+    """
     name, equals, values = text.partition("=")
     if not equals or not name or not values:
         raise UserError(f"--over {text!r}: expected OPTION=VALUE,VALUE,..., e.g. seed=0,1,2")
@@ -80,7 +105,9 @@ def parse_over(text: str) -> tuple[str, tuple[Any, ...]]:
         except ValueError:
             return part
 
-    return name.strip().replace("-", "_"), tuple(value(part.strip()) for part in values.split(","))
+    return name.strip().replace("-", "_"), tuple(
+        value(part.strip()) for part in BETWEEN.split(values)
+    )
 
 
 def _name(values: dict[str, Any], between: str) -> str:

@@ -1,0 +1,162 @@
+"""What networks cost: parameters, FLOPs of an image, and on request latency and memory.
+
+Of the forward pass alone, in evaluation mode and with what is constant computed before (`freeze`):
+no image is read and no view is rendered. Several teachers cost what they cost together.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from fm_distill.config import NetworkConfig
+from fm_distill.config.networks import FUNCTION
+from fm_distill.config.resolved import ResolvedRun
+from fm_distill.errors import UserError
+from fm_distill.models import Variables, parameter_count
+from fm_distill.networks.branch import Branch, make_branch
+from fm_distill.system.device import device_name
+
+WARM_UP = 3
+CALLS = 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Calls:
+    """Forward passes of one batch on one device, over `CALLS` calls after `WARM_UP`."""
+
+    batch_size: int
+    median_ms: float
+    p95_ms: float  # 95th percentile
+    # XLA's temporary memory of the program (`temp_size_in_bytes`), without weights and images.
+    # None where the compiler does not say.
+    activation_bytes: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """Of one network, or of several together; None of a function that is no network of ours."""
+
+    parameters: int | None
+    # Of one image at each network's own resolution; see `count_flops`.
+    flops: int | None
+    # Of a batch of one and of a full one; None where they were not measured.
+    one: Calls | None = None
+    batch: Calls | None = None
+
+
+# Networks, their classes, the precision that they compute in, and the size of the batch to measure
+# or None.
+CostOf = Callable[[tuple[NetworkConfig, ...], int, str, int | None], Cost]
+
+
+def count_flops(function: Callable[..., Any], *arguments: Any) -> float:
+    """Floating point operations of `function(*arguments)`; shapes suffice.
+
+    2 for each multiply-add and 1 for any other operation, as XLA counts them before anything is
+    compiled: products with the zeros of a padding are left out, transcendental functions are not
+    counted, and the body of a loop is counted once.
+    """
+    # For a TPU, whatever is here: on a CPU some convolutions are written out as other sums.
+    lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("tpu",))
+    return float(lowered.cost_analysis()["flops"])
+
+
+def cost_of(
+    networks: tuple[NetworkConfig, ...], classes: int, precision: str, batch_size: int | None
+) -> Cost:
+    """The cost of `networks`, in which nothing is `auto`.
+
+    With a `batch_size`, batches of one and of so many images are measured on the first device, with
+    initial weights: the time does not depend on their values.
+    """
+    if any(x.model == FUNCTION for x in networks):
+        return Cost(None, None)
+    branches = tuple(make_branch(x, classes, jnp.dtype(precision)) for x in networks)
+    initial = jax.eval_shape(lambda: _initial(branches))
+    frozen = jax.eval_shape(lambda: _frozen(branches))
+    images = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in _images(branches, 1))
+    cost = Cost(
+        parameters=sum(parameter_count(x.params) for x in initial),
+        flops=round(count_flops(_forward(branches), frozen, images)),
+    )
+    if batch_size is None:
+        return cost
+    weights = jax.jit(lambda: _frozen(branches))()
+    try:
+        one, batch = (_measured(branches, weights, size) for size in (1, batch_size))
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(
+            f"a batch of {batch_size} images cannot be measured on {device_name()} "
+            f"({str(error).partition(chr(10))[0]}); leave out --cost"
+        ) from None
+    return dataclasses.replace(cost, one=one, batch=batch)
+
+
+def run_cost(
+    resolved: ResolvedRun, batch_size: int | None = None, cost: CostOf = cost_of
+) -> dict[str, Any]:
+    """`cost` in the figures of a run: of its student, and of its teachers together.
+
+    With a `batch_size`, latency and memory are measured too, and `device` says where.
+    """
+    student, teacher = (
+        dataclasses.asdict(cost(x, resolved.classes, resolved.precision, batch_size)) if x else None
+        for x in ((resolved.student,), resolved.teachers)
+    )
+    device = None
+    if batch_size is not None:
+        device = f"{device_name()}, {resolved.precision}"
+    return {"student": student, "teacher": teacher, "device": device}
+
+
+def _initial(branches: tuple[Branch, ...]) -> tuple[Variables, ...]:
+    return tuple(x.network.init(jax.random.key(0)) for x in branches)
+
+
+def _frozen(branches: tuple[Branch, ...]) -> tuple[Variables, ...]:
+    variables = _initial(branches)
+    return tuple(x.network.freeze(y) for x, y in zip(branches, variables, strict=True))
+
+
+def _images(
+    branches: tuple[Branch, ...], batch_size: int
+) -> tuple[Float[np.ndarray, "batch height width 3"], ...]:
+    rng = np.random.default_rng(0)
+    sides = (x.input_spec.resolution for x in branches)
+    return tuple(rng.uniform(-1, 1, (batch_size, x, x, 3)).astype(np.float32) for x in sides)
+
+
+def _forward(branches: tuple[Branch, ...]) -> Callable[..., tuple[Array, ...]]:
+    def forward(frozen: tuple[Variables, ...], images: tuple[Array, ...]) -> tuple[Array, ...]:
+        return tuple(
+            branch.network.apply_frozen(variables, x).logits
+            for branch, variables, x in zip(branches, frozen, images, strict=True)
+        )
+
+    return forward
+
+
+def _measured(
+    branches: tuple[Branch, ...], frozen: tuple[Variables, ...], batch_size: int
+) -> Calls:
+    images = jax.device_put(_images(branches, batch_size))
+    program = jax.jit(_forward(branches)).lower(frozen, images).compile()
+    milliseconds = []
+    for _ in range(WARM_UP + CALLS):
+        start = time.perf_counter()
+        jax.block_until_ready(program(frozen, images))
+        milliseconds.append(1e3 * (time.perf_counter() - start))
+    measured = milliseconds[WARM_UP:]
+    memory = program.memory_analysis()
+    return Calls(
+        batch_size=batch_size,
+        median_ms=float(np.median(measured)),
+        p95_ms=float(np.quantile(measured, 0.95)),
+        activation_bytes=None if memory is None else int(memory.temp_size_in_bytes),
+    )

@@ -1,0 +1,108 @@
+"""Which students of a sweep no other beats in both accuracy and cost, as a table and a picture."""
+
+import dataclasses
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fm_distill.reports import plots
+from fm_distill.runs.cost_metrics import COSTS
+from fm_distill.runs.metric import Metric
+from fm_distill.runs.metric_table import BY_NAME
+
+QUALITIES = (BY_NAME["student_top1"], BY_NAME["agreement_top1"])
+TEACHER = BY_NAME["teacher_top1"]
+FLOPS = BY_NAME["student_flops"]
+# A 95th percentile or a memory is no second axis beside its median.
+TRADED = tuple(
+    student for student, _ in COSTS if student.unit != "bytes" and "p95" not in student.name
+)
+OPTIMAL = "Pareto-optimal in"
+
+
+@dataclasses.dataclass(frozen=True)
+class Pareto:
+    """The groups of a sweep by rising FLOPs; values in the units of the columns."""
+
+    groups: tuple[str, ...]
+    quality: Metric
+    accuracy: tuple[float, ...]  # means over the seeds
+    spread: tuple[float, ...]  # sample standard deviations, 0 of a single seed
+    costs: dict[Metric, tuple[float, ...]]  # those that differ between the groups
+    teacher: float | None  # its accuracy
+
+    @property
+    def heads(self) -> list[str]:
+        return ["runs", self.quality.column, *(x.column for x in self.costs), OPTIMAL]
+
+    def rows(self) -> list[tuple[str, list[float], str]]:
+        """Group, accuracy and costs, and the costs against which it is on the front."""
+        optimal = {x: front(self.accuracy, values) for x, values in self.costs.items()}
+        return [
+            (
+                group,
+                [self.accuracy[i], *(values[i] for values in self.costs.values())],
+                ", ".join(_short(x) for x, on in optimal.items() if on[i]),
+            )
+            for i, group in enumerate(self.groups)
+        ]
+
+    def picture(self) -> bytes:
+        """SVG: accuracy against each cost."""
+        panels = {
+            x.column: plots.Tradeoff(values, tuple(front(self.accuracy, values)))
+            for x, values in self.costs.items()
+        }
+        return plots.tradeoffs(
+            self.groups, self.accuracy, self.spread, panels, self.quality.column, self.teacher
+        )
+
+
+def front(accuracy: Sequence[float], cost: Sequence[float]) -> list[bool]:
+    """Whether no other is at least as accurate and as cheap, and better in one of the two."""
+    pairs = list(zip(accuracy, cost, strict=True))
+    return [
+        not any(a >= own and c <= paid and (a, c) != (own, paid) for a, c in pairs)
+        for own, paid in pairs
+    ]
+
+
+def pareto(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> Pareto | None:
+    """Of the figures of each group's runs; None where all students have the same FLOPs.
+
+    Accuracy, or where there are no labels agreement with the teacher.
+    """
+
+    def values(metric: Metric, figures: Sequence[Mapping[str, Any]]) -> list[float]:
+        found = [metric.of(x) for x in figures]
+        return [metric.number(x) for x in found if x is not None]
+
+    def means(metric: Metric) -> list[float] | None:
+        found = [values(metric, figures) for figures in groups.values()]
+        return [statistics.mean(x) for x in found] if all(found) else None
+
+    known = [(x, found) for x in QUALITIES if (found := means(x)) is not None]
+    costs = {x: found for x in TRADED if (found := means(x)) and len(set(found)) > 1}
+    if not known or FLOPS not in costs:
+        return None
+    quality, accuracy = known[0]
+    flops = costs[FLOPS]
+    order = sorted(range(len(groups)), key=lambda i: (flops[i], -accuracy[i]))
+    spreads = [
+        statistics.stdev(x) if len(x) > 1 else 0.0
+        for x in (values(quality, figures) for figures in groups.values())
+    ]
+    teachers = [x for figures in groups.values() for x in values(TEACHER, figures)]
+    names = list(groups)
+    return Pareto(
+        groups=tuple(names[i] for i in order),
+        quality=quality,
+        accuracy=tuple(accuracy[i] for i in order),
+        spread=tuple(spreads[i] for i in order),
+        costs={x: tuple(found[i] for i in order) for x, found in costs.items()},
+        teacher=statistics.mean(teachers) if teachers and quality is QUALITIES[0] else None,
+    )
+
+
+def _short(cost: Metric) -> str:
+    return cost.label.removeprefix("student ")
