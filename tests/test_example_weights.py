@@ -18,7 +18,7 @@ from test_evaluate import evaluate as evaluated
 from test_step import KEY, pooled_network, random_batch
 from test_terms import curve, stop_and_continue
 from test_train import lines_of, same_bits
-from tiny import resolved_run, tiny_config
+from tiny import resolved_run, tiny_config, train_step_of
 
 from fm_distill.config import (
     ExampleWeightsConfig,
@@ -51,7 +51,6 @@ from fm_distill.runs.state import TrainState
 from fm_distill.system.sharding import make_layout
 from fm_distill.training.build import build
 from fm_distill.training.check import problems
-from fm_distill.training.step import make_train_step
 from fm_distill.training.train import train
 from fm_distill.views.draws import draw
 from fm_distill.views.rendering import InputSpec, render
@@ -139,7 +138,7 @@ def test_loss_and_gradient_of_a_step_against_numpy(kind, devices, accumulate):
     keep = optax.GradientTransformation(
         lambda params: (), lambda g, s, params: (jax.tree.map(jnp.subtract, g, params), s)
     )
-    step = make_train_step(
+    step = train_step_of(
         branch, (branch,), keep, views, objective, 8, class_counts=COUNTS,
         memory=MemoryConfig(accumulate=accumulate),
     )  # fmt: skip

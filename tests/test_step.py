@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny import NETWORK, resolved_run, tiny_config
+from tiny import NETWORK, resolved_run, tiny_config, train_step_of
 
 from fm_distill.config import MemoryConfig, MeshConfig, ObjectiveConfig, ViewConfig
 from fm_distill.data.batch import Batch
@@ -19,7 +19,6 @@ from fm_distill.runs.state import TrainState, init_state
 from fm_distill.system.sharding import make_layout
 from fm_distill.training.build import build
 from fm_distill.training.program import make_program
-from fm_distill.training.step import make_train_step
 from fm_distill.views.draws import draw
 from fm_distill.views.rendering import InputSpec, render
 
@@ -52,9 +51,7 @@ def gradients_of(config, state, branches, frozen, batch, memory=MemoryConfig()):
         lambda params: (), lambda g, s, params: (jax.tree.map(jnp.subtract, g, params), s)
     )
     student, teachers = branches
-    step = make_train_step(
-        student, teachers, keep, config.views, config.objective, 8, memory=memory
-    )
+    step = train_step_of(student, teachers, keep, config.views, config.objective, 8, memory=memory)
     state = dataclasses.replace(state, opt_state=())
     new, metrics = jax.jit(step)(state, frozen, batch, KEY)
     return new.student.params, metrics

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_step import KEY, gradients_of, random_batch, with_random_head
-from tiny import NETWORK, resolved_run, tiny_config
+from tiny import NETWORK, resolved_run, tiny_config, train_step_of
 
 from fm_distill.config import (
     MeshConfig,
@@ -30,7 +30,6 @@ from fm_distill.objectives.ensemble import as_one, combine
 from fm_distill.runs.state import init_state
 from fm_distill.system.sharding import make_layout
 from fm_distill.training.build import build
-from fm_distill.training.step import make_train_step
 from fm_distill.training.targets import fixed_targets
 from fm_distill.views.draws import VIEW_LAWS, draw, mix
 from fm_distill.views.rendering import InputSpec, render, render_central
@@ -69,7 +68,7 @@ def loss_of(teaching: str, batch) -> float:
     one = branch()
     state = init_state(KEY, one.network, jnp_identity(), None)
     objective = ObjectiveConfig(distance="l2")
-    step = make_train_step(one, (one,), jnp_identity(), VIEWS, objective, 8, teaching)
+    step = train_step_of(one, (one,), jnp_identity(), VIEWS, objective, 8, teaching)
     _, metrics = jax.jit(step)(state, (state.student,), batch, KEY)
     return float(metrics["loss"])
 
@@ -361,7 +360,7 @@ def test_kept_statistics_stay_and_are_used():
     batch = jax.tree.map(jnp.asarray, random_batch())
     losses = {}
     for keep in (True, False):
-        step = make_train_step(
+        step = train_step_of(
             built.student, (), built.optimizer, config.views, config.objective, 8,
             keep_statistics=keep,
         )  # fmt: skip

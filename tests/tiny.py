@@ -3,12 +3,15 @@
 import dataclasses
 import re
 
+import optax
+
 from fm_distill.config import (
     CanvasConfig,
     CheckpointConfig,
     Config,
     DataConfig,
     LogConfig,
+    MemoryConfig,
     MeshConfig,
     ObjectiveConfig,
     OptimizerConfig,
@@ -17,9 +20,15 @@ from fm_distill.config import (
     StudentConfig,
     ViewConfig,
 )
+from fm_distill.config.regime import regime_of
 from fm_distill.config.resolved import ResolvedRun
+from fm_distill.networks.branch import Branch
+from fm_distill.objectives.example_weights import make_example_weights
+from fm_distill.objectives.terms import features_of, make_terms
 from fm_distill.system.sharding import make_layout
 from fm_distill.training.resolve import resolve_described
+from fm_distill.training.step import TrainStep, make_train_step, make_update
+from fm_distill.training.teach import make_teach
 
 NETWORK = StudentConfig(
     model="bit", resolution=16, depths=(1,), width=0.125, groups=4, stem="small"
@@ -60,6 +69,35 @@ def tiny_config(**changes) -> Config:
         log=LogConfig(every_steps=1, evaluate_every_steps=3, tensorboard=False),
     )
     return dataclasses.replace(config, **changes)
+
+
+def train_step_of(
+    student: Branch,
+    teachers: tuple[Branch, ...],
+    optimizer: optax.GradientTransformation,
+    views: ViewConfig,
+    objective: ObjectiveConfig,
+    total_steps: int,
+    teaching: str = "function_matching",
+    memory: MemoryConfig = MemoryConfig(),
+    keep_statistics: bool = False,
+    class_counts: tuple[int, ...] | None = None,
+) -> TrainStep:
+    """A step of its halves, without a run."""
+    regime = regime_of(objective.target, teaching)
+    classes = student.network.classes
+    teach = make_teach(regime.targets, teachers, classes, objective, memory, class_counts)
+    update = make_update(
+        student,
+        optimizer,
+        make_terms(objective),
+        total_steps,
+        keep_statistics=keep_statistics,
+        memory=memory,
+        features=features_of(objective)[0],
+        example_weights=make_example_weights(objective),
+    )
+    return make_train_step(student, teachers, teach, update, views, regime.views)
 
 
 def resolved_run(config: Config, teachers=(), layout=None, classes=10, examples=160) -> ResolvedRun:

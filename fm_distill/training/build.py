@@ -15,10 +15,13 @@ from fm_distill.config.resolved import ResolvedRun
 from fm_distill.config.teachers import recording_of
 from fm_distill.errors import UserError
 from fm_distill.networks.branch import Branch, make_branch
+from fm_distill.objectives.example_weights import make_example_weights
+from fm_distill.objectives.terms import features_of, make_terms
 from fm_distill.runs.state import TrainState, init_state
 from fm_distill.training.check_features import check_features
 from fm_distill.training.optim import adapter_optimizer, make_optimizer, make_schedule
-from fm_distill.training.step import TrainStep, make_train_step
+from fm_distill.training.step import TrainStep, Update, make_train_step, make_update
+from fm_distill.training.teach import Teach, make_teach
 from fm_distill.training.term_state import TermShapes, init_terms, make_term_update
 
 
@@ -30,6 +33,9 @@ class Build:
     teachers: tuple[Branch, ...]  # those that are networks
     schedule: Callable[[Array | int], Array]
     optimizer: optax.GradientTransformation
+    # The two halves of the step, and the step itself.
+    teach: Teach
+    update: Update
     train_step: TrainStep
     # Those that the step runs: none where the targets are labels or a table.
     live_teachers: tuple[Branch, ...]
@@ -61,27 +67,43 @@ def build(config: Config, resolved: ResolvedRun) -> Build:
     schedule = make_schedule(config.schedule, resolved.total_steps)
     optimizer = make_optimizer(config.optimizer, schedule)
     of_adapters = make_optimizer(adapter_optimizer(config.optimizer), schedule)
-    step = make_train_step(
-        student,
+    objective = config.objective
+    teach = make_teach(
+        regime.targets,
         live_teachers,
+        resolved.classes,
+        objective,
+        config.memory,
+        resolved.class_counts,
+    )
+    update = make_update(
+        student,
         optimizer,
-        config.views,
-        config.objective,
+        make_terms(objective),
         resolved.total_steps,
-        config.teaching,
         config.ema_decay,
         config.student.keep_statistics,
         config.memory,
-        recorded,
+        features_of(objective)[0],
+        make_term_update(objective, of_adapters),
+        make_example_weights(objective),
+    )
+    step = make_train_step(
+        student,
+        live_teachers,
+        teach,
+        update,
+        config.views,
+        regime.views,
         resolved.period_steps,
-        make_term_update(config.objective, of_adapters),
-        resolved.class_counts,
     )
     return Build(
         student,
         teachers,
         schedule,
         optimizer,
+        teach,
+        update,
         step,
         live_teachers,
         config,

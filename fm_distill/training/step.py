@@ -1,7 +1,7 @@
 """The arithmetic of one batch: views, targets, student, loss, gradient, update.
 
-A step has two halves: `teach` makes the targets of a batch, and `update` moves the student towards
-them. Nothing in this file reads a file or knows a device.
+A step has two halves: `teach` (in `teach.py`) makes the targets of a batch, and `update` moves the
+student towards them. Nothing in this file reads a file or knows a device.
 """
 
 import dataclasses
@@ -9,47 +9,28 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from fm_distill.config import MemoryConfig, ObjectiveConfig, ViewConfig
-from fm_distill.config.objective import BY_CLASS
-from fm_distill.config.regime import TargetSource, regime_of
+from fm_distill.config import MemoryConfig, ViewConfig
+from fm_distill.config.regime import ViewLaw
 from fm_distill.data.batch import Batch
 from fm_distill.models import Output, Variables
-from fm_distill.networks.branch import (
-    Branch,
-    StepViews,
-    Views,
-    step_views,
-    teacher_outputs_with_features,
-)
+from fm_distill.networks.branch import Branch, step_views
 from fm_distill.objectives.curves import progress_of
-from fm_distill.objectives.distances import smooth
-from fm_distill.objectives.ensemble import combine
-from fm_distill.objectives.example_weights import (
-    ExampleWeights,
-    class_weights,
-    effective_share,
-    make_example_weights,
-)
+from fm_distill.objectives.example_weights import ExampleWeights, effective_share
 from fm_distill.objectives.terms import (
     Outputs,
     Targets,
     Term,
-    features_of,
     first_choice,
-    make_terms,
-    needs_labels,
     values_of,
     weighted_sum,
 )
-from fm_distill.recordings.rows import decode, indices_of
 from fm_distill.runs.state import TrainState
-from fm_distill.training.memory import accumulated, in_parts, rematerialised
+from fm_distill.training.memory import accumulated, rematerialised
+from fm_distill.training.teach import Teach
 from fm_distill.training.term_state import NOTHING, TermUpdate
-from fm_distill.views.draws import mix
 
 Metrics = dict[str, Float[Array, ""]]
 # The metric of a term's adapter: the norm of the gradient of its kernel.
@@ -58,98 +39,8 @@ ADAPTER_GRADIENT = "adapter_gradient_"
 TrainStep = Callable[
     [TrainState, tuple[Variables, ...], Batch, PRNGKeyArray], tuple[TrainState, Metrics]
 ]
-# `(frozen teachers, batch, views) -> targets`.
-Teach = Callable[[tuple[Variables, ...], Batch, StepViews], Targets]
 # `(state, student view, targets) -> (state, metrics)`.
 Update = Callable[[TrainState, Array, Targets], tuple[TrainState, Metrics]]
-
-
-def teach_live(
-    teachers: tuple[Branch, ...], classes: int, objective: ObjectiveConfig, memory: MemoryConfig
-) -> Teach:
-    """Targets are the outputs of the teachers on their views of this step."""
-
-    _, names = features_of(objective)
-
-    def teach(frozen: tuple[Variables, ...], batch: Batch, views: StepViews) -> Targets:
-        def combined(part: Views) -> tuple[tuple[Array, ...], dict[str, Array]]:
-            with jax.named_scope("teacher"):
-                logits, features = teacher_outputs_with_features(teachers, frozen, part, names)
-                return combine(logits, objective.ensemble, objective.temperature), features
-
-        logits, features = in_parts(combined, memory.teacher_parts, views.teachers)
-        return Targets(logits, teacher_features=features)
-
-    return teach
-
-
-def teach_labels(
-    teachers: tuple[Branch, ...], classes: int, objective: ObjectiveConfig, memory: MemoryConfig
-) -> Teach:
-    """Targets are the labels, smoothed, and mixed as the student's view is."""
-
-    def teach(frozen: tuple[Variables, ...], batch: Batch, views: StepViews) -> Targets:
-        one_hot = jax.nn.one_hot(batch.labels, classes)
-        return Targets(labels=mix(views.draw, smooth(one_hot, objective.label_smoothing)))
-
-    return teach
-
-
-def teach_table(
-    teachers: tuple[Branch, ...], classes: int, objective: ObjectiveConfig, memory: MemoryConfig
-) -> Teach:
-    """Targets were computed before training, one row for each example, and came with the batch."""
-
-    def teach(frozen: tuple[Variables, ...], batch: Batch, views: StepViews) -> Targets:
-        assert batch.targets is not None
-        return Targets(tuple(jnp.moveaxis(batch.targets, 1, 0)))
-
-    return teach
-
-
-def teach_recorded(
-    teachers: tuple[Branch, ...], classes: int, objective: ObjectiveConfig, memory: MemoryConfig
-) -> Teach:
-    """Targets are what the teachers answered to the same views when they were recorded."""
-
-    def teach(frozen: tuple[Variables, ...], batch: Batch, views: StepViews) -> Targets:
-        assert batch.recorded is not None
-        logits = decode(batch.recorded)
-        if indices := indices_of(batch.recorded):
-            return Targets(logits, indices=indices)
-        return Targets(combine(logits, objective.ensemble, objective.temperature))
-
-    return teach
-
-
-TARGET_SOURCES: dict[
-    TargetSource, Callable[[tuple[Branch, ...], int, ObjectiveConfig, MemoryConfig], Teach]
-] = {
-    "teachers": teach_live,
-    "labels": teach_labels,
-    "table": teach_table,
-    "recording": teach_recorded,
-}
-
-
-def with_labels(teach: Teach, classes: int) -> Teach:
-    """The targets of `teach`, and the labels, mixed as the student's view is, for other terms."""
-
-    def teach_both(frozen: tuple[Variables, ...], batch: Batch, views: StepViews) -> Targets:
-        labels = mix(views.draw, jax.nn.one_hot(batch.labels, classes))
-        return dataclasses.replace(teach(frozen, batch, views), labels=labels)
-
-    return teach_both
-
-
-def with_class_weights(teach: Teach, of_class: Float[np.ndarray, " classes"]) -> Teach:
-    """The targets of `teach`, and the weight of each example, mixed as the student's view is."""
-
-    def teach_weighted(frozen: tuple[Variables, ...], batch: Batch, views: StepViews) -> Targets:
-        weights = mix(views.draw, jnp.asarray(of_class, jnp.float32)[batch.labels])
-        return dataclasses.replace(teach(frozen, batch, views), class_weights=weights)
-
-    return teach_weighted
 
 
 def make_update(
@@ -235,55 +126,25 @@ def make_update(
 def make_train_step(
     student: Branch,
     teachers: tuple[Branch, ...],
-    optimizer: optax.GradientTransformation,
+    teach: Teach,
+    update: Update,
     views: ViewConfig,
-    objective: ObjectiveConfig,
-    total_steps: int,
-    teaching: str = "function_matching",
-    ema_decay: float | None = None,
-    keep_statistics: bool = False,
-    memory: MemoryConfig = MemoryConfig(),
-    recorded: bool = False,
+    law: ViewLaw,
     period_steps: int | None = None,
-    term_update: TermUpdate | None = None,
-    class_counts: tuple[int, ...] | None = None,
 ) -> TrainStep:
     """`(state, frozen teachers, batch, draws_key) -> (state, metrics)`, pure.
 
     Views, targets and update of one step. Everything random comes from `draws_key` and
     `state.step`, modulo `period_steps`. `teachers` are those that the step runs: none where
-    `teaching` is `fixed`, the labels are the target, or the outputs were `recorded`.
-    `class_counts`, the training examples of each class, are needed by weights by class.
+    the targets are labels, a table or a recording.
     """
-    regime = regime_of(objective.target, teaching, recorded)
-    teach = TARGET_SOURCES[regime.targets](teachers, student.network.classes, objective, memory)
-    if regime.targets != "labels" and needs_labels(objective):
-        teach = with_labels(teach, student.network.classes)
-    if objective.example_weights.kind in BY_CLASS:
-        assert class_counts is not None
-        teach = with_class_weights(teach, class_weights(objective.example_weights, class_counts))
-    terms = make_terms(objective)
-    read, _ = features_of(objective)
-    weigh = make_example_weights(objective)
-    update = make_update(
-        student,
-        optimizer,
-        terms,
-        total_steps,
-        ema_decay,
-        keep_statistics,
-        memory,
-        read,
-        term_update,
-        weigh,
-    )
 
     def train_step(
         state: TrainState, frozen: tuple[Variables, ...], batch: Batch, draws_key: PRNGKeyArray
     ) -> tuple[TrainState, Metrics]:
         drawn = state.step if period_steps is None else state.step % period_steps
         with jax.named_scope("views"):
-            seen = step_views(regime.views, views, student, teachers, batch, draws_key, drawn)
+            seen = step_views(law, views, student, teachers, batch, draws_key, drawn)
         return update(state, seen.student, teach(frozen, batch, seen))
 
     return train_step
