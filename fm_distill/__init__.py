@@ -8,6 +8,7 @@
     card = export("runs/digits", "digits.safetensors")
     student = load_student("digits.safetensors")
     figures = plan(config, "v3-8")
+    figures = profile(config, "runs/digits")
     table = sweep(config, {"seed": (0, 1, 2)}, "runs/digits_sweep")
     page = report(["runs/digits"], "digits.html")
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from fm_distill.reports.sweep import sweep
     from fm_distill.runs.open_run import open_run
     from fm_distill.training.experiment import load_experiment
+    from fm_distill.training.profile import profile
     from fm_distill.training.train import train
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "open_run",
     "plan",
     "predict",
+    "profile",
     "report",
     "sweep",
     "train",
@@ -56,6 +59,7 @@ _MODULES = {
     "open_run": "fm_distill.runs.open_run",
     "plan": "fm_distill.planning.plan",
     "predict": "fm_distill.evaluation.inference",
+    "profile": "fm_distill.training.profile",
     "report": "fm_distill.reports.report",
     "sweep": "fm_distill.reports.sweep",
     "train": "fm_distill.training.train",

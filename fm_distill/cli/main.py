@@ -23,6 +23,7 @@ from fm_distill.cli.options import (
     quiet,
 )
 from fm_distill.cli.plan import plan_command
+from fm_distill.cli.profile import profile_command
 from fm_distill.cli.record import record_command
 from fm_distill.cli.train import sweep_command, train_command
 from fm_distill.config import Config
@@ -55,6 +56,8 @@ USAGE = """usage: fm-distill COMMAND ...
       --cost             measure latency and memory of the networks, too
   show EXPERIMENT.py [--any.config.field VALUE ...]
       the config, and what follows from it and from the data and weights that are here
+  profile EXPERIMENT.py|DIR [--measured-steps 20] [--trace DIR] [--json]
+      where the time of a step and the memory go, and whether the device waits for its input
   plan EXPERIMENT.py --topology v3-8 [--max-hours 9] [--weekly-hours 20] [--num-examples N] [--json]
       whether the run compiles and fits there, and how long it would take; no TPU is needed
 
@@ -278,6 +281,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "export": _export,
     "show": _show,
     "plan": plan_command,
+    "profile": profile_command,
     "status": _status,
     "report": _report,
 }

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import numpy as np
-from jaxtyping import Array
 
 from fm_distill.config import Config
 from fm_distill.config.regime import regime_of
@@ -22,7 +21,6 @@ from fm_distill.models import Variables
 from fm_distill.networks.branch import Branch, frozen_teachers
 from fm_distill.networks.loading import Networks
 from fm_distill.recordings.reading import RecordingReader
-from fm_distill.runs.state import TrainState
 from fm_distill.system.sharding import Layout
 from fm_distill.training.build import Build, build
 from fm_distill.training.program import make_program
@@ -71,7 +69,7 @@ class Setup:
     frozen: tuple[Variables, ...]
     teachers_here: tuple[Branch, ...]
     networks: Networks
-    program: Callable[..., tuple[TrainState, dict[str, Array]]]
+    program: jax.stages.Wrapped
     evaluator: Evaluator
     validation: Callable[[], Iterable[tuple[Batch, np.ndarray]]] | None
     final: Callable[[], Iterable[tuple[Batch, np.ndarray]]]

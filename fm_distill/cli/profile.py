@@ -1,0 +1,84 @@
+"""The command `fm-distill profile`."""
+
+import dataclasses
+import json
+import pathlib
+
+from fm_distill.cli.options import HELP, OverConfig, empty, first, first_experiment, parse_over
+from fm_distill.config import Config
+from fm_distill.errors import EXIT_COMPLETE
+
+ADVICE = {
+    "input": "input-bound: the device waits for its batches. Keep the data in device memory "
+    "(--data.feeding resident), raise --data.workers, or store smaller images",
+    "compute": "compute-bound: the device works and the batches are there in time",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Profile(OverConfig):
+    """Where the time of a step and the memory of a run go."""
+
+    measured_steps: int = 20
+    """Steps that are measured."""
+    trace: str | None = None
+    """Record the steps into this folder, for Perfetto and TensorBoard's profiler."""
+    json: bool = False
+    """Print one JSON object."""
+
+
+def profile_command(arguments: list[str]) -> int:
+    place, rest = first(arguments, "profile EXPERIMENT.py|DIR")
+    default, workdir = _opened(arguments, place)
+    asked = parse_over(_Profile, default, rest, f"profile {place}")
+
+    from fm_distill.training.profile import Profile, profile
+
+    workdir = workdir or str(pathlib.Path("runs", asked.config.name))
+    found: Profile = profile(asked.config, workdir, asked.measured_steps, asked.trace)
+    if asked.json:
+        print(json.dumps(dataclasses.asdict(found)))
+        return EXIT_COMPLETE
+    print("\n".join(_lines(dataclasses.asdict(found))))
+    if asked.trace:
+        print(f"the trace is in {asked.trace}: open perfetto_trace.json.gz at ui.perfetto.dev, or")
+        print(f"tensorboard --logdir {asked.trace}")
+    return EXIT_COMPLETE
+
+
+def _opened(arguments: list[str], place: str) -> tuple[Config, str]:
+    """The config of an experiment, or of a run and its workdir."""
+    if arguments[0] in HELP:
+        return empty(Config), ""
+    if pathlib.Path(place).is_dir():
+        from fm_distill.runs.workdir import Workdir
+
+        return Workdir(place).stored().config, place
+    return first_experiment(arguments, "profile EXPERIMENT.py|DIR")[1], ""
+
+
+def _lines(found: dict) -> list[str]:
+    step_ms = found["step_ms"]
+
+    def row(label: str, milliseconds: float) -> str:
+        return f"  {label:<34}{milliseconds:>10.2f} ms{milliseconds / step_ms:>8.0%}"
+
+    title = (
+        f"{found['name']}: {found['steps']} steps on {found['devices']} x {found['device']}, "
+        f"{found['feeding']}; {found['images_per_second']:,.0f} images/s"
+    )
+    lines = [
+        title,
+        row("a step, waited for", step_ms),
+        row("of it waiting for the batch", found["wait_ms"]),
+        "as programs of their own:",
+        *(row(name, found[f"{name}_ms"]) for name in ("views", "targets", "student", "update")),
+        "on the host, for a batch, one thread:",
+        *(row(name, found[f"{name}_ms"]) for name in ("reading", "decoding", "logging")),
+        row("all that read ahead, together", found["feeding_ms"]),
+        "memory of all devices together:",
+        *(f"  {name:<34}{count / 1e6:>10,.1f} MB" for name, count in found["memory_bytes"].items()),
+    ]
+    if found["temporary_bytes"] is not None:
+        lines.append(f"  {'temporary, of a device':<34}{found['temporary_bytes'] / 1e6:>10,.1f} MB")
+    return [*lines, f"compiled in {found['compile_s']:.1f} s", ADVICE[found["bound"]]]
