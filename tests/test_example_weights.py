@@ -49,6 +49,7 @@ from fm_distill.objectives.terms import Outputs, Targets
 from fm_distill.reports.report import report
 from fm_distill.runs.state import TrainState
 from fm_distill.system.sharding import make_layout
+from fm_distill.testing import check_source
 from fm_distill.training.build import build
 from fm_distill.training.check import problems
 from fm_distill.training.step import make_train_step
@@ -234,6 +235,7 @@ def test_a_long_tailed_split_keeps_the_first_of_each_class_in_their_order(form):
     whole = open_source(tiny_config().data, "train")
     assert (known_labels(form(whole)) is None) == (form is Unread)
     thinned = long_tailed(form(whole), 50.0)
+    check_source(thinned)
     labels = np.array([whole[i].label for i in range(len(whole))])
     expected = []
     for i, label in enumerate(labels):
