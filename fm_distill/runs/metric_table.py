@@ -52,7 +52,7 @@ class Metric:
         """The value in the figures of an evaluation; None where there is none."""
         value: Any = figures
         for key in self.path:
-            value = value.get(key)  # of an earlier version, they lack some
+            value = value.get(key)  # those of a long tail are not always there
         return None if value is None else float(value)
 
     def number(self, value: float) -> float:
