@@ -45,15 +45,10 @@ def sums_of_groups(
     return {"labelled": inside.sum(0), "top1": (inside * right[:, None]).sum(0)}
 
 
-def accuracies(
-    sums: dict[str, Float[np.ndarray, " groups"]] | None,
-) -> dict[str, float | None]:
+def accuracies(sums: dict[str, Float[np.ndarray, " groups"]]) -> dict[str, float | None]:
     """`head_top1`, `middle_top1`, `tail_top1`: the share of a group's examples that are right.
 
-    None without groups, or where no example of the group is in the split.
+    None where no example of the group is in the split.
     """
-    found: dict[str, float | None] = {}
-    for i, name in enumerate(GROUPS):
-        labelled = float(sums["labelled"][i]) if sums else 0.0
-        found[f"{name}_top1"] = float(sums["top1"][i]) / labelled if sums and labelled else None
-    return found
+    pairs = zip(GROUPS, sums["top1"], sums["labelled"], strict=True)
+    return {f"{name}_top1": float(right / count) if count else None for name, right, count in pairs}

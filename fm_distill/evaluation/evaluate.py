@@ -180,7 +180,10 @@ def evaluate_batches(
 
 
 def summarise(sums: Sums, split: str, step: int) -> dict[str, Any]:
-    """The figures of one evaluation; null where there are no labels, teacher or fifth class."""
+    """The figures of one evaluation; null where there are no labels, teacher or fifth class.
+
+    Those of head, middle and tail classes are there where the training split has a long tail.
+    """
     classes = int(sums["classes"])
     examples = int(sums["examples"])
     student = _figures(sums["student"], classes)
@@ -228,14 +231,14 @@ def _match(sums: Sums | None, classes: int) -> dict[str, dict[str, float | None]
 
 def _figures(sums: Sums | None, classes: int) -> dict[str, float | None]:
     if sums is None or sums["labelled"] == 0:
-        return dict.fromkeys(("top1", "top5", "cross_entropy", "ece")) | accuracies(None)
+        return dict.fromkeys(("top1", "top5", "cross_entropy", "ece"))
     count = float(sums["labelled"])
     return {
         "top1": float(sums["top1"]) / count,
         "top5": float(sums["top5"]) / count if classes >= 5 else None,
         "cross_entropy": float(sums["cross_entropy"]) / count,
         "ece": float(np.abs(sums["bin_confidence"] - sums["bin_right"]).sum()) / count,
-        **accuracies(sums.get("groups")),
+        **(accuracies(sums["groups"]) if "groups" in sums else {}),
     }
 
 
