@@ -254,7 +254,7 @@ def test_evaluate_prints_one_object(trained):
     found = json.loads(done.stdout)
     assert list(found) == [
         "split", "examples", "step", "student", "teacher", "agreement", "kl", "training_view",
-        "retention", "gap",
+        "retention", "retention_interval", "gap", "gap_interval", "cost",
     ]  # fmt: skip
     assert list(found["student"]) == ["top1", "top5", "cross_entropy", "ece"]
     assert found["split"] == "validation" and found["examples"] == 179

@@ -45,6 +45,25 @@ def test_a_convolution_is_two_flops_a_product(size, kernel, stride):
     assert found == 2 * 2 * products(size, kernel, stride) ** 2 * 6
 
 
+def test_flops_are_counted_on_the_cpu_or_not_at_all(monkeypatch):
+    """JAX counts nothing for the plugins of TPUs and GPUs, which may be alone here."""
+    here, counted = jax.local_devices, []
+
+    def local_devices(**options):
+        counted.append(options)
+        return here(**options)
+
+    monkeypatch.setattr(cost.jax, "local_devices", local_devices)
+    known = cost_of((TINY,), 10, "float32", None)
+    assert counted == [{"backend": "cpu"}] and known.flops > 1e5
+
+    def no_cpu(**options):
+        raise RuntimeError("Unknown backend cpu")
+
+    monkeypatch.setattr(cost.jax, "local_devices", no_cpu)
+    assert cost_of((TINY,), 10, "float32", None) == dataclasses.replace(known, flops=None)
+
+
 def test_a_published_network():
     """timm's benchmark table: 25.55 million parameters, 4.23 billion multiply-adds at 224 px."""
     network = NetworkConfig(model="bit_r50x1", resolution=224, input_range="minus_one_one")

@@ -20,7 +20,7 @@ from fm_distill.reports import plots
 from fm_distill.reports.pareto import front, pareto
 from fm_distill.reports.sweep import parse_over, sweep
 from fm_distill.reports.sweep_table import SweptRun, as_csv, as_markdown, as_page, save
-from fm_distill.runs.workdir import Workdir
+from fm_distill.runs.open_run import open_run
 
 
 def quick_config():
@@ -202,7 +202,8 @@ def test_a_sweep_over_cost_ends_with_the_pareto_front(tmp_path):
     latency = "latency at batch 1, latency at full batch"
     everything = f"parameters, FLOPs, {latency}"
     assert [x["Pareto-optimal in"] for x in rows] == [everything, latency, everything]
-    first, second = as_markdown(runs).split("\n\n")
+    first, second, notes = as_markdown(runs).split("\n\n")
+    assert "2 a multiply-add" in notes and notes.endswith("measured on a clock")
     assert "| width=1.5 | 64.00 | 2.0000 | 20.00 | 1.0000 | 1.0000 | latency at" in second
     cells = dict(zip(*(x.split(" | ") for x in first.splitlines()[::3][:2]), strict=True))
     assert cells["student FLOPs, millions"] == "10.00" and cells["seeds"] == "2"
@@ -212,7 +213,9 @@ def test_a_sweep_over_cost_ends_with_the_pareto_front(tmp_path):
     )
     page = (tmp_path / "sweep.html").read_text()
     assert "<img src='pareto.svg'" in page and page.count("<td>width=1.5</td>") == 0
-    assert "<tr><th>width=1.5</th><td>64.00</td>" in page
+    assert "<tr><th>width=1.5</th><td>64.00</td>" in page and "measured on a clock." in page
+    with (tmp_path / "sweep.csv").open(newline="") as file:
+        assert {x["measured on"] for x in csv.DictReader(file)} == {"a clock"}
     assert ElementTree.fromstring((tmp_path / "pareto.svg").read_bytes()).tag.endswith("svg")
     # In the same folder, runs of one network, whose times differ by chance: nothing is left of it.
     once, again = figures(0.7, 10, ms=1.0), figures(0.6, 10, ms=1.1)
@@ -253,14 +256,18 @@ def test_without_matplotlib_the_tables_are_written(tmp_path, monkeypatch, capsys
 
 
 def test_a_sweep_over_the_student_ends_with_its_own_costs(tmp_path):
-    table = sweep(quick_config(), {"student.resolution": (16, 8)}, tmp_path)
+    over = {"student.resolution": (16, 8), "student.depths": ([1],)}
+    table = sweep(quick_config(), over, tmp_path)
     with (tmp_path / "pareto.csv").open(newline="") as file:
         rows = [*csv.DictReader(file)]
-    assert [x["runs"] for x in rows] == ["student.resolution=8", "student.resolution=16"]
-    for row in rows:
-        run = Workdir(tmp_path / row["runs"])
-        flops = run.read_evaluation()["cost"]["student"]["flops"]
+    assert [x["runs"] for x in rows] == [
+        f"student.resolution={side}, student.depths=[1]" for side in (8, 16)
+    ]
+    for row, side in zip(rows, (8, 16), strict=True):
+        # A folder whose checkpoints can be read again.
+        run = open_run(tmp_path / f"student.resolution={side}__student.depths=1")
+        flops = run.workdir.read_evaluation()["cost"]["student"]["flops"]
         assert float(row["student FLOPs, millions"]) == pytest.approx(flops / 1e6)
     assert rows[0]["Pareto-optimal in"] == "FLOPs"
     assert "student parameters, millions" not in rows[0]  # the same in both runs
-    assert (tmp_path / "pareto.svg").is_file() and table.count("\n\n") == 1
+    assert (tmp_path / "pareto.svg").is_file() and table.endswith("padding left out")

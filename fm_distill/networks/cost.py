@@ -43,7 +43,7 @@ class Cost:
     """Of one network, or of several together; None of a function that is no network of ours."""
 
     parameters: int | None
-    # Of one image at each network's own resolution; see `count_flops`.
+    # Of one image at each network's own resolution; None also where `count_flops` raises.
     flops: int | None
     # Of a batch of one and of a full one; None where they were not measured.
     one: Calls | None = None
@@ -61,10 +61,14 @@ def count_flops(function: Callable[..., Any], *arguments: Any) -> float:
     2 for each multiply-add and 1 for any other operation, as XLA counts them before anything is
     compiled: products with the zeros of a padding are left out, transcendental functions are not
     counted, and the body of a loop is counted once.
+
+    Raises `RuntimeError` where JAX has no CPU here, or the function no form for a TPU.
     """
-    # For a TPU, whatever is here: on a CPU some convolutions are written out as other sums.
-    lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("tpu",))
-    return float(lowered.cost_analysis()["flops"])
+    # In the form for a TPU: on a CPU some convolutions are written out as other sums. On a CPU:
+    # JAX does not count for the plugins of TPUs and GPUs before it has compiled.
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("tpu",))
+        return float(lowered.cost_analysis()["flops"])
 
 
 def cost_of(
@@ -83,7 +87,7 @@ def cost_of(
     images = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in _images(branches, 1))
     cost = Cost(
         parameters=sum(parameter_count(x.params) for x in initial),
-        flops=round(count_flops(_forward(branches), frozen, images)),
+        flops=_flops(branches, frozen, images),
     )
     if batch_size is None:
         return cost
@@ -122,6 +126,14 @@ def _initial(branches: tuple[Branch, ...]) -> tuple[Variables, ...]:
 def _frozen(branches: tuple[Branch, ...]) -> tuple[Variables, ...]:
     variables = _initial(branches)
     return tuple(x.network.freeze(y) for x, y in zip(branches, variables, strict=True))
+
+
+def _flops(branches: tuple[Branch, ...], *arguments: Any) -> int | None:
+    # A run ends with its evaluation, which must not fail for this.
+    try:
+        return round(count_flops(_forward(branches), *arguments))
+    except RuntimeError:
+        return None
 
 
 def _images(

@@ -63,7 +63,8 @@ def sweep(
     with stop_signals(Stop(max_hours)) as stop:
         for i, (values, run) in enumerate(zip(chosen, runs, strict=True), 1):
             log(f"run {i} of {len(runs)}: {_name(values, ', ')}")
-            name = _name(values, "__").replace("/", "_")
+            # Brackets would be a pattern to whatever globs below the folder, checkpoints among it.
+            name = re.sub(r"[\[\] ]", "", _name(values, "__").replace("/", "_"))
             result = train_until(run, folder / name, stop)
             if not result.complete:
                 return None

@@ -12,7 +12,8 @@ from typing import Any
 
 from fm_distill.errors import UserError
 from fm_distill.reports.pareto import Pareto, pareto
-from fm_distill.runs.metric import Metric
+from fm_distill.runs.cost_metrics import FLOPS_CONVENTION
+from fm_distill.runs.metric import Metric, at_path
 from fm_distill.runs.metric_table import at
 from fm_distill.system.console import log
 from fm_distill.system.files import replacing
@@ -65,6 +66,9 @@ def as_markdown(runs: Sequence[SweptRun]) -> str:
     best = _pareto(runs)
     if best is not None:
         lines += ["", *_markdown(best.heads, _pareto_cells(best))]
+    device = _device(runs)
+    if best is not None or device:
+        lines += ["", FLOPS_CONVENTION, *([f"measured on {device}"] if device else [])]
     return "\n".join(lines)
 
 
@@ -78,7 +82,8 @@ def as_csv(runs: Sequence[SweptRun]) -> str:
         heads += [metric.column, f"{metric.column}, standard deviation"]
         if metric.interval_path:
             heads += [f"{metric.column}, 95 % interval, {end}" for end in ("low", "high")]
-    writer.writerow(heads)
+    device = _device(runs)
+    writer.writerow([*heads, *(["measured on"] if device else [])])
     for group, found in _grouped(runs).items():
         row: list[object] = [group, len(found)]
         for metric in metrics:
@@ -89,7 +94,7 @@ def as_csv(runs: Sequence[SweptRun]) -> str:
             ]
             if metric.interval_path:
                 row += _interval(metric, found) or ("", "")
-        writer.writerow(row)
+        writer.writerow([*row, *([device] if device else [])])
     return out.getvalue()
 
 
@@ -123,10 +128,13 @@ def as_page(runs: Sequence[SweptRun], picture: bool = False) -> str:
     ]
     best = _pareto(runs)
     front = _front(best, picture) if best is not None else ""
+    device = _device(runs)
+    measured = f" Latency and activations: measured on {html.escape(device)}." if device else ""
     return (
         "<!DOCTYPE html>\n<html lang='en'><head><meta charset='utf-8'><title>Sweep</title>"
         f"<style>{STYLE}</style></head><body>\n<h1>Sweep</h1>\n"
-        "<p>Mean ± sample standard deviation over the seeds.</p>\n"
+        "<p>Mean ± sample standard deviation over the seeds. "
+        f"{FLOPS_CONVENTION}.{measured}</p>\n"
         f"{_table(['runs', 'seeds', *heads], groups)}\n{front}<h2>Runs</h2>\n"
         f"{_table(['run', *heads], each)}\n</body></html>\n"
     )
@@ -140,6 +148,12 @@ def _front(best: Pareto, picture: bool) -> str:
         "accurate and as cheap, and better in one of the two.</p>\n"
         f"{_table([html.escape(x) for x in best.heads], cells)}\n{shown if picture else ''}"
     )
+
+
+def _device(runs: Sequence[SweptRun]) -> str:
+    """Where the costs were measured; empty where they were not."""
+    found = (at_path(x.figures, ("cost", "device")) for x in runs)
+    return ", ".join(dict.fromkeys(x for x in found if x))
 
 
 def _pareto(runs: Sequence[SweptRun]) -> Pareto | None:
