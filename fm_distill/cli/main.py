@@ -12,6 +12,7 @@ from typing import NoReturn
 
 import tyro
 
+from fm_distill.cli.diagnose import diagnose_command
 from fm_distill.cli.options import (
     HELP,
     OverConfig,
@@ -50,6 +51,8 @@ USAGE = """usage: fm-distill COMMAND ...
       the student as a weight file in timm's or Keras's names, with a card
   report DIR [DIR ...] [--out report.html] [--data-dir PATH] [--teacher-weights FILE] [--overwrite]
       one HTML file: figures of the runs side by side, curves, views, disagreements
+  diagnose DIR [--json] [--out page.html] [--examples 1024] [--data.data-dir PATH]
+      what is wrong with a run, complete or not, by name, with the evidence and what to change
   show EXPERIMENT.py [--any.config.field VALUE ...]
       the config, and what follows from it and from the data and weights that are here
   plan EXPERIMENT.py --topology v3-8 [--max-hours 9] [--weekly-hours 20] [--num-examples N] [--json]
@@ -268,4 +271,5 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "plan": plan_command,
     "status": _status,
     "report": _report,
+    "diagnose": diagnose_command,
 }

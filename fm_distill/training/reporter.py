@@ -44,11 +44,16 @@ class Reporter:
         self.stop = stop
         self.late: tuple[int, int, dict[str, Array]] | None = None
         self.mark = start, time.monotonic()
+        self.waited_s = 0.0  # for batches, since the mark
         # Step and time when the first dispatch was done.
         self.first: tuple[int, float] | None = None
         self.step = start
         self.figures: dict[int, dict[str, float]] = {}  # step -> of the last evaluation
         self.status_at = -STATUS_EVERY_S
+
+    def waited(self, seconds: float) -> None:
+        """Adds what the loop waited for a batch."""
+        self.waited_s += seconds
 
     def dispatched(self, step: int, steps: int, metrics: dict[str, Array]) -> None:
         """Reports the dispatch before, and keeps this one for later."""
@@ -79,7 +84,7 @@ class Reporter:
         self.figures = {step: known}
         self.writer.write(step, self._epoch(step), "validation", known)
         log(f"step {step:,} validation: {line(known)}; all in {self.workdir.metrics}")
-        self.mark = step, time.monotonic()
+        self.mark, self.waited_s = (step, time.monotonic()), 0.0
 
     def hours_left(self) -> float | None:
         """At the pace of this session, evaluations and checkpoints included; None if not known."""
@@ -103,6 +108,7 @@ class Reporter:
         before, since = self.mark
         self.mark = step, time.monotonic()
         seconds = max(self.mark[1] - since, 1e-9)
+        wait, self.waited_s = self.waited_s / seconds, 0.0
         config = self.setup.config
         rate = (step - before) * config.batch_size / seconds
         shape = float(jax.device_get(self.setup.built.schedule(step - 1)))
@@ -110,6 +116,7 @@ class Reporter:
         values |= {
             "learning_rate": config.optimizer.learning_rate * shape,
             "images_per_second": rate,
+            "data_wait": wait,
         }
         if self.setup.feed.skipped:
             values["corrupt_images"] = self.setup.feed.skipped
