@@ -10,6 +10,7 @@
     figures = plan(config, "v3-8")
     table = sweep(config, {"seed": (0, 1, 2)}, "runs/digits_sweep")
     page = report(["runs/digits"], "digits.html")
+    causes = diagnose("runs/digits").causes
 
 The fields of `Config` are in `fm_distill.config`. Wrong input raises `UserError`. The names are
 imported when they are first used, so that `fm_distill.config` comes without JAX.
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fm_distill.config import Config
+    from fm_distill.diagnosis.diagnose import diagnose
     from fm_distill.errors import UserError
     from fm_distill.evaluation.inference import evaluate, predict
     from fm_distill.exporting.export import export
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Config",
     "UserError",
+    "diagnose",
     "evaluate",
     "export",
     "load_experiment",
@@ -49,6 +52,7 @@ __all__ = [
 _MODULES = {
     "Config": "fm_distill.config",
     "UserError": "fm_distill.errors",
+    "diagnose": "fm_distill.diagnosis.diagnose",
     "evaluate": "fm_distill.evaluation.inference",
     "export": "fm_distill.exporting.export",
     "load_student": "fm_distill.exporting.load_student",

@@ -10,12 +10,12 @@ from fm_distill.diagnosis.cka import centred_gram, hsic, ratio
 def in_song_form(x, y):
     """The unbiased HSIC of Song et al. 2012 (JMLR 13), equation 5, of linear kernels."""
     n = len(x)
-    k, l = (z.reshape(n, -1) @ z.reshape(n, -1).T for z in (x, y))
-    np.fill_diagonal(k, 0)
-    np.fill_diagonal(l, 0)
+    a, b = (z.reshape(n, -1) @ z.reshape(n, -1).T for z in (x, y))
+    np.fill_diagonal(a, 0)
+    np.fill_diagonal(b, 0)
     one = np.ones(n)
-    rest = (one @ k @ one) * (one @ l @ one) / ((n - 1) * (n - 2)) - 2 / (n - 2) * one @ k @ l @ one
-    return (np.trace(k @ l) + rest) / (n * (n - 3))
+    rest = (one @ a @ one) * (one @ b @ one) / ((n - 1) * (n - 2)) - 2 / (n - 2) * one @ a @ b @ one
+    return (np.trace(a @ b) + rest) / (n * (n - 3))
 
 
 def biased(x, y):

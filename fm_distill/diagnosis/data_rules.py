@@ -171,8 +171,8 @@ def views_differ(evidence: Evidence) -> Finding | None:
     return Finding(
         MEASURED,
         f"with teaching={evidence.setting.teaching} the teacher's answer to its own view and its "
-        f"answer to the student's are {apart:.3g} nats apart (KL), which is "
-        f"{apart / max(all_of_it, LEAST_NOISE_NATS):.0%} of the {all_of_it:.3g} nats that tell one view from another",
+        f"answer to the student's are {apart:.3g} nats apart (KL), and what tells one view from "
+        f"another is {all_of_it:.3g} nats in all",
         "show both networks the same view: --teaching function_matching",
     )
 

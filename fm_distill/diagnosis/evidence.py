@@ -107,6 +107,7 @@ class Gradients:
     norms: Float[np.ndarray, "batches terms"]
     cosines: Float[np.ndarray, "terms terms"]  # of the mean products over the batches
     parameter_norm: float
+    initial_norm: float | None  # before the first step; None where that was pretrained
 
     @property
     def shares(self) -> Float[np.ndarray, " terms"]:

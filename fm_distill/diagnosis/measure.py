@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Array, PRNGKeyArray
 
 from fm_distill.config import Config
 from fm_distill.config.objective import terms_of
@@ -32,6 +33,7 @@ from fm_distill.objectives.terms import make_terms
 from fm_distill.runs.history import History, read_history
 from fm_distill.runs.open_run import Run
 from fm_distill.training.rollback import read_rollbacks
+from fm_distill.views.draws import run_keys
 from fm_distill.views.rendering import INPUT_RANGES
 
 EPSILON = 1e-5  # of a variance that BatchNorm keeps
@@ -233,7 +235,19 @@ def _gradients(examined: Examined, rows: list[Found]) -> Gradients:
         norms=norms,
         cosines=np.where(size > 0, mean / np.where(size > 0, size, 1), 0.0),
         parameter_norm=float(optax.global_norm(examined.trained.params)),
+        initial_norm=_initial_norm(examined),
     )
+
+
+def _initial_norm(examined: Examined) -> float | None:
+    student = examined.config.student
+    if student.weights:
+        return None
+
+    def norm(key: PRNGKeyArray) -> Array:
+        return optax.global_norm(examined.student.network.init(key).params)
+
+    return float(jax.jit(norm)(run_keys(examined.config.seed, student.seed).init))
 
 
 def _cka(examined: Examined, rows: list[Found]) -> Cka | None:

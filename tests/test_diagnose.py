@@ -1,0 +1,231 @@
+"""`fm-distill diagnose`: each planted cause is the first one named, and a healthy run has none."""
+
+import dataclasses
+import json
+import re
+import shutil
+from xml.etree import ElementTree
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT, run_command
+from diagnosed import NEAR, NOTHING_LEARNED, PLANTED, healthy, within
+from gratings import CLASSES
+from test_cli import refused
+from tiny import NETWORK, tiny_config
+
+from fm_distill.config import (
+    CanvasConfig,
+    CheckpointConfig,
+    DataConfig,
+    LogConfig,
+    MeshConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    SplitConfig,
+    TeacherConfig,
+    ViewConfig,
+)
+from fm_distill.config.serialization import changed
+from fm_distill.diagnosis.causes import CAUSES, causes_of
+from fm_distill.diagnosis.diagnose import as_json, diagnose
+from fm_distill.diagnosis.evidence import Cka
+from fm_distill.diagnosis.page import cka_picture, text
+from fm_distill.diagnosis.probes import gradient_products
+from fm_distill.models import Variables
+from fm_distill.runs.open_run import open_run
+from fm_distill.training.train import train
+from fm_distill.weights.card import only_network
+from fm_distill.weights.names import in_naming
+
+VIEWS = ViewConfig(crop_area=(0.5, 1.0), flip_probability=0.0, central_fraction=1.0)
+LABELS = tiny_config(
+    batch_size=32,
+    data=DataConfig(
+        source=f"{ROOT / 'tests' / 'gratings.py'}:gratings",
+        train=SplitConfig(name="train"),
+        test=SplitConfig(name="test"),
+        canvas=CanvasConfig(size=20, fit="long"),
+    ),
+    views=dataclasses.replace(VIEWS, mixup="none"),
+    student=dataclasses.replace(NETWORK, width=0.25),
+    optimizer=OptimizerConfig(learning_rate=1e-2, weight_decay=1e-4),
+    schedule=ScheduleConfig(total_steps=60, warmup_steps=6),
+    checkpoint=CheckpointConfig(every_steps=1000),
+    log=LogConfig(every_steps=1, evaluate_every_steps=0, tensorboard=False, final_evaluation=False),
+    mesh=MeshConfig(data=1),
+)
+
+
+def names(found) -> list[str]:
+    return [x.name for x in found]
+
+
+def test_every_cause_is_planted():
+    assert PLANTED.keys() == CAUSES.keys()
+    assert {name for name, _ in NEAR.values()} >= CAUSES.keys() - {"views-differ"}
+    assert causes_of(healthy()) == ()
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_cause_is_the_first_one_named(name):
+    found = causes_of(PLANTED[name])
+    assert names(found)[0] == name
+    assert re.search(r"\d", found[0].evidence) and len(found[0].advice) > 20
+
+
+@pytest.mark.parametrize("case", NEAR)
+def test_what_is_only_near_has_no_cause(case):
+    assert causes_of(NEAR[case][1]) == ()
+
+
+def test_a_run_that_diverged_or_went_far_for_nothing_has_too_high_a_rate():
+    failed = within(
+        healthy(), "setting", failure="the loss is not finite at step 7", complete=False
+    )
+    back = within(healthy(), "setting", rollbacks=2)
+    for found in (failed, back, NOTHING_LEARNED):
+        assert names(causes_of(found)) == ["learning-rate-too-high"]
+    other = within(healthy(), "setting", failure="the disk is full", complete=False)
+    assert causes_of(other) == ()
+
+
+def test_schedules_of_the_loss_silence_the_curves():
+    for name in ("learning-rate-too-low", "capacity-reached", "too-little-patience"):
+        assert causes_of(within(PLANTED[name], "setting", comparable=False)) == ()
+
+
+def test_products_of_gradients_are_those_of_each_alone():
+    params = {"a": jnp.float32([1.0, 2.0]), "b": jnp.float32(3.0)}
+
+    def losses(p):
+        return jnp.stack([p["a"] @ p["a"], p["a"][0] * p["b"], -p["b"]])
+
+    gradients = np.array([[2.0, 4.0, 0.0], [3.0, 0.0, 1.0], [0.0, 0.0, -1.0]])
+    np.testing.assert_allclose(gradient_products(losses, params), gradients @ gradients.T)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """With the complete run of a teacher that knows its classes."""
+    place = tmp_path_factory.mktemp("diagnose")
+    assert train(LABELS, place / "teacher").complete
+    return place
+
+
+def matching(folder, steps=100, **changes):
+    """The run of a student of that teacher."""
+    config = dataclasses.replace(
+        LABELS,
+        views=VIEWS,
+        student=NETWORK,
+        teacher=TeacherConfig(workdir=str(folder / "teacher")),
+        objective=ObjectiveConfig(temperature=2.0),
+        schedule=ScheduleConfig(total_steps=steps, warmup_steps=steps // 10),
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def diagnosed(folder, name, config):
+    train(config, folder / name)
+    return diagnose(folder / name)
+
+
+def teacher_file(folder, change, **network) -> TeacherConfig:
+    """The teacher's weights, changed, in a file that says nothing of itself."""
+    run = open_run(folder / "teacher")
+    variables = run.student.variables
+    head = jax.tree.map(change, variables.params["head"])
+    tensors = in_naming(
+        "bit_original",
+        run.network,
+        Variables(variables.params | {"head": head}, variables.statistics),
+    )
+    path = folder / "teacher.npz"
+    np.savez(path, **tensors)
+    given = dataclasses.replace(only_network(run.network), **network)
+    return TeacherConfig(weights=str(path), network=given)
+
+
+@pytest.fixture(scope="module")
+def healthy_run(folder):
+    train(matching(folder), folder / "healthy")
+    return folder / "healthy"
+
+
+def test_a_healthy_run_has_no_cause_and_a_page(healthy_run, folder):
+    """By the real command, in a process of its own."""
+    page = folder / "page.html"
+    done = run_command("diagnose", healthy_run, "--json", "--out", page)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["causes"] == [] and found["not_examined"] == []
+    assert found["complete"] and found["step"] == found["total_steps"] == 100
+    cka = np.array(found["cka"]["values"])
+    assert cka.shape == (len(found["cka"]["student"]), len(found["cka"]["teacher"])) == (3, 3)
+    # Both order the examples by their class in the end, and not yet at the input.
+    assert cka[-1, -1] > 0.8 and cka[-1, -1] > cka[0, -1] + 0.2
+    assert list(found["gradients"]["terms"]) == ["kl"]
+    assert found["gradients"]["terms"]["kl"]["share"] == 1
+    assert found["training_view"]["agreement"] > 0.9
+    assert found["training_view"]["kl_between_views_nats"] < 1e-6
+    assert found["central_view"]["teacher_top1"][0] > 0.95
+    assert len(found["over_the_run"]) == 6
+    assert all(0 <= x["data_wait"] <= 1 for x in found["over_the_run"])
+    written = page.read_text()
+    assert "No cause was found" in written and "<img alt='CKA'" in written
+    for outside in ("http:", "https:", "<script", "<link", "url("):
+        assert outside not in re.sub(r"base64,[^']*", "", written)
+
+
+def test_a_teacher_with_its_classes_in_another_order(folder):
+    order = np.roll(np.arange(CLASSES), 2)
+    teacher = teacher_file(folder, lambda x: x[..., order])
+    found = diagnosed(folder, "order", matching(folder, 20, teacher=teacher))
+    assert names(found.causes)[0] == "wrong-class-order"
+    assert "100.0%" in found.causes[0].evidence or "99." in found.causes[0].evidence
+
+
+def test_a_teacher_with_a_wrong_input_range(folder):
+    teacher = teacher_file(folder, lambda x: x, input_range="zero_one")
+    found = diagnosed(folder, "range", matching(folder, 20, teacher=teacher))
+    assert names(found.causes)[0] == "wrong-input-range"
+    assert "--teacher.network.input-range minus_one_one" in found.causes[0].advice
+    assert "wrong-input-range" in text(found)
+
+
+def test_what_is_not_there_is_left_out_and_said(healthy_run):
+    """The log alone still names causes."""
+    config = changed(open_run(healthy_run).config, {"data.source": "/gone/gratings.py:gratings"})
+    found = diagnose(healthy_run, config)
+    assert found.evidence.training is None and found.evidence.cka is None
+    assert "/gone/gratings.py" in found.evidence.not_examined[0].why
+    assert as_json(found)["gradients"] is None
+    assert "not examined" in text(found)
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("nowhere", "is not the workdir of a run"),
+        ("empty", "has no checkpoint yet; train it first"),
+        ("teacher", "learns from labels, without a teacher"),
+    ],
+)
+def test_wrong_input_is_refused(capsys, folder, healthy_run, place, said):
+    if place == "empty":
+        shutil.copytree(healthy_run, folder / "empty", dirs_exist_ok=True)
+        shutil.rmtree(folder / "empty" / "checkpoints")
+    error = refused(capsys, "diagnose", folder / place, "--json")
+    assert said in error and len(error.strip().splitlines()) == 1
+
+
+def test_the_picture_shows_each_pair_once():
+    values = np.array([[1.0, 0.25, np.nan], [-0.01, 0.5, 0.75]])
+    cka = Cka(("a", "b"), ("x", "y<", "z"), values, 64)
+    root = ElementTree.fromstring(cka_picture(cka))
+    said = [x.text for x in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert said[1:] == ["x", "y<", "z", "a", "1.00", "0.25", "-", "b", "-0.01", "0.50", "0.75"]
