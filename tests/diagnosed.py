@@ -124,6 +124,13 @@ def _far(evidence: Evidence) -> Evidence:
     return within(evidence, "training", same_class=same)
 
 
+def _power(exponent: float) -> np.ndarray:
+    """A loss that falls by 1 - 2^-exponent from a step to the double of it, and is far at last."""
+    share = np.arange(1, LINES + 1) / LINES
+    noise = 0.08 * np.random.default_rng(5).standard_normal(LINES)
+    return 2 * np.minimum(1, (20 * share) ** -exponent) * np.exp(noise)
+
+
 def _jump() -> np.ndarray:
     loss = curve()
     loss[40:55] = 4.0
@@ -135,7 +142,7 @@ PLANTED = {
     "wrong-input-range": _central(
         healthy(), ranges=(ranges("teacher", "label", {"zero_one": 0.7, "imagenet": 0.9}),)
     ),
-    "views-differ": within(healthy(), "training", views_kl_nats=np.full(EXAMPLES, 0.3)),
+    "views-differ": within(healthy(), "training", views_kl_nats=np.full(EXAMPLES, 0.1)),
     "saturated-gradient": within(
         within(healthy(), "setting", temperature=200.0),
         "training",
@@ -152,7 +159,7 @@ PLANTED = {
     "unmatchable-examples": _foreign(),
     "input-bound": _log(data_wait=np.full(LINES, 0.6)),
     "capacity-reached": _far(_log(loss=curve(level=1.0, halved_in=0.01, noise=0.05))),
-    "too-little-patience": _far(_log(loss=curve(level=0.8, halved_in=0.35, noise=0.08))),
+    "too-little-patience": _far(_log(loss=_power(0.25))),
 }
 # A second way to the same cause.
 NOTHING_LEARNED = _far(_log(loss=curve(level=2.0, first=2.0), update_norm=np.full(LINES, 5.0)))
@@ -163,6 +170,9 @@ NEAR = {
     )),
     "a teacher that confuses classes": ("wrong-class-order", _central(
         healthy(), teacher_class=(np.minimum(healthy().central.label, 6),)
+    )),
+    "views that hardly differ": ("views-differ", within(
+        healthy(), "training", views_kl_nats=np.full(EXAMPLES, 0.01)
     )),
     "a temperature of ten": ("saturated-gradient", within(
         within(healthy(), "setting", temperature=10.0),

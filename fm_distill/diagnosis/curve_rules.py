@@ -24,13 +24,16 @@ NEAR_START = 0.05
 # The longest update over the norm of the parameters at the start: Adam at a good rate makes 0.02
 # of the digits' student.
 LONGEST_UPDATE = 0.1
-# A later level over an earlier one that is no fluctuation; of healthy runs, less than 1.1.
+# A later level over an earlier one that is no fluctuation: levels are means of five lines or more,
+# and the step between them has to be five of its standard errors.
 SPIKE = 1.5
+SPIKE_ERRORS = 5.0
+LINES_A_LEVEL = 5
 LONGEST_WARMUP = 1 / 3
 # Of the loss at the start: above, the student is far from its teacher, and very far.
 FAR_FROM_TEACHER = 0.25
 VERY_FAR = 0.4
-# Of the examples: below, too.
+# Of the examples: a student that agrees so often can do it.
 NEAR_AGREEMENT = 0.8
 # The fall of the loss from a step to the double of it.
 FLAT_FALL = 0.05
@@ -107,15 +110,11 @@ def learning_rate_too_high(evidence: Evidence) -> Finding | None:
     if not _readable(evidence):
         return None
     start, longest = start_level(log), _longest_update(evidence)
-    levels = np.array([np.nanmean(x) for x in np.array_split(log.loss, 12)])
-    lowest = np.minimum.accumulate(levels)[:-1]
-    rise = (levels[1:] / lowest).max()
-    # From the level of the start, which is where an untrained student is, nobody falls far.
-    if rise > SPIKE and levels[1:][(levels[1:] / lowest).argmax()] > LITTLE_LEARNED * start:
+    if (jump := _jump(log, LITTLE_LEARNED * start)) is not None:
         return Finding(
             CLEAR,
-            f"the loss rose to {rise:.2g} times what it had been, which is "
-            f"{levels[1:].max() / start:.2g} times the {start:.3g} of the start",
+            f"the loss went up from {jump[0]:.3g} to {jump[1]:.3g}, and was {start:.3g} at the "
+            "start",
             advice,
         )
     reached = np.nanmean(log.loss[at_high_rate(log)])
@@ -126,6 +125,20 @@ def learning_rate_too_high(evidence: Evidence) -> Finding | None:
             f"the start; the longest update is {longest:.2g} times as long as all parameters were",
             advice,
         )
+    return None
+
+
+def _jump(log: Log, least: float) -> tuple[float, float] | None:
+    """The lowest level of the loss and a later one that is surely higher, and above `least`."""
+    parts = np.array_split(log.loss[np.isfinite(log.loss)], min(12, len(log.loss) // LINES_A_LEVEL))
+    levels = [float(x.mean()) for x in parts]
+    errors = [float(x.std(ddof=1) / len(x) ** 0.5) for x in parts]
+    for later in range(1, len(parts)):
+        low = int(np.argmin(levels[:later]))
+        error = (errors[low] ** 2 + errors[later] ** 2) ** 0.5
+        rise = levels[later] - levels[low]
+        if levels[later] > max(SPIKE * levels[low], least) and rise > SPIKE_ERRORS * error:
+            return levels[low], levels[later]
     return None
 
 
@@ -168,21 +181,22 @@ def warmup_too_long(evidence: Evidence) -> Finding | None:
     )
 
 
-def _far_from_teacher(evidence: Evidence) -> float | None:
-    """The end's loss over the start's, where the student is far from its teacher."""
-    share = end_level(evidence.log) / max(start_level(evidence.log), np.finfo(float).tiny)
-    training = evidence.training
-    matched = training is not None and training.same_class.mean() >= NEAR_AGREEMENT
-    return None if share < FAR_FROM_TEACHER or matched else share
+def _share_left(evidence: Evidence) -> float:
+    """The loss at the end over the one at the start."""
+    return end_level(evidence.log) / max(start_level(evidence.log), float(np.finfo(float).tiny))
 
 
 def capacity_reached(evidence: Evidence) -> Finding | None:
     """The distance is large and does not fall any more, at a rate at which it could."""
-    if not _readable(evidence) or (share := _far_from_teacher(evidence)) is None:
+    if not _readable(evidence):
         return None
-    log, fall = evidence.log, fall_at_high_rate(evidence.log)
-    path = path_over_norm(evidence)
-    if fall is None or path is None or path < NEAR_START or share > NOT_LEARNED:
+    log, training = evidence.log, evidence.training
+    share, fall, path = _share_left(evidence), fall_at_high_rate(log), path_over_norm(evidence)
+    if training is not None and training.same_class.mean() >= NEAR_AGREEMENT:
+        return None
+    if fall is None or path is None or path < NEAR_START:
+        return None
+    if not FAR_FROM_TEACHER < share < NOT_LEARNED:
         return None
     # Surely flat: a noisy curve proves nothing.
     if fall.share + 2 * fall.error > 2 * FLAT_FALL or fall.share > FLAT_FALL:
@@ -204,8 +218,8 @@ def too_little_patience(evidence: Evidence) -> Finding | None:
     setting = evidence.setting
     if not (setting.complete and _readable(evidence)):
         return None
-    share, fall = _far_from_teacher(evidence), fall_at_high_rate(evidence.log)
-    if share is None or fall is None or not VERY_FAR < share < NOT_LEARNED:
+    share, fall = _share_left(evidence), fall_at_high_rate(evidence.log)
+    if fall is None or not VERY_FAR < share < NOT_LEARNED:
         return None
     if fall.share - 2 * fall.error < STILL_FALLING:
         return None

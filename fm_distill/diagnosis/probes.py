@@ -113,7 +113,7 @@ def training_probe(examined: Examined) -> TrainingProbe:
                     [output.features[x] for x in own_taps], [features[x] for x in their_taps]
                 )
         if jax.tree.leaves(evaluated.statistics):
-            found["moments"] = _moments(student, evaluated, views.student)
+            found["moments"] = batch_moments(student, evaluated, views.student)
             of_batch = student.network.apply(evaluated, views.student, train=True)
             found["kl_batch_nats"] = kl_to(targets, of_batch.logits, temperature)
 
@@ -176,7 +176,7 @@ def _similarities(own: list[Array], theirs: list[Array]) -> dict[str, Array]:
     }
 
 
-def _moments(student: Branch, variables: Variables, images: Array) -> PyTree:
+def batch_moments(student: Branch, variables: Variables, images: Array) -> PyTree:
     """The moments of the batch, as the statistics that BatchNorm keeps.
 
     A step keeps m of the old ones: from zeros comes (1 - m) x and from ones m + (1 - m) x.
