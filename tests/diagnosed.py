@@ -89,6 +89,23 @@ def ranges(network: str, aim: str, accuracy: dict[str, float]) -> InRanges:
     )
 
 
+def by_chance() -> InRanges:
+    """Of 50 examples, 21 are right with another range alone, and 19 with the configured one."""
+    place = np.arange(50)
+    right = {"zero_one": place < 19, "imagenet": (place >= 19) & (place < 40)}
+    distance = {x: 0.1 + 2.0 * ~y for x, y in right.items()}
+    return InRanges("teacher", "teacher", "zero_one", "label", right, distance)
+
+
+def few_lines(count: int) -> Evidence:
+    """A level that doubles once, within the noise of single lines."""
+    names = ("step", "learning_rate", "update_norm", "gradient_norm", "data_wait")
+    log = {x: vars(healthy().log)[x][:count] for x in names}
+    loss = np.tile([1.0, 1.0, 1.0, 1.0, 6.0], count // 5)
+    loss[:5] = 1.2
+    return within(healthy(), "log", loss=loss, **log)
+
+
 def within(evidence: Evidence, part: str, **changes) -> Evidence:
     """`evidence` with fields of one of its parts replaced."""
     replaced = dataclasses.replace(vars(evidence)[part], **changes)
@@ -168,6 +185,9 @@ NEAR = {
     "another range is as good": ("wrong-input-range", _central(
         healthy(), ranges=(ranges("teacher", "label", {"zero_one": 0.9, "imagenet": 0.91}),)
     )),
+    "another range is better by chance": ("wrong-input-range", _central(
+        healthy(), ranges=(by_chance(),)
+    )),
     "a teacher that confuses classes": ("wrong-class-order", _central(
         healthy(), teacher_class=(np.minimum(healthy().central.label, 6),)
     )),
@@ -190,6 +210,7 @@ NEAR = {
         batch_norm=BatchNorm({"a": 0.6}, {"a": 0.8}, 0.05, 0.049)
     )),
     "noise": ("learning-rate-too-high", _log(loss=curve(noise=0.35))),
+    "few noisy lines": ("learning-rate-too-high", few_lines(30)),
     "a run too short to learn": ("learning-rate-too-high", _far(_log(loss=curve(level=2.0)))),
     "a run that has just begun": ("learning-rate-too-low", within(
         _log(loss=curve()[:8], step=np.arange(1.0, 9), learning_rate=np.linspace(0, 1e-3, 8),

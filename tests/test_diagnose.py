@@ -13,6 +13,8 @@ import pytest
 from conftest import ROOT, run_command
 from diagnosed import NEAR, NOTHING_LEARNED, PLANTED, healthy, within
 from gratings import CLASSES
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 from test_cli import refused
 from tiny import NETWORK, tiny_config
 
@@ -39,14 +41,15 @@ from fm_distill.diagnosis.diagnose import as_json, diagnose
 from fm_distill.diagnosis.evidence import Cka
 from fm_distill.diagnosis.page import cka_picture, text
 from fm_distill.diagnosis.probes import batch_moments, gradient_products
-from fm_distill.models import Network, Output, Variables, is_own
+from fm_distill.exporting.export import export
+from fm_distill.models import Network, Output, Variables
 from fm_distill.networks.branch import Branch
 from fm_distill.runs.open_run import open_run
 from fm_distill.system.preemption import Stop
 from fm_distill.training.record import record
 from fm_distill.training.train import train
-from fm_distill.views.rendering import InputSpec
-from fm_distill.weights.card import only_network
+from fm_distill.views.rendering import INPUT_RANGES, InputSpec
+from fm_distill.weights.card import CARD_KEY, only_network
 from fm_distill.weights.names import in_naming
 
 VIEWS = ViewConfig(crop_area=(0.5, 1.0), flip_probability=0.0, central_fraction=1.0)
@@ -173,17 +176,15 @@ def diagnosed(folder, name, config):
     return diagnose(folder / name)
 
 
-def teacher_file(folder, change=lambda x: x, run="teacher", **network) -> TeacherConfig:
-    """A teacher's weights with a changed head, in a file that says nothing of itself."""
-    opened = open_run(folder / run)
+def teacher_file(folder, change) -> TeacherConfig:
+    """The teacher's weights with a changed head, in a file that says nothing of itself."""
+    opened = open_run(folder / "teacher")
     variables = opened.student.variables
     head = jax.tree.map(change, variables.params["head"])
     changed_variables = Variables(variables.params | {"head": head}, variables.statistics)
-    path = folder / f"{run}.npz"
-    naming = "flax" if is_own(opened.network.model) else "bit_original"
-    np.savez(path, **in_naming(naming, opened.network, changed_variables))
-    given = dataclasses.replace(only_network(opened.network), **network)
-    return TeacherConfig(weights=str(path), network=given)
+    path = folder / "teacher.npz"
+    np.savez(path, **in_naming("bit_original", opened.network, changed_variables))
+    return TeacherConfig(weights=str(path), network=only_network(opened.network))
 
 
 @pytest.fixture(scope="module")
@@ -226,11 +227,19 @@ def test_a_teacher_with_its_classes_in_another_order(folder):
 
 
 def test_a_teacher_with_a_wrong_input_range(folder):
-    """With BatchNorm, whose moments are those of one normalisation."""
+    """BatchNorm's moments are those of one normalisation, and its file names another one."""
     own = StudentConfig(model=f"{ROOT / 'tests' / 'gratings.py'}:Normed", resolution=16)
     own = dataclasses.replace(own, input_range="zero_one")
     train(dataclasses.replace(LABELS, student=own), folder / "normed")
-    teacher = teacher_file(folder, run="normed", input_range="imagenet")
+    path = folder / "normed.safetensors"
+    export(folder / "normed", path)
+    with safe_open(path, "numpy") as file:
+        card = json.loads(file.metadata()[CARD_KEY])
+    mean, deviation = (tuple(x / 255 for x in y) for y in INPUT_RANGES["imagenet"])
+    card |= {"mean": mean, "std": deviation}
+    card["network"]["input_range"] = "imagenet"
+    save_file(load_file(path), path, {CARD_KEY: json.dumps(card)})
+    teacher = TeacherConfig(weights=str(path))
     found = diagnosed(folder, "range", matching(folder, 20, teacher=teacher))
     assert names(found.causes)[0] == "wrong-input-range"
     assert "--teacher.network.input-range zero_one" in found.causes[0].advice
@@ -301,7 +310,7 @@ TRAINED = {
     "input-bound": {"data": dataclasses.replace(on("slow"), feeding="streaming")},
     "capacity-reached": {
         "student": dataclasses.replace(NETWORK, resolution=3),
-        "schedule": ScheduleConfig(total_steps=200, warmup_steps=20),
+        "schedule": ScheduleConfig(total_steps=600, warmup_steps=60),
     },
     "too-little-patience": {"teaching": "consistent", "optimizer": rate(4e-3)},
 }
