@@ -11,6 +11,7 @@
     figures = profile(config, "runs/digits")
     table = sweep(config, {"seed": (0, 1, 2)}, "runs/digits_sweep")
     page = report(["runs/digits"], "digits.html")
+    causes = diagnose("runs/digits").causes
 
 The fields of `Config` are in `fm_distill.config`. Wrong input raises `UserError`. The names are
 imported when they are first used, so that `fm_distill.config` comes without JAX.
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fm_distill.config import Config
+    from fm_distill.diagnosis.diagnose import diagnose
     from fm_distill.errors import UserError
     from fm_distill.evaluation.inference import evaluate, predict
     from fm_distill.exporting.export import export
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Config",
     "UserError",
+    "diagnose",
     "evaluate",
     "export",
     "load_experiment",
@@ -52,6 +55,7 @@ __all__ = [
 _MODULES = {
     "Config": "fm_distill.config",
     "UserError": "fm_distill.errors",
+    "diagnose": "fm_distill.diagnosis.diagnose",
     "evaluate": "fm_distill.evaluation.inference",
     "export": "fm_distill.exporting.export",
     "load_student": "fm_distill.exporting.load_student",

@@ -21,6 +21,7 @@ from fm_distill.config import (
     TeacherConfig,
     TermConfig,
 )
+from fm_distill.diagnosis.diagnose import diagnose
 from fm_distill.errors import UserError
 from fm_distill.exporting.export import export
 from fm_distill.objectives.adapters import AdapterShape, adapt, init_adapter
@@ -292,3 +293,5 @@ def test_an_adapter_that_learns_nothing_is_noticed(tmp_path, capsys):
     train(config, tmp_path / "run")
     lines = [x for x in capsys.readouterr().err.splitlines() if "learns nothing" in x]
     assert len(lines) == 1 and "the adapter of the term hint learns nothing" in lines[0]
+    found = diagnose(tmp_path / "run").causes
+    assert found[0].name == "dead-adapter" and "term hint" in found[0].evidence

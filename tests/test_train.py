@@ -51,6 +51,7 @@ def lines_of(workdir) -> list[dict]:
     lines = [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         line.pop("images_per_second", None)
+        line.pop("data_wait", None)
     return lines
 
 

@@ -188,7 +188,8 @@ def logged(workdir: pathlib.Path) -> list[dict]:
     path = workdir / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     found = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [{k: v for k, v in x.items() if k != "images_per_second"} for x in found]
+    clock = {"data_wait", "images_per_second"}
+    return [{k: v for k, v in x.items() if k not in clock} for x in found]
 
 
 def arrays_of(workdir: pathlib.Path) -> dict[str, np.ndarray]:

@@ -24,7 +24,7 @@ from safetensors.numpy import load_file
 from fm_distill.errors import EXIT_WRONG_INPUT, UserError
 from fm_distill.runs.integrity import integrity_errors, newest_step
 
-TIMES = {"images_per_second"}
+TIMES = {"data_wait", "images_per_second"}
 SHOWN = 10  # differences of one part
 Arrays = dict[str, np.ndarray]
 Line = dict[str, Any]

@@ -12,6 +12,7 @@ from typing import NoReturn
 
 import tyro
 
+from fm_distill.cli.diagnose import diagnose_command
 from fm_distill.cli.options import (
     HELP,
     OverConfig,
@@ -54,6 +55,8 @@ USAGE = """usage: fm-distill COMMAND ...
   report DIR [DIR ...] [--out report.html] [--data-dir PATH] [--teacher-weights FILE] [--overwrite]
       one HTML file: figures of the runs side by side, curves, views, disagreements
       --cost             measure latency and memory of the networks, too
+  diagnose DIR [--json] [--out page.html] [--examples 1024] [--data.data-dir PATH]
+      what is wrong with a run, complete or not, by name, with the evidence and what to change
   show EXPERIMENT.py [--any.config.field VALUE ...]
       the config, and what follows from it and from the data and weights that are here
   profile EXPERIMENT.py|DIR [--measured-steps 20] [--trace DIR] [--json]
@@ -284,4 +287,5 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "profile": profile_command,
     "status": _status,
     "report": _report,
+    "diagnose": diagnose_command,
 }

@@ -23,7 +23,7 @@ from fm_distill.exporting.load_student import load_student
 from fm_distill.models import Variables
 from fm_distill.networks.branch import Branch, frozen_teachers, make_branch
 from fm_distill.networks.cost import run_cost
-from fm_distill.networks.teachers import load_teachers, teachers_here
+from fm_distill.networks.teachers import Teacher, load_teachers, teachers_here
 from fm_distill.runs.open_run import Run, open_run
 from fm_distill.runs.student import BATCH, Student
 from fm_distill.system.sharding import Layout, make_layout, on_devices
@@ -85,14 +85,7 @@ def open_split(
     if differ := differences(run.config, config):
         raise UserError(f"the run in {workdir} was trained otherwise:\n  " + "\n  ".join(differ))
     source = open_named(config, split)
-    here = recording_of(config) is None or teachers_here(config, run.workdir.path)
-    teachers = load_teachers(config, run.workdir.path) if here else ()
-    weights, expected = tuple(x.fingerprint for x in teachers), run.resolved.teacher_weights
-    if teachers and weights != expected:
-        raise UserError(
-            f"this is not the teacher of the run in {workdir}: its weights have SHA-256 "
-            f"{' + '.join(weights)}, expected {' + '.join(expected)}"
-        )
+    teachers = teachers_of_run(run, config)
     layout = _evaluation_layout(config)
     dtype = jnp.dtype(run.resolved.precision)
     branches = tuple(make_branch(teacher.network, run.classes, dtype) for teacher in teachers)
@@ -110,6 +103,22 @@ def open_split(
         # Whole batches for any number of devices; the mask takes care of the rest.
         batch_size=-(-config.batch_size // layout.mesh.size) * layout.mesh.size,
     )
+
+
+def teachers_of_run(run: Run, config: Config) -> tuple[Teacher, ...]:
+    """The teachers of `run`, checked to be its own; none where only a recording of them is here.
+
+    `config` may name new places of theirs. Raises `UserError`.
+    """
+    here = recording_of(config) is None or teachers_here(config, run.workdir.path)
+    teachers = load_teachers(config, run.workdir.path) if here else ()
+    weights, expected = tuple(x.fingerprint for x in teachers), run.resolved.teacher_weights
+    if teachers and weights != expected:
+        raise UserError(
+            f"this is not the teacher of the run in {run.workdir.path}: its weights have SHA-256 "
+            f"{' + '.join(weights)}, expected {' + '.join(expected)}"
+        )
+    return teachers
 
 
 def _evaluation_layout(config: Config) -> Layout:

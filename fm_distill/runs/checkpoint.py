@@ -196,6 +196,11 @@ def restore_student(checkpoint: pathlib.Path, like: Variables, averaged: bool) -
     return _variables(_load(checkpoint, {name: _tree(like)})[name])
 
 
+def restore_terms(checkpoint: pathlib.Path, like: TermState) -> TermState:
+    """What the terms of the loss have of their own in an intact `checkpoint`."""
+    return _term_state(_load(checkpoint, {"terms": _terms_tree(like)})["terms"])
+
+
 def abstract(tree: PyTree, shardings: PyTree) -> PyTree:
     """Shapes of `tree` with the sharding of each array."""
     return jax.tree.map(
@@ -224,8 +229,12 @@ def _parts(state: TrainState) -> dict[str, PyTree]:
     if state.ema is not None:
         parts["ema"] = _tree(state.ema)
     if state.terms is not None:
-        parts["terms"] = {name: part for name, part in vars(state.terms).items() if part}
+        parts["terms"] = _terms_tree(state.terms)
     return parts
+
+
+def _terms_tree(terms: TermState) -> PyTree:
+    return {name: part for name, part in vars(terms).items() if part}
 
 
 def _term_state(tree: PyTree) -> TermState:

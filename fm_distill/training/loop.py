@@ -58,6 +58,7 @@ class Loop:
                 break
             began = time.monotonic()
             steps, batch = next(sizes), next(fed)
+            self.reporter.waited(time.monotonic() - began)
             state, metrics = self._dispatch(state, batch, draws_key)
             self.stop.busy()
             self.stop.progressed()

@@ -26,6 +26,9 @@ from fm_distill.training.step import ADAPTER_GRADIENT
 
 # `status.json` is written with a logged line, but not more often than this.
 STATUS_EVERY_S = 5.0
+# Share of the time in which steps wait for their batches, and lines in a row of that, from which
+# a run is input-bound.
+MOST_WAIT, LINES_OF_WAITING = 0.3, 3
 LINE_BYTES = 300  # of metrics.jsonl, about
 
 
@@ -45,12 +48,18 @@ class Reporter:
         self.stop = stop
         self.late: tuple[int, int, dict[str, Array]] | None = None
         self.mark = start, time.monotonic()
+        self.waited_s = 0.0  # for batches, since the mark
         # Step and time when the first dispatch was done.
         self.first: tuple[int, float] | None = None
         self.step = start
         self.figures: dict[int, dict[str, float]] = {}  # step -> of the last evaluation
         self.status_at = -STATUS_EVERY_S
         self.dead: set[str] = set()  # the adapters that have been warned of
+        self.waiting = 0  # lines in a row in which the steps waited
+
+    def waited(self, seconds: float) -> None:
+        """Adds what the loop waited for a batch."""
+        self.waited_s += seconds
 
     def dispatched(self, step: int, steps: int, metrics: dict[str, Array]) -> None:
         """Reports the dispatch before, and keeps this one for later."""
@@ -81,7 +90,7 @@ class Reporter:
         self.figures = {step: known}
         self.writer.write(step, self._epoch(step), "validation", known)
         log(f"step {step:,} validation: {line(known)}; all in {self.workdir.metrics}")
-        self.mark = step, time.monotonic()
+        self.mark, self.waited_s = (step, time.monotonic()), 0.0
 
     def hours_left(self) -> float | None:
         """At the pace of this session, evaluations and checkpoints included; None if not known."""
@@ -105,6 +114,7 @@ class Reporter:
         before, since = self.mark
         self.mark = step, time.monotonic()
         seconds = max(self.mark[1] - since, 1e-9)
+        wait, self.waited_s = self.waited_s / seconds, 0.0
         config = self.setup.config
         rate = (step - before) * config.batch_size / seconds
         shape = float(jax.device_get(self.setup.built.schedule(step - 1)))
@@ -112,11 +122,13 @@ class Reporter:
         values |= {
             "learning_rate": config.optimizer.learning_rate * shape,
             "images_per_second": rate,
+            "data_wait": wait,
         }
         if self.setup.feed.skipped:
             values["corrupt_images"] = self.setup.feed.skipped
         self.writer.write(step, epoch, "train", values)
         self._warn_of_dead_adapters(values)
+        self._warn_of_waiting(wait)
         loss, speed = (BY_NAME[x].text(values[x]) for x in ("loss", "images_per_second"))
         text = f"epoch {epoch:.1f}, loss {loss}, {speed}"
         if self.mark[1] - self.status_at > STATUS_EVERY_S:
@@ -125,6 +137,17 @@ class Reporter:
                 "running", step, self.setup.resolved.total_steps, "", self.hours_left(), rate
             )
         return text
+
+    def _warn_of_waiting(self, wait: float) -> None:
+        """Once, where the device waits for its batches."""
+        # The first line has the time of the compiler in it.
+        self.waiting = self.waiting + 1 if wait > MOST_WAIT else 0
+        if self.waiting == LINES_OF_WAITING:
+            log(
+                f"WARNING: the steps wait for their batches in {wait:.0%} of the time: "
+                "`fm-distill profile` shows where it goes; --data.feeding resident, more "
+                "data.workers or smaller images help"
+            )
 
     def _warn_of_dead_adapters(self, values: dict[str, float]) -> None:
         """Once for each whose term has a weight and whose kernel has no gradient."""

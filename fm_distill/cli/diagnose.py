@@ -1,0 +1,40 @@
+"""The command `fm-distill diagnose`."""
+
+import dataclasses
+import json
+
+from fm_distill.cli.options import HELP, OverConfig, first, parse_over
+from fm_distill.config import Config
+from fm_distill.config.options import empty
+from fm_distill.errors import EXIT_COMPLETE, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class _Diagnose(OverConfig):
+    """What is wrong with a run, by name, with the evidence and what to change."""
+
+    out: str = ""
+    """A page to write too, with the picture of CKA."""
+    examples: int = 1024
+    """Training examples that are looked at: those of the newest steps."""
+    overwrite: bool = False
+    """Replace the page that is there."""
+    json: bool = False
+    """Print one JSON object."""
+
+
+def diagnose_command(arguments: list[str]) -> int:
+    from fm_distill.diagnosis.diagnose import as_json, diagnose
+    from fm_distill.diagnosis.page import text, write_page
+    from fm_distill.runs.workdir import Workdir
+
+    workdir, rest = first(arguments, "diagnose DIR")
+    stored = empty(Config) if arguments[0] in HELP else Workdir(workdir).stored().config
+    asked = parse_over(_Diagnose, stored, rest, f"diagnose {workdir}")
+    if asked.examples < 1:
+        raise UserError(f"--examples is {asked.examples}; expected 1 or more")
+    found = diagnose(workdir, asked.config, asked.examples)
+    if asked.out:
+        write_page(found, asked.out, asked.overwrite)
+    print(json.dumps(as_json(found)) if asked.json else text(found))
+    return EXIT_COMPLETE

@@ -1,0 +1,173 @@
+"""What is wrong with a run: the public function, and its result as JSON."""
+
+import dataclasses
+import math
+import os
+from typing import Any
+
+import numpy as np
+
+from fm_distill.config import Config
+from fm_distill.config.regime import regime_of
+from fm_distill.config.serialization import differences
+from fm_distill.diagnosis.causes import Cause, causes_of
+from fm_distill.diagnosis.evidence import Evidence, Log
+from fm_distill.diagnosis.measure import measure
+from fm_distill.errors import UserError
+from fm_distill.runs.open_run import open_run
+
+EXAMPLES = 1024  # of the newest steps, so many are looked at
+PARTS = 6  # in which the log is summed up
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagnosis:
+    """The causes, and all that was measured for them."""
+
+    run: str
+    causes: tuple[Cause, ...]  # the likeliest first; none where all is well
+    evidence: Evidence
+
+
+def diagnose(
+    workdir: str | os.PathLike[str], config: Config | None = None, examples: int = EXAMPLES
+) -> Diagnosis:
+    """What is wrong with the run in `workdir`, complete or not, which is only read.
+
+    `config` may name new places of data and teacher. What cannot be examined is left out and said.
+    Raises `UserError` where there is no run, no checkpoint yet, or nothing to match.
+    """
+    run = open_run(workdir)
+    config = config or run.config
+    if differ := differences(run.config, config):
+        raise UserError(f"the run in {workdir} was trained otherwise:\n  " + "\n  ".join(differ))
+    if regime_of(config.objective.target, config.teaching).targets == "labels":
+        raise UserError(
+            f"the run in {workdir} learns from labels, without a teacher: diagnose examines how a "
+            "student matches its teacher; look at such a run with `fm-distill report`"
+        )
+    evidence = measure(run, config, examples)
+    return Diagnosis(str(workdir), causes_of(evidence), evidence)
+
+
+def as_json(found: Diagnosis) -> dict[str, Any]:
+    """What `fm-distill diagnose --json` prints; null where something is not known."""
+    evidence = found.evidence
+    setting, cka = evidence.setting, evidence.cka
+    tree = {
+        "run": found.run,
+        "step": setting.step,
+        "total_steps": setting.total_steps,
+        "complete": setting.complete,
+        "causes": [dataclasses.asdict(x) for x in found.causes],
+        "cka": cka and {**vars(cka), "values": cka.values.tolist()},
+        "gradients": _gradients(evidence),
+        "over_the_run": over_the_run(evidence.log),
+        "training_view": _training_view(evidence),
+        "central_view": _central_view(evidence),
+        "batch_norm": evidence.batch_norm and vars(evidence.batch_norm),
+        "not_examined": [dataclasses.asdict(x) for x in evidence.not_examined],
+    }
+    return _finite(tree)
+
+
+def _finite(tree: Any) -> Any:
+    """JSON has no word for NaN."""
+    if isinstance(tree, dict):
+        return {name: _finite(x) for name, x in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_finite(x) for x in tree]
+    if isinstance(tree, float):
+        return float(tree) if math.isfinite(tree) else None
+    return tree
+
+
+def _gradients(evidence: Evidence) -> dict[str, Any] | None:
+    """Norms of each term's gradient: mean over the batches, their deviation, share of the sum."""
+    if (found := evidence.gradients) is None:
+        return None
+    mean, deviation = found.norms.mean(axis=0), found.norms.std(axis=0)
+    return {
+        "terms": {
+            name: {
+                "norm": float(mean[i]),
+                "deviation": float(deviation[i]),
+                "share": float(found.shares[i]),
+            }
+            for i, name in enumerate(found.terms)
+        },
+        "cosines": {
+            name: dict(zip(found.terms, found.cosines[i].tolist(), strict=True))
+            for i, name in enumerate(found.terms)
+        },
+    }
+
+
+def over_the_run(log: Log) -> list[dict[str, Any]]:
+    """Means over parts of the log; of a loss of several terms, the share of each and its deviation.
+
+    Shares are of the weighted values, which is all that is logged of single terms.
+    """
+    count = len(log.step)
+    total = sum((np.abs(x) for x in log.terms.values()), np.zeros(count))
+    parts = []
+    for part in np.array_split(np.arange(count), min(PARTS, count)) if count else []:
+        shares = {name: np.abs(x)[part] / total[part] for name, x in log.terms.items()}
+        parts.append(
+            {
+                "last_step": int(log.step[part][-1]),
+                "loss": _mean(log.loss[part]),
+                "gradient_norm": _mean(log.gradient_norm[part]),
+                "update_norm": _mean(log.update_norm[part]),
+                "data_wait": _mean(log.data_wait[part]),
+                "terms": {
+                    name: {"share": _mean(x), "deviation": float(x.std())}
+                    for name, x in shares.items()
+                },
+            }
+        )
+    return parts
+
+
+def _mean(values: np.ndarray) -> float | None:
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if len(known) else None
+
+
+def _training_view(evidence: Evidence) -> dict[str, Any] | None:
+    if (found := evidence.training) is None:
+        return None
+    known = found.label >= 0
+    views = found.views_kl_nats
+    return {
+        "examples": len(found.kl_nats),
+        "agreement": float(found.same_class.mean()),
+        "kl_nats": float(found.kl_nats.mean()),
+        "kl_between_views_nats": None if views is None else float(views.mean()),
+        "teacher_top1": _mean((found.label == found.teacher_class)[known].astype(float)),
+        "teacher_entropy": float(found.teacher_entropy.mean()),
+        "teacher_entropy_one": float(found.teacher_entropy_one.mean()),
+        "teacher_information_nats": found.information_nats,
+    }
+
+
+def _central_view(evidence: Evidence) -> dict[str, Any] | None:
+    if (found := evidence.central) is None:
+        return None
+    known = found.label >= 0
+    return {
+        "examples": len(found.kl_nats),
+        "kl_nats": float(found.kl_nats.mean()),
+        "teacher_top1": [
+            _mean((found.label == x)[known].astype(float)) for x in found.teacher_class
+        ],
+        "input_ranges": {
+            x.network: {
+                "configured": x.configured,
+                "compared_with": x.aim,
+                "top1": {name: float(y.mean()) for name, y in x.right.items()},
+                "distance_nats": {name: float(y.mean()) for name, y in x.distance_nats.items()},
+            }
+            for x in found.ranges
+        },
+    }

@@ -1,0 +1,289 @@
+"""From a run to its `Evidence`: the log, and the probes over the batches of its newest steps."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, PRNGKeyArray
+
+from fm_distill.config import Config
+from fm_distill.config.objective import terms_of
+from fm_distill.config.teachers import teachers_of
+from fm_distill.diagnosis.cka import ratio
+from fm_distill.diagnosis.evidence import (
+    BatchNorm,
+    CentralView,
+    Cka,
+    Evidence,
+    Gradients,
+    InRanges,
+    Log,
+    NotExamined,
+    Setting,
+    TrainingView,
+)
+from fm_distill.diagnosis.opened import Examined, examine
+from fm_distill.diagnosis.probes import Found, central_probe, taps_of, training_probe
+from fm_distill.errors import TrainingFailed, UserError
+from fm_distill.objectives.curves import progress_of, value_at
+from fm_distill.objectives.terms import make_terms
+from fm_distill.runs.history import History, read_history
+from fm_distill.runs.open_run import Run
+from fm_distill.training.rollback import read_rollbacks
+from fm_distill.training.step import ADAPTER_GRADIENT
+from fm_distill.views.draws import run_keys
+from fm_distill.views.rendering import INPUT_RANGES
+
+EPSILON = 1e-5  # of a variance that BatchNorm keeps
+
+
+def measure(run: Run, config: Config, examples: int) -> Evidence:
+    """All that can be known of `run`, from about so many of the examples that it saw last."""
+    setting, log = setting_of(run), log_of(read_history(run.workdir.path))
+    try:
+        examined = examine(run, config)
+        return _probed(examined, setting, log, examples)
+    except (UserError, TrainingFailed) as error:
+        why = (NotExamined("networks and views", str(error)),)
+        return Evidence(setting, log, not_examined=why)
+
+
+def setting_of(run: Run) -> Setting:
+    """What the run was asked for, and how far it is."""
+    config, resolved = run.config, run.resolved
+    objective, status = config.objective, run.workdir.read_status()
+    progress = progress_of(max(run.step - 1, 0), resolved.total_steps)
+    curves = [objective.temperature_schedule, *(x.schedule for x in terms_of(objective))]
+    return Setting(
+        teaching=config.teaching,
+        step=run.step,
+        total_steps=resolved.total_steps,
+        warmup_steps=config.schedule.warmup_steps,
+        temperature=objective.temperature
+        * float(value_at(objective.temperature_schedule, progress)),
+        complete=run.complete,
+        keeps_statistics=config.student.keep_statistics,
+        failure=status.reason if status is not None and status.state == "failed" else "",
+        rollbacks=len(read_rollbacks(run.workdir)),
+        comparable=not any(x.points for x in curves),
+    )
+
+
+def log_of(history: History) -> Log:
+    """The lines of `train` as arrays."""
+    lines = [x for x in history.lines if x["split"] == "train"]
+
+    def column(name: str) -> np.ndarray:
+        values = (x.get(name) for x in lines)
+        return np.array([np.nan if x is None else float(x) for x in values])
+
+    def named(prefix: str) -> list[str]:
+        found = (x.removeprefix(prefix) for y in lines for x in y if x.startswith(prefix))
+        return list(dict.fromkeys(found))
+
+    return Log(
+        step=column("step"),
+        loss=column("loss"),
+        learning_rate=column("learning_rate"),
+        update_norm=column("update_norm"),
+        gradient_norm=column("gradient_norm"),
+        data_wait=column("data_wait"),
+        terms={x: column(f"weight_{x}") * column(f"term_{x}") for x in named("term_")},
+        adapter_gradients={x: column(ADAPTER_GRADIENT + x) for x in named(ADAPTER_GRADIENT)},
+    )
+
+
+def _probed(examined: Examined, setting: Setting, log: Log, examples: int) -> Evidence:
+    on_training, on_central = training_probe(examined), central_probe(examined)
+    rows: list[Found] = []
+    central: list[Found] = []
+    places: list[np.ndarray] = []
+    total = examined.run.resolved.total_steps
+    newest = jnp.int32(min(examined.run.step, total) - 1)
+    for step, ids, batch in examined.batches(examined.steps(examples)):
+        found = on_training(
+            examined.evaluated, examined.trained, examined.terms, examined.frozen, batch,
+            examined.draws_key, jnp.int32(step), newest,
+        )  # fmt: skip
+        rows.append(_on_host(found))
+        if examined.teachers:
+            of_centre = on_central(examined.evaluated, examined.frozen, batch)
+            central.append(_on_host(of_centre | {"label": batch.labels}))
+        places.append(ids)
+    config = examined.config
+    return Evidence(
+        setting=setting,
+        log=log,
+        central=_central(examined, central, np.concatenate(places), setting) if central else None,
+        training=_training(rows),
+        batch_norm=_batch_norm(examined, rows),
+        gradients=_gradients(examined, rows),
+        cka=_cka(examined, rows),
+        not_examined=tuple(_left_out(examined, config, rows)),
+    )
+
+
+def _on_host(found: Mapping[str, Any]) -> Found:
+    return jax.tree.map(lambda x: np.asarray(x, np.float64), jax.device_get(dict(found)))
+
+
+def _joined(rows: Iterable[Found], name: str) -> np.ndarray:
+    return np.concatenate([x[name] for x in rows])
+
+
+def _training(rows: list[Found]) -> TrainingView:
+    mean = np.mean([x["teacher_probabilities"] for x in rows], axis=0)
+    # Entropy of the mean less the mean of the entropies.
+    spread = -(mean * np.log(np.maximum(mean, 1e-30))).sum()
+    entropy_one = _joined(rows, "teacher_entropy_one")
+    return TrainingView(
+        same_class=_joined(rows, "same_class") > 0,
+        kl_nats=_joined(rows, "kl_nats"),
+        views_kl_nats=_joined(rows, "views_kl_nats") if "views_kl_nats" in rows[0] else None,
+        label=_joined(rows, "label").astype(int),
+        teacher_class=_joined(rows, "teacher_class").astype(int),
+        teacher_entropy=_joined(rows, "teacher_entropy"),
+        teacher_entropy_one=entropy_one,
+        information_nats=float(spread - entropy_one.mean() * np.log(len(mean))),
+        classes=len(mean),
+    )
+
+
+def _central(
+    examined: Examined, rows: list[Found], examples: np.ndarray, setting: Setting
+) -> CentralView:
+    branches = (examined.student, *examined.teachers)
+    label = _joined(rows, "label").astype(int)
+    own = [f"{i} {x.input_spec.input_range}" for i, x in enumerate(branches)]
+    # In float64: the first teacher's log-probabilities and classes are what the student aims at.
+    student, *teachers = (_joined(rows, x) for x in own)
+    aim = teachers[0]
+    names = ["teacher", *(f"teacher {i}" for i in range(2, len(teachers) + 1))]
+    options = [x.option for x in teachers_of(examined.config)]
+    known = label >= 0
+    ranges = []
+    for i, branch in enumerate(branches):
+        logits = {x: _joined(rows, f"{i} {x}") for x in INPUT_RANGES}
+        configured = branch.input_spec.input_range
+        if i == 0:
+            right = {x: y.argmax(-1) == aim.argmax(-1) for x, y in logits.items()}
+            distance = {x: kl(aim, y) for x, y in logits.items()}
+            ranges.append(InRanges("student", "student", configured, "teacher", right, distance))
+        elif known.any():
+            right = {x: (y.argmax(-1) == label)[known] for x, y in logits.items()}
+            distance = {x: cross_entropy(y[known], label[known]) for x, y in logits.items()}
+            option = f"{options[i - 1]}.network"
+            ranges.append(InRanges(names[i - 1], option, configured, "label", right, distance))
+    return CentralView(
+        example=examples,
+        label=label,
+        classes=examined.run.classes,
+        teacher_class=tuple(x.argmax(-1) for x in teachers),
+        kl_nats=kl(aim, student, setting.temperature),
+        ranges=tuple(ranges),
+    )
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def kl(teacher: np.ndarray, student: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+    """KL(teacher || student) of logits in float64, nats, an entry an example."""
+    of_teacher, of_student = (log_softmax(x / temperature) for x in (teacher, student))
+    return (np.exp(of_teacher) * (of_teacher - of_student)).sum(axis=-1)
+
+
+def cross_entropy(logits: np.ndarray, label: np.ndarray) -> np.ndarray:
+    return -log_softmax(logits)[np.arange(len(label)), label]
+
+
+def _batch_norm(examined: Examined, rows: list[Found]) -> BatchNorm | None:
+    if "moments" not in rows[0]:
+        return None
+    kept = jax.tree.map(np.asarray, jax.device_get(examined.evaluated.statistics))
+    batches = jax.tree.map(lambda *x: np.mean(x, axis=0), *(x["moments"] for x in rows))
+    found: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
+    pairs = zip(jax.tree_util.tree_leaves_with_path(kept), jax.tree.leaves(batches), strict=True)
+    for (path, old), new in pairs:
+        *layer, moment = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        found.setdefault("/".join(layer), {})[moment] = (old, new)
+    layers = {x: y for x, y in found.items() if {"mean", "var"} <= y.keys()}
+
+    def shift(mean: tuple[np.ndarray, np.ndarray], var: tuple[np.ndarray, np.ndarray]) -> float:
+        return float((np.abs(mean[1] - mean[0]) / np.sqrt(var[1] + EPSILON)).mean())
+
+    def spread(var: tuple[np.ndarray, np.ndarray]) -> float:
+        old, new = (np.maximum(x, 0) + EPSILON for x in var)
+        return float(np.abs(np.log(new / old)).mean())
+
+    return BatchNorm(
+        shift={x: shift(y["mean"], y["var"]) for x, y in layers.items()},
+        spread={x: spread(y["var"]) for x, y in layers.items()},
+        kl_kept_nats=float(_joined(rows, "kl_nats").mean()),
+        kl_batch_nats=float(_joined(rows, "kl_batch_nats").mean()),
+    )
+
+
+def _gradients(examined: Examined, rows: list[Found]) -> Gradients:
+    products = np.stack([x["products"] for x in rows])
+    norms = np.sqrt(np.maximum(products.diagonal(axis1=1, axis2=2), 0))
+    mean = products.mean(axis=0)
+    size = np.sqrt(np.outer(mean.diagonal(), mean.diagonal()))
+    return Gradients(
+        terms=tuple(x.name for x in make_terms(examined.config.objective)),
+        norms=norms,
+        cosines=np.where(size > 0, mean / np.where(size > 0, size, 1), 0.0),
+        parameter_norm=float(optax.global_norm(examined.trained.params)),
+        initial_norm=_initial_norm(examined),
+    )
+
+
+def _initial_norm(examined: Examined) -> float | None:
+    student = examined.config.student
+    if student.weights:
+        return None
+
+    def norm(key: PRNGKeyArray) -> Array:
+        return optax.global_norm(examined.student.network.init(key).params)
+
+    return float(jax.jit(norm)(run_keys(examined.config.seed, student.seed).init))
+
+
+def _cka(examined: Examined, rows: list[Found]) -> Cka | None:
+    if "cka" not in rows[0]:
+        return None
+    sums = {x: np.sum([row["cka"][x] for row in rows], axis=0) for x in rows[0]["cka"]}
+    return Cka(
+        student=taps_of(examined.student),
+        teacher=taps_of(examined.teachers[0]),
+        values=ratio(sums["between"], sums["student"], sums["teacher"]),
+        examples=len(rows) * examined.config.batch_size,
+    )
+
+
+def _left_out(examined: Examined, config: Config, rows: list[Found]) -> Iterable[NotExamined]:
+    if not examined.teachers:
+        why = "the teacher is not here, only its recorded outputs; give --teacher.weights FILE"
+        yield NotExamined("features, input ranges, class order and single examples", why)
+        return
+    if "cka" not in rows[0]:
+        without = [
+            name
+            for name, branch in (("student", examined.student), ("teacher", examined.teachers[0]))
+            if not taps_of(branch)
+        ]
+        why = f"the {' and the '.join(without)} names no features"
+        if not without:
+            why = f"a batch of {config.batch_size} is too small: the unbiased CKA needs four"
+        yield NotExamined("features", why)
+    if not (np.concatenate([x["label"] for x in rows]) >= 0).any():
+        why = "the training images have no labels"
+        yield NotExamined("the teacher's input range, class order and accuracy", why)
+    if "views_kl_nats" not in rows[0]:
+        why = "the recording holds the most likely classes alone"
+        yield NotExamined("how far views differ between the networks", why)

@@ -1,0 +1,155 @@
+"""A run opened for its diagnosis: networks, and the batches of its newest steps again."""
+
+import dataclasses
+import math
+import pathlib
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PRNGKeyArray
+
+from fm_distill.config import Config, MeshConfig
+from fm_distill.config.regime import Regime, regime_of
+from fm_distill.config.teachers import recording_of
+from fm_distill.data.batch import Batch
+from fm_distill.data.feeding import Reader, TrainingStream, refuse_other_examples, stack
+from fm_distill.data.transfer import open_training
+from fm_distill.errors import UserError
+from fm_distill.evaluation.inference import teachers_of_run
+from fm_distill.models import Variables
+from fm_distill.networks.branch import Branch, frozen_teachers, make_branch
+from fm_distill.recordings.manifest import open_recording
+from fm_distill.recordings.reading import RecordingReader
+from fm_distill.runs.checkpoint import abstract, restore_student, restore_terms
+from fm_distill.runs.open_run import Run
+from fm_distill.runs.remote import is_remote, recording_in
+from fm_distill.runs.state import TermState
+from fm_distill.system.sharding import Layout, make_layout, on_devices
+from fm_distill.training.build import Build, build
+from fm_distill.training.targets import fixed_targets
+from fm_distill.training.teach import Teach
+from fm_distill.training.term_state import NOTHING
+from fm_distill.views.draws import run_keys
+
+
+@dataclasses.dataclass(frozen=True)
+class Examined:
+    """What the programs of `probes.py` need, on the devices."""
+
+    run: Run
+    config: Config
+    regime: Regime
+    layout: Layout
+    student: Branch
+    teachers: tuple[Branch, ...]  # none where only their recorded outputs are here
+    evaluated: Variables  # the student, or its average where the run keeps one
+    trained: Variables  # the student that the steps move
+    terms: TermState  # what the terms of the loss have of their own
+    frozen: tuple[Variables, ...]
+    teach: Teach  # the targets of a batch, as the step makes them
+    reader: Reader
+    recording: RecordingReader | None
+    table: np.ndarray | None  # targets of each example, where the teachers are fixed
+
+    @property
+    def draws_key(self) -> PRNGKeyArray:
+        return run_keys(self.config.seed).draws
+
+    @property
+    def period_steps(self) -> int:
+        """Steps after which order and views repeat."""
+        return self.run.resolved.period_steps or self.run.resolved.total_steps
+
+    def steps(self, examples: int) -> range:
+        """The newest steps of the run that together have so many examples, if it has them."""
+        count = min(-(-examples // self.config.batch_size), self.run.step)
+        return range(self.run.step - count, self.run.step)
+
+    def batches(self, steps: range) -> Iterator[tuple[int, np.ndarray, Batch]]:
+        """The step as drawn, the examples' places in the training data, and the batch of each."""
+        size = self.config.batch_size
+        stream = TrainingStream(
+            self.reader, self.config.seed, steps.stop, size, 0, size,
+            self.run.resolved.period_steps,
+        )  # fmt: skip
+        for step in steps:
+            items = [stream[step * size + row] for row in range(size)]
+            examples = np.array([x["example"] for x in items])
+            batch = stack(items)
+            if self.table is not None:
+                batch = dataclasses.replace(batch, targets=self.table[examples])
+            if self.recording is not None:
+                found = jax.tree.map(lambda x: x[0], self.recording.at(step))
+                refuse_other_examples(found, examples)
+                batch = dataclasses.replace(batch, recorded=found.rows)
+            yield step % self.period_steps, examples, self.layout.spread(batch)
+
+
+def examine(run: Run, config: Config) -> Examined:
+    """Opens data, networks and targets of `run`. Raises `UserError` where one is not here."""
+    recorded = recording_of(config)
+    regime = regime_of(config.objective.target, config.teaching, recorded is not None)
+    # A smaller mesh than the training's: any number of devices that divides a batch.
+    layout = make_layout(MeshConfig(data=math.gcd(jax.device_count(), config.batch_size)))
+    dtype = jnp.dtype(run.resolved.precision)
+    student = make_branch(run.network, run.classes, dtype)
+    reader = Reader(open_training(config.data), config.data, run.classes)
+    if (reader.source.identity, len(reader)) != (run.resolved.data, run.resolved.examples):
+        raise UserError(
+            f"the run in {run.workdir.path} was trained on {run.resolved.examples:,} examples of "
+            f"{run.resolved.data}, and here are {len(reader):,} of {reader.source.identity}; give "
+            "the place of its data with --data.data-dir"
+        )
+    loaded = [x for x in teachers_of_run(run, config) if x.variables]
+    teachers = tuple(make_branch(x.network, run.classes, dtype) for x in loaded)
+    frozen = frozen_teachers(teachers, tuple(x.variables for x in loaded if x.variables), layout)
+    recording = table = None
+    if recorded is not None:
+        path = recording_in(run.workdir.path) if is_remote(recorded) else pathlib.Path(recorded)
+        steps = run.resolved.period_steps or run.resolved.total_steps
+        recording = RecordingReader(open_recording(path), steps)
+    if regime.targets == "table":
+        kept = run.workdir.fixed_targets
+        if not kept.is_file():
+            raise UserError(f"{kept} with the targets of the run is not there; bring it back")
+        table = fixed_targets(config, run.resolved, teachers, frozen, reader, layout, kept)
+
+    def placed(variables: Variables) -> Variables:
+        return on_devices(variables, layout.variables(variables))
+
+    built = build(config, run.resolved)
+    return Examined(
+        run=run,
+        config=config,
+        regime=regime,
+        layout=layout,
+        student=student,
+        teachers=teachers,
+        evaluated=placed(run.student.variables),
+        trained=placed(_trained(run)),
+        terms=_terms(run, built, layout),
+        frozen=frozen,
+        teach=built.teach,
+        reader=reader,
+        recording=recording,
+        table=table,
+    )
+
+
+def _terms(run: Run, built: Build, layout: Layout) -> TermState:
+    like = built.abstract_state().terms
+    if like is None:
+        return NOTHING
+    shapes = abstract(like, layout.variables(like))
+    return restore_terms(run.workdir.checkpoints / str(run.step), shapes)
+
+
+def _trained(run: Run) -> Variables:
+    """The student itself, where `run.student` is its average."""
+    if not run.averaged:
+        return run.student.variables
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    like = abstract(run.student.variables, jax.tree.map(lambda _: here, run.student.variables))
+    return restore_student(run.workdir.checkpoints / str(run.step), like, averaged=False)

@@ -1,0 +1,238 @@
+"""What is measured on one batch: two programs, one on its training view and one on its centre.
+
+The views are those of `step_views` and the targets those of the step's own `Teach`, so that what
+is measured is what the run learns from.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+
+from fm_distill.data.batch import Batch
+from fm_distill.diagnosis.cka import FEWEST, centred_gram, hsic
+from fm_distill.diagnosis.opened import Examined
+from fm_distill.models import Output, Variables
+from fm_distill.networks.branch import (
+    Branch,
+    render_central_views,
+    render_views,
+    step_views,
+    teacher_outputs_with_features,
+)
+from fm_distill.objectives.curves import progress_of, value_at
+from fm_distill.objectives.distances import kl_divergence
+from fm_distill.objectives.ensemble import combine
+from fm_distill.objectives.example_weights import make_example_weights
+from fm_distill.objectives.terms import (
+    Outputs,
+    Targets,
+    Term,
+    features_of,
+    first_choice,
+    make_terms,
+    student_columns,
+    values_of,
+)
+from fm_distill.runs.state import TermState
+from fm_distill.views.draws import mix
+from fm_distill.views.rendering import INPUT_RANGES, InputSpec
+
+# Of a batch, all that is worth keeping of it.
+Found = dict[str, Any]
+# `(evaluated student, trained student, terms, frozen teachers, batch, draws key, step as drawn,
+# step)`.
+TrainingProbe = Callable[
+    [Variables, Variables, TermState, tuple[Variables, ...], Batch, PRNGKeyArray, Array, Array],
+    Found,
+]
+# `(evaluated student, frozen teachers, batch)`.
+CentralProbe = Callable[[Variables, tuple[Variables, ...], Batch], Found]
+
+
+def taps_of(branch: Branch) -> tuple[str, ...]:
+    """The names of its features, from the input to the output."""
+    return tuple(branch.network.feature_shapes())
+
+
+def training_probe(examined: Examined) -> TrainingProbe:
+    """Agreement, distances, teacher, features, BatchNorm and gradients on the training view."""
+    config, student, teachers = examined.config, examined.student, examined.teachers
+    objective, classes = config.objective, examined.run.classes
+    live = teachers if examined.regime.targets == "teachers" else ()
+    terms, weigh = make_terms(objective), make_example_weights(objective)
+    of_terms, _ = features_of(objective)
+    total = examined.run.resolved.total_steps
+    own_taps = taps_of(student)
+    their_taps = taps_of(teachers[0]) if teachers else ()
+    compare = config.batch_size >= FEWEST and bool(own_taps and their_taps)
+
+    def probe(
+        evaluated: Variables,
+        trained: Variables,
+        own: TermState,
+        frozen: tuple[Variables, ...],
+        batch: Batch,
+        draws_key: PRNGKeyArray,
+        drawn: Int[Array, ""],
+        step: Int[Array, ""],
+    ) -> Found:
+        progress = progress_of(step, total)
+        temperature = objective.temperature * value_at(objective.temperature_schedule, progress)
+        views = step_views(
+            examined.regime.views, config.views, student, teachers, batch, draws_key, drawn
+        )
+        targets = examined.teach(frozen[: len(live)], batch, views)
+        output = student.network.apply(
+            evaluated, views.student, train=False, features=own_taps if compare else ()
+        )
+        first = first_choice(targets)
+        mixed = mix(views.draw, jax.nn.one_hot(batch.labels, classes))
+        found: Found = {
+            "same_class": output.logits.argmax(-1) == first,
+            "kl_nats": kl_to(targets, output.logits, temperature),
+            "label": jnp.where((batch.labels >= 0).all(), mixed.argmax(-1), -1),
+            "teacher_class": first,
+            **_teacher_of(targets, temperature),
+        }
+        if teachers:
+            seen = render_views(views.draw, batch, teachers)
+            logits, features = teacher_outputs_with_features(
+                teachers, frozen, seen, their_taps if compare else ()
+            )
+            if not targets.indices:
+                same_view = combine(logits, objective.ensemble, objective.temperature)
+                found["views_kl_nats"] = kl_divergence(same_view[0], targets.teacher_logits[0])
+            if compare:
+                found["cka"] = _similarities(
+                    [output.features[x] for x in own_taps], [features[x] for x in their_taps]
+                )
+        if jax.tree.leaves(evaluated.statistics):
+            found["moments"] = batch_moments(student, evaluated, views.student)
+            of_batch = student.network.apply(evaluated, views.student, train=True)
+            found["kl_batch_nats"] = kl_to(targets, of_batch.logits, temperature)
+
+        def losses(params: PyTree) -> Float[Array, " terms"]:
+            variables = dataclasses.replace(trained, params=params)
+            train = not config.student.keep_statistics
+            answer = student.network.apply(variables, views.student, train=train, features=of_terms)
+            outputs = Outputs(answer.logits, answer.features, own.params, own.banks)
+            values = values_of(terms, outputs, targets, progress)
+            if weigh is not None:
+                weights = jax.lax.stop_gradient(weigh(outputs, targets, progress))
+                values = tuple(weights * x for x in values)
+            return weighted(terms, values, progress)
+
+        found["products"] = gradient_products(losses, trained.params)
+        return found
+
+    return jax.jit(probe, out_shardings=examined.layout.replicated)
+
+
+def weighted(terms: tuple[Term, ...], values: tuple[Array, ...], progress: Array) -> Array:
+    """The share of each term in the loss of the batch."""
+    pairs = zip(terms, values, strict=True)
+    return jnp.stack([term.weight_at(progress) * value.mean() for term, value in pairs])
+
+
+def gradient_products(
+    losses: Callable[[PyTree], Float[Array, " terms"]], params: PyTree
+) -> Float[Array, "terms terms"]:
+    """The inner products of the gradients of `losses`: squared norms on the diagonal."""
+    values, pullback = jax.vjp(losses, params)
+    gradients = [pullback(one)[0] for one in jnp.eye(len(values))]
+    return jnp.stack([jnp.stack([optax.tree.vdot(x, y) for y in gradients]) for x in gradients])
+
+
+def kl_to(targets: Targets, logits: Array, temperature: Array) -> Float[Array, " batch"]:
+    """KL(target || student) in nats, the sum over the targets, without T^2."""
+    columns = student_columns(logits, targets, temperature)
+    pairs = zip(columns, targets.teacher_logits, strict=True)
+    return jnp.stack([kl_divergence(x, y, temperature) for x, y in pairs]).sum(axis=0)
+
+
+def _teacher_of(targets: Targets, temperature: Array) -> Found:
+    """Entropies over their largest value, and the probabilities at temperature 1, of the first."""
+    logits = targets.teacher_logits[0]
+
+    def entropy(t: Array | float) -> Array:
+        logs = jax.nn.log_softmax(logits.astype(jnp.float32) / t)
+        return -(jnp.exp(logs) * logs).sum(-1) / jnp.log(logits.shape[-1])
+
+    return {
+        "teacher_entropy": entropy(temperature),
+        "teacher_entropy_one": entropy(1.0),
+        "teacher_probabilities": jax.nn.softmax(logits).mean(axis=0),
+    }
+
+
+def _similarities(own: list[Array], theirs: list[Array]) -> dict[str, Array]:
+    grams, others = ([centred_gram(x) for x in side] for side in (own, theirs))
+    return {
+        "between": hsic(grams, others),
+        "student": jnp.stack([hsic([x], [x])[0, 0] for x in grams]),
+        "teacher": jnp.stack([hsic([x], [x])[0, 0] for x in others]),
+    }
+
+
+def batch_moments(student: Branch, variables: Variables, images: Array) -> PyTree:
+    """The moments of the batch, as the statistics that BatchNorm keeps.
+
+    A step keeps m of the old ones: from zeros comes (1 - m) x and from ones m + (1 - m) x.
+    """
+
+    def after(value: float) -> PyTree:
+        start = jax.tree.map(lambda x: jnp.full_like(x, value), variables.statistics)
+        replaced = dataclasses.replace(variables, statistics=start)
+        return student.network.apply(replaced, images, train=True).statistics
+
+    return jax.tree.map(lambda x, y: x / (1 - (y - x)), after(0.0), after(1.0))
+
+
+def central_probe(examined: Examined) -> CentralProbe:
+    """The logits of each network on the central crop, by its input range.
+
+    Keys are the place of the network, the student first, and the input range.
+    """
+    config, branches = examined.config, (examined.student, *examined.teachers)
+    inputs = [
+        tuple(dataclasses.replace(x, input_spec=_in_range(x, name)) for x in branches)
+        for name in INPUT_RANGES
+    ]
+
+    @functools.partial(jax.jit, out_shardings=examined.layout.batch)
+    def views(batch: Batch) -> list[Array]:
+        every = tuple(x for of_range in inputs for x in of_range)
+        rendered = render_central_views(batch, every, config.views.central_fraction)
+        return [rendered[x.input_spec] for x in every]
+
+    def compiled(apply: Callable[..., Output]) -> Callable[[Variables, Array], Array]:
+        def forward(variables: Variables, images: Array) -> Array:
+            return apply(variables, images).logits
+
+        return jax.jit(forward, out_shardings=examined.layout.replicated)
+
+    # Compiled once a network, not once an input range.
+    student = functools.partial(examined.student.network.apply, train=False)
+    networks = [compiled(student)]
+    networks += [compiled(x.network.apply_frozen) for x in examined.teachers]
+
+    def probe(evaluated: Variables, frozen: tuple[Variables, ...], batch: Batch) -> Found:
+        of_networks = [*zip(networks, (evaluated, *frozen), strict=True)]
+        seen = iter(views(batch))
+        return {
+            f"{i} {name}": network(variables, next(seen))
+            for name in INPUT_RANGES
+            for i, (network, variables) in enumerate(of_networks)
+        }
+
+    return probe
+
+
+def _in_range(branch: Branch, input_range: str) -> InputSpec:
+    return dataclasses.replace(branch.input_spec, input_range=input_range)
