@@ -3,8 +3,8 @@
 import dataclasses
 import json
 import re
-import types
 import shutil
+import types
 from xml.etree import ElementTree
 
 import jax
