@@ -35,8 +35,8 @@ FAR_FROM_TEACHER = 0.25
 VERY_FAR = 0.4
 # Of the examples: a student that agrees so often can do it.
 NEAR_AGREEMENT = 0.8
-# The fall of the loss from a step to the double of it: a run that is to learn something yet has twice
-# as much, and a student of two channels on the digits half. Two standard errors more are allowed.
+# The fall of the loss from a step to the double of it: a run that still learns has twice as much
+# and more, a student of two channels on the digits half. With two standard errors, a little more.
 FLAT_FALL = 0.08
 SURELY_FLAT = 0.12
 STILL_FALLING = 0.1
