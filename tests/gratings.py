@@ -15,7 +15,7 @@ from fm_distill.config import DataConfig
 from fm_distill.data.sources import Raw
 
 CLASSES, SIDE = 6, 20
-WAIT_S = 0.02
+WAIT_S = 0.1
 
 
 @dataclasses.dataclass(frozen=True)

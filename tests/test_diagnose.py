@@ -309,7 +309,7 @@ TRAINED = {
     "learning-rate-too-low": {"optimizer": rate(1e-5)},
     "warm-up-too-long": {"schedule": ScheduleConfig(total_steps=60, warmup_steps=40)},
     "dominant-term": {"objective": terms(TermConfig(kind="labels", weight=1e-3))},
-    "input-bound": {"data": dataclasses.replace(on("slow"), feeding="streaming")},
+    "input-bound": {"data": dataclasses.replace(on("slow"), feeding="streaming"), "steps": 20},
     "capacity-reached": {
         "student": dataclasses.replace(NETWORK, resolution=3),
         "schedule": ScheduleConfig(total_steps=600, warmup_steps=60),

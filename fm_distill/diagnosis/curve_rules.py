@@ -35,8 +35,10 @@ FAR_FROM_TEACHER = 0.25
 VERY_FAR = 0.4
 # Of the examples: a student that agrees so often can do it.
 NEAR_AGREEMENT = 0.8
-# The fall of the loss from a step to the double of it.
-FLAT_FALL = 0.05
+# The fall of the loss from a step to the double of it: a run that still learns has twice as much
+# and more, a student of two channels on the digits half. With two standard errors, a little more.
+FLAT_FALL = 0.08
+SURELY_FLAT = 0.12
 STILL_FALLING = 0.1
 # By the end of the schedule, where the rate falls, a run that can no more gains less than this.
 ANNEALING_FALL = 0.15
@@ -201,7 +203,7 @@ def capacity_reached(evidence: Evidence) -> Finding | None:
     if not FAR_FROM_TEACHER < share < NOT_LEARNED:
         return None
     # Surely flat: a noisy curve proves nothing.
-    if fall.share + 2 * fall.error > 2 * FLAT_FALL or fall.share > FLAT_FALL:
+    if fall.share + 2 * fall.error > SURELY_FLAT or fall.share > FLAT_FALL:
         return None
     later = 1 - end_level(log) / np.nanmean(log.loss[at_high_rate(log)])
     if later > ANNEALING_FALL:
