@@ -47,6 +47,7 @@ def healthy(**changes) -> Evidence:
             learning_rate=3e-3 * rate,
             update_norm=0.05 * rate,
             gradient_norm=np.exp(0.3 * rng.standard_normal(LINES)),
+            seconds=np.ones(LINES),
             data_wait=rng.uniform(0.0, 0.1, LINES),
             terms={},
         ),
@@ -99,7 +100,7 @@ def by_chance() -> InRanges:
 
 def few_lines(count: int) -> Evidence:
     """A level that doubles once, within the noise of single lines."""
-    names = ("step", "learning_rate", "update_norm", "gradient_norm", "data_wait")
+    names = ("step", "learning_rate", "update_norm", "gradient_norm", "seconds", "data_wait")
     log = {x: vars(healthy().log)[x][:count] for x in names}
     loss = np.tile([1.0, 1.0, 1.0, 1.0, 6.0], count // 5)
     loss[:5] = 1.2
@@ -175,7 +176,10 @@ PLANTED = {
     "warm-up-too-long": within(healthy(), "setting", warmup_steps=900),
     "dominant-term": within(healthy(), "gradients", norms=np.tile([1.0, 0.02], (8, 1))),
     "unmatchable-examples": _foreign(),
-    "input-bound": _log(data_wait=np.full(LINES, 0.6)),
+    # Every other line has waited for two batches, and has all of the time.
+    "input-bound": _log(
+        data_wait=np.tile([0.9, 0.02], LINES // 2), seconds=np.tile([1.0, 0.02], LINES // 2)
+    ),
     "capacity-reached": _far(_log(loss=curve(level=1.0, halved_in=0.01, noise=0.05))),
     "too-little-patience": _far(_log(loss=_power(0.25))),
 }
@@ -219,7 +223,8 @@ NEAR = {
     "a run too short to learn": ("learning-rate-too-high", _far(_log(loss=curve(level=2.0)))),
     "a run that has just begun": ("learning-rate-too-low", within(
         _log(loss=curve()[:8], step=np.arange(1.0, 9), learning_rate=np.linspace(0, 1e-3, 8),
-             update_norm=np.full(8, 1e-5), gradient_norm=np.ones(8), data_wait=np.zeros(8)),
+             update_norm=np.full(8, 1e-5), gradient_norm=np.ones(8), data_wait=np.zeros(8),
+             seconds=np.ones(8)),
         "setting", complete=False, step=8,
     )),
     "a warm-up of a quarter": ("warm-up-too-long", within(healthy(), "setting", warmup_steps=500)),

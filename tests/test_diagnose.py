@@ -310,10 +310,6 @@ TRAINED = {
     "warm-up-too-long": {"schedule": ScheduleConfig(total_steps=60, warmup_steps=40)},
     "dominant-term": {"objective": terms(TermConfig(kind="labels", weight=1e-3))},
     "input-bound": {"data": dataclasses.replace(on("slow"), feeding="streaming"), "steps": 20},
-    "capacity-reached": {
-        "student": dataclasses.replace(NETWORK, resolution=3),
-        "schedule": ScheduleConfig(total_steps=600, warmup_steps=60),
-    },
     "too-little-patience": {"teaching": "consistent", "optimizer": rate(4e-3)},
 }
 

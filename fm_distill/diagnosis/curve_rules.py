@@ -274,10 +274,15 @@ def dead_adapter(evidence: Evidence) -> Finding | None:
 
 def input_bound(evidence: Evidence) -> Finding | None:
     """The steps wait for their batches."""
+    log = evidence.log
     # The first lines have the time of the compiler in them.
-    waits = evidence.log.data_wait[len(evidence.log.data_wait) // 4 :]
-    waits = waits[np.isfinite(waits)]
-    if len(waits) < 3 or (wait := float(np.median(waits))) <= MOST_WAIT:
+    later = np.arange(len(log.step)) >= len(log.step) // 4
+    known = later & np.isfinite(log.data_wait) & np.isfinite(log.seconds)
+    if known.sum() < 3:
+        return None
+    # By time: batches come in pairs, and every other line has waited for both.
+    wait = float((log.data_wait * log.seconds)[known].sum() / log.seconds[known].sum())
+    if wait <= MOST_WAIT:
         return None
     return Finding(
         LIKELY,

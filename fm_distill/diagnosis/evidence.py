@@ -40,6 +40,7 @@ class Log:
     learning_rate: PerLine
     update_norm: PerLine
     gradient_norm: PerLine
+    seconds: PerLine  # since the line before
     data_wait: PerLine  # share of the time in which the step waited for its batch
     # Of a loss with several terms: each value times its weight.
     terms: Mapping[str, PerLine]

@@ -42,7 +42,7 @@ EPSILON = 1e-5  # of a variance that BatchNorm keeps
 
 def measure(run: Run, config: Config, examples: int) -> Evidence:
     """All that can be known of `run`, from about so many of the examples that it saw last."""
-    setting, log = setting_of(run), log_of(read_history(run.workdir.path))
+    setting, log = setting_of(run), log_of(read_history(run.workdir.path), config.batch_size)
     try:
         examined = examine(run, config)
         return _probed(examined, setting, log, examples)
@@ -72,7 +72,7 @@ def setting_of(run: Run) -> Setting:
     )
 
 
-def log_of(history: History) -> Log:
+def log_of(history: History, batch_size: int) -> Log:
     """The lines of `train` as arrays."""
     lines = [x for x in history.lines if x["split"] == "train"]
 
@@ -90,6 +90,7 @@ def log_of(history: History) -> Log:
         learning_rate=column("learning_rate"),
         update_norm=column("update_norm"),
         gradient_norm=column("gradient_norm"),
+        seconds=np.diff(column("step"), prepend=0) * batch_size / column("images_per_second"),
         data_wait=column("data_wait"),
         terms={x: column(f"weight_{x}") * column(f"term_{x}") for x in named("term_")},
         adapter_gradients={x: column(ADAPTER_GRADIENT + x) for x in named(ADAPTER_GRADIENT)},
