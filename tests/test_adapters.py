@@ -293,5 +293,6 @@ def test_an_adapter_that_learns_nothing_is_noticed(tmp_path, capsys):
     train(config, tmp_path / "run")
     lines = [x for x in capsys.readouterr().err.splitlines() if "learns nothing" in x]
     assert len(lines) == 1 and "the adapter of the term hint learns nothing" in lines[0]
-    found = diagnose(tmp_path / "run").causes
-    assert found[0].name == "dead-adapter" and "term hint" in found[0].evidence
+    # The teacher's weights are random, which is named too.
+    found = {x.name: x.evidence for x in diagnose(tmp_path / "run").causes}
+    assert "term hint" in found["dead-adapter"]
