@@ -339,6 +339,11 @@ HEALTHY = {
             TermConfig(kind="similarity", weight=30.0, student_tap="block1", teacher_tap="block1")
         )
     },
+    "adapter": {
+        "objective": terms(
+            TermConfig(kind="hint", weight=0.1, student_tap="block1", teacher_tap="block1")
+        )
+    },
     "average": {"ema_decay": 0.9},
     "batch norm": {"student": BATCH_NORM, "steps": 120},
 }
