@@ -153,6 +153,9 @@ def test_numbers_that_are_none_do_not_agree(workdir):
     runtime = stablehlo.Runtime("x", lambda pixels: np.full((len(pixels), 10), np.nan))
     with pytest.raises(UserError, match="by up to nan"):
         compare(runtime, "stablehlo", run.student, "logits", "dynamic", examples)
+    failing = stablehlo.Runtime("x", lambda pixels: np.zeros(2).reshape(3))
+    with pytest.raises(UserError, match=r"x cannot run the converted student \(ValueError"):
+        compare(failing, "stablehlo", run.student, "logits", "dynamic", examples)
 
 
 def test_predict_takes_the_file(workdir, exported, tmp_path, capsys):

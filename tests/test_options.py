@@ -12,7 +12,7 @@ from tiny import tiny_config
 from tyro import _docstrings
 
 import fm_distill.config as configs
-from fm_distill.cli import main, options, plan, train
+from fm_distill.cli import export, main, options, plan, train
 from fm_distill.config import Config, DataConfig, NetworkConfig, StudentConfig
 from fm_distill.config.bounds import out_of_bounds
 from fm_distill.config.choices import not_a_choice
@@ -31,7 +31,7 @@ from fm_distill.views.crops import CROPS
 
 PARTS = [vars(configs)[name] for name in configs.__all__ if name != "InputRange"]
 COMMANDS = [
-    main._Evaluate, main._Predict, main._Export, main._Report, main._Show, main._Status,
+    main._Evaluate, main._Predict, export._Export, main._Report, main._Show, main._Status,
     plan._Plan, train._Train, train._Sweep,
 ]  # fmt: skip
 

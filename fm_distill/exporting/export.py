@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from fm_distill.errors import UserError
 from fm_distill.exporting.formats import FORMATS
 from fm_distill.exporting.function import BatchSize, Output, function_of
-from fm_distill.exporting.parity import compare, examples_of
+from fm_distill.exporting.parity import compare, examples_of, runs
 from fm_distill.models import model_of
 from fm_distill.runs.open_run import Run, open_run
 from fm_distill.system.console import log
@@ -128,7 +128,9 @@ def _write_function(
     examples = examples_of(config, run.student)
     function = function_of(run.student, output)
     data = format.convert(function, card.resolution, batch, card.model)
-    parity = compare(format.load(data), format.name, run.student, output, batch, examples)
+    with runs(f"the runtime of {path.suffix}"):
+        runtime = format.load(data)
+    parity = compare(runtime, format.name, run.student, output, batch, examples)
     facts = FunctionFacts(format=format.name, batch=batch, output=output, parity=parity)
     card = dataclasses.replace(card, function=facts)
     _write(path, lambda temporary: format.write(temporary, data, card_to_json(card)))

@@ -1,5 +1,6 @@
 """A function as an `.onnx` file, its card in the metadata. The extra `onnx` brings what runs it."""
 
+import hashlib
 import json
 import pathlib
 from typing import Any
@@ -11,6 +12,10 @@ from fm_distill.exporting.function import BatchSize, Function, Runtime
 from fm_distill.weights.card import CARD_KEY
 
 SUFFIX = ".onnx"
+# In the metadata, beside the card: see `_digest`.
+DIGEST_KEY = "weights_sha256"
+# Bytes of weights. Protobuf's limit is 2 GiB, with nodes and card.
+LARGEST = 2_000_000_000
 
 
 def to_onnx(function: Function, resolution: int, batch: BatchSize, model: str) -> bytes:
@@ -23,9 +28,10 @@ def to_onnx(function: Function, resolution: int, batch: BatchSize, model: str) -
         converted = convert(function, resolution, batch, RULES)
     except Unsupported as error:
         raise UserError(
-            f"{model} cannot be converted to ONNX: it has the operation {error}, which has no "
-            "form there; export to .stablehlo"
+            f"{model} cannot be converted to ONNX: {error}; export to .stablehlo"
         ) from None
+    if sum(len(x.raw_data) for x in converted.graph.initializer) > LARGEST:
+        raise UserError(f"{model} is larger than an ONNX file can be, 2 GB; export to .safetensors")
     checker.check_model(converted)
     return bytes(converted.SerializeToString())
 
@@ -50,7 +56,7 @@ def load_function(data: bytes) -> Runtime:
 def write_model(path: pathlib.Path, function: bytes, card: str) -> None:
     """The file. Raises `OSError`."""
     model = _onnx().ModelProto.FromString(function)
-    stated = {CARD_KEY: card}
+    stated = {CARD_KEY: card, DIGEST_KEY: _digest(model)}
     # For tools that do not know the card.
     if names := json.loads(card)["class_names"]:
         stated["class_names"] = json.dumps(names)
@@ -75,7 +81,21 @@ def read_model(path: pathlib.Path) -> tuple[bytes, str]:
             f"{path} has no card of fm-distill, so how its images are prepared is not known; "
             "expected a file that `fm-distill export` wrote"
         )
+    if stated.get(DIGEST_KEY) != _digest(model):
+        raise UserError(
+            f"{path} is damaged or was changed: its weights are not those that its card was "
+            "written for; export it again"
+        )
     return data, stated[CARD_KEY]
+
+
+def _digest(model: Any) -> str:
+    """SHA-256 of the weights in a model, which nothing in its format checks."""
+    found = hashlib.sha256()
+    for weight in model.graph.initializer:
+        found.update(f"{weight.name} {weight.data_type} {[*weight.dims]}\n".encode())
+        found.update(weight.raw_data)
+    return found.hexdigest()
 
 
 def _onnx() -> Any:

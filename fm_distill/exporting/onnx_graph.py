@@ -104,7 +104,7 @@ class Graph:
         """The tensor `name` in another shape of which at most one number is not known."""
         sizes = [-1 if not isinstance(x, int) else x for x in shape]
         if sizes.count(-1) > 1:
-            raise Unsupported("reshape to several sizes of the batch")
+            raise Unsupported("several sizes that follow from the batch")
         return self.add("Reshape", name, self.integers(sizes))
 
 
@@ -135,7 +135,13 @@ def convert(
     """`function` as a model with one input and one output. Raises `Unsupported`."""
     rows = export.symbolic_shape(BATCH)[0] if batch == "dynamic" else batch
     shape = (rows, resolution, resolution, 3)
-    traced = jax.make_jaxpr(function)(jax.ShapeDtypeStruct(shape, np.uint8))
+    try:
+        traced = jax.make_jaxpr(function)(jax.ShapeDtypeStruct(shape, np.uint8))
+    except Exception as error:  # of many kinds, in code that may be the user's
+        reason = str(error).strip().partition("\n")[0]
+        raise Unsupported(
+            f"a batch of {batch} cannot be traced: {type(error).__name__}: {reason}"
+        ) from error
     graph = Graph()
     pixels = Value(INPUT, shape, shape, np.dtype(np.uint8))
     consts = [Value.of(x) for x in traced.consts]
@@ -194,11 +200,11 @@ def _of_equation(
     if name != "broadcast_in_dim" and (computed := _computed(equation, inputs, outputs)):
         return computed
     if name not in rules:
-        raise Unsupported(name)
+        raise Unsupported(f"the operation {name} has no form there")
     try:
         return rules[name](graph, inputs, params, outputs)
     except Unsupported as error:
-        raise Unsupported(f"{name} ({error})") from None
+        raise Unsupported(f"the operation {name} has no form there for {error}") from None
 
 
 def _computed(equation: JaxprEqn, inputs: list[Value], outputs: list[Any]) -> list[Value] | None:

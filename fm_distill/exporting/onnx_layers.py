@@ -32,7 +32,7 @@ def product(graph: Graph, inputs: Values, params: Params, outputs: list[Any]) ->
 def convolution(graph: Graph, inputs: Values, params: Params, outputs: list[Any]) -> Values:
     numbers, padding = params["dimension_numbers"], params["padding"]
     if set(params["lhs_dilation"]) != {1} or params["batch_group_count"] != 1:
-        raise Unsupported("a transposed one, or with groups of the batch")
+        raise Unsupported("a transposed convolution, or groups of the batch")
     images, kernel = inputs
     picture = graph.add("Transpose", graph.full(images), perm=numbers.lhs_spec)
     if isinstance(kernel.content, str):
@@ -60,7 +60,7 @@ def _pool(graph: Graph, kind: str, x: Value, params: Params, attributes: Params)
     dilated = {*params["base_dilation"], *params["window_dilation"]} != {1}
     flat = (window[0], window[-1], steps[0], steps[-1]) == (1, 1, 1, 1)
     if dilated or len(window) != 4 or not flat or any(padding[0]) or any(padding[-1]):
-        raise Unsupported("over other axes than height and width")
+        raise Unsupported("a window over other axes than height and width")
     found = graph.add(
         kind,
         graph.add("Transpose", graph.full(x), perm=NHWC_TO_NCHW),

@@ -4,7 +4,9 @@ On the same uint8 pixels: what the run sees of an image in evaluation, rounded t
 All is computed on the CPU, in float32: accelerators round the factors of their products.
 """
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +81,8 @@ def compare(
     Raises `UserError` where they differ by more than the bound of `kind`.
     """
     with jax.default_device(_cpu()):
-        found = in_batches(runtime.call, examples.pixels, batch, student.classes)
+        with runs(runtime.name):
+            found = in_batches(runtime.call, examples.pixels, batch, student.classes)
         expected = _logits(student, examples.pixels)
         if output == "probabilities":
             expected = np.asarray(jax.nn.softmax(expected, axis=-1))
@@ -106,6 +109,21 @@ def compare(
         file_top1=top1[0],
         run_top1=top1[1],
     )
+
+
+@contextlib.contextmanager
+def runs(what: str) -> Iterator[None]:
+    """Whatever a runtime raises for a function that was just converted, as `UserError`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"{what} cannot run the converted student ({type(error).__name__}: {reason}), so "
+            "nothing was written; export to another format"
+        ) from error
 
 
 def _cpu() -> jax.Device:
