@@ -268,3 +268,30 @@ def test_each_depthwise_convolution_leaves_as_one():
     assert len(grouped) == 11 and len(lines) == 53
     assert text.count("stablehlo.dot_general") == 1  # the head
     assert "stablehlo.case" not in text  # nothing depends on the platform
+
+
+OF_FUNCTIONS = """
+import jax.numpy as jnp
+from fm_distill.models import Network, Output, Variables
+
+def network(config, classes, dtype):
+    def init(key):
+        return Variables({"kernel": jnp.ones((3, classes))}, {})
+
+    def apply(variables, images, *, train=False, features=()):
+        return Output(images.mean((1, 2)) @ variables.params["kernel"], {}, {})
+
+    return Network(classes, init, apply, lambda x: x, apply)
+"""
+
+
+def test_a_network_of_functions_alone_has_one_form(tmp_path):
+    (tmp_path / "mine.py").write_text(OF_FUNCTIONS)
+    kernel = np.linspace(-1, 1, 30, dtype=np.float32).reshape(3, 10)
+    network = resolve(NetworkConfig(model=f"{tmp_path / 'mine.py'}:network", resolution=8))
+    names, variables = tuple("0123456789"), Variables({"kernel": kernel}, {})
+    student = Student(network, 10, names, CanvasConfig(size=8), 1.0, "float32", variables)
+    pixels = pixels_of(2, 8)
+    found = function_of(student, "logits")(jnp.asarray(pixels))
+    means = (pixels.astype(np.float64) / 127.5 - 1).mean(axis=(1, 2))
+    np.testing.assert_allclose(found, means @ kernel, atol=1e-5)

@@ -20,7 +20,7 @@ LARGEST = 2_000_000_000
 
 def to_onnx(function: Function, resolution: int, batch: BatchSize, model: str) -> bytes:
     """`function`, serialised. Raises `UserError` where the network `model` cannot be converted."""
-    checker = _onnx().checker
+    checker, _ = _onnx().checker, _onnxruntime()  # before anything is compiled
     from fm_distill.exporting.onnx_graph import Unsupported, convert
     from fm_distill.exporting.onnx_operations import RULES
 
@@ -38,10 +38,7 @@ def to_onnx(function: Function, resolution: int, batch: BatchSize, model: str) -
 
 def load_function(data: bytes) -> Runtime:
     """The function of a model, on the CPU. Raises `UserError` without ONNX Runtime."""
-    try:
-        import onnxruntime
-    except ImportError:
-        raise UserError(_missing("ONNX Runtime")) from None
+    onnxruntime = _onnxruntime()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors, which are raised too
     session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
@@ -105,6 +102,14 @@ def _onnx() -> Any:
     except ImportError:
         raise UserError(_missing("the package onnx")) from None
     return onnx
+
+
+def _onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError:
+        raise UserError(_missing("ONNX Runtime")) from None
+    return onnxruntime
 
 
 def _missing(what: str) -> str:
