@@ -83,6 +83,8 @@ def test_libraries_have_rooms(path):
     assert "tensorstore" not in roots or name == "recordings.shards"
     assert "safetensors" not in roots or name in ("weights.files", "exporting.export")
     assert "matplotlib" not in roots or name == "reports.plots"
+    assert "onnx" not in roots or name.startswith("exporting.onnx_")
+    assert "onnxruntime" not in roots or name == "exporting.onnx_file"
     assert "IPython" not in roots or name == "notebooks.live"
     assert not roots & {"jupytext", "nbformat"} or name == "notebooks.packing"
     assert not roots & {"pickle", "torch"}

@@ -152,6 +152,9 @@ def test_an_own_network_is_trained_resumed_evaluated_and_exported(mine, tmp_path
     jax.tree.map(np.testing.assert_array_equal, run.variables, exported.variables)
     images = np.random.default_rng(0).integers(0, 256, (3, 40, 30, 3), np.uint8)
     np.testing.assert_array_equal(run.predict(images), exported.predict(images))
+    for name in ("mine.stablehlo", "mine.onnx"):
+        function = export(whole, tmp_path / name).function
+        assert function.parity.agreement == 1 and function.parity.file_top1 > 0
 
 
 def test_a_network_that_was_changed_is_refused(mine, tmp_path):

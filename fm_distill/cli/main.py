@@ -13,6 +13,7 @@ from typing import NoReturn
 import tyro
 
 from fm_distill.cli.diagnose import diagnose_command
+from fm_distill.cli.export import export_command
 from fm_distill.cli.options import (
     HELP,
     OverConfig,
@@ -48,10 +49,12 @@ USAGE = """usage: fm-distill COMMAND ...
   evaluate DIR [--split test] [--step N] [--json] [--data.data-dir PATH] [--teacher.weights FILE]
       student and teacher on every example of a split
       --cost             measure latency and memory of both, too
-  predict DIR|STUDENT.safetensors IMAGE [IMAGE ...] [--top 5] [--json]
+  predict DIR|STUDENT.{safetensors,onnx,stablehlo} IMAGE [IMAGE ...] [--top 5] [--json]
       the student's classes and probabilities for image files, folders and .npy arrays
   export DIR OUT.safetensors [--step N] [--overwrite]
       the student as a weight file in timm's or Keras's names, with a card
+  export DIR OUT.{onnx,stablehlo} [--batch N|dynamic] [--output logits] [--data-dir PATH]
+      uint8 pixels to probabilities as one function, written where it agrees with the run
   report DIR [DIR ...] [--out report.html] [--data-dir PATH] [--teacher-weights FILE] [--overwrite]
       one HTML file: figures of the runs side by side, curves, views, disagreements
       --cost             measure latency and memory of the networks, too
@@ -143,32 +146,6 @@ def _predict(arguments: list[str]) -> int:
         print(found.image)
         for name, probability in zip(found.classes, found.probabilities, strict=True):
             print(f"  {100 * probability:6.2f} %  {name}")
-    return EXIT_COMPLETE
-
-
-@dataclasses.dataclass(frozen=True)
-class _Export:
-    """The student as a weight file with a card."""
-
-    out: tyro.conf.Positional[str]
-    """The file to write; its card comes beside it as .json."""
-    step: int | None = None
-    """The checkpoint after so many steps; None: the newest."""
-    overwrite: bool = False
-    """Replace what is there."""
-
-
-def _export(arguments: list[str]) -> int:
-    from fm_distill.exporting.export import export
-
-    workdir, rest = first(arguments, "export DIR OUT.safetensors")
-    asked = parse(_Export, None, rest, f"export {workdir}")
-    card = export(workdir, asked.out, asked.overwrite, asked.step)
-    what = "the moving average (EMA) of the student" if card.averaged else "the student"
-    print(
-        f"{asked.out}: {what} after {card.step:,} steps, {card.model}, {card.classes} classes, "
-        f"with the names of {card.naming}"
-    )
     return EXIT_COMPLETE
 
 
@@ -281,7 +258,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "sweep": sweep_command,
     "evaluate": _evaluate,
     "predict": _predict,
-    "export": _export,
+    "export": export_command,
     "show": _show,
     "plan": plan_command,
     "profile": profile_command,

@@ -9,11 +9,11 @@ import numpy as np
 from fm_distill.data.images import CorruptImage, Pixels
 from fm_distill.data.sources import SUFFIXES
 from fm_distill.errors import UserError
-from fm_distill.runs.student import Student, checked
+from fm_distill.runs.student import Predictor, checked
 
 
 def prepared(
-    student: Student, places: Sequence[str | os.PathLike[str]]
+    student: Predictor, places: Sequence[str | os.PathLike[str]]
 ) -> Iterator[tuple[str, Pixels]]:
     """Name and pixels of each image: of a file, of all in a folder, of the rows of a `.npy` array.
 

@@ -19,13 +19,15 @@ from fm_distill.data.splits import open_named
 from fm_distill.errors import UserError
 from fm_distill.evaluation.evaluate import Evaluator
 from fm_distill.evaluation.image_files import prepared
+from fm_distill.exporting.formats import FORMATS
+from fm_distill.exporting.load_exported import load_exported
 from fm_distill.exporting.load_student import load_student
 from fm_distill.models import Variables
 from fm_distill.networks.branch import Branch, frozen_teachers, make_branch
 from fm_distill.networks.cost import run_cost
 from fm_distill.networks.teachers import Teacher, load_teachers, teachers_here
 from fm_distill.runs.open_run import Run, open_run
-from fm_distill.runs.student import BATCH, Student
+from fm_distill.runs.student import BATCH, Predictor
 from fm_distill.system.sharding import Layout, make_layout, on_devices
 
 
@@ -141,9 +143,9 @@ def predict(
 ) -> list[Prediction]:
     """The `top` classes of each image, by the student of a run or of an export.
 
-    `student` is a workdir or a `.safetensors` file of `export`; `images` are image files, folders
-    of them and `.npy` arrays, uint8 of shape (batch, height, width, 3). Each image gets the central
-    view of evaluation. Raises `UserError`, also for a file that is no image.
+    `student` is a workdir or a file of `export`, whose own runtime runs it; `images` are image
+    files, folders of them and `.npy` arrays, uint8 of shape (batch, height, width, 3). Each image
+    gets the central view of evaluation. Raises `UserError`, also for a file that is no image.
     """
     asked = open_student(student)
     found = []
@@ -157,8 +159,11 @@ def predict(
     return found
 
 
-def open_student(path: str | os.PathLike[str]) -> Student:
+def open_student(path: str | os.PathLike[str]) -> Predictor:
     """The student of the run in a workdir, or of an export. Raises `UserError`."""
-    if pathlib.Path(path).suffix == ".safetensors":
+    path = pathlib.Path(path)
+    if path.suffix == ".safetensors":
         return load_student(path)
+    if path.suffix in FORMATS:
+        return load_exported(path)
     return open_run(path).student

@@ -1,1 +1,1 @@
-"""Students as files for other tools. Imports `runs`, `weights`, `views`."""
+"""Students as files for other tools. Imports `runs`, `data`, `weights` and below."""

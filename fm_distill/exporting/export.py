@@ -1,24 +1,35 @@
-"""A trained student as one file for others: tensors under timm's or Keras's names, and a card.
+"""A trained student as one file for others, and a card: its weights, or its whole function.
 
-Where the run keeps an average of the student, that is exported. timm loads the file of a network
-that it has; ours is loaded back by `weights.load` in every bit, with nothing else said.
+Weights are tensors under timm's or Keras's names (`.safetensors`). timm loads the file of a network
+that it has; ours is loaded back by `weights.load` in every bit, with nothing else said. A function
+(`.onnx`, `.stablehlo`) needs nothing of this package; see `function.py`. Where the run keeps an
+average of the student, that is exported.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
 from collections.abc import Callable
 
+import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from fm_distill.errors import UserError
+from fm_distill.exporting.formats import FORMATS
+from fm_distill.exporting.function import BatchSize, Output, function_of
+from fm_distill.exporting.parity import compare, examples_of, runs
 from fm_distill.models import model_of
-from fm_distill.runs.open_run import open_run
+from fm_distill.runs.open_run import Run, open_run
+from fm_distill.system.console import log
 from fm_distill.system.files import replacing
 from fm_distill.views.rendering import INPUT_RANGES
-from fm_distill.weights.card import CARD_KEY, Card, card_to_json, digest
+from fm_distill.weights.card import CARD_KEY, Card, FunctionFacts, card_to_json, digest
 from fm_distill.weights.names import in_naming, naming_of
+
+WEIGHTS = ".safetensors"
+SUFFIXES = (WEIGHTS, *FORMATS)
 
 
 def export(
@@ -26,27 +37,54 @@ def export(
     path: str | os.PathLike[str],
     overwrite: bool = False,
     step: int | None = None,
+    *,
+    batch: BatchSize = 1,
+    output: Output = "probabilities",
+    data_dir: str | None = None,
 ) -> Card:
-    """Writes the student of the run in `workdir` to `path`, and its card beside it as JSON.
+    """Writes the student of the run in `workdir` to `path`, as the format that its suffix says.
 
-    Both are written completely or not at all, the card last. Raises `UserError`, also where
-    either is there already, unless `overwrite`.
+    Weights have their card as JSON beside them, too, which is written last. A function takes
+    batches of `batch` images, returns `output`, and is written only where its own runtime agrees
+    with the run on images of the validation split, which lies in `data_dir` if not where it was.
+    Each file is written completely or not at all. Raises `UserError`, also where it is there
+    already, unless `overwrite`.
     """
     path = pathlib.Path(path)
-    if path.suffix != ".safetensors":
-        raise UserError(f"{path} is no name for an export; expected one like student.safetensors")
-    beside = path.with_suffix(".json")
-    there = [str(x) for x in (path, beside) if x.exists()]
+    if path.suffix not in SUFFIXES:
+        names = ", ".join(f"student{x}" for x in SUFFIXES)
+        raise UserError(f"{path} is no name for an export; expected one like {names}")
+    if batch != "dynamic" and batch < 1:
+        raise UserError(f"--batch is {batch}; expected 1 or more, or dynamic")
+    if path.suffix == WEIGHTS and (batch != 1 or output != "probabilities" or data_dir):
+        raise UserError(
+            f"--batch, --output and --data-dir are for whole functions, and {path} holds weights "
+            "alone; leave them out"
+        )
+    written = (path, path.with_suffix(".json")) if path.suffix == WEIGHTS else (path,)
+    there = [str(x) for x in written if x.exists()]
     if there and not overwrite:
         raise UserError(f"{' and '.join(there)} exists already; use another name, or --overwrite")
     if not path.parent.is_dir():
         raise UserError(f"there is no folder {path.parent} to write {path.name} to; make it first")
     run = open_run(workdir, step)
+    if not run.complete:
+        log(
+            f"the run in {workdir} is not complete: its student is exported as it stood after "
+            f"{run.step:,} of {run.resolved.total_steps:,} steps"
+        )
+    naming = naming_of(run.network)
+    tensors = in_naming(naming, run.network, run.student.variables)
+    card = _card_of(run, naming, tensors)
+    if path.suffix == WEIGHTS:
+        return _write_weights(path, tensors, card)
+    return _write_function(path, run, card, batch, output, data_dir)
+
+
+def _card_of(run: Run, naming: str, tensors: dict[str, np.ndarray]) -> Card:
     network, stored = run.network, run.workdir.read("config.json")
-    naming = naming_of(network)
-    tensors = in_naming(naming, network, run.student.variables)
     mean, std = INPUT_RANGES[network.input_range]
-    card = Card(
+    return Card(
         model=network.model,
         network=network,
         classes=run.classes,
@@ -65,10 +103,37 @@ def export(
         naming=naming,
         sha256=digest(tensors),
     )
+
+
+def _write_weights(path: pathlib.Path, tensors: dict[str, np.ndarray], card: Card) -> Card:
     text = card_to_json(card)
     metadata = {CARD_KEY: text, **_for_timm(card)}
     _write(path, lambda temporary: save_file(tensors, temporary, metadata))
-    _write(beside, lambda temporary: temporary.write_text(text + "\n"))
+    _write(path.with_suffix(".json"), lambda temporary: temporary.write_text(text + "\n"))
+    return card
+
+
+def _write_function(
+    path: pathlib.Path,
+    run: Run,
+    card: Card,
+    batch: BatchSize,
+    output: Output,
+    data_dir: str | None,
+) -> Card:
+    format, config = FORMATS[path.suffix], run.config
+    if data_dir is not None:
+        moved = dataclasses.replace(config.data, data_dir=data_dir)
+        config = dataclasses.replace(config, data=moved)
+    examples = examples_of(config, run.student)
+    function = function_of(run.student, output)
+    data = format.convert(function, card.resolution, batch, card.model)
+    with runs(f"the runtime of {path.suffix}"):
+        runtime = format.load(data)
+    parity = compare(runtime, format.name, run.student, output, batch, examples)
+    facts = FunctionFacts(format=format.name, batch=batch, output=output, parity=parity)
+    card = dataclasses.replace(card, function=facts)
+    _write(path, lambda temporary: format.write(temporary, data, card_to_json(card)))
     return card
 
 

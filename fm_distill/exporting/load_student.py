@@ -9,6 +9,7 @@ from fm_distill.config.serialization import converted
 from fm_distill.errors import UserError
 from fm_distill.runs.open_run import names_of
 from fm_distill.runs.student import Student
+from fm_distill.weights.card import Card
 from fm_distill.weights.files import read
 from fm_distill.weights.load import load_weights
 
@@ -25,13 +26,7 @@ def load_student(path: str | os.PathLike[str]) -> Student:
             f"{path} has no card of fm-distill, so how its images are prepared is not known; "
             "expected a file that `fm-distill export` wrote"
         )
-    try:
-        canvas = converted(card.config["data"]["canvas"], CanvasConfig)
-    except (KeyError, TypeError, msgspec.ValidationError) as error:
-        raise UserError(
-            f"{path}: the config on its card does not fit this version ({error}); export it again "
-            "with this one"
-        ) from None
+    canvas = canvas_of(card, path)
     found = load_weights(os.fspath(path), None, "student")
     return Student(
         network=found.network,
@@ -42,3 +37,14 @@ def load_student(path: str | os.PathLike[str]) -> Student:
         precision=card.precision,
         variables=found.variables,
     )
+
+
+def canvas_of(card: Card, path: str | os.PathLike[str]) -> CanvasConfig:
+    """The canvas of the run's data, in the config on the `card` of `path`. Raises `UserError`."""
+    try:
+        return converted(card.config["data"]["canvas"], CanvasConfig)
+    except (KeyError, TypeError, msgspec.ValidationError) as error:
+        raise UserError(
+            f"{path}: the config on its card does not fit this version ({error}); export it again "
+            "with this one"
+        ) from None

@@ -6,6 +6,7 @@ A `Network` is a bundle of pure functions, called by `step.py` and `evaluate.py`
     apply(variables, images, train=, features=) -> Output
     freeze(variables)                        -> FrozenVariables, what is constant computed once
     apply_frozen(frozen, images, features=)  -> Output, in evaluation mode
+    apply_portable(frozen, images)           -> logits, each convolution as one for other runtimes
 
 To add a model: a file with a function `(NetworkConfig, classes, dtype) -> Network` and a line in
 `MODELS`, or in the `MEMBERS` of its family; the tests run over the table. Without touching

@@ -5,12 +5,12 @@ from collections.abc import Callable, Mapping
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import traverse_util
+from flax import core, traverse_util
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from fm_distill.config import NetworkConfig
 from fm_distill.models.contract import HEAD, Images, Network, Output, Variables, select_features
-from fm_distill.models.layers import Kernel
+from fm_distill.models.layers import PORTABLE, Kernel
 
 
 def make_network(
@@ -51,6 +51,13 @@ def make_network(
         logits, found, _ = _run(frozen_module, tree, images, False, (), features)
         return Output(logits, found, frozen.statistics)
 
+    def apply_portable(frozen: Variables, images: Images) -> Array:
+        def called(scope: core.Scope) -> Array:
+            return frozen_module.clone(parent=scope)(images, train=False)[0]
+
+        tree = {"params": frozen.params, "batch_stats": frozen.statistics}
+        return core.apply(called, flags={PORTABLE: True})(tree)
+
     def feature_shapes(modules: bool = False) -> dict[str, tuple[int, ...]]:
         def features(key: PRNGKeyArray) -> list[Array]:
             images = jnp.zeros((2, config.resolution, config.resolution, 3), jnp.float32)
@@ -65,7 +72,7 @@ def make_network(
         shapes = jax.eval_shape(features, jax.random.key(0))
         return {name: x.shape for name, x in zip(names, shapes, strict=True)}
 
-    return Network(classes, init, apply, freeze, apply_frozen, feature_shapes)
+    return Network(classes, init, apply, freeze, apply_frozen, feature_shapes, apply_portable)
 
 
 def _run(

@@ -45,6 +45,7 @@ Freeze = Callable[[Variables], Variables]
 ApplyFrozen = Callable[..., Output]
 
 
+ApplyPortable = Callable[[Variables, Images], Float[Array, "batch classes"]]
 FeatureShapes = Callable[..., dict[str, tuple[int, ...]]]
 
 
@@ -65,6 +66,9 @@ class Network:
     # Shapes of all named features of a batch of two; with `modules=True` of the output of each
     # module too, by its path.
     feature_shapes: FeatureShapes = no_features
+    # frozen variables, images -> logits, in evaluation mode and with each convolution as one
+    # operation on every platform. None of a network of one's own that has one form alone.
+    apply_portable: ApplyPortable | None = None
 
 
 def parameter_count(params: PyTree) -> int:

@@ -46,15 +46,21 @@ def _around(x: Array, kernel: Array, stride: int, padding: Padding) -> Around:
 
 
 def convolve(
-    images: Images, kernel: Kernel, stride: int = 1, padding: Padding = "symmetric"
+    images: Images,
+    kernel: Kernel,
+    stride: int = 1,
+    padding: Padding = "symmetric",
+    portable: bool = False,
 ) -> Convolved:
-    """A convolution.
+    """A convolution; where it is to be `portable`, one operation on every platform.
 
     On a CPU, XLA's convolution to 4x4 or 2x2 pixels, and any of 1x1, is far slower than the same
     matrix product.
     """
     around = _around(images, kernel, stride, padding)
     xla = functools.partial(_xla, stride=stride, around=around)
+    if portable:
+        return xla(images, kernel)
     rows, columns = (
         (images.shape[1 + i] + sum(around[i]) - kernel.shape[i]) // stride + 1 for i in range(2)
     )
@@ -107,14 +113,17 @@ def convolve_depthwise(
     kernel: Float[Array, "_ _ 1 channels"],
     stride: int = 1,
     padding: Padding = "symmetric",
+    portable: bool = False,
 ) -> Float[Array, "batch _ _ channels"]:
-    """A convolution of each channel with a kernel of its own.
+    """A convolution of each channel with a kernel of its own; `portable` as for `convolve`.
 
     On a CPU, XLA's grouped convolution is an order of magnitude slower than the same sum of
     shifted pictures, forward and backward.
     """
     around = _around(images, kernel, stride, padding)
     grouped = functools.partial(_xla, stride=stride, around=around, groups=images.shape[-1])
+    if portable:
+        return grouped(images, kernel)
 
     def shifts(x: Array, k: Array) -> Array:
         # Sums in float32, as a convolution does.

@@ -6,6 +6,7 @@ shortcut that takes every second pixel, and the convolutions without a norm behi
 """
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
@@ -57,7 +58,9 @@ class KerasResNetV2(nn.Module):
         if first:
             shortcut = self._convolution(f"{name}_0_conv", h, 4 * middle, 1, stride, True)
         else:
-            shortcut = x[:, ::stride, ::stride]
+            shortcut = x
+            for axis in (1, 2):
+                shortcut = jax.lax.slice_in_dim(shortcut, 0, None, stride, axis)
         h = self._convolution(f"{name}_1_conv", h, middle, 1, 1, False)
         h = self._norm_relu(f"{name}_1_bn", h, train)
         h = self._convolution(f"{name}_2_conv", h, middle, 3, stride, False)

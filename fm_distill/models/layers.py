@@ -21,6 +21,14 @@ PerChannel = Float[Array, " channels"]
 # How much of the old running averages a training step keeps.
 BATCH_NORM_MOMENTUM = 0.9
 
+# A flag of the Flax scope that a network's modules run in, the same in all of them.
+PORTABLE = "portable"
+
+
+def is_portable(module: nn.Module) -> bool:
+    """Whether `module` runs in its network's `apply_portable`."""
+    return module.scope is not None and bool(module.scope.get_flag(PORTABLE, False))
+
 
 def group_norm(
     x: Activations, scale: PerChannel, bias: PerChannel, groups: int, epsilon: float
@@ -75,7 +83,7 @@ class Convolution(nn.Module):
         shape = (self.size, self.size, x.shape[-1], self.channels)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, jnp.float32)
         kernel = self.prepare(kernel).astype(self.dtype)
-        x = convolve(x, kernel, self.stride, self.padding)
+        x = convolve(x, kernel, self.stride, self.padding, is_portable(self))
         if self.bias:
             bias = self.param("bias", nn.initializers.zeros, (self.channels,), jnp.float32)
             x = x + bias.astype(self.dtype)
@@ -95,7 +103,8 @@ class DepthwiseConvolution(nn.Module):
     def __call__(self, x: Float[Array, "batch _ _ _"]) -> Float[Array, "batch _ _ _"]:
         shape = (self.size, self.size, 1, x.shape[-1])
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, jnp.float32)
-        x = convolve_depthwise(x, kernel.astype(self.dtype), self.stride, self.padding)
+        kernel, portable = kernel.astype(self.dtype), is_portable(self)
+        x = convolve_depthwise(x, kernel, self.stride, self.padding, portable)
         if self.bias:
             bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
             x = x + bias.astype(self.dtype)

@@ -147,7 +147,7 @@ class VisionTransformer(nn.Module):
         else:
             # Of all tokens that the norm is defined for, those that are read.
             pooled = LayerNorm(name="norm")(x[:, : 2 if d.distilled else 1].astype(jnp.float32))
-        features["pre_logits"] = pooled.reshape(len(pooled), -1)
+        features["pre_logits"] = pooled.reshape(pooled.shape[0], -1)
         if d.distilled:
             return DistilledHead(self.classes, name=HEAD)(pooled), features
         return Head(self.classes, name=HEAD)(features["pre_logits"]), features

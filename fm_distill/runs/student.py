@@ -3,12 +3,12 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, Int32, UInt8
 
 from fm_distill.config import CanvasConfig, NetworkConfig
 from fm_distill.data.images import Pixels, decode, on_canvas, shrink
@@ -18,6 +18,18 @@ from fm_distill.views.rendering import InputSpec, render_central
 
 # Images that the network gets at once, at most.
 BATCH = 32
+
+
+@runtime_checkable
+class Predictor(Protocol):
+    """What `predict` asks: a `Student`, or one in a file of another runtime."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
+
+    def prepare(self, image: bytes | np.ndarray) -> Pixels: ...
+
+    def predict_pixels(self, prepared: list[np.ndarray]) -> Float[np.ndarray, "batch classes"]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +75,7 @@ class Student:
             part = prepared[start : start + BATCH]
             # Few shapes, as each is compiled anew: the next power of two.
             rows = 1 << (len(part) - 1).bit_length()
-            canvases = np.zeros((rows, self.canvas.side, self.canvas.side, 3), np.uint8)
-            sizes = np.ones((rows, 2), np.int32)
-            for row, pixels in enumerate(part):
-                canvases[row] = on_canvas(pixels, self.canvas.side)
-                sizes[row] = pixels.shape[:2]
+            canvases, sizes = canvases_of(part, self.canvas.side, rows)
             logits = self._program(self.variables, canvases, sizes)
             found.append(np.asarray(logits, np.float32)[: len(part)])
         return np.concatenate(found)
@@ -87,6 +95,18 @@ class Student:
             return network.apply(variables, view, train=False).logits
 
         return program
+
+
+def canvases_of(
+    prepared: list[np.ndarray], side: int, rows: int
+) -> tuple[UInt8[np.ndarray, "rows side side 3"], Int32[np.ndarray, "rows 2"]]:
+    """Images that went through `prepare`, on canvases, and their sizes; black up to `rows`."""
+    canvases = np.zeros((rows, side, side, 3), np.uint8)
+    sizes = np.ones((rows, 2), np.int32)
+    for row, pixels in enumerate(prepared):
+        canvases[row] = on_canvas(pixels, side)
+        sizes[row] = pixels.shape[:2]
+    return canvases, sizes
 
 
 def checked(images: np.ndarray, name: str = "images") -> np.ndarray:

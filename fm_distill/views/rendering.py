@@ -44,20 +44,25 @@ def render(draw: Draw, canvases: Canvases, input_spec: InputSpec) -> Pictures:
     low = draw.boxes[:, :2]
     high = low + draw.boxes[:, 2:] - 1
     pixels = _sample(canvases, draw.boxes, low, high, draw.flips, input_spec.resolution)
-    return mix(draw, _normalise(pixels, input_spec))
+    return mix(draw, normalise(pixels, input_spec))
 
 
 def render_central(
     canvases: Canvases, sizes: Sizes, fraction: float, input_spec: InputSpec
 ) -> Pictures:
-    """The view of evaluation: the image resized, then its central square at whole pixels.
+    """The view of evaluation, as a network gets it; see `central_pixels`."""
+    pixels = central_pixels(canvases, sizes, fraction, input_spec.resolution)
+    return normalise(pixels, input_spec)
+
+
+def central_pixels(canvases: Canvases, sizes: Sizes, fraction: float, resolution: int) -> Pictures:
+    """The image resized, then its central square at whole pixels, on uint8's scale.
 
     `fraction` is the square's side over the resized image's short side, which is
     `round(resolution / fraction)`. Source: the released evaluation, `resize_small` and
     `central_crop` of big_vision's `pp/ops_image.py`, 128 of 160 (0.8) and 224 of 256 (0.875); the
     image is resized bilinearly here, by area there.
     """
-    resolution = input_spec.resolution
     size = sizes.astype(jnp.float32)
     short_side = round(resolution / fraction)
     resized = jnp.round(size * (short_side / size.min(axis=1, keepdims=True)))
@@ -68,11 +73,11 @@ def render_central(
     boxes = jnp.concatenate([offsets * scale, resolution * scale], axis=1)
     flips = jnp.zeros(size.shape[0], bool)
     # The image is resized before it is cropped, so pixels beside the square count as neighbours.
-    pixels = _sample(canvases, boxes, jnp.zeros_like(size), size - 1, flips, resolution)
-    return _normalise(pixels, input_spec)
+    return _sample(canvases, boxes, jnp.zeros_like(size), size - 1, flips, resolution)
 
 
-def _normalise(pixels: Pictures, input_spec: InputSpec) -> Pictures:
+def normalise(pixels: Pictures, input_spec: InputSpec) -> Pictures:
+    """What a network gets of pixels on uint8's scale."""
     mean, deviation = INPUT_RANGES[input_spec.input_range]
     if input_spec.input_rounding == "uint8":
         # Bilinear weights keep it within 0 to 255. No gradient has to pass.

@@ -16,6 +16,36 @@ CARD_KEY = "fm_distill"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Parity:
+    """An exported function, run by its own runtime, beside the run on the same uint8 pixels."""
+
+    runtime: str
+    split: str
+    images: int
+    # Of what the file returns, and what was allowed.
+    largest_difference: float
+    bound: float
+    # Fraction of the images with the same most likely class.
+    agreement: float
+    # Top-1 on the images whose label is known; None where there is none.
+    file_top1: float | None
+    run_top1: float | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FunctionFacts:
+    """What a file with a whole function takes and returns.
+
+    uint8 pixels (batch, resolution, resolution, 3), 0 to 255, to float32 (batch, classes).
+    """
+
+    format: Literal["stablehlo", "onnx"]
+    batch: int | Literal["dynamic"]
+    output: Literal["probabilities", "logits"]
+    parity: Parity
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Card:
     """Everything that is needed to use an export, and where it comes from."""
 
@@ -42,8 +72,10 @@ class Card:
     commit: str | None
     # A key of `weights.names.NAMINGS`.
     naming: str
-    # Of all tensors; see `digest`.
+    # Of all tensors; see `digest`. Of a file with a function: of the tensors that it was made of.
     sha256: str
+    # Of a file with a whole function, which computes in float32; None of one with weights.
+    function: FunctionFacts | None = None
 
 
 def card_from_json(text: str, path: str) -> Card:

@@ -1,0 +1,67 @@
+"""The command `fm-distill export`."""
+
+import dataclasses
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+from fm_distill.cli.options import first, parse
+from fm_distill.errors import EXIT_COMPLETE
+
+if TYPE_CHECKING:
+    from fm_distill.weights.card import Card
+
+
+@dataclasses.dataclass(frozen=True)
+class _Export:
+    """The student as a weight file or as a whole function, with a card."""
+
+    out: tyro.conf.Positional[str]
+    """The file to write; the card of a .safetensors comes beside it as .json, too."""
+    step: int | None = None
+    """The checkpoint after so many steps; None: the newest."""
+    batch: int | Literal["dynamic"] = 1
+    """Images that a function takes at once; dynamic: any number."""
+    output: Literal["probabilities", "logits"] = "probabilities"
+    """What a function returns."""
+    data_dir: str | None = None
+    """Where the data lie now that a function is compared with its run on."""
+    overwrite: bool = False
+    """Replace what is there."""
+
+
+def export_command(arguments: list[str]) -> int:
+    from fm_distill.exporting.export import export
+
+    workdir, rest = first(arguments, "export DIR OUT")
+    asked = parse(_Export, None, rest, f"export {workdir}")
+    card = export(
+        workdir,
+        asked.out,
+        asked.overwrite,
+        asked.step,
+        batch=asked.batch,
+        output=asked.output,
+        data_dir=asked.data_dir,
+    )
+    print("\n".join(_lines(asked.out, card)))
+    return EXIT_COMPLETE
+
+
+def _lines(out: str, card: "Card") -> list[str]:
+    what = "the moving average (EMA) of the student" if card.averaged else "the student"
+    held = f"{out}: {what} after {card.step:,} steps, {card.model}, {card.classes} classes"
+    if card.function is None:
+        return [f"{held}, with the names of {card.naming}"]
+    facts, parity, side = card.function, card.function.parity, card.resolution
+    lines = [
+        held,
+        f"uint8 ({facts.batch}, {side}, {side}, 3) to {facts.output}",
+        f"{parity.runtime}, on {parity.images:,} images of the {parity.split} split: differs by "
+        f"up to {parity.largest_difference:.2g} ({parity.bound:.2g} is allowed), the same class "
+        f"for {100 * parity.agreement:.2f} %",
+    ]
+    if parity.file_top1 is not None and parity.run_top1 is not None:
+        of_run = f"of the run {100 * parity.run_top1:.2f} %"
+        lines.append(f"top-1 of the file {100 * parity.file_top1:.2f} %, {of_run}")
+    return lines

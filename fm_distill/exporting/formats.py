@@ -1,0 +1,39 @@
+"""The formats of a file with a whole function: a table, by suffix."""
+
+import pathlib
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+from fm_distill.exporting import onnx_file, stablehlo
+from fm_distill.exporting.function import BatchSize, Function, Runtime
+
+
+class Format(NamedTuple):
+    """A line of the table."""
+
+    name: Literal["stablehlo", "onnx"]
+    # Function, resolution, batch and the network's name -> the function, serialised.
+    convert: Callable[[Function, int, BatchSize, str], bytes]
+    load: Callable[[bytes], Runtime]
+    # A place, the function and its card.
+    write: Callable[[pathlib.Path, bytes, str], None]
+    # A place -> the function and its card.
+    read: Callable[[pathlib.Path], tuple[bytes, str]]
+
+
+FORMATS: dict[str, Format] = {
+    onnx_file.SUFFIX: Format(
+        "onnx",
+        onnx_file.to_onnx,
+        onnx_file.load_function,
+        onnx_file.write_model,
+        onnx_file.read_model,
+    ),
+    stablehlo.SUFFIX: Format(
+        "stablehlo",
+        stablehlo.to_stablehlo,
+        stablehlo.load_function,
+        stablehlo.write_archive,
+        stablehlo.read_archive,
+    ),
+}

@@ -1,0 +1,85 @@
+"""A student as one function, from uint8 pixels to probabilities or logits."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int32, UInt8
+
+from fm_distill.models import build_network
+from fm_distill.runs.student import BATCH, Student
+from fm_distill.views.rendering import InputSpec, central_pixels, normalise
+
+Output = Literal["probabilities", "logits"]
+BatchSize = int | Literal["dynamic"]
+Pixels = UInt8[np.ndarray, "batch resolution resolution 3"]
+Outputs = Float[np.ndarray, "batch classes"]
+# Traced by what writes a file.
+Function = Callable[[UInt8[Array, "batch resolution resolution 3"]], Float[Array, "batch classes"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Runtime:
+    """A function read back from a file, and what runs it, with its version."""
+
+    name: str
+    call: Callable[[Pixels], Outputs]
+
+
+def function_of(student: Student, output: Output) -> Function:
+    """`student` in float32, weights and normalisation inside; each convolution is one operation.
+
+    What is computed from weights alone (BiT's standardised kernels) is computed here.
+    """
+    network = build_network(student.network, student.classes, jnp.dtype("float32"))
+    frozen = jax.jit(network.freeze)(student.variables)
+    # Whole numbers come in, whether the student rounded its pictures or not.
+    spec = dataclasses.replace(InputSpec.of(student.network), input_rounding="none")
+
+    def function(
+        pixels: UInt8[Array, "batch resolution resolution 3"],
+    ) -> Float[Array, "batch classes"]:
+        images = normalise(pixels.astype(jnp.float32), spec)
+        if network.apply_portable is None:
+            logits = network.apply_frozen(frozen, images).logits
+        else:
+            logits = network.apply_portable(frozen, images)
+        return jax.nn.softmax(logits, axis=-1) if output == "probabilities" else logits
+
+    return function
+
+
+def central_squares(
+    canvases: UInt8[np.ndarray, "batch side side 3"],
+    sizes: Int32[np.ndarray, "batch 2"],
+    fraction: float,
+    resolution: int,
+) -> Pixels:
+    """What such a function takes: the central view of evaluation, rounded to uint8."""
+
+    @jax.jit
+    def rendered(canvases: Array, sizes: Array) -> Array:
+        pixels = central_pixels(canvases, sizes, fraction, resolution)
+        return jnp.round(pixels).astype(jnp.uint8)
+
+    parts = range(0, len(canvases), BATCH)
+    return np.concatenate(
+        [np.asarray(rendered(canvases[i : i + BATCH], sizes[i : i + BATCH])) for i in parts]
+    )
+
+
+def in_batches(
+    call: Callable[[Pixels], Outputs], pixels: Pixels, batch: BatchSize, classes: int
+) -> Outputs:
+    """`call` on all `pixels`, so many at a time; the last ones of a fixed batch beside black."""
+    size = BATCH if batch == "dynamic" else batch
+    found = [np.zeros((0, classes), np.float32)]
+    for start in range(0, len(pixels), size):
+        part = pixels[start : start + size]
+        missing = 0 if batch == "dynamic" else size - len(part)
+        padded = np.pad(part, ((0, missing), (0, 0), (0, 0), (0, 0)))
+        found.append(np.asarray(call(padded), np.float32)[: len(part)])
+    return np.concatenate(found)

@@ -1,0 +1,116 @@
+"""A function as an `.onnx` file, its card in the metadata. The extra `onnx` brings what runs it."""
+
+import hashlib
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from fm_distill.errors import UserError
+from fm_distill.exporting.function import BatchSize, Function, Runtime
+from fm_distill.weights.card import CARD_KEY
+
+SUFFIX = ".onnx"
+# In the metadata, beside the card: see `_digest`.
+DIGEST_KEY = "weights_sha256"
+# Bytes of weights. Protobuf's limit is 2 GiB, with nodes and card.
+LARGEST = 2_000_000_000
+
+
+def to_onnx(function: Function, resolution: int, batch: BatchSize, model: str) -> bytes:
+    """`function`, serialised. Raises `UserError` where the network `model` cannot be converted."""
+    checker, _ = _onnx().checker, _onnxruntime()  # before anything is compiled
+    from fm_distill.exporting.onnx_graph import Unsupported, convert
+    from fm_distill.exporting.onnx_operations import RULES
+
+    try:
+        converted = convert(function, resolution, batch, RULES)
+    except Unsupported as error:
+        raise UserError(
+            f"{model} cannot be converted to ONNX: {error}; export to .stablehlo"
+        ) from None
+    if sum(len(x.raw_data) for x in converted.graph.initializer) > LARGEST:
+        raise UserError(f"{model} is larger than an ONNX file can be, 2 GB; export to .safetensors")
+    checker.check_model(converted)
+    return bytes(converted.SerializeToString())
+
+
+def load_function(data: bytes) -> Runtime:
+    """The function of a model, on the CPU. Raises `UserError` without ONNX Runtime."""
+    onnxruntime = _onnxruntime()
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors, which are raised too
+    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+
+    def call(pixels: np.ndarray) -> np.ndarray:
+        return np.asarray(session.run(None, {name: pixels})[0])
+
+    return Runtime(f"ONNX Runtime {onnxruntime.__version__}", call)
+
+
+def write_model(path: pathlib.Path, function: bytes, card: str) -> None:
+    """The file. Raises `OSError`."""
+    model = _onnx().ModelProto.FromString(function)
+    stated = {CARD_KEY: card, DIGEST_KEY: _digest(model)}
+    # For tools that do not know the card.
+    if names := json.loads(card)["class_names"]:
+        stated["class_names"] = json.dumps(names)
+    for key, value in stated.items():
+        model.metadata_props.add(key=key, value=value)
+    path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def read_model(path: pathlib.Path) -> tuple[bytes, str]:
+    """The whole file and its card. Raises `UserError` where it is another tool's, or damaged."""
+    onnx = _onnx()
+    try:
+        data = path.read_bytes()
+        model = onnx.ModelProto.FromString(data)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    except Exception as error:  # protobuf's own, which has no public name in all its forms
+        raise UserError(f"{path} is no ONNX model, or was damaged ({error})") from None
+    stated = {x.key: x.value for x in model.metadata_props}
+    if CARD_KEY not in stated:
+        raise UserError(
+            f"{path} has no card of fm-distill, so how its images are prepared is not known; "
+            "expected a file that `fm-distill export` wrote"
+        )
+    if stated.get(DIGEST_KEY) != _digest(model):
+        raise UserError(
+            f"{path} is damaged or was changed: its weights are not those that its card was "
+            "written for; export it again"
+        )
+    return data, stated[CARD_KEY]
+
+
+def _digest(model: Any) -> str:
+    """SHA-256 of the weights in a model, which nothing in its format checks."""
+    found = hashlib.sha256()
+    for weight in model.graph.initializer:
+        found.update(f"{weight.name} {weight.data_type} {[*weight.dims]}\n".encode())
+        found.update(weight.raw_data)
+    return found.hexdigest()
+
+
+def _onnx() -> Any:
+    try:
+        import onnx
+        import onnx.checker
+    except ImportError:
+        raise UserError(_missing("the package onnx")) from None
+    return onnx
+
+
+def _onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError:
+        raise UserError(_missing("ONNX Runtime")) from None
+    return onnxruntime
+
+
+def _missing(what: str) -> str:
+    return f"an {SUFFIX} file needs {what}, which is not installed: pip install -e '.[onnx]'"

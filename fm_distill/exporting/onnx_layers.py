@@ -1,0 +1,82 @@
+"""What JAX's convolutions, matrix products and pools are in ONNX."""
+
+import string
+from typing import Any
+
+import numpy as np
+
+from fm_distill.exporting.onnx_graph import Graph, Params, Unsupported, Value, Values, whole
+
+NHWC_TO_NCHW, NCHW_TO_NHWC = (0, 3, 1, 2), (0, 2, 3, 1)
+
+
+def product(graph: Graph, inputs: Values, params: Params, outputs: list[Any]) -> Values:
+    (left_sum, right_sum), (left_batch, right_batch) = params["dimension_numbers"]
+    left, right = inputs
+    names = [graph.full(x) for x in inputs]
+    plain = not left_batch and left_sum == (len(left.shape) - 1,) and right_sum == (0,)
+    if plain and len(right.shape) == 2:
+        return whole(graph.add("MatMul", *names), outputs[0])
+    letters = iter(string.ascii_lowercase)
+    of_left = [next(letters) for _ in left.shape]
+    of_right = [next(letters) for _ in right.shape]
+    for i, j in zip((*left_sum, *left_batch), (*right_sum, *right_batch), strict=True):
+        of_right[j] = of_left[i]
+    out = [of_left[i] for i in left_batch]
+    out += [x for i, x in enumerate(of_left) if i not in (*left_sum, *left_batch)]
+    out += [x for i, x in enumerate(of_right) if i not in (*right_sum, *right_batch)]
+    equation = f"{''.join(of_left)},{''.join(of_right)}->{''.join(out)}"
+    return whole(graph.add("Einsum", *names, equation=equation), outputs[0])
+
+
+def convolution(graph: Graph, inputs: Values, params: Params, outputs: list[Any]) -> Values:
+    numbers, padding = params["dimension_numbers"], params["padding"]
+    if set(params["lhs_dilation"]) != {1} or params["batch_group_count"] != 1:
+        raise Unsupported("a transposed convolution, or groups of the batch")
+    images, kernel = inputs
+    picture = graph.add("Transpose", graph.full(images), perm=numbers.lhs_spec)
+    if isinstance(kernel.content, str):
+        weights = graph.add("Transpose", graph.full(kernel), perm=numbers.rhs_spec)
+    else:
+        known = np.broadcast_to(kernel.content, kernel.shape)
+        weights = graph.constant(known.transpose(numbers.rhs_spec))
+    found = graph.add(
+        "Conv",
+        picture,
+        weights,
+        pads=[*(x for x, _ in padding), *(x for _, x in padding)],
+        strides=params["window_strides"],
+        dilations=params["rhs_dilation"],
+        group=params["feature_group_count"],
+    )
+    back = np.argsort(numbers.out_spec).tolist()
+    return whole(graph.add("Transpose", found, perm=back), outputs[0])
+
+
+def _pool(graph: Graph, kind: str, x: Value, params: Params, attributes: Params) -> str:
+    window, steps, padding = (
+        params[name] for name in ("window_dimensions", "window_strides", "padding")
+    )
+    dilated = {*params["base_dilation"], *params["window_dilation"]} != {1}
+    flat = (window[0], window[-1], steps[0], steps[-1]) == (1, 1, 1, 1)
+    if dilated or len(window) != 4 or not flat or any(padding[0]) or any(padding[-1]):
+        raise Unsupported("a window over other axes than height and width")
+    found = graph.add(
+        kind,
+        graph.add("Transpose", graph.full(x), perm=NHWC_TO_NCHW),
+        kernel_shape=window[1:3],
+        strides=steps[1:3],
+        pads=[*(x for x, _ in padding[1:3]), *(x for _, x in padding[1:3])],
+        **attributes,
+    )
+    return graph.add("Transpose", found, perm=NCHW_TO_NHWC)
+
+
+def max_pool(graph: Graph, inputs: Values, params: Params, outputs: list[Any]) -> Values:
+    return whole(_pool(graph, "MaxPool", inputs[0], params, {}), outputs[0])
+
+
+def sum_pool(graph: Graph, inputs: Values, params: Params, outputs: list[Any]) -> Values:
+    mean = _pool(graph, "AveragePool", inputs[0], params, {"count_include_pad": 1})
+    pixels = np.array(np.prod(params["window_dimensions"]), inputs[0].dtype)
+    return whole(graph.add("Mul", mean, graph.constant(pixels)), outputs[0])

@@ -1,0 +1,150 @@
+"""Whether an exported function, run by its own runtime, is the function of the run.
+
+On the same uint8 pixels: what the run sees of an image in evaluation, rounded to whole grey levels.
+All is computed on the CPU, in float32: accelerators round the factors of their products.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int32
+
+from fm_distill.config import Config
+from fm_distill.data.feeding import Reader, stack
+from fm_distill.data.splits import open_named
+from fm_distill.errors import UserError
+from fm_distill.exporting.function import (
+    BatchSize,
+    Output,
+    Outputs,
+    Pixels,
+    Runtime,
+    central_squares,
+    in_batches,
+)
+from fm_distill.models import Variables, build_network
+from fm_distill.runs.student import BATCH, Student
+from fm_distill.views.rendering import InputSpec, normalise
+from fm_distill.weights.card import Parity
+
+# Of the split, spread evenly over it; all where it has fewer.
+IMAGES = 128
+
+# Largest difference of a probability, or of a logit over the largest logit where that is above 1.
+# XLA does the same arithmetic with its sums in another order. ONNX Runtime has kernels of its own
+# and merges operations, so it has more room.
+BOUNDS = {"stablehlo": 1e-4, "onnx": 5e-4}
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """What the function and the run are compared on."""
+
+    split: str
+    pixels: Pixels
+    labels: Int32[np.ndarray, " batch"]  # -1 where there is none
+
+
+def examples_of(config: Config, student: Student) -> Examples:
+    """Images of the validation split; of test, or train, where there is none.
+
+    Raises `UserError` where the data are not there.
+    """
+    splits = (("validation", config.data.validation), ("test", config.data.test))
+    split = next((name for name, value in splits if value is not None), "train")
+    reader = Reader(open_named(config, split), config.data, student.classes)
+    chosen = np.unique(np.linspace(0, len(reader) - 1, IMAGES).round().astype(int))
+    read = [item for i in chosen if (item := reader[int(i)])["valid"]]
+    if not read:
+        raise UserError(f"no image of the {split} split can be read, to compare the export with")
+    batch = stack(read)
+    pixels = central_squares(
+        batch.canvases, batch.sizes, student.central_fraction, student.network.resolution
+    )
+    return Examples(split, pixels, np.asarray(batch.labels))
+
+
+def compare(
+    runtime: Runtime,
+    kind: str,
+    student: Student,
+    output: Output,
+    batch: BatchSize,
+    examples: Examples,
+) -> Parity:
+    """The figures of `runtime` beside `student`, which computes as in training, in float32.
+
+    Raises `UserError` where they differ by more than the bound of `kind`.
+    """
+    with jax.default_device(_cpu()):
+        with runs(runtime.name):
+            found = in_batches(runtime.call, examples.pixels, batch, student.classes)
+        expected = _logits(student, examples.pixels)
+        if output == "probabilities":
+            expected = np.asarray(jax.nn.softmax(expected, axis=-1))
+    bound = BOUNDS[kind] * max(1.0, float(np.abs(expected).max()))
+    difference = float(np.abs(found - expected).max())
+    if not difference <= bound:  # nor is a NaN
+        raise UserError(
+            f"{runtime.name} differs from the run by up to {difference:.3g} in its {output} of "
+            f"{len(found)} images of the {examples.split} split, where {bound:.3g} is allowed, so "
+            "nothing was written; export to another format, and report this"
+        )
+    known = examples.labels >= 0
+    top1 = [
+        float((x.argmax(axis=1) == examples.labels)[known].mean()) if known.any() else None
+        for x in (found, expected)
+    ]
+    return Parity(
+        runtime=f"{runtime.name} on a CPU",
+        split=examples.split,
+        images=len(found),
+        largest_difference=difference,
+        bound=bound,
+        agreement=float((found.argmax(axis=1) == expected.argmax(axis=1)).mean()),
+        file_top1=top1[0],
+        run_top1=top1[1],
+    )
+
+
+@contextlib.contextmanager
+def runs(what: str) -> Iterator[None]:
+    """Whatever a runtime raises for a function that was just converted, as `UserError`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"{what} cannot run the converted student ({type(error).__name__}: {reason}), so "
+            "nothing was written; export to another format"
+        ) from error
+
+
+def _cpu() -> jax.Device:
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        raise UserError(
+            "an export is compared with its run on the CPU, which JAX may not use here; add `cpu` "
+            "to JAX_PLATFORMS, behind a comma"
+        ) from None
+
+
+def _logits(student: Student, pixels: Pixels) -> Outputs:
+    network = build_network(student.network, student.classes, jnp.dtype("float32"))
+    spec = InputSpec.of(student.network)
+
+    @jax.jit
+    def program(variables: Variables, pixels: Array) -> Float[Array, "batch classes"]:
+        images = normalise(pixels.astype(jnp.float32), spec)
+        return network.apply(variables, images, train=False).logits
+
+    # From wherever they lie to the default device.
+    variables = jax.tree.map(np.asarray, student.variables)
+    return in_batches(lambda x: program(variables, x), pixels, BATCH, student.classes)
