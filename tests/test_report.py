@@ -287,3 +287,15 @@ def test_wrong_input(capsys, trained, tmp_path, monkeypatch):
     out.write_text("precious")
     assert "is there already" in refused(capsys, "report", run, "--out", out)
     assert out.read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    ['{"step": "2", "epoch": 1, "split": "train"}', '{"step": 2, "epoch": null, "split": "train"}',
+     '{"step": 2, "epoch": 1, "split": 7}', '{"step": 2, "epoch": 1, "split": "train", "loss": []}',
+     '[2]', '{"epoch": 1, "split": "train"}'],
+)  # fmt: skip
+def test_a_damaged_line_of_the_log_is_left_out(tmp_path, damaged):
+    whole = [f'{{"step": {i}, "epoch": 0.5, "split": "train", "loss": null}}' for i in (1, 3)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join([whole[0], damaged, whole[1], ""]))
+    assert [x["step"] for x in read_history(tmp_path).lines] == [1, 3]

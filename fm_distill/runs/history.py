@@ -30,7 +30,7 @@ class History:
 
 
 def read_history(workdir: str | os.PathLike[str]) -> History:
-    """Of a run that may still be writing: a line that is cut short is left out."""
+    """Of a run that may still be writing: a line that is cut short or damaged is left out."""
     path = pathlib.Path(workdir) / "metrics.jsonl"
     if not path.is_file():
         return History(())
@@ -40,6 +40,16 @@ def read_history(workdir: str | os.PathLike[str]) -> History:
             line = json.loads(text)
         except ValueError:
             continue
-        if isinstance(line, dict) and {"step", "epoch", "split"} <= line.keys():
+        if isinstance(line, dict) and _is_intact(line):
             lines.append(line)
     return History(tuple(lines))
+
+
+def _is_intact(line: dict[str, Any]) -> bool:
+    """Whether it says which step and split it is of, and all else in it are numbers, or null."""
+    numbers = {name: x for name, x in line.items() if name != "split"}
+    known = isinstance(line.get("split"), str) and {"step", "epoch"} <= line.keys()
+    return known and all(
+        isinstance(x, int | float) or (x is None and name not in ("step", "epoch"))
+        for name, x in numbers.items()
+    )
