@@ -1,9 +1,11 @@
 """The tools that read finished runs: a table and a picture."""
 
+import dataclasses
 import json
 import subprocess
 import sys
 
+import batch_norm_views
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,13 +14,20 @@ from conftest import ROOT
 from PIL import Image
 from safetensors.numpy import save_file
 from same_bits import main as same_bits
+from test_accelerator_paths import matching
+from tiny import NETWORK
 
 from fm_distill.config import CheckpointConfig, MeshConfig
+from fm_distill.diagnosis.opened import examine
 from fm_distill.errors import UserError
+from fm_distill.evaluation.inference import evaluate
 from fm_distill.models import Variables
 from fm_distill.runs.checkpoint import CheckpointWriter
+from fm_distill.runs.open_run import open_run
 from fm_distill.runs.state import TrainState
 from fm_distill.system.sharding import make_layout
+from fm_distill.training.train import train
+from fm_distill.views.rendering import render_central
 
 
 def run_tool(name, *arguments):
@@ -142,3 +151,35 @@ def test_figures_of_runs_are_collected_and_shown(trained, tmp_path):
     assert sum(max(pixel) - min(pixel) > 60 for pixel in picture.getdata()) > 20
     wrong = run_tool("patience.py", "collect", out, tmp_path)
     assert wrong.returncode == 1 and "is not the workdir of a run" in wrong.stderr
+
+
+def test_moments_of_other_views(tmp_path, capsys):
+    """The first norm's are those of the root's output, by NumPy."""
+    student = dataclasses.replace(NETWORK, norm="batch")
+    config = matching(tmp_path, MeshConfig(data=1), student=student)
+    train(config, tmp_path / "run")
+    run = open_run(tmp_path / "run")
+    examined = examine(run, run.config)
+    found = batch_norm_views.moments_of_views(examined, 2)
+    of_batches = []
+    for _, _, batch in examined.batches(examined.steps(32)):
+        view = render_central(
+            batch.canvases, batch.sizes, config.views.central_fraction, examined.student.input_spec
+        )
+        network = examined.student.network
+        root = network.apply(examined.evaluated, view, train=True, features=("root",))
+        rows = np.float64(root.features["root"]).reshape(-1, 8)
+        of_batches.append((rows.mean(0), rows.var(0)))
+    mean, variance = np.mean(of_batches, axis=0)
+    kept = found["central views"]["block1_unit01"]["a_norm"]
+    np.testing.assert_allclose(kept["mean"], mean, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(kept["var"], variance, rtol=1e-2, atol=1e-3)
+    other = found["training views"]["block1_unit01"]["a_norm"]
+    assert np.abs(other["var"] - kept["var"]).max() > 0.01
+    capsys.readouterr()
+    assert batch_norm_views.main([str(tmp_path / "run"), "--batches", "2"]) == 0
+    lines = [x.split(" | ") for x in capsys.readouterr().out.splitlines()]
+    assert [x[0] for x in lines[1:]] == ["as kept", "central views", "training views"]
+    figures = evaluate(tmp_path / "run", "validation")
+    assert lines[1][1] == f"{100 * figures['student']['top1']:.2f}"
+    assert lines[1][3] == f"{figures['kl']['one']:.4f}" != lines[2][3]
