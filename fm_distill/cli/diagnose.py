@@ -3,9 +3,7 @@
 import dataclasses
 import json
 
-from fm_distill.cli.options import HELP, OverConfig, first, parse_over
-from fm_distill.config import Config
-from fm_distill.config.options import empty
+from fm_distill.cli.options import OverConfig, first_run, parse_over
 from fm_distill.errors import EXIT_COMPLETE, UserError
 
 
@@ -26,10 +24,8 @@ class _Diagnose(OverConfig):
 def diagnose_command(arguments: list[str]) -> int:
     from fm_distill.diagnosis.diagnose import as_json, diagnose
     from fm_distill.diagnosis.page import text, write_page
-    from fm_distill.runs.workdir import Workdir
 
-    workdir, rest = first(arguments, "diagnose DIR")
-    stored = empty(Config) if arguments[0] in HELP else Workdir(workdir).stored().config
+    workdir, stored, rest = first_run(arguments, "diagnose DIR")
     asked = parse_over(_Diagnose, stored, rest, f"diagnose {workdir}")
     if asked.examples < 1:
         raise UserError(f"--examples is {asked.examples}; expected 1 or more")

@@ -15,10 +15,10 @@ import tyro
 from fm_distill.cli.diagnose import diagnose_command
 from fm_distill.cli.export import export_command
 from fm_distill.cli.options import (
-    HELP,
     OverConfig,
     first,
     first_experiment,
+    first_run,
     guarded,
     parse,
     parse_over,
@@ -28,8 +28,6 @@ from fm_distill.cli.plan import plan_command
 from fm_distill.cli.profile import profile_command
 from fm_distill.cli.record import record_command
 from fm_distill.cli.train import sweep_command, train_command
-from fm_distill.config import Config
-from fm_distill.config.options import empty
 from fm_distill.errors import EXIT_COMPLETE, EXIT_WRONG_INPUT, UserError
 
 USAGE = """usage: fm-distill COMMAND ...
@@ -105,10 +103,8 @@ class _Evaluate(OverConfig):
 def _evaluate(arguments: list[str]) -> int:
     from fm_distill.evaluation.evaluate import table
     from fm_distill.evaluation.inference import evaluate
-    from fm_distill.runs.workdir import Workdir
 
-    workdir, rest = first(arguments, "evaluate DIR")
-    stored = empty(Config) if arguments[0] in HELP else Workdir(workdir).stored().config
+    workdir, stored, rest = first_run(arguments, "evaluate DIR")
     asked = parse_over(_Evaluate, stored, rest, f"evaluate {workdir}")
     if stored.ema_decay is not None:
         print("evaluating the moving average (EMA) of the student", file=sys.stderr)

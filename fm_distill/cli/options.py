@@ -113,6 +113,16 @@ def first_experiment(arguments: list[str], usage: str) -> tuple[str, Config, lis
     return experiment, load_experiment(experiment), rest
 
 
+def first_run(arguments: list[str], usage: str) -> tuple[str, Config, list[str]]:
+    """The workdir of a run, its config, and the options over it."""
+    workdir, rest = first(arguments, usage)
+    if arguments[0] in HELP:
+        return workdir, empty(Config), rest
+    from fm_distill.runs.workdir import Workdir
+
+    return workdir, Workdir(workdir).stored().config, rest
+
+
 def parse(kind: type[Options], default: Options | None, given: list[str], command: str) -> Options:
     """Options, over `default`. A mistyped one prints the nearest names and exits with 2."""
     asked = tyro.cli(

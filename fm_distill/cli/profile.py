@@ -4,8 +4,7 @@ import dataclasses
 import json
 import pathlib
 
-from fm_distill.cli.options import HELP, OverConfig, empty, first, first_experiment, parse_over
-from fm_distill.config import Config
+from fm_distill.cli.options import OverConfig, first_experiment, first_run, parse_over
 from fm_distill.errors import EXIT_COMPLETE
 
 ADVICE = {
@@ -28,13 +27,14 @@ class _Profile(OverConfig):
 
 
 def profile_command(arguments: list[str]) -> int:
-    place, rest = first(arguments, "profile EXPERIMENT.py|DIR")
-    default, workdir = _opened(arguments, place)
+    usage = "profile EXPERIMENT.py|DIR"
+    is_run = bool(arguments) and pathlib.Path(arguments[0]).is_dir()
+    place, default, rest = (first_run if is_run else first_experiment)(arguments, usage)
     asked = parse_over(_Profile, default, rest, f"profile {place}")
 
     from fm_distill.training.profile import Profile, profile
 
-    workdir = workdir or str(pathlib.Path("runs", asked.config.name))
+    workdir = place if is_run else str(pathlib.Path("runs", asked.config.name))
     found: Profile = profile(asked.config, workdir, asked.measured_steps, asked.trace)
     if asked.json:
         print(json.dumps(dataclasses.asdict(found)))
@@ -44,17 +44,6 @@ def profile_command(arguments: list[str]) -> int:
         print(f"the trace is in {asked.trace}: open perfetto_trace.json.gz at ui.perfetto.dev, or")
         print(f"tensorboard --logdir {asked.trace}")
     return EXIT_COMPLETE
-
-
-def _opened(arguments: list[str], place: str) -> tuple[Config, str]:
-    """The config of an experiment, or of a run and its workdir."""
-    if arguments[0] in HELP:
-        return empty(Config), ""
-    if pathlib.Path(place).is_dir():
-        from fm_distill.runs.workdir import Workdir
-
-        return Workdir(place).stored().config, place
-    return first_experiment(arguments, "profile EXPERIMENT.py|DIR")[1], ""
 
 
 def _lines(found: dict) -> list[str]:

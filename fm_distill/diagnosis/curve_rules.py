@@ -6,6 +6,7 @@ import numpy as np
 
 from fm_distill.diagnosis.evidence import Evidence, Log
 from fm_distill.diagnosis.finding import CLEAR, LIKELY, POSSIBLE, Finding
+from fm_distill.training.reporter import MOST_WAIT
 
 # Lines of the log below which a curve says nothing.
 FEWEST_LINES = 20
@@ -45,8 +46,6 @@ ANNEALING_FALL = 0.15
 DOMINANT = 0.95
 # Lines of the log with a gradient of exactly zero that are no accident.
 FEWEST_OF_ADAPTER = 3
-# Of the time: above, feeding is what limits.
-MOST_WAIT = 0.3
 
 
 @dataclasses.dataclass(frozen=True)

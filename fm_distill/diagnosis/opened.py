@@ -6,7 +6,6 @@ import pathlib
 from collections.abc import Iterator
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
@@ -19,7 +18,7 @@ from fm_distill.data.transfer import open_training
 from fm_distill.errors import UserError
 from fm_distill.evaluation.inference import teachers_of_run
 from fm_distill.models import Variables
-from fm_distill.networks.branch import Branch, frozen_teachers, make_branch
+from fm_distill.networks.branch import Branch, frozen_teachers
 from fm_distill.recordings.manifest import open_recording
 from fm_distill.recordings.reading import RecordingReader
 from fm_distill.runs.checkpoint import abstract, restore_student, restore_terms
@@ -93,8 +92,7 @@ def examine(run: Run, config: Config) -> Examined:
     regime = regime_of(config.objective.target, config.teaching, recorded is not None)
     # A smaller mesh than the training's: any number of devices that divides a batch.
     layout = make_layout(MeshConfig(data=math.gcd(jax.device_count(), config.batch_size)))
-    dtype = jnp.dtype(run.resolved.precision)
-    student = make_branch(run.network, run.classes, dtype)
+    built = build(config, run.resolved)
     reader = Reader(open_training(config.data), config.data, run.classes)
     if (reader.source.identity, len(reader)) != (run.resolved.data, run.resolved.examples):
         raise UserError(
@@ -103,7 +101,7 @@ def examine(run: Run, config: Config) -> Examined:
             "the place of its data with --data.data-dir"
         )
     loaded = [x for x in teachers_of_run(run, config) if x.variables]
-    teachers = tuple(make_branch(x.network, run.classes, dtype) for x in loaded)
+    teachers = built.teachers if loaded else ()
     frozen = frozen_teachers(teachers, tuple(x.variables for x in loaded if x.variables), layout)
     recording = table = None
     if recorded is not None:
@@ -119,13 +117,12 @@ def examine(run: Run, config: Config) -> Examined:
     def placed(variables: Variables) -> Variables:
         return on_devices(variables, layout.variables(variables))
 
-    built = build(config, run.resolved)
     return Examined(
         run=run,
         config=config,
         regime=regime,
         layout=layout,
-        student=student,
+        student=built.student,
         teachers=teachers,
         evaluated=placed(run.student.variables),
         trained=placed(_trained(run)),

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from fm_distill.config import BankConfig, CurveConfig, ObjectiveConfig, TermConfig
+from fm_distill.config import CurveConfig, ObjectiveConfig, TermConfig
 from fm_distill.config.objective import BANK_SIMILARITY, LABELS, terms_of
 from fm_distill.objectives.adapters import AdapterParams, adapt
 from fm_distill.objectives.bank import Bank, bank_similarity
@@ -34,7 +34,6 @@ from fm_distill.objectives.features import (
     ADAPTED_DISTANCES,
     FEATURE_DISTANCES,
     OF_FEATURES,
-    FeatureDistance,
     of_one_size,
 )
 from fm_distill.system.references import entry
@@ -150,13 +149,7 @@ def _value(name: str, config: TermConfig) -> Value:
     if config.kind in LABELLED_DISTANCES:
         return functools.partial(_to_labelled_teachers, LABELLED_DISTANCES[config.kind])
     if config.kind in OF_FEATURES:
-        assert config.student_tap and config.teacher_tap
-        taps = config.student_tap, config.teacher_tap
-        if config.kind in FEATURE_DISTANCES:
-            return functools.partial(_to_features, FEATURE_DISTANCES[config.kind], *taps)
-        if config.kind == BANK_SIMILARITY:
-            return functools.partial(_to_bank, config.bank, *taps, name)
-        return functools.partial(_to_adapted, ADAPTED_DISTANCES[config.kind], *taps, name)
+        return functools.partial(_to_features, name, config)
     distance = entry(DISTANCES | BATCH_DISTANCES, config.kind, "objective.distance")
     return functools.partial(to_teachers, distance)
 
@@ -186,47 +179,20 @@ def _to_labels(student: Outputs, targets: Targets, temperature: Temperature) -> 
 
 
 def _to_features(
-    distance: FeatureDistance,
-    of_student: str,
-    of_teacher: str,
-    student: Outputs,
-    targets: Targets,
-    temperature: Temperature,
+    name: str, config: TermConfig, student: Outputs, targets: Targets, temperature: Temperature
 ) -> PerExample:
-    return distance(student.features[of_student], targets.teacher_features[of_teacher])
-
-
-def _to_adapted(
-    distance: FeatureDistance,
-    of_student: str,
-    of_teacher: str,
-    name: str,
-    student: Outputs,
-    targets: Targets,
-    temperature: Temperature,
-) -> PerExample:
-    features = student.features[of_student], targets.teacher_features[of_teacher]
-    one, other = of_one_size(*features)
-    return distance(_adapted(one, name, student), other)
-
-
-def _to_bank(
-    config: BankConfig,
-    of_student: str,
-    of_teacher: str,
-    name: str,
-    student: Outputs,
-    targets: Targets,
-    temperature: Temperature,
-) -> PerExample:
-    one = _adapted(student.features[of_student], name, student)
-    other = targets.teacher_features[of_teacher]
-    return bank_similarity(one, other, student.banks[name], config)
-
-
-def _adapted(features: Array, name: str, student: Outputs) -> Array:
-    params = student.adapters.get(name)
-    return features if params is None else adapt(params, features)
+    """Between the two features of a term; those of `ADAPTED` on one size, through its adapter."""
+    assert config.student_tap and config.teacher_tap
+    one = student.features[config.student_tap]
+    other = targets.teacher_features[config.teacher_tap]
+    if config.kind in FEATURE_DISTANCES:
+        return FEATURE_DISTANCES[config.kind](one, other)
+    one, other = of_one_size(one, other)
+    if (params := student.adapters.get(name)) is not None:
+        one = adapt(params, one)
+    if config.kind == BANK_SIMILARITY:
+        return bank_similarity(one, other, student.banks[name], config.bank)
+    return ADAPTED_DISTANCES[config.kind](one, other)
 
 
 def student_columns(

@@ -98,17 +98,17 @@ def build(config: Config, resolved: ResolvedRun) -> Build:
         resolved.period_steps,
     )
     return Build(
-        student,
-        teachers,
-        schedule,
-        optimizer,
-        teach,
-        update,
-        step,
-        live_teachers,
-        config,
-        term_shapes,
-        of_adapters,
+        student=student,
+        teachers=teachers,
+        schedule=schedule,
+        optimizer=optimizer,
+        teach=teach,
+        update=update,
+        train_step=step,
+        live_teachers=live_teachers,
+        config=config,
+        term_shapes=term_shapes,
+        adapter_optimizer=of_adapters,
     )
 
 

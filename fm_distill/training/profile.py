@@ -33,12 +33,11 @@ from fm_distill.system.console import COMPILING, log
 from fm_distill.system.device import device_name
 from fm_distill.system.sharding import check_batch_size, make_layout
 from fm_distill.training.check import check
+from fm_distill.training.reporter import MOST_WAIT
 from fm_distill.training.resolve import resolve
 from fm_distill.training.setup import Setup, prepare
 from fm_distill.training.step import Metrics
 
-# Of the time of a step: a device that waits longer for its batches is not what limits.
-MOST_WAIT = 0.3
 # Images that are read and decoded to see how long it takes.
 IMAGES = 64
 
