@@ -176,10 +176,12 @@ def test_moments_of_other_views(tmp_path, capsys):
     np.testing.assert_allclose(kept["var"], variance, rtol=1e-2, atol=1e-3)
     other = found["training views"]["block1_unit01"]["a_norm"]
     assert np.abs(other["var"] - kept["var"]).max() > 0.01
+    out = str(tmp_path / "results.json")
+    assert batch_norm_views.main(["collect", out, "validation", str(tmp_path / "run")]) == 0
     capsys.readouterr()
-    assert batch_norm_views.main([str(tmp_path / "run"), "--batches", "2"]) == 0
-    lines = [x.split(" | ") for x in capsys.readouterr().out.splitlines()]
-    assert [x[0] for x in lines[1:]] == ["as kept", "central views", "training views"]
+    assert batch_norm_views.main(["table", out]) == 0
+    lines = [x.strip("| ").split(" | ") for x in capsys.readouterr().out.splitlines()[2:]]
+    assert [x[2] for x in lines] == ["as kept", "central views", "training views"]
     figures = evaluate(tmp_path / "run", "validation")
-    assert lines[1][1] == f"{100 * figures['student']['top1']:.2f}"
-    assert lines[1][3] == f"{figures['kl']['one']:.4f}" != lines[2][3]
+    assert lines[0][3] == f"{100 * figures['student']['top1']:.2f}"
+    assert lines[0][5] == f"{figures['kl']['one']:.4f}" != lines[1][5]

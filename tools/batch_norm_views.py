@@ -1,16 +1,21 @@
 """How a finished student does with BatchNorm's moments of other views of the training images.
 
-    python tools/batch_norm_views.py runs/mine [--split validation] [--batches 200]
+    python tools/batch_norm_views.py collect RESULTS.json validation runs/a runs/b ...
+    python tools/batch_norm_views.py table RESULTS.json
 
 Training keeps the moments of mixed crops, and evaluation shows central crops, whose moments differ.
-Prints the figures with the moments that were kept, with those of training views anew, and with
-those of central views, each the mean over the batches of the run's last steps. Source of the idea:
-Wu and Johnson 2021 (arXiv 2105.07576), sections 3 and 5. Nothing is written.
+`collect` evaluates on a split with the moments that were kept, with those of training views anew,
+and with those of central views, each the mean over 200 batches of the run's last steps, and adds
+the figures to what the file has; nothing is written to the run. Source of the idea: Wu and Johnson
+2021 (arXiv 2105.07576), sections 3 and 5.
 """
 
-import argparse
 import dataclasses
+import json
+import pathlib
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +33,8 @@ from fm_distill.models import Variables
 from fm_distill.networks.branch import render_central_views, step_views
 from fm_distill.runs.open_run import open_run
 from fm_distill.system.sharding import on_devices
+
+BATCHES = 200  # of the newest steps, or all that there are
 
 
 def moments_of_views(examined: Examined, batches: int) -> dict[str, PyTree]:
@@ -52,33 +59,64 @@ def moments_of_views(examined: Examined, batches: int) -> dict[str, PyTree]:
     return jax.tree.map(lambda *x: sum(x) / len(x), *found)
 
 
-def main(own: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run")
-    parser.add_argument("--split", default="validation")
-    parser.add_argument("--batches", type=int, default=200)
-    asked = parser.parse_args(own)
-    run = open_run(asked.run)
+def rows_of(path: str, split: str) -> Iterator[dict[str, Any]]:
+    """The figures of the run in a workdir, by the moments. Raises `UserError`."""
+    run = open_run(path)
     student = run.student.variables
     if not jax.tree.leaves(student.statistics):
-        raise UserError(f"the student of {asked.run} has no BatchNorm, whose moments could differ")
+        raise UserError(f"the student of {path} has no BatchNorm, whose moments could differ")
     moments = {"as kept": student.statistics}
-    moments |= moments_of_views(examine(run, run.config), asked.batches)
-    opened = open_split(asked.run, asked.split)
+    moments |= moments_of_views(examine(run, run.config), BATCHES)
+    opened = open_split(path, split)
     evaluator = Evaluator.make(
         opened.config, opened.student_branch, opened.teacher_branches, opened.layout
     )
-    print(f"{asked.split}; moments of | top-1, % | agreement, % | KL at T=1, nats")
     for name, statistics in moments.items():
         variables = dataclasses.replace(student, statistics=statistics)
         variables = on_devices(variables, opened.layout.variables(variables))
         batches = evaluation_batches(opened.reader, opened.batch_size)
-        found = evaluator(variables, opened.frozen, batches, asked.split, run.step)
-        figures = (found["student"]["top1"], found["agreement"]["top1"], found["kl"]["one"])
-        top1, agreement, kl = ("-" if x is None else x for x in figures)
-        cells = [f"{100 * x:.2f}" if isinstance(x, float) else x for x in (top1, agreement)]
-        cells.append(f"{kl:.4f}" if isinstance(kl, float) else kl)
-        print(f"{name} | {' | '.join(cells)}", flush=True)
+        found = evaluator(variables, opened.frozen, batches, split, run.step)
+        yield {
+            "name": pathlib.Path(path).resolve().name,
+            "split": split,
+            "moments": name,
+            "student_top1": found["student"]["top1"],
+            "agreement": found["agreement"]["top1"],
+            "kl": found["kl"]["one"],
+        }
+
+
+def collect(out: str, split: str, workdirs: list[str]) -> None:
+    path = pathlib.Path(out)
+    before = json.loads(path.read_text()) if path.exists() else []
+    rows = {(x["name"], x["split"], x["moments"]): x for x in before}
+    for workdir in workdirs:
+        rows |= {(x["name"], x["split"], x["moments"]): x for x in rows_of(workdir, split)}
+    path.write_text("[\n" + ",\n".join(json.dumps(rows[x]) for x in sorted(rows)) + "\n]\n")
+
+
+def table(path: str) -> str:
+    """Markdown."""
+    lines = [
+        "| run | split | moments of | top-1, % | agreement, % | KL at T=1, nats |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in json.loads(pathlib.Path(path).read_text()):
+        shares = (row["student_top1"], row["agreement"])
+        cells = ["" if x is None else f"{100 * x:.2f}" for x in shares]
+        cells.append("" if row["kl"] is None else f"{row['kl']:.4f}")
+        lines.append(f"| {' | '.join([row['name'], row['split'], row['moments'], *cells])} |")
+    return "\n".join(lines)
+
+
+def main(own: list[str]) -> int:
+    match own:
+        case ["collect", out, split, _, *_]:
+            collect(out, split, own[3:])
+        case ["table", path]:
+            print(table(path))
+        case _:
+            raise UserError(f"expected collect FILE SPLIT RUN ..., or table FILE; got {own}")
     return EXIT_COMPLETE
 
 
