@@ -33,7 +33,12 @@ config = dataclasses.replace(
     batch_size=32,
     views=ViewConfig(),
     student=StudentConfig(
-        model="bit", depths=(1, 1, 1, 1), width=0.25, norm="batch", resolution=64
+        model="bit",
+        depths=(1, 1, 1, 1),
+        width=0.25,
+        norm="batch",
+        resolution=64,
+        final_statistics="central",
     ),
     teacher=TeacherConfig(workdir="runs/flowers102_teacher"),
     objective=ObjectiveConfig(temperature=2.0),

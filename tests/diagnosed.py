@@ -171,6 +171,9 @@ PLANTED = {
     "batch-norm-drift": healthy(
         batch_norm=BatchNorm({"a": 0.2, "b": 1.5}, {"a": 0.1, "b": 1.0}, 0.4, 0.05)
     ),
+    "statistics-of-training-views": _central(
+        healthy(), central_statistics_kl_nats=0.5 * healthy().central.kl_nats
+    ),
     "learning-rate-too-high": _far(_log(loss=_jump())),
     "learning-rate-too-low": _far(_log(loss=curve(level=1.9), update_norm=np.full(LINES, 1e-5))),
     "warm-up-too-long": within(healthy(), "setting", warmup_steps=900),
@@ -217,6 +220,16 @@ NEAR = {
     )),
     "moments of other batches": ("batch-norm-drift", healthy(
         batch_norm=BatchNorm({"a": 0.6}, {"a": 0.8}, 0.05, 0.049)
+    )),
+    "moments that make no difference": ("statistics-of-training-views", _central(
+        healthy(), central_statistics_kl_nats=0.9 * healthy().central.kl_nats
+    )),
+    "moments that are still to come": ("statistics-of-training-views", within(
+        PLANTED["statistics-of-training-views"], "setting",
+        complete=False, ends_with_central_statistics=True,
+    )),
+    "moments that are meant for central crops": ("batch-norm-drift", within(
+        PLANTED["batch-norm-drift"], "setting", ends_with_central_statistics=True
     )),
     "noise": ("learning-rate-too-high", _log(loss=curve(noise=0.35))),
     "few noisy lines": ("learning-rate-too-high", few_lines(30)),

@@ -41,9 +41,10 @@ from fm_distill.diagnosis.data_rules import renamed_accuracy
 from fm_distill.diagnosis.diagnose import as_json, diagnose
 from fm_distill.diagnosis.evidence import Cka
 from fm_distill.diagnosis.page import cka_picture, text
-from fm_distill.diagnosis.probes import batch_moments, gradient_products
+from fm_distill.diagnosis.probes import gradient_products
 from fm_distill.exporting.export import export
 from fm_distill.models import Network, Output, Variables
+from fm_distill.networks.batch_statistics import batch_moments
 from fm_distill.networks.branch import Branch
 from fm_distill.runs.open_run import open_run
 from fm_distill.system.preemption import Stop

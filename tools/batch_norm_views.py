@@ -25,11 +25,11 @@ from fm_distill.cli.options import guarded
 from fm_distill.data.batch import Batch
 from fm_distill.data.feeding import evaluation_batches
 from fm_distill.diagnosis.opened import Examined, examine
-from fm_distill.diagnosis.probes import batch_moments
 from fm_distill.errors import EXIT_COMPLETE, UserError
 from fm_distill.evaluation.evaluate import Evaluator
 from fm_distill.evaluation.inference import open_split
 from fm_distill.models import Variables
+from fm_distill.networks.batch_statistics import batch_moments
 from fm_distill.networks.branch import render_central_views, step_views
 from fm_distill.runs.open_run import open_run
 from fm_distill.system.sharding import on_devices

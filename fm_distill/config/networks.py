@@ -93,6 +93,12 @@ class StudentConfig(NetworkConfig):
         "Whether BatchNorm keeps the statistics of the student's weights: for fine-tuning where a "
         "batch says little."
     )
+    final_statistics: Literal["kept", "central"] = "kept"
+    (
+        "The statistics that BatchNorm has at the end of the run: those that training `kept`, of "
+        "its mixed crops, or those of the `central` crops of up to 10,000 training images, as "
+        "evaluation shows them."
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -101,6 +101,17 @@ def read_stream(stream: TrainingStream, start_step: int) -> Iterator[dict[str, n
     return read_ahead(dataset.batch(stream.rows), stream.reader.config.workers)
 
 
+def sampled_batches(reader: Reader, seed: int, batch_size: int, examples: int) -> Iterator[Batch]:
+    """The first batches of the training's stream, together of at most so many examples, or one.
+
+    This process's rows of each, with the settings of the reader's data.
+    """
+    first, rows = process_rows(batch_size)
+    steps = max(1, min(examples, len(reader)) // batch_size)
+    stream = TrainingStream(reader, seed, steps, batch_size, first, rows)
+    return map(host_batch, read_stream(stream, 0))
+
+
 def process_rows(batch_size: int) -> tuple[int, int]:
     """First row and number of rows of each batch that this process feeds."""
     rows = batch_size // jax.process_count()

@@ -15,6 +15,7 @@ CAUSES: dict[str, Rule] = {
     "weak-teacher-on-training-view": data_rules.weak_teacher,
     "dead-adapter": curve_rules.dead_adapter,
     "batch-norm-drift": data_rules.batch_norm_drift,
+    "statistics-of-training-views": data_rules.statistics_of_training_views,
     "learning-rate-too-high": curve_rules.learning_rate_too_high,
     "learning-rate-too-low": curve_rules.learning_rate_too_low,
     "warm-up-too-long": curve_rules.warmup_too_long,

@@ -183,6 +183,8 @@ def batch_norm_drift(evidence: Evidence) -> Finding | None:
     norm = evidence.batch_norm
     if norm is None or not norm.shift:
         return None
+    if evidence.setting.complete and evidence.setting.ends_with_central_statistics:
+        return None  # they are meant for other views
     shifted = max(norm.shift, key=lambda x: norm.shift[x])
     spread = max(norm.spread, key=lambda x: norm.spread[x])
     far = norm.shift[shifted] > MOST_SHIFT or norm.spread[spread] > MOST_SPREAD
@@ -200,6 +202,28 @@ def batch_norm_drift(evidence: Evidence) -> Finding | None:
         "train on until the averages have followed, with a smaller learning rate or larger "
         "batches; turn student.keep_statistics off for other data than the weights'; or use "
         "GroupNorm",
+    )
+
+
+def statistics_of_training_views(evidence: Evidence) -> Finding | None:
+    """With BatchNorm's moments of central crops, the student is nearer to its teacher on these."""
+    central, setting = evidence.central, evidence.setting
+    if central is None or central.central_statistics_kl_nats is None:
+        return None
+    if setting.ends_with_central_statistics and not setting.complete:
+        return None  # they come with the last step
+    gain = central.kl_nats - central.central_statistics_kl_nats
+    before, after = central.kl_nats.mean(), central.central_statistics_kl_nats.mean()
+    error = gain.std() / np.sqrt(len(gain))
+    least = max(MOST_KEPT_LOSS * before, LEAST_KEPT_NATS, SURE_ERRORS * error)
+    if gain.mean() < least:
+        return None
+    return Finding(
+        LIKELY,
+        f"on central crops of training images the student is {before:.3g} nats from its teacher "
+        f"with the moments that BatchNorm kept, of mixed crops, and {after:.3g} with those of "
+        "central crops",
+        "end the run with these: --student.final_statistics central",
     )
 
 

@@ -26,6 +26,8 @@ class Setting:
     failure: str = ""  # why it failed; empty where it did not
     # Whether BatchNorm is trained with the moments that it keeps.
     keeps_statistics: bool = False
+    # Whether BatchNorm ends with the moments of central crops.
+    ends_with_central_statistics: bool = False
     rollbacks: int = 0  # how often it diverged and went back
     # Whether the loss means the same all along: neither temperature nor weights follow a schedule.
     comparable: bool = True
@@ -70,6 +72,8 @@ class CentralView:
     teacher_class: tuple[Int[np.ndarray, " examples"], ...]  # the first one, of each teacher
     kl_nats: PerExample  # KL(teacher || student) at the training's temperature
     ranges: tuple[InRanges, ...]
+    # `kl_nats` were BatchNorm to have the moments of central crops; None where there is none.
+    central_statistics_kl_nats: PerExample | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,8 +10,8 @@ import optax
 from jaxtyping import Array, PRNGKeyArray
 
 from fm_distill.config import Config
-from fm_distill.config.objective import terms_of
 from fm_distill.config.teachers import teachers_of
+from fm_distill.data.feeding import sampled_batches
 from fm_distill.diagnosis.cka import ratio
 from fm_distill.diagnosis.evidence import (
     BatchNorm,
@@ -25,15 +25,21 @@ from fm_distill.diagnosis.evidence import (
     Setting,
     TrainingView,
 )
+from fm_distill.diagnosis.logged import log_of, setting_of
 from fm_distill.diagnosis.opened import Examined, examine
-from fm_distill.diagnosis.probes import Found, central_probe, taps_of, training_probe
+from fm_distill.diagnosis.probes import (
+    RECOMPUTED,
+    Found,
+    central_probe,
+    taps_of,
+    training_probe,
+)
 from fm_distill.errors import TrainingFailed, UserError
-from fm_distill.objectives.curves import progress_of, value_at
+from fm_distill.models import Variables
+from fm_distill.networks.batch_statistics import with_central_statistics
 from fm_distill.objectives.terms import make_terms
-from fm_distill.runs.history import History, read_history
+from fm_distill.runs.history import read_history
 from fm_distill.runs.open_run import Run
-from fm_distill.training.rollback import read_rollbacks
-from fm_distill.training.step import ADAPTER_GRADIENT
 from fm_distill.views.draws import run_keys
 from fm_distill.views.rendering import INPUT_RANGES
 
@@ -51,58 +57,13 @@ def measure(run: Run, config: Config, examples: int) -> Evidence:
         return Evidence(setting, log, not_examined=why)
 
 
-def setting_of(run: Run) -> Setting:
-    """What the run was asked for, and how far it is."""
-    config, resolved = run.config, run.resolved
-    objective, status = config.objective, run.workdir.read_status()
-    progress = progress_of(max(run.step - 1, 0), resolved.total_steps)
-    curves = [objective.temperature_schedule, *(x.schedule for x in terms_of(objective))]
-    return Setting(
-        teaching=config.teaching,
-        step=run.step,
-        total_steps=resolved.total_steps,
-        warmup_steps=config.schedule.warmup_steps,
-        temperature=objective.temperature
-        * float(value_at(objective.temperature_schedule, progress)),
-        complete=run.complete,
-        keeps_statistics=config.student.keep_statistics,
-        failure=status.reason if status is not None and status.state == "failed" else "",
-        rollbacks=len(read_rollbacks(run.workdir)),
-        comparable=not any(x.points for x in curves),
-    )
-
-
-def log_of(history: History, batch_size: int) -> Log:
-    """The lines of `train` as arrays."""
-    lines = [x for x in history.lines if x["split"] == "train"]
-
-    def column(name: str) -> np.ndarray:
-        values = (x.get(name) for x in lines)
-        return np.array([np.nan if x is None else float(x) for x in values])
-
-    def named(prefix: str) -> list[str]:
-        found = (x.removeprefix(prefix) for y in lines for x in y if x.startswith(prefix))
-        return list(dict.fromkeys(found))
-
-    return Log(
-        step=column("step"),
-        loss=column("loss"),
-        learning_rate=column("learning_rate"),
-        update_norm=column("update_norm"),
-        gradient_norm=column("gradient_norm"),
-        seconds=np.diff(column("step"), prepend=0) * batch_size / column("images_per_second"),
-        data_wait=column("data_wait"),
-        terms={x: column(f"weight_{x}") * column(f"term_{x}") for x in named("term_")},
-        adapter_gradients={x: column(ADAPTER_GRADIENT + x) for x in named(ADAPTER_GRADIENT)},
-    )
-
-
 def _probed(examined: Examined, setting: Setting, log: Log, examples: int) -> Evidence:
     on_training, on_central = training_probe(examined), central_probe(examined)
     rows: list[Found] = []
     central: list[Found] = []
     places: list[np.ndarray] = []
     total = examined.run.resolved.total_steps
+    recomputed = _recomputed(examined, examples) if examined.teachers else None
     newest = jnp.int32(min(examined.run.step, total) - 1)
     for step, ids, batch in examined.batches(examined.steps(examples)):
         found = on_training(
@@ -111,7 +72,7 @@ def _probed(examined: Examined, setting: Setting, log: Log, examples: int) -> Ev
         )  # fmt: skip
         rows.append(_on_host(found))
         if examined.teachers:
-            of_centre = on_central(examined.evaluated, examined.frozen, batch)
+            of_centre = on_central(examined.evaluated, recomputed, examined.frozen, batch)
             central.append(_on_host(of_centre | {"label": batch.labels}))
         places.append(ids)
     config = examined.config
@@ -125,6 +86,16 @@ def _probed(examined: Examined, setting: Setting, log: Log, examples: int) -> Ev
         cka=_cka(examined, rows),
         not_examined=tuple(_left_out(examined, config, rows)),
     )
+
+
+def _recomputed(examined: Examined, examples: int) -> Variables | None:
+    """The student with BatchNorm's moments of central crops; None where it has no BatchNorm."""
+    config, student = examined.config, examined.evaluated
+    if not jax.tree.leaves(student.statistics):
+        return None
+    batches = sampled_batches(examined.reader, config.seed, config.batch_size, examples)
+    fraction = config.views.central_fraction
+    return with_central_statistics(examined.student, student, batches, fraction, examined.layout)
 
 
 def _on_host(found: Mapping[str, Any]) -> Found:
@@ -185,6 +156,9 @@ def _central(
         teacher_class=tuple(x.argmax(-1) for x in teachers),
         kl_nats=kl(aim, student, setting.temperature),
         ranges=tuple(ranges),
+        central_statistics_kl_nats=kl(aim, _joined(rows, RECOMPUTED), setting.temperature)
+        if RECOMPUTED in rows[0]
+        else None,
     )
 
 

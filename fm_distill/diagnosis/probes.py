@@ -18,6 +18,7 @@ from fm_distill.data.batch import Batch
 from fm_distill.diagnosis.cka import FEWEST, centred_gram, hsic
 from fm_distill.diagnosis.opened import Examined
 from fm_distill.models import Output, Variables
+from fm_distill.networks.batch_statistics import batch_moments
 from fm_distill.networks.branch import (
     Branch,
     render_central_views,
@@ -51,8 +52,11 @@ TrainingProbe = Callable[
     [Variables, Variables, TermState, tuple[Variables, ...], Batch, PRNGKeyArray, Array, Array],
     Found,
 ]
-# `(evaluated student, frozen teachers, batch)`.
-CentralProbe = Callable[[Variables, tuple[Variables, ...], Batch], Found]
+# `(evaluated student, the same with BatchNorm's moments of central crops, if it has any, frozen
+# teachers, batch)`.
+CentralProbe = Callable[[Variables, Variables | None, tuple[Variables, ...], Batch], Found]
+# The student's logits with these moments.
+RECOMPUTED = "recomputed"
 
 
 def taps_of(branch: Branch) -> tuple[str, ...]:
@@ -180,20 +184,6 @@ def _similarities(own: list[Array], theirs: list[Array]) -> dict[str, Array]:
     }
 
 
-def batch_moments(student: Branch, variables: Variables, images: Array) -> PyTree:
-    """The moments of the batch, as the statistics that BatchNorm keeps.
-
-    A step keeps m of the old ones: from zeros comes (1 - m) x and from ones m + (1 - m) x.
-    """
-
-    def after(value: float) -> PyTree:
-        start = jax.tree.map(lambda x: jnp.full_like(x, value), variables.statistics)
-        replaced = dataclasses.replace(variables, statistics=start)
-        return student.network.apply(replaced, images, train=True).statistics
-
-    return jax.tree.map(lambda x, y: x / (1 - (y - x)), after(0.0), after(1.0))
-
-
 def central_probe(examined: Examined) -> CentralProbe:
     """The logits of each network on the central crop, by its input range.
 
@@ -222,14 +212,22 @@ def central_probe(examined: Examined) -> CentralProbe:
     networks = [compiled(student)]
     networks += [compiled(x.network.apply_frozen) for x in examined.teachers]
 
-    def probe(evaluated: Variables, frozen: tuple[Variables, ...], batch: Batch) -> Found:
+    def probe(
+        evaluated: Variables,
+        recomputed: Variables | None,
+        frozen: tuple[Variables, ...],
+        batch: Batch,
+    ) -> Found:
         of_networks = [*zip(networks, (evaluated, *frozen), strict=True)]
+        found: Found = {}
         seen = iter(views(batch))
-        return {
-            f"{i} {name}": network(variables, next(seen))
-            for name in INPUT_RANGES
-            for i, (network, variables) in enumerate(of_networks)
-        }
+        for name in INPUT_RANGES:
+            for i, (network, variables) in enumerate(of_networks):
+                images = next(seen)
+                found[f"{i} {name}"] = network(variables, images)
+                if recomputed and i == 0 and name == examined.student.input_spec.input_range:
+                    found[RECOMPUTED] = network(recomputed, images)
+        return found
 
     return probe
 

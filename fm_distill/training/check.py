@@ -139,6 +139,11 @@ def _wrong_teaching(config: Config) -> Iterator[str]:
             "student.keep_statistics needs student.weights: from scratch there are no statistics "
             "to keep"
         )
+    if config.student.keep_statistics and config.student.final_statistics != "kept":
+        yield (
+            f"student.final_statistics={config.student.final_statistics} replaces the statistics "
+            "that student.keep_statistics is to keep; leave out one of them"
+        )
     if config.fixed_crops and config.teaching != "fixed":
         yield (
             f"fixed_crops={config.fixed_crops} belongs to teaching=fixed, and teaching is "

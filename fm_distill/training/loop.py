@@ -66,6 +66,8 @@ class Loop:
             self.reporter.dispatched(step, steps, metrics)
             if step > start + steps:  # the first one waits for the compiler
                 slowest_s = max(slowest_s, time.monotonic() - began)
+            if step == total:
+                state = setup.with_final_statistics(state)
             improved = False
             every = config.log.evaluate_every_steps
             if setup.validation and (due(every, step, steps) or (every and step == total)):

@@ -12,15 +12,23 @@ from fm_distill.config import Config
 from fm_distill.config.regime import regime_of
 from fm_distill.config.resolved import ResolvedRun
 from fm_distill.data.batch import Batch
-from fm_distill.data.feeding import Reader, StreamingFeed, evaluation_batches
+from fm_distill.data.feeding import (
+    Reader,
+    StreamingFeed,
+    evaluation_batches,
+    sampled_batches,
+)
 from fm_distill.data.resident import ResidentFeed, feeding_note
 from fm_distill.data.sources import Source
 from fm_distill.data.splits import Data
+from fm_distill.errors import UserError
 from fm_distill.evaluation.evaluate import Evaluator
 from fm_distill.models import Variables
+from fm_distill.networks.batch_statistics import with_central_statistics
 from fm_distill.networks.branch import Branch, frozen_teachers
 from fm_distill.networks.loading import Networks
 from fm_distill.recordings.reading import RecordingReader
+from fm_distill.runs.state import TrainState
 from fm_distill.system.sharding import Layout
 from fm_distill.training.build import Build, build
 from fm_distill.training.program import make_program
@@ -30,6 +38,8 @@ from fm_distill.views.draws import RunKeys, run_keys
 
 # Decoded validation images are kept on the host between evaluations up to this size.
 CACHE_BYTES = 2**30
+# Of `student.final_statistics`. Wu and Johnson 2021, section 3: 1,000 to 10,000 images are enough.
+STATISTICS_EXAMPLES = 10_000
 
 
 def warnings_on(config: Config, resolved: ResolvedRun) -> list[str]:
@@ -101,6 +111,23 @@ class Setup:
         """The frozen teachers that the step runs."""
         return self.frozen[: len(self.built.live_teachers)]
 
+    def with_final_statistics(self, state: TrainState) -> TrainState:
+        """The state after the last step, with the statistics that it is to be used with."""
+        config = self.config
+        if config.student.final_statistics == "kept":
+            return state
+        batches = sampled_batches(self.reader, config.seed, config.batch_size, STATISTICS_EXAMPLES)
+        student = with_central_statistics(
+            self.built.student,
+            state.ema or state.student,
+            batches,
+            config.views.central_fraction,
+            self.layout,
+        )
+        if state.ema is not None:
+            return dataclasses.replace(state, ema=student)
+        return dataclasses.replace(state, student=student)
+
     @functools.cached_property
     def keys(self) -> RunKeys:
         """The keys of the run, on all devices."""
@@ -124,6 +151,13 @@ def prepare(
     `table` is the file for the targets of fixed teachers. Also returns what is worth saying.
     """
     built = build(config, resolved)
+    if config.student.final_statistics != "kept" and not jax.tree.leaves(
+        built.abstract_state().student.statistics
+    ):
+        raise UserError(
+            f"student.final_statistics={config.student.final_statistics} is for a student with "
+            f"BatchNorm, and {config.student.model} as configured has none; leave it out"
+        )
     variables = tuple(x.variables for x in networks.teachers if x.variables)
     here = built.teachers if variables else ()
     frozen = frozen_teachers(here, variables, layout)

@@ -1,0 +1,58 @@
+"""What a run's config, status and log say of it, before anything is opened."""
+
+import numpy as np
+
+from fm_distill.config.objective import terms_of
+from fm_distill.diagnosis.evidence import Log, Setting
+from fm_distill.objectives.curves import progress_of, value_at
+from fm_distill.runs.history import History
+from fm_distill.runs.open_run import Run
+from fm_distill.training.rollback import read_rollbacks
+from fm_distill.training.step import ADAPTER_GRADIENT
+
+
+def setting_of(run: Run) -> Setting:
+    """What the run was asked for, and how far it is."""
+    config, resolved = run.config, run.resolved
+    objective, status = config.objective, run.workdir.read_status()
+    progress = progress_of(max(run.step - 1, 0), resolved.total_steps)
+    curves = [objective.temperature_schedule, *(x.schedule for x in terms_of(objective))]
+    return Setting(
+        teaching=config.teaching,
+        step=run.step,
+        total_steps=resolved.total_steps,
+        warmup_steps=config.schedule.warmup_steps,
+        temperature=objective.temperature
+        * float(value_at(objective.temperature_schedule, progress)),
+        complete=run.complete,
+        keeps_statistics=config.student.keep_statistics,
+        ends_with_central_statistics=config.student.final_statistics == "central",
+        failure=status.reason if status is not None and status.state == "failed" else "",
+        rollbacks=len(read_rollbacks(run.workdir)),
+        comparable=not any(x.points for x in curves),
+    )
+
+
+def log_of(history: History, batch_size: int) -> Log:
+    """The lines of `train` as arrays."""
+    lines = [x for x in history.lines if x["split"] == "train"]
+
+    def column(name: str) -> np.ndarray:
+        values = (x.get(name) for x in lines)
+        return np.array([np.nan if x is None else float(x) for x in values])
+
+    def named(prefix: str) -> list[str]:
+        found = (x.removeprefix(prefix) for y in lines for x in y if x.startswith(prefix))
+        return list(dict.fromkeys(found))
+
+    return Log(
+        step=column("step"),
+        loss=column("loss"),
+        learning_rate=column("learning_rate"),
+        update_norm=column("update_norm"),
+        gradient_norm=column("gradient_norm"),
+        seconds=np.diff(column("step"), prepend=0) * batch_size / column("images_per_second"),
+        data_wait=column("data_wait"),
+        terms={x: column(f"weight_{x}") * column(f"term_{x}") for x in named("term_")},
+        adapter_gradients={x: column(ADAPTER_GRADIENT + x) for x in named(ADAPTER_GRADIENT)},
+    )
