@@ -45,12 +45,12 @@ def check_distance(distance: Distance) -> None:
 def check_crop(crop: Crop) -> None:
     """Boxes inside of each image, the same for the same key."""
     sizes = jnp.array([[40, 40], [30, 60], [90, 31], [1, 1]] * 50, jnp.int32)
-    boxes = crop(jax.random.key(1), sizes, ViewConfig())
+    boxes = crop(jax.random.key(1), sizes, ViewConfig(), ViewConfig().crop_area[0])
     assert boxes.shape == (200, 4), f"expected boxes of shape (200, 4), got {boxes.shape}"
     start, length = boxes[:, :2], boxes[:, 2:]
     assert (start >= 0).all() and (length > 0).all(), "a box begins outside or is empty"
     assert (start + length <= sizes + 1e-4).all(), "a box ends outside of its image"
-    again = crop(jax.random.key(1), sizes, ViewConfig())
+    again = crop(jax.random.key(1), sizes, ViewConfig(), ViewConfig().crop_area[0])
     assert (boxes == again).all(), "the same key draws other boxes"
 
 

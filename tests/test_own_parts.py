@@ -73,7 +73,7 @@ def huber(student, teacher, temperature=1.0):
     return optax.huber_loss(student / temperature, teacher / temperature).sum(-1)
 
 
-def squares(key, sizes, config):
+def squares(key, sizes, config, smallest_area):
     side = jnp.min(sizes, axis=1).astype(jnp.float32)
     return jnp.stack([0 * side, 0 * side, side, side], axis=1)
 
@@ -290,8 +290,8 @@ def as_network() -> NetworkConfig:
         ("distance", lambda s, t, T: jnp.square(s - t.mean(0)).sum(-1), "depends on others"),
         ("distance", lambda s, t, T: jnp.sqrt(jnp.square(s - t).sum(-1)), "not finite where both"),
         ("distance", lambda s, t, T: -jnp.square(s - t).sum(-1), "larger than that of another"),
-        ("crop", lambda k, s, c: jnp.ones((len(s), 2)), r"boxes of shape \(200, 4\)"),
-        ("crop", lambda k, s, c: jnp.full((len(s), 4), 25.0), "ends outside of its image"),
+        ("crop", lambda k, s, c, area: jnp.ones((len(s), 2)), r"boxes of shape \(200, 4\)"),
+        ("crop", lambda k, s, c, area: jnp.full((len(s), 4), 25.0), "ends outside of its image"),
         ("optimizer", lambda c: optax.scale(-1.0), "after 200 steps it stands at"),
     ],
 )

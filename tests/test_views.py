@@ -12,7 +12,7 @@ from fm_distill.config import CanvasConfig, MeshConfig, ViewConfig
 from fm_distill.data.images import decode, on_canvas, shrink
 from fm_distill.system.sharding import make_layout
 from fm_distill.views.crops import CROPS
-from fm_distill.views.draws import Draw, draw, mix
+from fm_distill.views.draws import Draw, draw, mix, step_draws
 from fm_distill.views.rendering import (
     InputSpec,
     _gathered,
@@ -44,7 +44,7 @@ TENSORFLOW = {
 
 def boxes(law: str, size: tuple[int, int], count: int = 20_000) -> np.ndarray:
     sizes = jnp.tile(jnp.array([size]), (count, 1))
-    return np.asarray(CROPS[law](jax.random.key(0), sizes, ViewConfig()))
+    return np.asarray(CROPS[law](jax.random.key(0), sizes, ViewConfig(), 0.05))
 
 
 @pytest.mark.parametrize("size", TENSORFLOW)
@@ -280,3 +280,40 @@ def test_a_draw_does_not_depend_on_devices(partner):
         seen.append((dataclasses.asdict(drawn), np.asarray(images)))
     jax.tree.map(np.testing.assert_array_equal, seen[0][0], seen[1][0])
     np.testing.assert_allclose(seen[0][1], seen[1][1], atol=1e-6)
+
+
+POINTS = ViewConfig(
+    smallest_area_points=((10, 0.6), (30, 0.1)), mixup_strength_points=((0, 0.0), (20, 1.0))
+)
+
+
+@pytest.mark.parametrize(
+    ("step", "smallest", "strength"),
+    [(0, 0.6, 0.0), (10, 0.6, 0.5), (15, 0.475, 0.75), (30, 0.1, 1.0), (99, 0.1, 1.0)],
+)
+@pytest.mark.parametrize("law", ["mixed", "independent"])
+def test_crops_and_mixup_follow_their_points(law, step, smallest, strength):
+    """As drawn with the value of the step written down; in the graph the same."""
+    sizes = jnp.full((64, 2), 200)
+    key = jax.random.key(2)
+    found = step_draws(law, key, step, sizes, POINTS)
+    constant = step_draws(law, key, step, sizes, ViewConfig(crop_area=(smallest, 1.0)))
+    for now, fixed in zip(found[:2], constant[:2], strict=True):
+        np.testing.assert_array_equal(now.boxes, fixed.boxes)
+        if law == "independent":
+            assert now.coefficients is None
+            continue
+        weaker = 1 - strength * (1 - np.asarray(fixed.coefficients, np.float64))
+        np.testing.assert_allclose(now.coefficients, weaker, rtol=1e-6)
+    traced = jax.jit(lambda x: step_draws(law, key, x, sizes, POINTS).student)(jnp.int32(step))
+    np.testing.assert_allclose(traced.boxes, found.student.boxes, atol=1)
+
+
+@pytest.mark.parametrize("crop", ["tensorflow", "torchvision"])
+def test_no_crop_is_smaller_than_its_step_allows(crop):
+    config = dataclasses.replace(POINTS, crop=crop, crop_aspect=(1.0, 1.0))
+    sizes = jnp.full((2000, 2), 200)
+    for step, smallest in ((0, 0.6), (20, 0.35), (40, 0.1)):
+        boxes = step_draws("mixed", jax.random.key(3), step, sizes, config).student.boxes
+        areas = np.asarray(boxes[:, 2] * boxes[:, 3]) / 200**2
+        assert smallest - 0.01 < areas.min() < smallest + 0.02

@@ -31,6 +31,9 @@ NAMES = {
 }
 
 
+SHORTEST = 100.0  # epochs of a recording whose runs are in the picture
+
+
 def teaching_of(stored: StoredRun) -> str:
     """A key of `NAMES`."""
     config = stored.config
@@ -70,6 +73,7 @@ def row_of(path: str) -> dict[str, Any]:
         "temperature": config.objective.temperature,
         "learning_rate": config.optimizer.learning_rate,
         "crop_area": config.views.crop_area,
+        "final_statistics": config.student.final_statistics,
         "commit": stored.commit,
     }
 
@@ -87,31 +91,37 @@ def read(path: str) -> list[dict[str, Any]]:
     return rows
 
 
-Group = tuple[str, float, float | None]
+Group = tuple[str, float, float | None, str]  # teaching, epochs, recorded epochs, statistics
 
 
 def groups(rows: list[dict[str, Any]]) -> dict[Group, list[dict[str, Any]]]:
     """Rows that differ by their seed alone."""
     found: dict[Group, list[dict[str, Any]]] = {}
     for row in rows:
-        key = row["teaching"], row["epochs"], row["recorded_epochs"]
+        key = row["teaching"], row["epochs"], row["recorded_epochs"], row["final_statistics"]
         found.setdefault(key, []).append(row)
     order = list(NAMES)
-    return dict(sorted(found.items(), key=lambda x: (order.index(x[0][0]), x[0][1], x[0][2] or 0)))
+
+    def place(key: Group) -> tuple[int, str, float, float]:
+        teaching, epochs, recorded, moments = key
+        return order.index(teaching), moments, epochs, recorded or 0
+
+    return dict(sorted(found.items(), key=lambda x: place(x[0])))
 
 
 def table(path: str) -> str:
     """Markdown: mean, and the range over the seeds where there are several."""
     lines = [
-        "| learns from | epochs | different views of an image | seeds | test top-1, % | "
-        "of the teacher's, % | agreement, % | KL at T=1, nats |",
-        "|---|---|---|---|---|---|---|---|",
+        "| learns from | BatchNorm's statistics | epochs | different views of an image | seeds | "
+        "test top-1, % | of the teacher's, % | agreement, % | KL at T=1, nats |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for (teaching, epochs, recorded), rows in groups(read(path)).items():
+    for (teaching, epochs, recorded, moments), rows in groups(read(path)).items():
         views = epochs if recorded is None else recorded
         kept = [x["student_top1"] / x["teacher_top1"] for x in rows if x["teacher_top1"]]
         cells = [
             NAMES[teaching],
+            moments,
             f"{epochs:,.0f}",
             f"{views:,.0f}",
             str(len(rows)),
@@ -142,18 +152,21 @@ def plot(path: str, out: str) -> None:
 
     rows = read(path)
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for teaching, name in NAMES.items():
+    found = groups(rows)
+    for teaching, moments in dict.fromkeys((x[0], x[3]) for x in found):
         # A recording shorter than the run is another question: see the table.
         own = [
-            (epochs, [100 * x["student_top1"] for x in found])
-            for (kind, epochs, recorded), found in groups(rows).items()
-            if kind == teaching and (recorded is None or recorded >= min(epochs, 300))
+            (epochs, [100 * x["student_top1"] for x in group])
+            for (kind, epochs, recorded, used), group in found.items()
+            if (kind, used) == (teaching, moments) and (recorded is None or recorded >= SHORTEST)
         ]
         if not own:
             continue
         epochs = [x for x, _ in own]
         (line,) = axes.plot(
-            epochs, [statistics.mean(x) for _, x in own], marker="o", label=name
+            epochs, [statistics.mean(x) for _, x in own], marker="o",
+            linestyle="-" if moments == "central" else ":",
+            label=f"{NAMES[teaching]} (statistics: {moments})",
         )  # fmt: skip
         axes.fill_between(
             epochs, [min(x) for _, x in own], [max(x) for _, x in own],

@@ -116,6 +116,11 @@ class ViewConfig:
     )
     crop_area: tuple[float, float] = (0.05, 1.0)
     """Smallest and largest share of the image's area that a crop covers."""
+    smallest_area_points: tuple[tuple[int, float], ...] = ()
+    (
+        "Over the run, instead of one smallest area: pairs of a step and the smallest area there, "
+        "with straight lines between, e.g. [[0,0.5],[9000,0.05]]."
+    )
     crop_aspect: tuple[float, float] = (0.75, 1.33)
     """Smallest and largest width / height of a crop."""
     flip_probability: Share = 0.5
@@ -124,6 +129,11 @@ class ViewConfig:
     """Mixup: one coefficient a batch (the recipe), one an example, or none."""
     mixup_alpha: Positive = 1.0
     """The mixup coefficient is drawn from Beta(alpha, alpha)."""
+    mixup_strength_points: tuple[tuple[int, float], ...] = ()
+    (
+        "Over the run: pairs of a step and the strength of mixup there, from 0 (the example alone) "
+        "to 1 (as drawn), with straight lines between."
+    )
     mixup_fold: bool = True
     """Whether a mixup coefficient a becomes max(a, 1 - a)."""
     mixup_partner: Literal["roll", "permutation"] = "roll"

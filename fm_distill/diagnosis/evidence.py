@@ -29,7 +29,7 @@ class Setting:
     # Whether BatchNorm ends with the moments of central crops.
     ends_with_central_statistics: bool = False
     rollbacks: int = 0  # how often it diverged and went back
-    # Whether the loss means the same all along: neither temperature nor weights follow a schedule.
+    # Whether the loss means the same all along: no temperature, weight or view has a schedule.
     comparable: bool = True
 
 

@@ -16,7 +16,10 @@ def setting_of(run: Run) -> Setting:
     config, resolved = run.config, run.resolved
     objective, status = config.objective, run.workdir.read_status()
     progress = progress_of(max(run.step - 1, 0), resolved.total_steps)
-    curves = [objective.temperature_schedule, *(x.schedule for x in terms_of(objective))]
+    views, curves = (
+        config.views,
+        [objective.temperature_schedule, *(x.schedule for x in terms_of(objective))],
+    )
     return Setting(
         teaching=config.teaching,
         step=run.step,
@@ -29,7 +32,8 @@ def setting_of(run: Run) -> Setting:
         ends_with_central_statistics=config.student.final_statistics == "central",
         failure=status.reason if status is not None and status.state == "failed" else "",
         rollbacks=len(read_rollbacks(run.workdir)),
-        comparable=not any(x.points for x in curves),
+        comparable=not any(x.points for x in curves)
+        and not (views.smallest_area_points or views.mixup_strength_points),
     )
 
 

@@ -192,3 +192,29 @@ def _wrong_views(config: Config) -> Iterator[str]:
     low, high = views.crop_aspect
     if not 0 < low <= high < float("inf"):
         yield f"views.crop_aspect is ({low}, {high}); expected 0 < lowest <= highest"
+    for name, points, greatest in (
+        ("smallest_area_points", views.smallest_area_points, views.crop_area[1]),
+        ("mixup_strength_points", views.mixup_strength_points, 1.0),
+    ):
+        yield from _wrong_points(f"views.{name}", points, greatest, views.period_steps)
+    if any(area <= 0 for _, area in views.smallest_area_points):
+        yield "views.smallest_area_points: a crop has an area; expected more than 0"
+    if views.smallest_area_points and views.crop == "whole":
+        yield "views.smallest_area_points are for crops, and views.crop=whole has none; drop one"
+    if views.mixup_strength_points and views.mixup == "none":
+        yield "views.mixup_strength_points need mixup, and views.mixup=none has none; drop one"
+
+
+def _wrong_points(
+    option: str, points: tuple[tuple[int, float], ...], greatest: float, period: int | None
+) -> Iterator[str]:
+    steps = [step for step, _ in points]
+    if sorted(set(steps)) != steps or any(step < 0 for step in steps):
+        yield f"{option}: the steps have to rise from 0 or more; got {steps}"
+    if any(not 0 <= value <= greatest for _, value in points):
+        yield f"{option}: expected values from 0 to {greatest:g}; got {[y for _, y in points]}"
+    if period is not None and steps and steps[-1] >= period:
+        yield (
+            f"{option} go to step {steps[-1]:,}, and the views repeat after views.period_steps="
+            f"{period:,}; end before it, or leave out one of them"
+        )

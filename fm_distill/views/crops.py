@@ -12,9 +12,13 @@ Sizes = Int[Array, "batch 2"]
 
 
 Boxes = Float[Array, "batch 4"]
+# Share of the image's area: `views.crop_area[0]`, or what the step makes of it.
+Area = Float[Array, ""] | float
 
 
-def tensorflow_crop(key: PRNGKeyArray, sizes: Sizes, config: ViewConfig) -> Boxes:
+def tensorflow_crop(
+    key: PRNGKeyArray, sizes: Sizes, config: ViewConfig, smallest_area: Area
+) -> Boxes:
     """The law of `tf.image.sample_distorted_bounding_box` without a box: the recipe's crop.
 
     Aspect (width / height) uniform, then height uniform between the heights of the smallest and
@@ -27,7 +31,7 @@ def tensorflow_crop(key: PRNGKeyArray, sizes: Sizes, config: ViewConfig) -> Boxe
     low, high = config.crop_aspect
     aspect = jax.random.uniform(aspect_key, height.shape, minval=low, maxval=high)
     area = height * width
-    smallest = jnp.round(jnp.sqrt(config.crop_area[0] * area / aspect))
+    smallest = jnp.round(jnp.sqrt(smallest_area * area / aspect))
     largest = jnp.round(jnp.sqrt(config.crop_area[1] * area / aspect))
     # The largest height whose rounded width still fits the image.
     widest = jnp.floor((width + 0.5 - 1e-4) / aspect)
@@ -38,13 +42,15 @@ def tensorflow_crop(key: PRNGKeyArray, sizes: Sizes, config: ViewConfig) -> Boxe
     crop_height = jnp.minimum(smallest + step, largest)
     crop_width = jnp.clip(jnp.round(crop_height * aspect), 1, width)
     # As in the op: where rounding fell below the smallest area, one row more.
-    short = (crop_height * crop_width < config.crop_area[0] * area) & (crop_height < largest)
+    short = (crop_height * crop_width < smallest_area * area) & (crop_height < largest)
     crop_height = crop_height + short
     crop_width = jnp.clip(jnp.round(crop_height * aspect), 1, width)
     return _place(offset_key, height, width, crop_height, crop_width)
 
 
-def torchvision_crop(key: PRNGKeyArray, sizes: Sizes, config: ViewConfig) -> Boxes:
+def torchvision_crop(
+    key: PRNGKeyArray, sizes: Sizes, config: ViewConfig, smallest_area: Area
+) -> Boxes:
     """The law of torchvision's `RandomResizedCrop`: area uniform, aspect log-uniform.
 
     Ten attempts, then the largest central crop within the aspect range. Source: torchvision's
@@ -54,9 +60,7 @@ def torchvision_crop(key: PRNGKeyArray, sizes: Sizes, config: ViewConfig) -> Box
     height, width = sizes[:, 0].astype(jnp.float32), sizes[:, 1].astype(jnp.float32)
     area_key, aspect_key, offset_key = jax.random.split(key, 3)
     shape = (height.shape[0], attempts)
-    share = jax.random.uniform(
-        area_key, shape, minval=config.crop_area[0], maxval=config.crop_area[1]
-    )
+    share = jax.random.uniform(area_key, shape, minval=smallest_area, maxval=config.crop_area[1])
     low, high = jnp.log(config.crop_aspect[0]), jnp.log(config.crop_aspect[1])
     aspect = jnp.exp(jax.random.uniform(aspect_key, shape, minval=low, maxval=high))
     area = (height * width)[:, None] * share
@@ -80,14 +84,14 @@ def torchvision_crop(key: PRNGKeyArray, sizes: Sizes, config: ViewConfig) -> Box
     return jnp.where(fits.any(axis=1)[:, None], placed, central)
 
 
-def whole_image(key: PRNGKeyArray, sizes: Sizes, config: ViewConfig) -> Boxes:
+def whole_image(key: PRNGKeyArray, sizes: Sizes, config: ViewConfig, smallest_area: Area) -> Boxes:
     """No crop: the whole image, squeezed into the network's square."""
     height, width = sizes[:, 0].astype(jnp.float32), sizes[:, 1].astype(jnp.float32)
     return jnp.stack([jnp.zeros_like(height), jnp.zeros_like(width), height, width], axis=1)
 
 
-# `(key, sizes, config) -> boxes`.
-Crop = Callable[[PRNGKeyArray, Sizes, ViewConfig], Boxes]
+# `(key, sizes, config, smallest area) -> boxes`.
+Crop = Callable[[PRNGKeyArray, Sizes, ViewConfig, Area], Boxes]
 
 CROPS: dict[str, Crop] = {
     "tensorflow": tensorflow_crop,

@@ -37,7 +37,11 @@ class StepDraws(NamedTuple):
     shared: bool  # whether both are the same
 
 
-def draw(key: PRNGKeyArray, sizes: Sizes, config: ViewConfig) -> Draw:
+# Steps done before; None: the views have no step, as those of evaluation.
+Step = Int[Array, ""] | int | None
+
+
+def draw(key: PRNGKeyArray, sizes: Sizes, config: ViewConfig, step: Step = None) -> Draw:
     """Draws boxes, flips, coefficients and partners for images of `sizes` (height, width)."""
     batch = sizes.shape[0]
     box_key, flip_key, coefficient_key, partner_key = jax.random.split(key, 4)
@@ -45,31 +49,41 @@ def draw(key: PRNGKeyArray, sizes: Sizes, config: ViewConfig) -> Draw:
     permuted = config.mixup != "none" and config.mixup_partner == "permutation"
     partners = jax.random.permutation(partner_key, batch) if permuted else None
     return Draw(
-        boxes=entry(CROPS, config.crop, "views.crop")(box_key, sizes, config),
+        boxes=entry(CROPS, config.crop, "views.crop")(
+            box_key, sizes, config, _at(config.smallest_area_points, step, config.crop_area[0])
+        ),
         flips=flips,
-        coefficients=_coefficients(coefficient_key, batch, config),
+        coefficients=_coefficients(coefficient_key, batch, config, step),
         partners=partners,
     )
 
 
-def _mixed(key: PRNGKeyArray, sizes: Sizes, config: ViewConfig) -> StepDraws:
-    both = draw(key, sizes, config)
+def _at(points: tuple[tuple[int, float], ...], step: Step, usual: float) -> Array | float:
+    """Straight lines through `points`, and their first and last values beyond them."""
+    if not points or step is None:
+        return usual
+    steps, values = (jnp.asarray(x, jnp.float32) for x in zip(*points, strict=True))
+    return jnp.interp(jnp.asarray(step, jnp.float32), steps, values)
+
+
+def _mixed(key: PRNGKeyArray, sizes: Sizes, config: ViewConfig, step: Step) -> StepDraws:
+    both = draw(key, sizes, config, step)
     return StepDraws(both, both, shared=True)
 
 
-def _unmixed(key: PRNGKeyArray, sizes: Sizes, config: ViewConfig) -> StepDraws:
-    return _mixed(key, sizes, dataclasses.replace(config, mixup="none"))
+def _unmixed(key: PRNGKeyArray, sizes: Sizes, config: ViewConfig, step: Step) -> StepDraws:
+    return _mixed(key, sizes, dataclasses.replace(config, mixup="none"), step)
 
 
-def _independent(key: PRNGKeyArray, sizes: Sizes, config: ViewConfig) -> StepDraws:
-    student, teacher = jax.random.split(key)
+def _independent(key: PRNGKeyArray, sizes: Sizes, config: ViewConfig, step: Step) -> StepDraws:
     config = dataclasses.replace(config, mixup="none")
-    return StepDraws(draw(student, sizes, config), draw(teacher, sizes, config), shared=False)
+    student, teacher = (draw(x, sizes, config, step) for x in jax.random.split(key))
+    return StepDraws(student, teacher, shared=False)
 
 
 # What the student sees and what its teachers see. Source: Beyer et al. 2021, figure 2; only
 # function matching mixes images.
-VIEW_LAWS: dict[ViewLaw, Callable[[PRNGKeyArray, Sizes, ViewConfig], StepDraws]] = {
+VIEW_LAWS: dict[ViewLaw, Callable[[PRNGKeyArray, Sizes, ViewConfig, Step], StepDraws]] = {
     "mixed": _mixed,
     "unmixed": _unmixed,
     "independent": _independent,
@@ -99,7 +113,7 @@ def step_draws(
     config: ViewConfig,
 ) -> StepDraws:
     """The draws of `step` (steps done before it), a function of the run's key and the step."""
-    return VIEW_LAWS[law](jax.random.fold_in(draws_key, step), sizes, config)
+    return VIEW_LAWS[law](jax.random.fold_in(draws_key, step), sizes, config, step)
 
 
 def mix(draw: Draw, values: Float[Array, "batch ..."]) -> Float[Array, "batch ..."]:
@@ -116,7 +130,7 @@ def mix(draw: Draw, values: Float[Array, "batch ..."]) -> Float[Array, "batch ..
 
 
 def _coefficients(
-    key: PRNGKeyArray, batch: int, config: ViewConfig
+    key: PRNGKeyArray, batch: int, config: ViewConfig, step: Step
 ) -> Float[Array, " batch"] | None:
     if config.mixup == "none":
         return None
@@ -125,4 +139,6 @@ def _coefficients(
     a = jax.random.beta(key, alpha, alpha, (count,), jnp.float32)
     if config.mixup_fold:
         a = jnp.maximum(a, 1 - a)
+    if config.mixup_strength_points:
+        a = 1 - _at(config.mixup_strength_points, step, 1.0) * (1 - a)
     return jnp.broadcast_to(a, (batch,))
