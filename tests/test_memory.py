@@ -72,7 +72,7 @@ def test_eight_devices_accumulate_what_one_does_at_once(memory):
         config = matching_config(memory=levers, batch_size=64)
         layout = make_layout(mesh)
         built = build(config, resolved_run(config, (TEACHER,), layout))
-        shapes = built.abstract_state()
+        shapes = built.abstract_state
         state = jax.jit(built.init, out_shardings=layout.variables(shapes))(jax.random.key(0))
         frozen = (built.teachers[0].network.init(jax.random.key(5)),)
         frozen = (built.teachers[0].network.freeze(with_random_head(frozen[0], 3)),)
@@ -158,7 +158,7 @@ def convolutions(memory: MemoryConfig) -> int:
         step = build(config_labels, resolved_run(config_labels, ())).train_step
         return step(state, (), batch, KEY)[0]
 
-    text = str(jax.make_jaxpr(gradient)(built.abstract_state(), random_batch()))
+    text = str(jax.make_jaxpr(gradient)(built.abstract_state, random_batch()))
     return text.count("conv_general_dilated")
 
 

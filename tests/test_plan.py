@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib.util
+import inspect
 import json
 import os
 import subprocess
@@ -29,6 +30,7 @@ from fm_distill.config import (
 from fm_distill.errors import UserError
 from fm_distill.planning.compile_step import Request, abstract, batch_of, flops
 from fm_distill.planning.hlo import read
+from fm_distill.planning.movers import largest_movers
 from fm_distill.planning.plan import COMPILER_ENVIRONMENT, variants
 from fm_distill.planning.topologies import CHIPS, known_topologies, topology
 from fm_distill.system.sharding import make_layout
@@ -66,7 +68,7 @@ def state_bytes(config) -> tuple[int, int]:
     frozen = jax.eval_shape(teacher.freeze, jax.eval_shape(teacher.init, jax.random.key(0)))
     return tuple(
         sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-        for tree in (built.abstract_state(), frozen)
+        for tree in (built.abstract_state, frozen)
     )
 
 
@@ -100,6 +102,14 @@ def test_the_compiled_step_is_as_it_should_be(name):
     assert 0 < found.flops["views"] < 0.03 * found.flops["total"]
     parts = sum(found.flops[x] for x in ("teacher", "student", "views"))
     assert parts == pytest.approx(found.flops["total"], rel=1e-6)
+    # What moves the most memory, with lines of this package.
+    assert {"teacher", "student", "student, backwards"} <= {x.part for x in found.movers}
+    assert sum(x.share for x in found.movers) <= 1 + 1e-9
+    assert found.movers[0].bytes == max(x.bytes for x in found.movers)
+    assert sum(x.bytes for x in found.movers) < 1.5 * found.hbm_bytes
+    for mover in found.movers:
+        file, _, line = mover.place.rpartition(":")
+        assert not file or len((ROOT / file).read_text().splitlines()) >= int(line)
 
 
 @NEEDS_COMPILER
@@ -279,7 +289,7 @@ def test_flops_are_those_that_timm_counts():
     key = jax.eval_shape(lambda: jax.random.key(0))
     teacher = built.teachers[0].network
     frozen = (jax.eval_shape(teacher.freeze, jax.eval_shape(teacher.init, key)),)
-    arguments = (built.abstract_state(), frozen, batch_of(request), key)
+    arguments = (built.abstract_state, frozen, batch_of(request), key)
     found = flops(config, resolved, arguments)
     # XLA leaves out the products with the zeros of the padding: 6 % here.
     assert 0.92 * 8 * 2 * 4.23e9 < found["teacher"] < 8 * 2 * 4.23e9
@@ -305,6 +315,47 @@ def test_loops_and_collectives_are_counted_by_how_often_they_run():
     assert collectives["all-gather"] >= 21
     assert found.host_transfers() == 0
     assert 7 < found.loops_factor() <= 21
+
+
+def test_bytes_are_those_of_the_operands_and_results_with_their_line():
+    """A product of three matrices a step of a loop, and one row of a buffer that it updates."""
+
+    def step(carry, i):
+        x, y, buffer = carry
+        product = x @ y  # this line
+        return (product, y, buffer.at[i].set(product[0])), None
+
+    def program(x, y, buffer):
+        return jax.lax.scan(step, (x, y, buffer), jnp.arange(7))[0]
+
+    shapes = *(abstract((64, 64), jnp.float32),) * 2, abstract((700, 64), jnp.float32)
+    compiled = jax.jit(program, donate_argnums=(0, 1, 2)).lower(*shapes).compile()
+    text = compiled.as_text()
+    found = largest_movers(text, read(text), steps=7)
+    line = 1 + inspect.getsource(step).splitlines().index("        product = x @ y  # this line")
+    place = f"test_plan.py:{step.__code__.co_firstlineno + line - 1}"
+    product = next(x for x in found if x.operation == "dot_general")
+    assert (product.place, product.count, product.bytes) == (place, 1.0, 3 * 4 * 64 * 64)
+    # The buffer has 179,200 bytes, and each step writes a row of it.
+    rest = [x for x in found if x.place not in (place, "")]
+    assert 256 < sum(x.bytes for x in rest) < 2000
+
+
+def test_memory_on_the_chip_does_not_count():
+    text = """HloModule m
+
+ENTRY %main (a: f32[256], b: f32[256]) -> f32[256] {
+  %a = f32[256]{0} parameter(0)
+  %b = f32[256]{0} parameter(1)
+  %start = (f32[256]{0:S(1)}, f32[256]{0}, u32[]{:S(2)}) copy-start(%a)
+  %done = f32[256]{0:S(1)} copy-done(%start)
+  ROOT %sum = f32[256]{0} add(%done, %b), metadata={op_name="jit(f)/update/add" source_file="/x/fm_distill/y.py" source_line=3}
+}
+"""  # noqa: E501
+    (found,) = largest_movers(text, read(text), steps=1)
+    # The copy reads 1,024 bytes for the sum, which reads and writes twice as many.
+    assert (found.bytes, found.count) == (3 * 1024, 2.0)
+    assert (found.part, found.operation, found.place) == ("update", "add", "fm_distill/y.py:3")
 
 
 def test_a_callback_is_seen():

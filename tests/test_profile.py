@@ -35,7 +35,7 @@ def test_the_command_measures_and_writes_a_trace_alone(tmp_path):
         assert figures[f"{part}_ms"] > 0, part
     assert figures["reading_ms"] == figures["decoding_ms"] == 0
     config = tiny_config()
-    state = build(config, resolved_run(config)).abstract_state()
+    state = build(config, resolved_run(config)).abstract_state
     numbers = parameter_count(state.student.params)
     assert figures["memory_bytes"]["student"] == 4 * numbers
     # Adam's two moments, and counters.
@@ -66,7 +66,7 @@ def test_a_feed_that_is_too_slow_is_named(tmp_path, monkeypatch):
     # Each of 16 images takes 0.1 s of a thread.
     assert found.decoding_ms > 1600 > found.reading_ms > 0
     assert found.bound == "input" and found.feeding_ms > found.step_ms - found.wait_ms
-    shapes = build(config, resolved_run(config, (config.teacher.network,))).abstract_state()
+    shapes = build(config, resolved_run(config, (config.teacher.network,))).abstract_state
     student = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes.student))
     assert found.memory_bytes["student"] == found.memory_bytes["moving average"] == student
     assert found.memory_bytes["teachers"] >= 0.9 * student and found.targets_ms > 0

@@ -137,7 +137,7 @@ def test_two_networks_with_the_same_picture_share_one_rendering():
     def products(teacher):
         config = matching_config()
         built = build(config, resolved_run(config, (teacher,)))
-        state = built.abstract_state()
+        state = built.abstract_state
         frozen = (jax.eval_shape(built.teachers[0].network.freeze, state.student),)
         text = str(jax.make_jaxpr(built.train_step)(state, frozen, random_batch(), KEY))
         return text.count("Precision.HIGHEST")
@@ -157,7 +157,7 @@ def run_steps(layout, config, resident: bool, dispatches, batches: Batch, norm="
     built = build(config, resolved_run(config, (NETWORK,), layout))
     teacher = with_random_head(build_teacher(built))
     frozen = (freeze_on_devices(built.teachers[0].network, teacher, layout),)
-    shapes = built.abstract_state()
+    shapes = built.abstract_state
     init = jax.jit(built.init, out_shardings=layout.variables(shapes))
     state = init(jax.random.key(0))
     key = jax.device_put(KEY, layout.replicated)

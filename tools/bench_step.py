@@ -68,9 +68,9 @@ def main(own: list[str]) -> int:
     student, teachers = built.student, built.live_teachers
     batch = jax.device_put(random_batch(config), layout.batch)
     key = jax.random.key(0)
-    state = jax.jit(built.init, out_shardings=layout.variables(built.abstract_state()))(key)
+    state = jax.jit(built.init, out_shardings=layout.variables(built.abstract_state))(key)
     frozen = frozen_teachers(teachers, tuple(x.network.init(key) for x in teachers), layout)
-    program = make_program(built.train_step, built.abstract_state(), frozen, None, layout)
+    program = make_program(built.train_step, built.abstract_state, frozen, None, layout)
     law = regime_of(config.objective.target, config.teaching).views
 
     # What is timed is an argument, or XLA computes it once, when it compiles.

@@ -197,7 +197,7 @@ def arrays_of(workdir: pathlib.Path) -> dict[str, np.ndarray]:
     place = Workdir(workdir)
     layout = make_layout(MeshConfig(data=1))
     stored = place.stored()
-    shapes = build(stored.config, stored.resolved).abstract_state()
+    shapes = build(stored.config, stored.resolved).abstract_state
     newest = newest_valid(place.checkpoints).step
     like = abstract(shapes, layout.variables(shapes))
     state = restore(place.checkpoints / str(newest), like)

@@ -19,6 +19,8 @@ class _Plan(OverConfig):
     """Hours that there are in a week."""
     num_examples: int | None = None
     """Training examples, where the experiment does not say them."""
+    by_operation: bool = False
+    """Print the lines of code whose operations move the most memory too."""
     json: bool = False
     """Print one JSON object."""
 
@@ -36,7 +38,7 @@ def plan_command(arguments: list[str]) -> int:
         if value is not None and not value > 0:
             raise UserError(f"--{option} is {value}; expected a number above zero")
     from fm_distill.planning.plan import plan
-    from fm_distill.planning.plan_text import text
+    from fm_distill.planning.plan_text import movers_text, text
 
     found = plan(
         asked.config,
@@ -49,4 +51,6 @@ def plan_command(arguments: list[str]) -> int:
         print(json.dumps(dataclasses.asdict(found)))
     else:
         print(text(found, asked.max_hours, asked.weekly_hours))
+        if asked.by_operation:
+            print(movers_text(found))
     return EXIT_COMPLETE if found.fits else EXIT_DOES_NOT_FIT

@@ -136,7 +136,7 @@ def examine(run: Run, config: Config) -> Examined:
 
 
 def _terms(run: Run, built: Build, layout: Layout) -> TermState:
-    like = built.abstract_state().terms
+    like = built.abstract_state.terms
     if like is None:
         return NOTHING
     shapes = abstract(like, layout.variables(like))

@@ -83,7 +83,7 @@ def cost_of(
         return Cost(None, None)
     branches = tuple(make_branch(x, classes, jnp.dtype(precision)) for x in networks)
     initial = jax.eval_shape(lambda: _initial(branches))
-    frozen = jax.eval_shape(lambda: _frozen(branches))
+    frozen = jax.eval_shape(lambda x: _frozen(branches, x), initial)
     images = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in _images(branches, 1))
     cost = Cost(
         parameters=sum(parameter_count(x.params) for x in initial),
@@ -91,7 +91,7 @@ def cost_of(
     )
     if batch_size is None:
         return cost
-    weights = jax.jit(lambda: _frozen(branches))()
+    weights = jax.jit(lambda: _frozen(branches, _initial(branches)))()
     try:
         one, batch = (_measured(branches, weights, size) for size in (1, batch_size))
     except jax.errors.JaxRuntimeError as error:
@@ -123,8 +123,9 @@ def _initial(branches: tuple[Branch, ...]) -> tuple[Variables, ...]:
     return tuple(x.network.init(jax.random.key(0)) for x in branches)
 
 
-def _frozen(branches: tuple[Branch, ...]) -> tuple[Variables, ...]:
-    variables = _initial(branches)
+def _frozen(
+    branches: tuple[Branch, ...], variables: tuple[Variables, ...]
+) -> tuple[Variables, ...]:
     return tuple(x.network.freeze(y) for x, y in zip(branches, variables, strict=True))
 
 

@@ -29,6 +29,7 @@ from fm_distill.errors import UserError
 from fm_distill.networks.branch import step_views, teacher_outputs
 from fm_distill.networks.cost import count_flops
 from fm_distill.planning.hlo import read
+from fm_distill.planning.movers import largest_movers
 from fm_distill.planning.topologies import Topology, topology
 from fm_distill.recordings.rows import TargetRows
 from fm_distill.runs.checkpoint import bytes_of
@@ -113,7 +114,7 @@ def compile_step(request: Request) -> dict[str, Any]:
     resident, steps = resolved.feeding == "resident", resolved.total_steps
     dispatch = resolved.steps_per_dispatch
     built = build(config, resolved)
-    state, key = built.abstract_state(), jax.eval_shape(lambda: jax.random.key(0))
+    state, key = built.abstract_state, jax.eval_shape(lambda: jax.random.key(0))
     frozen = tuple(
         jax.eval_shape(branch.network.freeze, jax.eval_shape(branch.network.init, key))
         for branch in built.live_teachers
@@ -141,7 +142,8 @@ def compile_step(request: Request) -> dict[str, Any]:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         return analysis | {"compiles": False, "compiler_said": _first_line(str(error))}
-    memory, text = compiled.memory_analysis(), read(compiled.as_text())
+    memory, written = compiled.memory_analysis(), compiled.as_text()
+    text = read(written)
     # The loop over the steps of a dispatch is one that the compiler counts once.
     moved = compiled.cost_analysis()["bytes accessed"] * text.loops_factor() / dispatch
     return analysis | {
@@ -152,6 +154,7 @@ def compile_step(request: Request) -> dict[str, Any]:
         "hbm_bytes": moved,
         "collectives": {k: v / dispatch for k, v in text.collectives().items()},
         "host_transfers": text.host_transfers(),
+        "movers": [dataclasses.asdict(x) for x in largest_movers(written, text, dispatch)],
     }
 
 

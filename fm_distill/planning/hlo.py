@@ -27,7 +27,9 @@ _BITS = {"pred": 8, "bf16": 16}
 _INSTRUCTION = re.compile(
     r"\s+(?:ROOT )?%?([\w.\-]+) = (\((?:[^()]|\([^()]*\))*\)|\S+) ([a-z][\w\-]*)\((.*)"
 )
-_SHAPE = re.compile(r"\b([a-z]+[0-9]*)[a-z0-9]*\[([0-9,]*)\]")
+_SHAPE = re.compile(r"\b([a-z]+[0-9]*)[a-z0-9]*\[([0-9,]*)\](\{[^}]*\})?")
+# In a layout: memory space 0, which is not written, is HBM.
+_ON_CHIP = re.compile(r"S\([1-9]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Instruction:
     name: str
     operation: str
     size: int  # bytes of its result
+    hbm_bytes: int  # of these, what does not lie in memory on the chip
     operands: tuple[str, ...]
     rest: str  # of the line, with its attributes
 
@@ -133,13 +136,18 @@ def read(text: str) -> Program:
         elif found := _INSTRUCTION.match(line):
             instruction, shape, operation, rest = found.groups()
             operands = tuple(re.findall(r"%([\w.\-]+)", rest.partition(")")[0]))
-            lines.append(Instruction(instruction, operation, _bytes(shape), operands, rest))
+            size = _bytes(shape)
+            in_hbm = _bytes(shape, without=_ON_CHIP)
+            lines.append(Instruction(instruction, operation, size, in_hbm, operands, rest))
     return Program(computations, entry)
 
 
-def _bytes(shape: str) -> int:
+def _bytes(shape: str, without: re.Pattern[str] | None = None) -> int:
+    """Of all arrays in `shape` but those whose layout matches `without`."""
     total = 0
-    for kind, dimensions in _SHAPE.findall(shape):
+    for kind, dimensions, layout in _SHAPE.findall(shape):
+        if without is not None and without.search(layout):
+            continue
         bits = _BITS.get(kind) or int(re.sub(r"\D", "", kind) or 8)
         total += bits * math.prod(int(x) for x in dimensions.split(",") if x) // 8
     return total

@@ -23,6 +23,7 @@ from fm_distill.config.steps import transfer_examples
 from fm_distill.config.teachers import NamedTeacher, teachers_of
 from fm_distill.errors import UserError
 from fm_distill.models import resolve
+from fm_distill.planning.movers import Mover
 from fm_distill.planning.recording_plan import RecordingPlan, recording_plan
 from fm_distill.planning.topologies import Topology, topology
 from fm_distill.runs.workdir import Workdir
@@ -79,6 +80,7 @@ class Plan:
     memory_bytes: Memory
     flops: dict[str, float]  # total, teacher, student, views: a step, over all devices
     hbm_bytes: float | None  # a step, a device
+    movers: tuple[Mover, ...]  # the lines whose operations move the most of it
     collectives: dict[str, float]  # name -> how often a step
     host_transfers: int | None
     step_seconds: StepSeconds
@@ -187,6 +189,7 @@ def _planned(
         ),
         flops=analysis["flops"],
         hbm_bytes=analysis.get("hbm_bytes"),
+        movers=tuple(Mover(**x) for x in analysis.get("movers", ())),
         collectives=analysis.get("collectives", {}),
         host_transfers=analysis.get("host_transfers"),
         step_seconds=seconds,

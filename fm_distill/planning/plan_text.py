@@ -62,3 +62,15 @@ def text(plan: Plan, max_hours: float, weekly_hours: float) -> str:
     elif not plan.fits:
         lines.append("none of the variants that were tried fits; see --memory.* and --batch-size")
     return "\n".join(lines)
+
+
+def movers_text(plan: Plan) -> str:
+    """A table of what moves the most memory, for `--by-operation`."""
+    if not plan.movers:
+        return "which operations move the most is known of a program that compiles"
+    lines = ["what moves the most memory in a step of a device, by line of code:"]
+    for mover in plan.movers:
+        size, times = f"{_amount(mover.bytes)}B", f"{mover.count:,.0f}x"
+        what = f"{mover.part or '-':<20} {mover.operation:<24} {times:>6}"
+        lines.append(f"  {size:>9} {mover.share:6.1%}  {what}  {mover.place or '-'}")
+    return "\n".join(lines)

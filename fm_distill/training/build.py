@@ -1,6 +1,7 @@
 """A resolved run made into networks, optimizer and step: what is trained, and what is planned."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -47,6 +48,7 @@ class Build:
         terms = init_terms(key, self.term_shapes, self.adapter_optimizer)
         return init_state(key, self.student.network, self.optimizer, self.config.ema_decay, terms)
 
+    @functools.cached_property
     def abstract_state(self) -> TrainState:
         """Shapes of the state."""
         return jax.eval_shape(self.init, jax.random.key(0))

@@ -95,7 +95,7 @@ def profile(
         setup = _open(config, pathlib.Path(workdir), pathlib.Path(folder))
         log(f"{COMPILING}; then {steps} steps are measured")
         state = jax.jit(
-            setup.built.init, out_shardings=setup.layout.variables(setup.built.abstract_state())
+            setup.built.init, out_shardings=setup.layout.variables(setup.built.abstract_state)
         )(setup.keys.init)
         memory = _memory(setup, state)
         parts = _parts(setup, state, steps)

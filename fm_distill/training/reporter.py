@@ -176,7 +176,7 @@ def progress_bar(setup: Setup, start: int) -> Progress:
 def introduce(setup: Setup, start: int) -> None:
     """Says what is about to run, and warns of a teacher that cannot teach."""
     config = setup.config
-    shapes = setup.built.abstract_state()
+    shapes = setup.built.abstract_state
     students = parameter_count(shapes.student.params)
     teachers = sum(parameter_count(x.params) for x in setup.frozen)
     against = f", teacher of {teachers:,}" if teachers else ""

@@ -62,7 +62,7 @@ def accept(
 
 def first_state(setup: Setup, workdir: Workdir, start: int) -> TrainState:
     """The state of the newest checkpoint, or a new one, straight on its shards."""
-    shapes = setup.built.abstract_state()
+    shapes = setup.built.abstract_state
     shardings = setup.layout.variables(shapes)
     if start:
         return restore(workdir.checkpoints / str(start), abstract(shapes, shardings))

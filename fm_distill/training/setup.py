@@ -99,7 +99,7 @@ class Setup:
         built = build(config, self.resolved)
         program = make_program(
             built.train_step,
-            built.abstract_state(),
+            built.abstract_state,
             self.live_teachers,
             self.feed.data,
             self.layout,
@@ -152,7 +152,7 @@ def prepare(
     """
     built = build(config, resolved)
     if config.student.final_statistics != "kept" and not jax.tree.leaves(
-        built.abstract_state().student.statistics
+        built.abstract_state.student.statistics
     ):
         raise UserError(
             f"student.final_statistics={config.student.final_statistics} is for a student with "
@@ -198,7 +198,7 @@ def prepare(
             resolved.period_steps,
         )
     live = frozen[: len(built.live_teachers)]
-    program = make_program(built.train_step, built.abstract_state(), live, feed.data, layout)
+    program = make_program(built.train_step, built.abstract_state, live, feed.data, layout)
 
     def batches(source: Source) -> Callable[[], Iterator[tuple[Batch, np.ndarray]]]:
         held_out = Reader(source, config.data, resolved.classes)
