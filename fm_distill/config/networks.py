@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 from fm_distill.config.bounds import Positive, PositiveInt, Seed
+from fm_distill.config.quantisation import QuantisationConfig
 
 # The model of a teacher that is not a network of ours.
 FUNCTION = "function"
@@ -72,6 +73,7 @@ class NetworkConfig:
         "Of BiT: the padding of the root's pool, zero as in its files and timm, or minus infinity "
         "as in the released trainer; `auto`: by the naming of the weights, zero without."
     )
+    quantisation: QuantisationConfig = QuantisationConfig()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

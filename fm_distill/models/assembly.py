@@ -1,5 +1,6 @@
 """From a Flax module to a `Network`, and the checks of a config that families share."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 
 import flax.linen as nn
@@ -11,6 +12,8 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from fm_distill.config import NetworkConfig
 from fm_distill.models.contract import HEAD, Images, Network, Output, Variables, select_features
 from fm_distill.models.layers import PORTABLE, Kernel
+from fm_distill.models.quantisation import RANGES, Quantised
+from fm_distill.models.quantisation_plan import plan_of
 
 
 def make_network(
@@ -26,37 +29,52 @@ def make_network(
     `frozen_module` reads kernels that `fold` has prepared in float32, stored in `dtype`.
     """
 
+    plan = plan_of(module, config)
+    if plan:
+        module, frozen_module = Quantised(module, plan), Quantised(frozen_module, plan)
+
     def init(key: PRNGKeyArray) -> Variables:
         images = jnp.zeros((1, config.resolution, config.resolution, 3), jnp.float32)
         tree = module.init(key, images, train=False)
         # A network of one's own may have no parameters.
-        return Variables(tree.get("params", {}), tree.get("batch_stats", {}))
+        return Variables(tree.get("params", {}), tree.get("batch_stats", {}), tree.get(RANGES, {}))
+
+    def applied(
+        variables: Variables,
+        images: Images,
+        train: bool,
+        observe: bool,
+        features: tuple[str, ...],
+    ) -> Output:
+        mutable = (*(("batch_stats",) if train else ()), *((RANGES,) if observe else ()))
+        logits, found, new = _run(module, _tree(variables), images, train, mutable, features)
+        statistics = new.get("batch_stats", {}) if train else variables.statistics
+        return Output(logits, found, statistics, new[RANGES] if observe else variables.ranges)
 
     def apply(
         variables: Variables, images: Images, *, train: bool, features: tuple[str, ...] = ()
     ) -> Output:
-        tree = {"params": variables.params, "batch_stats": variables.statistics}
-        mutable = ("batch_stats",) if train else ()
-        logits, found, new = _run(module, tree, images, train, mutable, features)
-        statistics = new.get("batch_stats", {}) if train else variables.statistics
-        return Output(logits, found, statistics)
+        return applied(variables, images, train, False, features)
+
+    def apply_observing(
+        variables: Variables, images: Images, *, train: bool, features: tuple[str, ...] = ()
+    ) -> Output:
+        return applied(variables, images, train, True, features)
 
     def freeze(variables: Variables) -> Variables:
-        return Variables(_fold(variables.params, fold, dtype), variables.statistics)
+        return dataclasses.replace(variables, params=_fold(variables.params, fold, dtype))
 
     def apply_frozen(
         frozen: Variables, images: Images, *, features: tuple[str, ...] = ()
     ) -> Output:
-        tree = {"params": frozen.params, "batch_stats": frozen.statistics}
-        logits, found, _ = _run(frozen_module, tree, images, False, (), features)
-        return Output(logits, found, frozen.statistics)
+        logits, found, _ = _run(frozen_module, _tree(frozen), images, False, (), features)
+        return Output(logits, found, frozen.statistics, frozen.ranges)
 
     def apply_portable(frozen: Variables, images: Images) -> Array:
         def called(scope: core.Scope) -> Array:
             return frozen_module.clone(parent=scope)(images, train=False)[0]
 
-        tree = {"params": frozen.params, "batch_stats": frozen.statistics}
-        return core.apply(called, flags={PORTABLE: True})(tree)
+        return core.apply(called, flags={PORTABLE: True})(_tree(frozen))
 
     def feature_shapes(modules: bool = False) -> dict[str, tuple[int, ...]]:
         def features(key: PRNGKeyArray) -> list[Array]:
@@ -72,7 +90,26 @@ def make_network(
         shapes = jax.eval_shape(features, jax.random.key(0))
         return {name: x.shape for name, x in zip(names, shapes, strict=True)}
 
-    return Network(classes, init, apply, freeze, apply_frozen, feature_shapes, apply_portable)
+    return Network(
+        classes,
+        init,
+        apply,
+        freeze,
+        apply_frozen,
+        feature_shapes,
+        apply_portable,
+        apply_observing if config.quantisation.activations != "none" else None,
+        tuple(path for path, _ in plan),
+    )
+
+
+def _tree(variables: Variables) -> dict[str, PyTree]:
+    """As Flax wants them."""
+    return {
+        "params": variables.params,
+        "batch_stats": variables.statistics,
+        RANGES: variables.ranges,
+    }
 
 
 def _run(

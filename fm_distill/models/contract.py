@@ -25,6 +25,8 @@ class Variables:
 
     params: PyTree  # trained by gradient
     statistics: PyTree  # trained by observation (BatchNorm's moments); {} where there are none
+    # Observed too, of quantised activations; {} where none are. See `quantisation.py`.
+    ranges: PyTree = dataclasses.field(default_factory=dict)
 
 
 class Output(NamedTuple):
@@ -33,6 +35,8 @@ class Output(NamedTuple):
     logits: Float[Array, "batch classes"]  # float32
     features: dict[str, Array]  # the named features that were requested
     statistics: PyTree  # the new ones in training, else those that were given
+    # The new ones where they are observed, else those that were given; None where there are none.
+    ranges: PyTree = None
 
 
 # key -> variables
@@ -69,6 +73,11 @@ class Network:
     # frozen variables, images -> logits, in evaluation mode and with each convolution as one
     # operation on every platform. None of a network of one's own that has one form alone.
     apply_portable: ApplyPortable | None = None
+    # As `apply`, where the ranges of activations follow the batch, in training mode or not; None
+    # where no activation is quantised.
+    apply_observing: Apply | None = None
+    # Paths of the quantised layers, in the order of their calls.
+    quantised_layers: tuple[str, ...] = ()
 
 
 def parameter_count(params: PyTree) -> int:

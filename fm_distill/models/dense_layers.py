@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from fm_distill.models.contract import CONVOLUTION
+from fm_distill.models.quantisation import QuantisableLayer, quantised
 
 Channels = Float[Array, "*places channels"]
 
@@ -24,7 +25,7 @@ def gelu(x: Channels) -> Channels:
     return nn.gelu(x, approximate=False)
 
 
-class Dense(nn.Module):
+class Dense(QuantisableLayer):
     """A matrix product and a bias. For rematerialisation its output counts as a convolution's."""
 
     channels: int
@@ -35,6 +36,7 @@ class Dense(nn.Module):
         initial = nn.initializers.truncated_normal(INITIAL_DEVIATION)
         kernel = self.param("kernel", initial, (x.shape[-1], self.channels), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.channels,), jnp.float32)
+        x, kernel = quantised(self, x, kernel)
         x = x @ kernel.astype(self.dtype) + bias.astype(self.dtype)
         return checkpoint_name(x, CONVOLUTION)
 

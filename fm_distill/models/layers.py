@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from fm_distill.models.contract import CONVOLUTION
 from fm_distill.models.convolutions import Kernel, Padding, convolve, convolve_depthwise
+from fm_distill.models.quantisation import QuantisableLayer, quantised
 
 Activations = Float[Array, "batch _ _ channels"]
 PerChannel = Float[Array, " channels"]
@@ -67,7 +68,7 @@ def identity(kernel: Array) -> Array:
     return kernel
 
 
-class Convolution(nn.Module):
+class Convolution(QuantisableLayer):
     """A convolution with `prepare(kernel)`."""
 
     channels: int
@@ -82,15 +83,15 @@ class Convolution(nn.Module):
     def __call__(self, x: Float[Array, "batch _ _ _"]) -> Float[Array, "batch _ _ _"]:
         shape = (self.size, self.size, x.shape[-1], self.channels)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, jnp.float32)
-        kernel = self.prepare(kernel).astype(self.dtype)
-        x = convolve(x, kernel, self.stride, self.padding, is_portable(self))
+        x, kernel = quantised(self, x, self.prepare(kernel))
+        x = convolve(x, kernel.astype(self.dtype), self.stride, self.padding, is_portable(self))
         if self.bias:
             bias = self.param("bias", nn.initializers.zeros, (self.channels,), jnp.float32)
             x = x + bias.astype(self.dtype)
         return checkpoint_name(x, CONVOLUTION)
 
 
-class DepthwiseConvolution(nn.Module):
+class DepthwiseConvolution(QuantisableLayer):
     """A convolution of each channel by itself."""
 
     size: int
@@ -103,6 +104,7 @@ class DepthwiseConvolution(nn.Module):
     def __call__(self, x: Float[Array, "batch _ _ _"]) -> Float[Array, "batch _ _ _"]:
         shape = (self.size, self.size, 1, x.shape[-1])
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, jnp.float32)
+        x, kernel = quantised(self, x, kernel)
         kernel, portable = kernel.astype(self.dtype), is_portable(self)
         x = convolve_depthwise(x, kernel, self.stride, self.padding, portable)
         if self.bias:
@@ -139,7 +141,7 @@ class Norm(nn.Module):
         return (x.astype(jnp.float32) * factor + offset).astype(x.dtype)
 
 
-class Head(nn.Module):
+class Head(QuantisableLayer):
     """The classifier, in float32. It starts at zero (released configs: head_zeroinit)."""
 
     classes: int
@@ -149,4 +151,5 @@ class Head(nn.Module):
         shape = (pooled.shape[-1], self.classes)
         kernel = self.param("kernel", nn.initializers.zeros, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.classes,), jnp.float32)
-        return pooled.astype(jnp.float32) @ kernel + bias
+        x, kernel = quantised(self, pooled.astype(jnp.float32), kernel)
+        return x @ kernel + bias

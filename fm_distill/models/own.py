@@ -102,6 +102,11 @@ def check_logits(network: Network, config: NetworkConfig) -> None:
             f"the model {model} does not run on pictures of {config.resolution} pixels: "
             f"{type(error).__name__}: {error}"
         ) from error
+    if config.quantisation.quantised and not network.quantised_layers:
+        raise UserError(
+            f"the model {model} has no layer that can be quantised: build it of "
+            "fm_distill.models.layers, or leave out quantisation"
+        )
     if shape != (2, classes):
         raise UserError(
             f"the model {model} returned an array of shape {shape} for 2 pictures; expected logits "

@@ -22,6 +22,7 @@ from fm_distill.models.assembly import check_plain, make_network
 from fm_distill.models.contract import HEAD, UNIT, Images, Network
 from fm_distill.models.dense_layers import INITIAL_DEVIATION, Dense, LayerNorm, LayerScale, gelu
 from fm_distill.models.layers import Convolution, Head, identity
+from fm_distill.models.quantisation import QuantisableLayer, quantised
 from fm_distill.models.vit_designs import AUGREG, FACEBOOK, Design
 
 Tokens = Float[Array, "batch _ channels"]
@@ -105,7 +106,7 @@ class Block(nn.Module):
         return x if initial is None else LayerScale(initial, name=name)(x)
 
 
-class DistilledHead(nn.Module):
+class DistilledHead(QuantisableLayer):
     """The mean of two heads, of the class token and of the distillation token."""
 
     classes: int
@@ -117,7 +118,8 @@ class DistilledHead(nn.Module):
         kernel = self.param("kernel", nn.initializers.zeros, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.classes,), jnp.float32)
         second = Head(self.classes, name="dist")(pooled[:, 1])
-        return (pooled[:, 0] @ kernel + bias + second) / 2
+        first, kernel = quantised(self, pooled[:, 0], kernel)
+        return (first @ kernel + bias + second) / 2
 
 
 class VisionTransformer(nn.Module):

@@ -41,6 +41,8 @@ def load_pretrained(path: str, network: NetworkConfig | None, option: str) -> Pr
         chosen = dataclasses.replace(
             chosen, resolution=requested.resolution, input_rounding=requested.input_rounding
         )
+        if option == "student":
+            chosen = dataclasses.replace(chosen, quantisation=requested.quantisation)
         for given, own, field in (
             (requested.input_range, run.network.input_range, "input_range"),
             (requested.root_pool_padding, run.network.root_pool_padding, "root_pool_padding"),

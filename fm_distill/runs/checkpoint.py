@@ -242,9 +242,9 @@ def _term_state(tree: PyTree) -> TermState:
 
 
 def _tree(variables: Variables) -> PyTree:
-    tree = {"params": variables.params, "statistics": variables.statistics}
+    tree = vars(variables)
     return {name: part for name, part in tree.items() if part}
 
 
 def _variables(tree: PyTree) -> Variables:
-    return Variables(tree["params"], tree.get("statistics", {}))
+    return Variables(tree["params"], tree.get("statistics", {}), tree.get("ranges", {}))

@@ -115,8 +115,16 @@ def build(config: Config, resolved: ResolvedRun) -> Build:
 
 
 def _check_accumulation(config: Config, student: Branch) -> None:
-    """Raises `UserError` where accumulating would change the statistics of the student."""
-    if config.memory.accumulate == 1 or config.student.keep_statistics:
+    """Raises `UserError` where accumulating would change what the student observes."""
+    if config.memory.accumulate == 1:
+        return
+    if student.network.apply_observing is not None:
+        raise UserError(
+            f"memory.accumulate={config.memory.accumulate} would give quantised activations the "
+            "ranges of parts of the batch: use memory.accumulate=1 with another option "
+            "(memory.rematerialise, memory.teacher_parts, mesh.fsdp)"
+        )
+    if config.student.keep_statistics:
         return
     if jax.tree.leaves(jax.eval_shape(student.network.init, jax.random.key(0)).statistics):
         raise UserError(

@@ -91,6 +91,12 @@ def _wrong_teacher(option: str, teacher: TeacherConfig) -> Iterator[str]:
         yield from _wrong_function(option, teacher)
     elif teacher.network:
         yield from _wrong_network(f"{option}.network", teacher.network)
+        if teacher.network.quantisation.quantised:
+            yield (
+                f"{option}.network.quantisation: a network of weights alone has no ranges to be "
+                f"quantised with; leave it out, or give the run of a quantised student as "
+                f"{option}.workdir"
+            )
     if teacher.recording and option != "teacher":
         yield f"{option}.recording: a recording holds all teachers; give it as teacher.recording"
     if teacher.weights and (teacher.experiment or teacher.workdir):

@@ -59,14 +59,16 @@ def make_update(
 
     The loss is the mean over the batch of the weighted sum of `terms`, whose schedules are over
     `total_steps` and which read the student's `features`; each example's sum is multiplied by its
-    weight, if there are `example_weights`. With `keep_statistics` BatchNorm stays as it is.
+    weight, if there are `example_weights`. With `keep_statistics` BatchNorm stays as it is; the
+    ranges of quantised activations follow all the same.
     `memory` changes what is kept at a time, not what comes out. What the terms have of their own,
     where the state has it, changes by `term_update`.
     """
 
     def apply(variables: Variables, images: Array) -> Output:
         train = not keep_statistics
-        return student.network.apply(variables, images, train=train, features=features)
+        run = student.network.apply_observing or student.network.apply
+        return run(variables, images, train=train, features=features)
 
     def update(state: TrainState, view: Array, targets: Targets) -> tuple[TrainState, Metrics]:
         progress = progress_of(state.step, total_steps)
@@ -74,7 +76,9 @@ def make_update(
 
         def loss_of(
             learned: tuple[PyTree, PyTree], part: tuple[Array, Targets]
-        ) -> tuple[Array, tuple[PyTree, tuple[Array, tuple[Array, ...], Array | None]]]:
+        ) -> tuple[
+            Array, tuple[tuple[PyTree, PyTree], tuple[Array, tuple[Array, ...], Array | None]]
+        ]:
             params, adapters = learned
             images, expected = part
             with jax.named_scope("student"):
@@ -87,18 +91,24 @@ def make_update(
                 weights = jax.lax.stop_gradient(example_weights(outputs, expected, progress))
                 values = tuple(weights * x for x in values)
             loss = weighted_sum(terms, values, progress).mean()
-            return loss, (output.statistics, (output.logits, values, weights))
+            observed = output.statistics, output.ranges or {}
+            return loss, (observed, (output.logits, values, weights))
 
         gradient_of = jax.value_and_grad(loss_of, has_aux=True)
-        (loss, (statistics, (logits, values, weights))), (gradients, of_adapters) = accumulated(
+        (loss, (observed, (logits, values, weights))), (gradients, of_adapters) = accumulated(
             gradient_of, memory.accumulate, (state.student.params, own.params), (view, targets)
         )
         with jax.named_scope("update"):
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.student.params)
-            new = Variables(optax.apply_updates(state.student.params, updates), statistics)
+            new = Variables(optax.apply_updates(state.student.params, updates), *observed)
             ema = state.ema
-            if ema_decay is not None:
+            if ema is not None and ema_decay is not None:
                 ema = jax.tree.map(lambda e, x: ema_decay * e + (1 - ema_decay) * x, ema, new)
+                # Before the first step nothing was observed that could be averaged.
+                ranges = jax.tree.map(
+                    lambda e, x: jnp.where(state.step == 0, x, e), ema.ranges, new.ranges
+                )
+                ema = dataclasses.replace(ema, ranges=ranges)
             moved = state.terms
             if term_update is not None and moved is not None:
                 moved = term_update(moved, of_adapters, targets, state.step)

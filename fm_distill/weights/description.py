@@ -14,7 +14,7 @@ from fm_distill.weights.card import only_network
 from fm_distill.weights.files import Facts, WeightFile
 
 # Fields of a network that its weights do not fix.
-FREE = ("resolution", "input_range", "input_rounding", "root_pool_padding")
+FREE = ("resolution", "input_range", "input_rounding", "root_pool_padding", "quantisation")
 # Largest difference between a file's mean or deviation and the ones of an input range.
 TOLERANCE = 1e-3
 

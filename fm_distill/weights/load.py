@@ -134,7 +134,7 @@ def _placed(
     expected = _shapes(network, classes or 1)
     if not classes:
         body = {name: leaf for name, leaf in expected.params.items() if name != HEAD}
-        expected = Variables(body, expected.statistics)
+        expected = dataclasses.replace(expected, params=body)
     names = NAMINGS[naming](network, expected)
     problems: list[str] = []
 
@@ -187,27 +187,36 @@ def start_from(
     The head is kept where it has as many classes and its names, if known, are the same. The
     sentence says which.
     """
-    theirs = pretrained.class_names
+    theirs, start = pretrained.class_names, pretrained.variables
+    start = dataclasses.replace(start, ranges=_ranges(init.ranges, start.ranges))
     if pretrained.classes == classes and (None in (theirs, class_names) or theirs == class_names):
-        return pretrained.variables, f"the head of {classes} classes is kept"
+        return start, f"the head of {classes} classes is kept"
     if HEAD not in init.params:
         raise UserError(
             f"the network's last layer has to be named `{HEAD}`, so that it can be replaced: the "
             f"weights have {pretrained.classes} classes, and the run {classes}; it has "
             f"{', '.join(init.params)}"
         )
-    params = {**pretrained.variables.params, HEAD: init.params[HEAD]}
+    start = dataclasses.replace(start, params={**start.params, HEAD: init.params[HEAD]})
     if not pretrained.classes:
         return (
-            Variables(params, pretrained.variables.statistics),
+            start,
             f"the weights have no head: there is a new one of {classes} classes",
         )
     other = " other" if pretrained.classes == classes else ""
     return (
-        Variables(params, pretrained.variables.statistics),
+        start,
         f"the head of {pretrained.classes} classes is replaced by a new one of {classes}{other} "
         "classes",
     )
+
+
+def _ranges(init: PyTree, known: PyTree) -> PyTree:
+    """Ranges of quantised activations: those that are known, and new ones of further layers."""
+    if not isinstance(init, dict):
+        return init if known is None else known
+    found = known or {}
+    return {name: _ranges(value, found.get(name)) for name, value in init.items()}
 
 
 def fingerprint(variables: PyTree) -> str:

@@ -1,0 +1,36 @@
+"""Which numbers of a network are whole numbers of few bits, in training and in its files.
+
+At eight bits every layer is quantised, first and last ones too (Jacob et al. 2018, arXiv
+1712.05877); below, those two keep eight bits (Esser et al. 2020, arXiv 1902.08153, section 3).
+"""
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantisationConfig:
+    """Precision of weights and activations: those of a phone's or server's integer arithmetic."""
+
+    weights: Literal["none", "int8", "int4"] = "none"
+    (
+        "Precision of the kernels, with a scale for each output channel; `int4`: of 4 bits, for "
+        "smaller files alone, as few runtimes compute with them."
+    )
+    activations: Literal["none", "int8"] = "none"
+    (
+        "Precision of what each convolution and dense layer reads, with a range that follows the "
+        "training batches; needs quantised weights."
+    )
+    first_layer: Literal["int8", "none"] = "int8"
+    (
+        "Of the layer that reads the picture, weights and, where they are quantised at all, "
+        "activations: `int8` as elsewhere (or above `int4`), or `none`."
+    )
+    head: Literal["int8", "none"] = "int8"
+    """Of the classifier, as `first_layer`."""
+
+    @property
+    def quantised(self) -> bool:
+        """Whether anything is."""
+        return self.weights != "none" or self.activations != "none"

@@ -1,0 +1,165 @@
+"""Fake quantisation: layers compute, in floats, what a file of whole numbers will compute.
+
+Source: Jacob et al. 2018 (arXiv 1712.05877, sections 2 and 3) and Krishnamoorthi 2018
+(arXiv 1806.08342, sections 2 and 3). A number x becomes
+
+    scale * (clip(round(x / scale) + zero_point, lowest, highest) - zero_point),
+
+rounded half to even. Weights are symmetric, with a scale for each output channel: what multiplies
+a channel later, such as a BatchNorm, multiplies its scale and leaves the whole numbers as they are,
+so it is folded when a file is written, and never before. Activations are affine, with one range for
+all channels: after a ReLU, a symmetric range would waste one of the eight bits.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+# The collection of the observed ranges.
+RANGES = "ranges"
+# How much of the old range an observed batch leaves. Jacob et al. smooth over thousands of steps of
+# millions; runs here have thousands.
+RANGE_MOMENTUM = 0.99
+# Of channels and activations that are zero throughout.
+SMALLEST_SCALE = 1e-12
+# Lowest and highest whole number. Those of weights are symmetric, as integer kernels want them.
+OF_WEIGHTS = {"int8": (-127, 127), "int4": (-7, 7)}
+OF_ACTIVATIONS = {"int8": (-128, 127)}
+
+
+class Precision(NamedTuple):
+    """Of one layer; a key of the tables above, or `none`."""
+
+    weights: str
+    activations: str
+
+
+class Range(NamedTuple):
+    """What an activation was seen to be in."""
+
+    low: Float[Array, ""]
+    high: Float[Array, ""]
+
+
+class Quantised(nn.Module):
+    """A network whose layers find in it how they are to be quantised; the names stay its own."""
+
+    inner: nn.Module
+    # Of the layers, by their paths.
+    plan: tuple[tuple[str, Precision], ...]
+
+    def setup(self) -> None:
+        nn.share_scope(self, self.inner)
+
+    def __call__(self, images: Array, train: bool) -> Any:
+        return self.inner(images, train)
+
+
+class QuantisableLayer(nn.Module):
+    """A layer with a parameter `kernel` that its call passes through `quantised`."""
+
+
+def precision_of(layer: nn.Module) -> Precision:
+    """Of a bound layer, by the network that it is a part of."""
+    top = layer
+    while isinstance(top.parent, nn.Module):
+        top = top.parent
+    plan = dict(top.plan) if isinstance(top, Quantised) else {}
+    return plan.get("/".join(layer.path), Precision("none", "none"))
+
+
+def quantised(
+    layer: nn.Module, x: Float[Array, "*places inputs"], kernel: Float[Array, "*_ outputs"]
+) -> tuple[Float[Array, "*places inputs"], Float[Array, "*_ outputs"]]:
+    """What `layer` reads, and its kernel as it was prepared, as they are to be multiplied."""
+    weights, activations = precision_of(layer)
+    if activations != "none":
+        x = quantised_activations(x, _range_of(layer, x), OF_ACTIVATIONS[activations])
+    if weights != "none":
+        kernel = quantised_weights(kernel, OF_WEIGHTS[weights])
+    return x, kernel
+
+
+def quantised_weights(
+    kernel: Float[Array, "*_ outputs"], levels: tuple[int, int]
+) -> Float[Array, "*_ outputs"]:
+    """Symmetric, with the scale of each output channel by its largest weight."""
+    largest = jnp.abs(kernel.astype(jnp.float32)).max(axis=tuple(range(kernel.ndim - 1)))
+    scale = jnp.maximum(jax.lax.stop_gradient(largest) / levels[1], SMALLEST_SCALE)
+    return fake_quantise(kernel, scale, jnp.zeros(()), *map(float, levels))
+
+
+def quantised_activations(
+    x: Float[Array, "*places channels"], seen: Range, levels: tuple[int, int]
+) -> Float[Array, "*places channels"]:
+    """Affine, such that zero, which pads pictures, is one of the numbers."""
+    scale, zero_point = affine(seen, levels)
+    return fake_quantise(x, scale, zero_point, *map(float, levels))
+
+
+def affine(seen: Range, levels: tuple[int, int]) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Scale and zero point of the whole numbers that cover what was seen, and zero."""
+    lowest, highest = levels
+    low, high = jnp.minimum(seen.low, 0), jnp.maximum(seen.high, 0)
+    scale = jnp.maximum((high - low) / (highest - lowest), SMALLEST_SCALE)
+    return scale, jnp.clip(jnp.round(lowest - low / scale), lowest, highest)
+
+
+@jax.jit  # a call of this name in what is traced for an export
+def fake_quantise(
+    x: Float[Array, "*shape"],
+    scale: Float[Array, ""] | Float[Array, " channels"],
+    zero_point: Float[Array, ""],
+    lowest: Array | float,
+    highest: Array | float,
+) -> Float[Array, "*shape"]:
+    """`x` rounded to the numbers that whole ones stand for; `scale` is one, or by the last axis.
+
+    The gradient passes as if nothing was rounded (a straight-through estimator), but not where `x`
+    was clipped (Krishnamoorthi 2018, section 2.4).
+    """
+    return _rounded(x, scale, zero_point, lowest, highest)
+
+
+@jax.custom_jvp
+def _rounded(
+    x: Array, scale: Array, zero_point: Array, lowest: Array | float, highest: Array | float
+) -> Array:
+    whole = jnp.round(x.astype(jnp.float32) / scale) + zero_point
+    return ((jnp.clip(whole, lowest, highest) - zero_point) * scale).astype(x.dtype)
+
+
+@_rounded.defjvp
+def _straight_through(
+    primals: tuple[Array, ...], tangents: tuple[Array, ...]
+) -> tuple[Array, Array]:
+    x, scale, zero_point, lowest, highest = primals
+    whole = jnp.round(x.astype(jnp.float32) / scale) + zero_point
+    inside = (lowest <= whole) & (whole <= highest)
+    return _rounded(*primals), jnp.where(inside, tangents[0], 0)
+
+
+def _range_of(layer: nn.Module, x: Array) -> Range:
+    """Of what `layer` reads. Where ranges may change, this batch is observed first.
+
+    The first batch's range is taken as it is; until `RANGE_MOMENTUM` is reached, all batches weigh
+    the same.
+    """
+    zeros = functools.partial(jnp.zeros, (), jnp.float32)
+    seen = layer.variable(
+        RANGES, "input", lambda: {"low": zeros(), "high": zeros(), "batches": zeros()}
+    )
+    if layer.is_mutable_collection(RANGES) and not layer.is_initializing():
+        wide = jax.lax.stop_gradient(x).astype(jnp.float32)
+        before = seen.value["batches"]
+        kept = jnp.minimum(before / (before + 1), RANGE_MOMENTUM)
+        seen.value = {
+            "low": kept * seen.value["low"] + (1 - kept) * wide.min(),
+            "high": kept * seen.value["high"] + (1 - kept) * wide.max(),
+            "batches": before + 1,
+        }
+    return Range(seen.value["low"], seen.value["high"])

@@ -1,0 +1,68 @@
+"""Which layers of a network are quantised, and how: the first one, the head, and all between."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from fm_distill.config import NetworkConfig
+from fm_distill.models.contract import HEAD
+from fm_distill.models.quantisation import Precision, QuantisableLayer
+
+
+def plan_of(module: nn.Module, config: NetworkConfig) -> tuple[tuple[str, Precision], ...]:
+    """The precision of each layer by its path, in the order of the calls; empty without any.
+
+    Raises `ValueError` where a kernel is of a layer that cannot be quantised, by its name, and for
+    quantised activations of weights that are not.
+    """
+    asked = config.quantisation
+    if not asked.quantised:
+        return ()
+    if asked.weights == "none":
+        raise ValueError(
+            f"quantisation.activations={asked.activations} needs quantised weights: give "
+            "quantisation.weights=int8 too, or neither"
+        )
+    layers, kernels = _layers_and_kernels(module, config.resolution)
+    if unknown := [x for x in kernels if x not in layers]:
+        raise ValueError(
+            f"{config.model} has layers that cannot be quantised, {', '.join(unknown)}: build them "
+            "of fm_distill.models.layers, or leave out quantisation"
+        )
+    return tuple(
+        (path, precision)
+        for i, path in enumerate(layers)
+        if (precision := _precision(path, i == 0, config)).weights != "none"
+    )
+
+
+def _precision(path: str, first: bool, config: NetworkConfig) -> Precision:
+    asked = config.quantisation
+    kept = asked.head if path.split("/")[0] == HEAD else asked.first_layer if first else None
+    if kept is None:
+        return Precision(asked.weights, asked.activations)
+    return Precision(kept, "none" if kept == "none" else asked.activations)
+
+
+def _layers_and_kernels(module: nn.Module, resolution: int) -> tuple[list[str], list[str]]:
+    """Paths of the quantisable layers, as they are called, and of all that have a kernel."""
+    layers: dict[str, None] = {}
+
+    def noted(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        if context.method_name == "__call__" and isinstance(context.module, QuantisableLayer):
+            layers["/".join(context.module.path)] = None
+        return call(*args, **kwargs)
+
+    def init() -> Any:
+        images = jnp.zeros((1, resolution, resolution, 3), jnp.float32)
+        return module.init(jax.random.key(0), images, train=False)["params"]
+
+    with nn.intercept_methods(noted):
+        shapes = jax.eval_shape(init)
+    paths = [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, _ in jax.tree_util.tree_leaves_with_path(shapes)
+    ]
+    return [*layers], [x.removesuffix("/kernel") for x in paths if x.endswith("/kernel")]
