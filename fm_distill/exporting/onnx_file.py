@@ -21,11 +21,13 @@ LARGEST = 2_000_000_000
 def to_onnx(function: Function, resolution: int, batch: BatchSize, model: str) -> bytes:
     """`function`, serialised. Raises `UserError` where the network `model` cannot be converted."""
     checker, _ = _onnx().checker, _onnxruntime()  # before anything is compiled
+    from fm_distill.exporting.onnx_folding import fold
     from fm_distill.exporting.onnx_graph import Unsupported, convert
-    from fm_distill.exporting.onnx_operations import RULES
+    from fm_distill.exporting.onnx_operations import CALLS, RULES
 
     try:
-        converted = convert(function, resolution, batch, RULES)
+        converted = convert(function, resolution, batch, RULES, CALLS)
+        fold(converted)
     except Unsupported as error:
         raise UserError(
             f"{model} cannot be converted to ONNX: {error}; export to .stablehlo"

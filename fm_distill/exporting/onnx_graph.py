@@ -8,7 +8,7 @@ orbax-checkpoint below the version that writes the checkpoints here, so both can
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,7 +18,7 @@ from jax.extend.core import Jaxpr, JaxprEqn, Literal
 from onnx import helper, numpy_helper
 
 from fm_distill.exporting.function import BatchSize, Function
-from fm_distill.exporting.operations import inside
+from fm_distill.exporting.operations import CALLS, inside
 
 # An integer, or JAX's symbol for the size of the batch.
 Shape = tuple[Any, ...]
@@ -34,6 +34,14 @@ class Unsupported(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
+class Quantised:
+    """Weights as whole numbers, with the scale of each along the last axis."""
+
+    integers: np.ndarray
+    scales: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
 class Value:
     """A result on the way: the name of a tensor in the graph, or an array that is known already.
 
@@ -45,6 +53,8 @@ class Value:
     held: Shape
     shape: Shape
     dtype: np.dtype
+    # What `content`, which is known then, is made of.
+    quantised: Quantised | None = None
 
     @classmethod
     def of(cls, array: Any) -> "Value":
@@ -116,6 +126,13 @@ Params = dict[str, Any]
 Rule = Callable[[Graph, Values, Params, list[Any]], Values]
 
 
+class Rules(NamedTuple):
+    """Of operations, and of functions that are called, by their names."""
+
+    operations: dict[str, Rule]
+    calls: dict[str, Rule]
+
+
 def whole(name: str, output: Any) -> Values:
     """A tensor that is held in its whole shape."""
     return [Value(name, output.shape, output.shape, np.dtype(output.dtype))]
@@ -131,9 +148,16 @@ def is_batch(size: Any) -> bool:
 
 
 def convert(
-    function: Function, resolution: int, batch: BatchSize, rules: dict[str, Rule]
+    function: Function,
+    resolution: int,
+    batch: BatchSize,
+    rules: dict[str, Rule],
+    calls: dict[str, Rule],
 ) -> onnx.ModelProto:
-    """`function` as a model with one input and one output. Raises `Unsupported`."""
+    """`function` as a model with one input and one output. Raises `Unsupported`.
+
+    By the rules of operations, and those of `calls` of functions that have a name.
+    """
     rows = export.symbolic_shape(BATCH)[0] if batch == "dynamic" else batch
     shape = (rows, resolution, resolution, 3)
     try:
@@ -146,7 +170,7 @@ def convert(
     graph = Graph()
     pixels = Value(INPUT, shape, shape, np.dtype(np.uint8))
     consts = [Value.of(x) for x in traced.consts]
-    (found,) = _run(graph, traced.jaxpr, consts, [pixels], rules)
+    (found,) = _run(graph, traced.jaxpr, consts, [pixels], Rules(rules, calls))
     graph.nodes.append(helper.make_node("Identity", [graph.full(found)], [OUTPUT]))
     size = BATCH if batch == "dynamic" else batch
     return helper.make_model(
@@ -172,7 +196,7 @@ def _run(
     jaxpr: Jaxpr,
     consts: list[Value],
     inputs: list[Value],
-    rules: dict[str, Rule],
+    rules: Rules,
 ) -> list[Value]:
     known: dict[Any, Value] = {}
     known.update(zip(jaxpr.constvars, consts, strict=True))
@@ -191,19 +215,21 @@ def _run(
 
 
 def _of_equation(
-    graph: Graph, equation: JaxprEqn, inputs: list[Value], rules: dict[str, Rule]
+    graph: Graph, equation: JaxprEqn, inputs: list[Value], rules: Rules
 ) -> list[Value]:
     name, params = equation.primitive.name, equation.params
+    outputs = [x.aval for x in equation.outvars]
+    if name in CALLS and params.get("name") in rules.calls:
+        return rules.calls[params["name"]](graph, inputs, params, outputs)
     if (found := inside(equation)) is not None:
         return _run(graph, found[0], [Value.of(x) for x in found[1]], inputs, rules)
-    outputs = [x.aval for x in equation.outvars]
     # A broadcast of what is known waits, as any does.
     if name != "broadcast_in_dim" and (computed := _computed(equation, inputs, outputs)):
         return computed
-    if name not in rules:
+    if name not in rules.operations:
         raise Unsupported(f"the operation {name} has no form there")
     try:
-        return rules[name](graph, inputs, params, outputs)
+        return rules.operations[name](graph, inputs, params, outputs)
     except Unsupported as error:
         raise Unsupported(f"the operation {name} has no form there for {error}") from None
 

@@ -1,21 +1,35 @@
 """What JAX's convolutions, matrix products and pools are in ONNX."""
 
 import string
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from fm_distill.exporting.onnx_graph import Graph, Params, Unsupported, Value, Values, whole
+from fm_distill.exporting.onnx_graph import Graph, Params, Quantised, Unsupported, Value, Values, whole
 
 NHWC_TO_NCHW, NCHW_TO_NHWC = (0, 3, 1, 2), (0, 2, 3, 1)
+
+
+def dequantised(graph: Graph, weights: Quantised, order: Sequence[int]) -> str:
+    """Weights that are stored as whole numbers, with their axes in another `order`."""
+    stored = graph.constant(weights.integers.transpose(order))
+    scales = graph.constant(weights.scales, np.float32)
+    zeros = graph.constant(np.zeros(len(weights.scales), np.int8))
+    axis = list(order).index(len(order) - 1)
+    return graph.add("DequantizeLinear", stored, scales, zeros, axis=axis)
 
 
 def product(graph: Graph, inputs: Values, params: Params, outputs: list[Any]) -> Values:
     (left_sum, right_sum), (left_batch, right_batch) = params["dimension_numbers"]
     left, right = inputs
-    names = [graph.full(x) for x in inputs]
     plain = not left_batch and left_sum == (len(left.shape) - 1,) and right_sum == (0,)
-    if plain and len(right.shape) == 2:
+    plain = plain and len(right.shape) == 2
+    if plain and right.quantised is not None:
+        weights = dequantised(graph, right.quantised, (0, 1))
+        return whole(graph.add("MatMul", graph.full(left), weights), outputs[0])
+    names = [graph.full(x) for x in inputs]
+    if plain:
         return whole(graph.add("MatMul", *names), outputs[0])
     letters = iter(string.ascii_lowercase)
     of_left = [next(letters) for _ in left.shape]
@@ -35,7 +49,9 @@ def convolution(graph: Graph, inputs: Values, params: Params, outputs: list[Any]
         raise Unsupported("a transposed convolution, or groups of the batch")
     images, kernel = inputs
     picture = graph.add("Transpose", graph.full(images), perm=numbers.lhs_spec)
-    if isinstance(kernel.content, str):
+    if kernel.quantised is not None:
+        weights = dequantised(graph, kernel.quantised, numbers.rhs_spec)
+    elif isinstance(kernel.content, str):
         weights = graph.add("Transpose", graph.full(kernel), perm=numbers.rhs_spec)
     else:
         known = np.broadcast_to(kernel.content, kernel.shape)

@@ -17,6 +17,7 @@ from fm_distill.exporting.onnx_graph import (
     whole,
 )
 from fm_distill.exporting.onnx_layers import convolution, max_pool, product, sum_pool
+from fm_distill.exporting.onnx_quantisation import fake_quantise
 
 
 def _together(values: Values) -> Shape:
@@ -177,6 +178,9 @@ def _reduction(kind: str) -> Rule:
 
     return rule
 
+
+# Of functions, by their names where they are traced.
+CALLS: dict[str, Rule] = {"fake_quantise": fake_quantise}
 
 RULES: dict[str, Rule] = {
     **{

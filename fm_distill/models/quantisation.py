@@ -102,10 +102,15 @@ def quantised_activations(
 
 
 def affine(seen: Range, levels: tuple[int, int]) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Scale and zero point of the whole numbers that cover what was seen, and zero."""
+    """Scale and zero point of the whole numbers that cover what was seen, and zero.
+
+    Where zero lies inside, one number less: its rounding moves the others by up to a half, and both
+    ends stay covered. (And pixels from -1 to 1 would all lie midway between two numbers.)
+    """
     lowest, highest = levels
     low, high = jnp.minimum(seen.low, 0), jnp.maximum(seen.high, 0)
-    scale = jnp.maximum((high - low) / (highest - lowest), SMALLEST_SCALE)
+    steps = highest - lowest - ((low < 0) & (high > 0))
+    scale = jnp.maximum((high - low) / steps, SMALLEST_SCALE)
     return scale, jnp.clip(jnp.round(lowest - low / scale), lowest, highest)
 
 
