@@ -61,6 +61,11 @@ def _lines(out: str, card: "Card") -> list[str]:
         f"up to {parity.largest_difference:.2g} ({parity.bound:.2g} is allowed), the same class "
         f"for {100 * parity.agreement:.2f} %",
     ]
+    if parity.within_bound < 1:
+        lines.append(f"{100 * parity.within_bound:.2f} % of the numbers are within what is allowed")
+    if facts.bytes and facts.float32_bytes:
+        share = f"{facts.bytes / facts.float32_bytes:.2f} of its weights as float32"
+        lines.append(f"{facts.bytes:,} bytes without its card, {share}")
     if parity.file_top1 is not None and parity.run_top1 is not None:
         of_run = f"of the run {100 * parity.run_top1:.2f} %"
         lines.append(f"top-1 of the file {100 * parity.file_top1:.2f} %, {of_run}")

@@ -20,7 +20,7 @@ from fm_distill.errors import UserError
 from fm_distill.exporting.formats import FORMATS
 from fm_distill.exporting.function import BatchSize, Output, function_of
 from fm_distill.exporting.parity import compare, examples_of, runs
-from fm_distill.models import model_of
+from fm_distill.models import model_of, ranges_of
 from fm_distill.runs.open_run import Run, open_run
 from fm_distill.system.console import log
 from fm_distill.system.files import replacing
@@ -73,12 +73,31 @@ def export(
             f"the run in {workdir} is not complete: its student is exported as it stood after "
             f"{run.step:,} of {run.resolved.total_steps:,} steps"
         )
+    _check_ranges(run, path)
     naming = naming_of(run.network)
     tensors = in_naming(naming, run.network, run.student.variables)
     card = _card_of(run, naming, tensors)
     if path.suffix == WEIGHTS:
         return _write_weights(path, tensors, card)
-    return _write_function(path, run, card, batch, output, data_dir)
+    return _write_function(path, run, card, tensors, batch, output, data_dir)
+
+
+def _check_ranges(run: Run, path: pathlib.Path) -> None:
+    """Raises `UserError` where quantised activations have no ranges, or `path` no room for them."""
+    if not (ranges := ranges_of(run.student.variables)):
+        return
+    if path.suffix == WEIGHTS:
+        raise UserError(
+            f"{path} would hold weights alone, and the student in {run.workdir.path} computes with "
+            f"the ranges of its activations too; export to {' or '.join(FORMATS)}"
+        )
+    for layer, (low, high, batches) in ranges.items():
+        if not (batches > 0 and -np.inf < low <= high < np.inf):
+            raise UserError(
+                f"the student in {run.workdir.path} has a broken range of what {layer} reads, "
+                f"{low:g} to {high:g} after {batches:g} batches; export another step (--step), or "
+                "train again"
+            )
 
 
 def _card_of(run: Run, naming: str, tensors: dict[str, np.ndarray]) -> Card:
@@ -117,6 +136,7 @@ def _write_function(
     path: pathlib.Path,
     run: Run,
     card: Card,
+    tensors: dict[str, np.ndarray],
     batch: BatchSize,
     output: Output,
     data_dir: str | None,
@@ -131,7 +151,14 @@ def _write_function(
     with runs(f"the runtime of {path.suffix}"):
         runtime = format.load(data)
     parity = compare(runtime, format.name, run.student, output, batch, examples)
-    facts = FunctionFacts(format=format.name, batch=batch, output=output, parity=parity)
+    facts = FunctionFacts(
+        format=format.name,
+        batch=batch,
+        output=output,
+        parity=parity,
+        bytes=len(data),
+        float32_bytes=sum(x.nbytes for x in tensors.values()),
+    )
     card = dataclasses.replace(card, function=facts)
     _write(path, lambda temporary: format.write(temporary, data, card_to_json(card)))
     return card

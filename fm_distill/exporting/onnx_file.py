@@ -85,7 +85,24 @@ def read_model(path: pathlib.Path) -> tuple[bytes, str]:
             f"{path} is damaged or was changed: its weights are not those that its card was "
             "written for; export it again"
         )
+    if broken := _broken_scale(onnx, model):
+        raise UserError(
+            f"{path} has a scale of whole numbers that is no positive number, {broken}; export it "
+            "again"
+        )
     return data, stated[CARD_KEY]
+
+
+def _broken_scale(onnx: Any, model: Any) -> str | None:
+    """The first scale of quantised numbers, by its name, that is not finite and positive."""
+    kinds = ("QuantizeLinear", "DequantizeLinear")
+    scales = {x.input[1] for x in model.graph.node if x.op_type in kinds}
+    for weight in model.graph.initializer:
+        if weight.name in scales:
+            values = onnx.numpy_helper.to_array(weight)
+            if not ((values > 0) & np.isfinite(values)).all():
+                return str(weight.name)
+    return None
 
 
 def _digest(model: Any) -> str:
@@ -101,6 +118,7 @@ def _onnx() -> Any:
     try:
         import onnx
         import onnx.checker
+        import onnx.numpy_helper
     except ImportError:
         raise UserError(_missing("the package onnx")) from None
     return onnx

@@ -188,7 +188,7 @@ def _as_activation(model: _Model, node: onnx.NodeProto) -> None:
     elif node.op_type == "Min" and maker is not None and maker.op_type == "Relu":
         if model.only_reader(x) is not node:
             return
-        low, high = (model.constant(np.float32(v)) for v in (0.0, float(array.reshape(()))))
+        low, high = (model.constant(np.asarray(v, np.float32)) for v in (0.0, array.reshape(())))
         node.op_type = "Clip"
         node.input[:] = [maker.input[0], low, high]
         model.instead[x] = maker.input[0]

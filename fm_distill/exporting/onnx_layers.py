@@ -6,7 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from fm_distill.exporting.onnx_graph import Graph, Params, Quantised, Unsupported, Value, Values, whole
+from fm_distill.exporting.onnx_graph import (
+    Graph,
+    Params,
+    Quantised,
+    Unsupported,
+    Value,
+    Values,
+    whole,
+)
 
 NHWC_TO_NCHW, NCHW_TO_NHWC = (0, 3, 1, 2), (0, 2, 3, 1)
 

@@ -30,6 +30,7 @@ from fm_distill.models.contract import (
     Output,
     Variables,
     parameter_count,
+    ranges_of,
 )
 from fm_distill.models.own import check_logits, is_own, own_builder, own_code
 
@@ -47,6 +48,7 @@ __all__ = [
     "model_of",
     "own_code",
     "parameter_count",
+    "ranges_of",
     "resolve",
 ]
 

@@ -85,6 +85,18 @@ def parameter_count(params: PyTree) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
+def ranges_of(variables: Variables) -> dict[str, tuple[float, float, float]]:
+    """Lowest and highest number and batches, of what each layer with quantised activations reads.
+
+    By the layers' paths.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(variables.ranges):
+        *layer, _, name = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        found.setdefault("/".join(layer), {})[name] = float(leaf)
+    return {layer: (x["low"], x["high"], x["batches"]) for layer, x in found.items()}
+
+
 def select_features(available: Any, requested: tuple[str, ...]) -> dict[str, Array]:
     """The requested ones of a network's features; the compiler drops what is not requested."""
     unknown = [name for name in requested if name not in available]

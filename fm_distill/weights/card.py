@@ -25,6 +25,8 @@ class Parity:
     # Of what the file returns, and what was allowed.
     largest_difference: float
     bound: float
+    # Fraction of the numbers within the bound: all, but where activations are quantised.
+    within_bound: float = 1.0
     # Fraction of the images with the same most likely class.
     agreement: float
     # Top-1 on the images whose label is known; None where there is none.
@@ -43,6 +45,9 @@ class FunctionFacts:
     batch: int | Literal["dynamic"]
     output: Literal["probabilities", "logits"]
     parity: Parity
+    # Of the function without this card, and of its weights as float32; None in older files.
+    bytes: int | None = None
+    float32_bytes: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
