@@ -20,7 +20,7 @@ from fm_distill.config import (
     TeacherConfig,
 )
 from fm_distill.errors import UserError
-from fm_distill.models import Variables, build_network
+from fm_distill.models import Variables, build_network, ranges_of
 from fm_distill.models.bit import standardise
 from fm_distill.models.layers import Convolution
 from fm_distill.models.quantisation import (
@@ -199,15 +199,16 @@ def test_every_layer_is_quantised_but_those_that_keep_their_precision(config, en
             for path, _ in jax.tree_util.tree_leaves_with_path(shapes.params)
         ]
         kernels = {x.removesuffix("/kernel") for x in paths if x.endswith("/kernel")}
-        return network.quantised_layers, kernels, shapes.ranges
+        return network.quantised_layers, kernels, shapes
 
-    found, kernels, ranges = layers(INT8)
+    found, kernels, shapes = layers(INT8)
     assert set(found) == kernels and (found[0], found[-1]) == ends
-    assert len(jax.tree.leaves(ranges)) == 3 * len(found)
+    places = {x.removesuffix("/input") for x in ranges_of(jax.tree.map(jnp.zeros_like, shapes))}
+    assert {x for x in places if not x.endswith("/branch")} == set(found)
     kept = dataclasses.replace(INT8, first_layer="none", head="none")
     heads = {x for x in kernels if x.split("/")[0] == "head"}
     assert set(layers(kept)[0]) == kernels - {ends[0]} - heads
-    assert layers(QuantisationConfig(weights="int8"))[2] == {}
+    assert layers(QuantisationConfig(weights="int8"))[2].ranges == {}
 
 
 def test_the_three_forms_of_a_quantised_network_agree():

@@ -91,11 +91,11 @@ def _check_ranges(run: Run, path: pathlib.Path) -> None:
             f"{path} would hold weights alone, and the student in {run.workdir.path} computes with "
             f"the ranges of its activations too; export to {' or '.join(FORMATS)}"
         )
-    for layer, (low, high, batches) in ranges.items():
+    for place, (low, high, batches) in ranges.items():
         if not (batches > 0 and -np.inf < low <= high < np.inf):
             raise UserError(
-                f"the student in {run.workdir.path} has a broken range of what {layer} reads, "
-                f"{low:g} to {high:g} after {batches:g} batches; export another step (--step), or "
+                f"the student in {run.workdir.path} has a broken range of {place}, {low:g} to "
+                f"{high:g} after {batches:g} batches; export another step (--step), or "
                 "train again"
             )
 

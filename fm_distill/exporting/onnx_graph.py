@@ -68,6 +68,8 @@ class Graph:
     def __init__(self) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.weights: list[onnx.TensorProto] = []
+        # Quantised activations, by what they are of: two layers may read one.
+        self.quantised: dict[tuple[str, float, float], str] = {}
         self._count = itertools.count()
         self._batch: str | None = None
 

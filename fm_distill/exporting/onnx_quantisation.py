@@ -34,9 +34,12 @@ def fake_quantise(graph: Graph, inputs: Values, params: Params, outputs: list[An
     if lowest < SIGNED.min or highest > SIGNED.max:
         raise Unsupported("more than eight bits")
     if isinstance(x.content, str):
-        of_range = graph.constant(of_scale, np.float32), graph.constant(zero, np.int8)
-        rounded = graph.add("QuantizeLinear", graph.full(x), *of_range)
-        return whole(graph.add("DequantizeLinear", rounded, *of_range), outputs[0])
+        key = x.content, float(of_scale), float(zero)
+        if key not in graph.quantised:
+            of_range = graph.constant(of_scale, np.float32), graph.constant(zero, np.int8)
+            rounded = graph.add("QuantizeLinear", graph.full(x), *of_range)
+            graph.quantised[key] = graph.add("DequantizeLinear", rounded, *of_range)
+        return whole(graph.quantised[key], outputs[0])
     array = np.broadcast_to(x.content, x.shape)
     integers = np.clip(np.rint(array / of_scale) + zero, lowest, highest)
     found = Value.of(((integers - zero) * of_scale).astype(np.float32))

@@ -31,7 +31,8 @@ def make_network(
 
     plan = plan_of(module, config)
     if plan:
-        module, frozen_module = Quantised(module, plan), Quantised(frozen_module, plan)
+        activations = config.quantisation.activations
+        module, frozen_module = (Quantised(x, plan, activations) for x in (module, frozen_module))
 
     def init(key: PRNGKeyArray) -> Variables:
         images = jnp.zeros((1, config.resolution, config.resolution, 3), jnp.float32)

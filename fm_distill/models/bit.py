@@ -19,6 +19,7 @@ from fm_distill.models.assembly import check_named, check_resolution, make_netwo
 from fm_distill.models.contract import HEAD, UNIT, Images, Network
 from fm_distill.models.layers import Convolution, Head, Kernel, Norm, identity
 from fm_distill.models.pooling import max_pool, max_pool_zero_padded
+from fm_distill.models.quantisation import quantised_branch
 
 Activations = Float[Array, "batch _ _ _"]
 
@@ -74,7 +75,7 @@ class Unit(nn.Module):
         h = self._convolution("a", h, self.middle, 1, 1)
         h = self._convolution("b", self._norm("b_norm", h), self.middle, 3, self.stride)
         h = self._convolution("c", self._norm("c_norm", h), out, 1, 1)
-        return checkpoint_name(shortcut + h, UNIT)
+        return checkpoint_name(shortcut + quantised_branch(self, h), UNIT)
 
     def _norm(self, name: str, x: Activations) -> Activations:
         norm = Norm(norm_groups(self.config), NORM_EPSILON, self.train, name=name)

@@ -86,15 +86,15 @@ def parameter_count(params: PyTree) -> int:
 
 
 def ranges_of(variables: Variables) -> dict[str, tuple[float, float, float]]:
-    """Lowest and highest number and batches, of what each layer with quantised activations reads.
+    """Lowest and highest number and batches of each quantised activation.
 
-    By the layers' paths.
+    `PATH/input` is what a layer reads, `PATH/branch` what a block adds to its shortcut.
     """
     found: dict[str, dict[str, float]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables.ranges):
-        *layer, _, name = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-        found.setdefault("/".join(layer), {})[name] = float(leaf)
-    return {layer: (x["low"], x["high"], x["batches"]) for layer, x in found.items()}
+        place, _, name = jax.tree_util.keystr(path, simple=True, separator="/").rpartition("/")
+        found.setdefault(place, {})[name] = float(leaf)
+    return {place: (x["low"], x["high"], x["batches"]) for place, x in found.items()}
 
 
 def select_features(available: Any, requested: tuple[str, ...]) -> dict[str, Array]:

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from fm_distill.models.contract import UNIT, Images
 from fm_distill.models.convolutions import Padding
 from fm_distill.models.layers import Convolution, DepthwiseConvolution, Norm
+from fm_distill.models.quantisation import quantised_branch
 
 Activations = Float[Array, "batch _ _ _"]
 Activation = Callable[[Array], Array]
@@ -101,7 +102,9 @@ class InvertedResidual(nn.Module):
         name = "conv_pw" if b.expanded is None else "conv_pwl"
         h = Convolution(b.channels, 1, 1, self.dtype, name=name)(h)
         h = self._norm(next(norms), h)
-        return checkpoint_name(x + h if b.stride == 1 and x.shape == h.shape else h, UNIT)
+        if b.stride == 1 and x.shape == h.shape:
+            h = x + quantised_branch(self, h)
+        return checkpoint_name(h, UNIT)
 
     def _norm(self, name: str, x: Activations) -> Activations:
         d = self.design

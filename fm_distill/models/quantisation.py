@@ -51,6 +51,8 @@ class Quantised(nn.Module):
     inner: nn.Module
     # Of the layers, by their paths.
     plan: tuple[tuple[str, Precision], ...]
+    # Of what blocks add to their shortcuts; a key of `OF_ACTIVATIONS`, or `none`.
+    branches: str = "none"
 
     def setup(self) -> None:
         nn.share_scope(self, self.inner)
@@ -65,11 +67,17 @@ class QuantisableLayer(nn.Module):
 
 def precision_of(layer: nn.Module) -> Precision:
     """Of a bound layer, by the network that it is a part of."""
-    top = layer
+    network = _network_of(layer)
+    plan = dict(network.plan) if network else {}
+    return plan.get("/".join(layer.path), Precision("none", "none"))
+
+
+def _network_of(module: nn.Module) -> Quantised | None:
+    """What a bound `module` is a part of; None where nothing is quantised."""
+    top = module
     while isinstance(top.parent, nn.Module):
         top = top.parent
-    plan = dict(top.plan) if isinstance(top, Quantised) else {}
-    return plan.get("/".join(layer.path), Precision("none", "none"))
+    return top if isinstance(top, Quantised) else None
 
 
 def quantised(
@@ -78,10 +86,23 @@ def quantised(
     """What `layer` reads, and its kernel as it was prepared, as they are to be multiplied."""
     weights, activations = precision_of(layer)
     if activations != "none":
-        x = quantised_activations(x, _range_of(layer, x), OF_ACTIVATIONS[activations])
+        seen = _range_of(layer, "input", x)
+        x = quantised_activations(x, seen, OF_ACTIVATIONS[activations])
     if weights != "none":
         kernel = quantised_weights(kernel, OF_WEIGHTS[weights])
     return x, kernel
+
+
+def quantised_branch(
+    block: nn.Module, x: Float[Array, "batch _ _ channels"]
+) -> Float[Array, "batch _ _ channels"]:
+    """What `block` adds to its shortcut: without a range of it, its last convolution has no output
+    of whole numbers, and runtimes compute it in floats."""
+    network = _network_of(block)
+    if network is None or network.branches == "none":
+        return x
+    seen = _range_of(block, "branch", x)
+    return quantised_activations(x, seen, OF_ACTIVATIONS[network.branches])
 
 
 def quantised_weights(
@@ -148,17 +169,17 @@ def _straight_through(
     return _rounded(*primals), jnp.where(inside, tangents[0], 0)
 
 
-def _range_of(layer: nn.Module, x: Array) -> Range:
-    """Of what `layer` reads. Where ranges may change, this batch is observed first.
+def _range_of(module: nn.Module, name: str, x: Array) -> Range:
+    """What `x` was seen to be in. Where ranges may change, this batch is observed first.
 
     The first batch's range is taken as it is; until `RANGE_MOMENTUM` is reached, all batches weigh
     the same.
     """
     zeros = functools.partial(jnp.zeros, (), jnp.float32)
-    seen = layer.variable(
-        RANGES, "input", lambda: {"low": zeros(), "high": zeros(), "batches": zeros()}
+    seen = module.variable(
+        RANGES, name, lambda: {"low": zeros(), "high": zeros(), "batches": zeros()}
     )
-    if layer.is_mutable_collection(RANGES) and not layer.is_initializing():
+    if module.is_mutable_collection(RANGES) and not module.is_initializing():
         wide = jax.lax.stop_gradient(x).astype(jnp.float32)
         before = seen.value["batches"]
         kept = jnp.minimum(before / (before + 1), RANGE_MOMENTUM)
