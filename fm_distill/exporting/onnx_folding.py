@@ -13,6 +13,8 @@ import onnx
 from jaxtyping import Float
 from onnx import helper, numpy_helper
 
+from fm_distill.exporting.onnx_graph import SHIFT
+
 LARGEST_BIAS = np.iinfo(np.int32).max
 # A factor this near to zero leaves nothing of its channel.
 SMALLEST_SCALE = 1e-30
@@ -110,7 +112,8 @@ def _fold_into(model: _Model, convolution: onnx.NodeProto) -> None:
     signs = np.where(none, 0, np.sign(following.factor)).astype(np.int8)
     shape = (-1,) + (1,) * (integers.ndim - 1)
     folded = np.where(none, 1.0, folded).astype(np.float32)
-    weights.input[0] = model.constant(integers * signs.reshape(shape))
+    turned = (integers.astype(np.int16) - SHIFT) * signs.reshape(shape) + SHIFT
+    weights.input[0] = model.constant(turned.astype(np.uint8))
     weights.input[1] = model.constant(folded)
     if following.offset.any():
         bias = _bias(model, convolution.input[0], folded, following.offset)

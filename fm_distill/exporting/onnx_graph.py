@@ -35,10 +35,16 @@ class Unsupported(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Quantised:
-    """Weights as whole numbers, with the scale of each along the last axis."""
+    """Weights as whole numbers, int8, with the scale of each along the last axis."""
 
     integers: np.ndarray
     scales: np.ndarray
+
+
+# Whole numbers are stored without a sign, shifted by this. ONNX Runtime has no kernels for x86 that
+# read signed activations, and those of signed weights without VNNI saturate: sums of two products
+# are kept in 16 bits, silently. Where both are unsigned, the sums are exact on any processor.
+SHIFT = 128
 
 
 @dataclasses.dataclass(frozen=True)

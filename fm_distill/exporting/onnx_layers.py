@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from fm_distill.exporting.onnx_graph import (
+    SHIFT,
     Graph,
     Params,
     Quantised,
@@ -21,9 +22,10 @@ NHWC_TO_NCHW, NCHW_TO_NHWC = (0, 3, 1, 2), (0, 2, 3, 1)
 
 def dequantised(graph: Graph, weights: Quantised, order: Sequence[int]) -> str:
     """Weights that are stored as whole numbers, with their axes in another `order`."""
-    stored = graph.constant(weights.integers.transpose(order))
+    shifted = weights.integers.transpose(order).astype(np.int16) + SHIFT
+    stored = graph.constant(shifted, np.uint8)
     scales = graph.constant(weights.scales, np.float32)
-    zeros = graph.constant(np.zeros(len(weights.scales), np.int8))
+    zeros = graph.constant(np.full(len(weights.scales), SHIFT, np.uint8))
     axis = list(order).index(len(order) - 1)
     return graph.add("DequantizeLinear", stored, scales, zeros, axis=axis)
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from fm_distill.exporting.onnx_graph import (
+    SHIFT,
     Graph,
     Params,
     Quantised,
@@ -36,7 +37,8 @@ def fake_quantise(graph: Graph, inputs: Values, params: Params, outputs: list[An
     if isinstance(x.content, str):
         key = x.content, float(of_scale), float(zero)
         if key not in graph.quantised:
-            of_range = graph.constant(of_scale, np.float32), graph.constant(zero, np.int8)
+            shifted = graph.constant(zero + SHIFT, np.uint8)
+            of_range = graph.constant(of_scale, np.float32), shifted
             rounded = graph.add("QuantizeLinear", graph.full(x), *of_range)
             graph.quantised[key] = graph.add("DequantizeLinear", rounded, *of_range)
         return whole(graph.quantised[key], outputs[0])
