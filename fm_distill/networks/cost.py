@@ -5,6 +5,7 @@ no image is read and no view is rendered. Several teachers cost what they cost t
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -81,16 +82,10 @@ def cost_of(
     """
     if any(x.model == FUNCTION for x in networks):
         return Cost(None, None)
-    branches = tuple(make_branch(x, classes, jnp.dtype(precision)) for x in networks)
-    initial = jax.eval_shape(lambda: _initial(branches))
-    frozen = jax.eval_shape(lambda x: _frozen(branches, x), initial)
-    images = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in _images(branches, 1))
-    cost = Cost(
-        parameters=sum(parameter_count(x.params) for x in initial),
-        flops=_flops(branches, frozen, images),
-    )
+    cost = _counted(networks, classes, precision)
     if batch_size is None:
         return cost
+    branches = tuple(make_branch(x, classes, jnp.dtype(precision)) for x in networks)
     weights = jax.jit(lambda: _frozen(branches, _initial(branches)))()
     try:
         one, batch = (_measured(branches, weights, size) for size in (1, batch_size))
@@ -117,6 +112,18 @@ def run_cost(
     if batch_size is not None:
         device = f"{device_name()}, {resolved.precision}"
     return {"student": student, "teacher": teacher, "device": device}
+
+
+@functools.cache  # two seconds of tracing for a large network, and runs of a process share theirs
+def _counted(networks: tuple[NetworkConfig, ...], classes: int, precision: str) -> Cost:
+    branches = tuple(make_branch(x, classes, jnp.dtype(precision)) for x in networks)
+    initial = jax.eval_shape(lambda: _initial(branches))
+    frozen = jax.eval_shape(lambda x: _frozen(branches, x), initial)
+    images = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in _images(branches, 1))
+    return Cost(
+        parameters=sum(parameter_count(x.params) for x in initial),
+        flops=_flops(branches, frozen, images),
+    )
 
 
 def _initial(branches: tuple[Branch, ...]) -> tuple[Variables, ...]:
