@@ -12,6 +12,7 @@ from typing import NoReturn
 
 import tyro
 
+from fm_distill.cli.bench import bench_command
 from fm_distill.cli.diagnose import diagnose_command
 from fm_distill.cli.export import export_command
 from fm_distill.cli.options import (
@@ -53,6 +54,8 @@ USAGE = """usage: fm-distill COMMAND ...
       the student as a weight file in timm's or Keras's names, with a card
   export DIR OUT.{onnx,stablehlo} [--batch N|dynamic] [--output logits] [--data-dir PATH]
       uint8 pixels to probabilities as one function, written where it agrees with the run
+  bench FILE|DIR [FILE|DIR ...] [--batch-size 1] [--threads N] [--seconds 2] [--json]
+      latency, throughput and memory of exports and of runs, their teachers too, on this CPU
   report DIR [DIR ...] [--out report.html] [--data-dir PATH] [--teacher-weights FILE] [--overwrite]
       one HTML file: figures of the runs side by side, curves, views, disagreements
       --cost             measure latency and memory of the networks, too
@@ -255,6 +258,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "evaluate": _evaluate,
     "predict": _predict,
     "export": export_command,
+    "bench": bench_command,
     "show": _show,
     "plan": plan_command,
     "profile": profile_command,

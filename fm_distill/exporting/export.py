@@ -149,7 +149,7 @@ def _write_function(
     function = function_of(run.student, output)
     data = format.convert(function, card.resolution, batch, card.model)
     with runs(f"the runtime of {path.suffix}"):
-        runtime = format.load(data)
+        runtime = format.load(data, None)
     parity = compare(runtime, format.name, run.student, output, batch, examples)
     facts = FunctionFacts(
         format=format.name,

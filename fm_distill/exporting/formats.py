@@ -14,7 +14,8 @@ class Format(NamedTuple):
     name: Literal["stablehlo", "onnx"]
     # Function, resolution, batch and the network's name -> the function, serialised.
     convert: Callable[[Function, int, BatchSize, str], bytes]
-    load: Callable[[bytes], Runtime]
+    # The function, and the threads that run it; None: as many as its runtime takes by itself.
+    load: Callable[[bytes, int | None], Runtime]
     # A place, the function and its card.
     write: Callable[[pathlib.Path, bytes, str], None]
     # A place -> the function and its card.

@@ -50,7 +50,7 @@ class ExportedStudent:
         return found
 
 
-def load_exported(path: str | os.PathLike[str]) -> ExportedStudent:
+def load_exported(path: str | os.PathLike[str], threads: int | None = None) -> ExportedStudent:
     """The student in a file of `FORMATS`. Raises `UserError` where `export` did not write it."""
     path = pathlib.Path(path)
     format = FORMATS[path.suffix]
@@ -59,7 +59,7 @@ def load_exported(path: str | os.PathLike[str]) -> ExportedStudent:
     if card.function is None:
         raise UserError(f"{path}: its card describes no function; export it again")
     try:
-        runtime = format.load(data)
+        runtime = format.load(data, threads)
     except UserError:
         raise
     except Exception as error:  # of many kinds, by what the bytes seem to be

@@ -38,11 +38,12 @@ def to_onnx(function: Function, resolution: int, batch: BatchSize, model: str) -
     return bytes(converted.SerializeToString())
 
 
-def load_function(data: bytes) -> Runtime:
+def load_function(data: bytes, threads: int | None = None) -> Runtime:
     """The function of a model, on the CPU. Raises `UserError` without ONNX Runtime."""
     onnxruntime = _onnxruntime()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors, which are raised too
+    options.intra_op_num_threads = threads or 0
     session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
 

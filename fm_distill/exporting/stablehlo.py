@@ -62,8 +62,11 @@ def _failing(function: Function, pixels: jax.ShapeDtypeStruct) -> str:
     return "its operations together"
 
 
-def load_function(data: bytes) -> Runtime:
-    """The function that `to_stablehlo` serialised. Raises where `data` is something else."""
+def load_function(data: bytes, threads: int | None = None) -> Runtime:
+    """The function that `to_stablehlo` serialised. Raises where `data` is something else.
+
+    XLA's threads are those of its process: `threads` changes nothing.
+    """
     call = jax.jit(export.deserialize(bytearray(data)).call)
     return Runtime(f"XLA of jax {jax.__version__}", lambda pixels: np.asarray(call(pixels)))
 

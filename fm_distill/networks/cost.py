@@ -126,6 +126,13 @@ def _counted(networks: tuple[NetworkConfig, ...], classes: int, precision: str) 
     )
 
 
+def call_ms(call: Callable[[], Any]) -> float:
+    """Milliseconds of one call, until what it returns is there."""
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    return 1e3 * (time.perf_counter() - start)
+
+
 def _initial(branches: tuple[Branch, ...]) -> tuple[Variables, ...]:
     return tuple(x.network.init(jax.random.key(0)) for x in branches)
 
@@ -167,12 +174,8 @@ def _measured(
 ) -> Calls:
     images = jax.device_put(_images(branches, batch_size))
     program = jax.jit(_forward(branches)).lower(frozen, images).compile()
-    milliseconds = []
-    for _ in range(WARM_UP + CALLS):
-        start = time.perf_counter()
-        jax.block_until_ready(program(frozen, images))
-        milliseconds.append(1e3 * (time.perf_counter() - start))
-    measured = milliseconds[WARM_UP:]
+    calls = [call_ms(lambda: program(frozen, images)) for _ in range(WARM_UP + CALLS)]
+    measured = calls[WARM_UP:]
     memory = program.memory_analysis()
     return Calls(
         batch_size=batch_size,
