@@ -77,7 +77,10 @@ def test_libraries_have_rooms(path):
     name = name_of(path)
     assert "flax" not in roots or name.startswith("models")
     assert "orbax" not in roots or name == "runs.checkpoint"
-    assert "tensorflow" not in roots or name == "weights.saved_model"
+    assert "tensorflow" not in roots or name in (
+        "weights.saved_model", "exporting.litert_conversion"
+    )  # fmt: skip
+    assert "ai_edge_litert" not in roots or name == "exporting.litert_file"
     assert "fsspec" not in roots or name in ("runs.remote", "notebooks.backup")
     assert "huggingface_hub" not in roots or name == "weights.hub"
     assert "tensorstore" not in roots or name == "recordings.shards"

@@ -24,6 +24,8 @@ class _Export:
     """Images that a function takes at once; dynamic: any number."""
     output: Literal["probabilities", "logits"] = "probabilities"
     """What a function returns."""
+    quantise: Literal["none", "float16", "dynamic", "int8"] = "none"
+    """Of a .tflite: float16 weights; int8 weights (dynamic); int8 weights and activations."""
     data_dir: str | None = None
     """Where the data lie now that a function is compared with its run on."""
     overwrite: bool = False
@@ -42,6 +44,7 @@ def export_command(arguments: list[str]) -> int:
         asked.step,
         batch=asked.batch,
         output=asked.output,
+        quantise=asked.quantise,
         data_dir=asked.data_dir,
     )
     print("\n".join(_lines(asked.out, card)))
@@ -66,7 +69,17 @@ def _lines(out: str, card: "Card") -> list[str]:
     if facts.bytes and facts.float32_bytes:
         share = f"{facts.bytes / facts.float32_bytes:.2f} of its weights as float32"
         lines.append(f"{facts.bytes:,} bytes without its card, {share}")
+    if facts.operations is not None:
+        lines.append(_parts(facts.quantise, facts.operations))
     if parity.file_top1 is not None and parity.run_top1 is not None:
         of_run = f"of the run {100 * parity.run_top1:.2f} %"
         lines.append(f"top-1 of the file {100 * parity.file_top1:.2f} %, {of_run}")
     return lines
+
+
+def _parts(quantise: str, operations: dict[str, int]) -> str:
+    count = operations.get("DELEGATE", 0)
+    said = f"XNNPACK computes it in {count} part{'' if count == 1 else 's'}"
+    if quantise == "int8" and (outside := operations.get("HARD_SWISH", 0)):
+        said += f", around {outside} HARD_SWISH that it has not in int8: relu6 students stay whole"
+    return said

@@ -45,15 +45,18 @@ USAGE = """usage: fm-distill COMMAND ...
   sweep EXPERIMENT.py --over OPTION=VALUE,VALUE,... [--workdir DIR] [--any.config.field VALUE ...]
       every combination of the values, and a table of means and spreads over the seeds; where the
       students differ in cost, which of them are Pareto-optimal; --cost measures latency, too
-  evaluate DIR [--split test] [--step N] [--json] [--data.data-dir PATH] [--teacher.weights FILE]
+  evaluate DIR|FILE.{onnx,stablehlo,tflite} [--split test] [--json] [--data.data-dir PATH]
       student and teacher on every example of a split
+      --step N           the checkpoint after so many steps
+      --teacher.weights FILE, --teacher.workdir DIR  where the teacher is now
       --cost             measure latency and memory of both, too
-  predict DIR|STUDENT.{safetensors,onnx,stablehlo} IMAGE [IMAGE ...] [--top 5] [--json]
+  predict DIR|STUDENT.{safetensors,onnx,stablehlo,tflite} IMAGE [IMAGE ...] [--top 5] [--json]
       the student's classes and probabilities for image files, folders and .npy arrays
   export DIR OUT.safetensors [--step N] [--overwrite]
       the student as a weight file in timm's or Keras's names, with a card
-  export DIR OUT.{onnx,stablehlo} [--batch N|dynamic] [--output logits] [--data-dir PATH]
+  export DIR OUT.{onnx,stablehlo,tflite} [--batch N|dynamic] [--output logits] [--data-dir PATH]
       uint8 pixels to probabilities as one function, written where it agrees with the run
+      --quantise float16|dynamic|int8  of a .tflite, int8 calibrated on training images
   bench FILE|DIR [FILE|DIR ...] [--batch-size 1] [--threads N] [--seconds 2] [--json]
       latency, throughput and memory of exports and of runs, their teachers too, on this CPU
   report DIR [DIR ...] [--out report.html] [--data-dir PATH] [--teacher-weights FILE] [--overwrite]
@@ -105,8 +108,21 @@ class _Evaluate(OverConfig):
 
 def _evaluate(arguments: list[str]) -> int:
     from fm_distill.evaluation.evaluate import table
+    from fm_distill.evaluation.evaluate_file import config_in, evaluate_file
     from fm_distill.evaluation.inference import evaluate
+    from fm_distill.exporting.formats import FORMATS
 
+    if arguments and pathlib.Path(arguments[0]).suffix in FORMATS:
+        path, rest = first(arguments, "evaluate FILE")
+        asked = parse_over(_Evaluate, config_in(path), rest, f"evaluate {path}")
+        if asked.step is not None or asked.cost:
+            raise UserError(
+                f"--step and --cost are for runs, and {path} is a file; leave them out "
+                f"(fm-distill bench {path} measures its cost)"
+            )
+        figures = evaluate_file(path, asked.split, asked.config)
+        print(json.dumps(figures) if asked.json else table(figures))
+        return EXIT_COMPLETE
     workdir, stored, rest = first_run(arguments, "evaluate DIR")
     asked = parse_over(_Evaluate, stored, rest, f"evaluate {workdir}")
     if stored.ema_decay is not None:

@@ -7,17 +7,18 @@ resolution. Several teachers are measured as the one that they teach as.
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, PyTree
 
 from fm_distill.config import Config, ObjectiveConfig, ViewConfig
 from fm_distill.data.batch import Batch
 from fm_distill.evaluation.bootstrap import Right, gap_interval, retention_interval
-from fm_distill.evaluation.class_groups import Groups, accuracies, groups_of, sums_of_groups
+from fm_distill.evaluation.class_groups import Groups, accuracies, groups_of
+from fm_distill.evaluation.sums import Sums, sums_of
 from fm_distill.models import Variables
 from fm_distill.networks.branch import (
     Branch,
@@ -26,15 +27,12 @@ from fm_distill.networks.branch import (
     render_views,
     teacher_outputs,
 )
-from fm_distill.objectives.distances import kl_divergence
 from fm_distill.objectives.ensemble import as_one
 from fm_distill.runs.cost_metrics import costs_text
 from fm_distill.runs.metric_table import shown
 from fm_distill.system.sharding import Layout
 from fm_distill.views.draws import draw, mix
 
-ECE_BINS = 15
-Sums = dict[str, Any]
 EvaluationProgram = Callable[[Variables, tuple[Variables, ...], Batch, Array, Array], Sums]
 # Of the training view: its own, so that runs of other seeds and teachings are measured alike.
 DRAW_SEED = 0
@@ -69,12 +67,6 @@ def make_evaluation_step(
     images have to be kept. With the `groups` of the classes, also the sums of each group.
     """
 
-    def measured(logits: Array, labels: Array, mask: Array) -> Sums:
-        sums = _measure(logits, labels, mask)
-        if groups is None:
-            return sums
-        return sums | {"groups": sums_of_groups(groups, logits, labels, mask)}
-
     def evaluation_step(
         variables: Variables,
         teacher_variables: tuple[Variables, ...],
@@ -82,82 +74,39 @@ def make_evaluation_step(
         mask: Bool[Array, " batch"],
         index: Array,
     ) -> Sums:
-        branches = (student, *teachers)
-        central = render_central_views(batch, branches, views.central_fraction)
-        logits = student_logits(student, variables, central)
-        sums: Sums = {"examples": mask.sum(), "student": measured(logits, batch.labels, mask)}
-        if not teachers:
-            return sums
-        teacher = teacher_logits(teachers, teacher_variables, central, objective)
-        drawn = draw(jax.random.fold_in(jax.random.key(DRAW_SEED), index), batch.sizes, views)
-        both = mask & (mix(drawn, 1 - mask.astype(jnp.float32)) == 0)
-        mixed = render_views(drawn, batch, branches)
-        pair = (
-            student_logits(student, variables, mixed),
-            teacher_logits(teachers, teacher_variables, mixed, objective),
-        )
-        return sums | {
-            "teacher": measured(teacher, batch.labels, mask),
-            "both_right": (
-                _right(logits, batch.labels, mask) & _right(teacher, batch.labels, mask)
-            ).sum(),
-            "match": _compare(logits, teacher, mask, objective.temperature),
-            "training_view": _compare(*pair, both, objective.temperature),
-        }
+        seen = look(student, teachers, views, batch, mask, index)
+        own = tuple(student_logits(student, variables, x) for x in seen.views)
+        taught = tuple(teacher_logits(teachers, teacher_variables, x, objective)
+                       for x in seen.views) if teachers else ()  # fmt: skip
+        return sums_of(own, taught, batch.labels, mask, seen.both, objective, groups)
 
     return evaluation_step
 
 
-def _right(
-    logits: Float[Array, "batch classes"], labels: Array, mask: Array
-) -> Bool[Array, " batch"]:
-    """Whether an example's label is known and the first class."""
-    return (jnp.argmax(logits, -1) == labels) & (labels >= 0) & mask
+class Seen(NamedTuple):
+    """What networks see of a batch: the central view, and with teachers the training view."""
+
+    views: tuple[Views, ...]
+    # Of the training view: whether all that is in a mixture is kept.
+    both: Bool[Array, " batch"]
 
 
-def _measure(logits: Float[Array, "batch classes"], labels: Array, mask: Array) -> Sums:
-    """Sums over the labelled examples, and over 15 equal bins of confidence.
-
-    Expected calibration error: Guo et al. 2017 (arXiv 1706.04599), bins (0, 1/15], (1/15, 2/15]...
-    """
-    known = mask & (labels >= 0)
-    log_probabilities = jax.nn.log_softmax(logits)
-    label = jnp.maximum(labels, 0)
-    right = _right(logits, labels, mask)
-    top5 = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1]
-    picked = jnp.take_along_axis(log_probabilities, label[:, None], axis=-1)[:, 0]
-    confidence = jnp.exp(log_probabilities.max(axis=-1))
-    bins = jnp.clip(jnp.ceil(confidence * ECE_BINS).astype(jnp.int32) - 1, 0, ECE_BINS - 1)
-    in_bin = jax.nn.one_hot(bins, ECE_BINS) * known[:, None]
-    return {
-        "labelled": known.sum(),
-        "top1": right.sum(),
-        "top5": ((top5 == label[:, None]).any(-1) & known).sum(),
-        "cross_entropy": -jnp.where(known, picked, 0.0).sum(),
-        "bin_confidence": (in_bin * confidence[:, None]).sum(0),
-        "bin_right": (in_bin * right[:, None]).sum(0),
-    }
-
-
-def _compare(
-    student: Float[Array, "batch classes"],
-    teacher: Float[Array, "batch classes"],
-    mask: Array,
-    temperature: float,
-) -> Sums:
-    first = jnp.argmax(teacher, -1)
-    top5 = jax.lax.top_k(student, min(5, student.shape[-1]))[1]
-
-    def total(values: Array) -> Array:
-        return jnp.where(mask, values, 0).sum()
-
-    return {
-        "examples": mask.sum(),
-        "top1": total(jnp.argmax(student, -1) == first),
-        "top5": total((top5 == first[:, None]).any(-1)),
-        "kl_train_temperature": total(kl_divergence(student, teacher, temperature)),
-        "kl_one": total(kl_divergence(student, teacher)),
-    }
+def look(
+    student: Branch,
+    teachers: tuple[Branch, ...],
+    views: ViewConfig,
+    batch: Batch,
+    mask: Bool[Array, " batch"],
+    index: Array,
+) -> Seen:
+    """The views of the batch with this `index`."""
+    branches = (student, *teachers)
+    central = render_central_views(batch, branches, views.central_fraction)
+    if not teachers:
+        return Seen((central,), mask)
+    drawn = draw(jax.random.fold_in(jax.random.key(DRAW_SEED), index), batch.sizes, views)
+    both = mask & (mix(drawn, 1 - mask.astype(jnp.float32)) == 0)
+    return Seen((central, render_views(drawn, batch, branches)), both)
 
 
 def evaluate_batches(

@@ -2,8 +2,8 @@
 
 Weights are tensors under timm's or Keras's names (`.safetensors`). timm loads the file of a network
 that it has; ours is loaded back by `weights.load` in every bit, with nothing else said. A function
-(`.onnx`, `.stablehlo`) needs nothing of this package; see `function.py`. Where the run keeps an
-average of the student, that is exported.
+(`.onnx`, `.stablehlo`, `.tflite`) needs nothing of this package; see `function.py`. Where the
+run keeps an average of the student, that is exported.
 """
 
 import dataclasses
@@ -18,8 +18,8 @@ from safetensors.numpy import save_file
 
 from fm_distill.errors import UserError
 from fm_distill.exporting.formats import FORMATS
-from fm_distill.exporting.function import BatchSize, Output, function_of
-from fm_distill.exporting.parity import compare, examples_of, runs
+from fm_distill.exporting.function import BatchSize, Output, Quantise, function_of
+from fm_distill.exporting.parity import compare, examples_of, images_of, runs
 from fm_distill.models import model_of, ranges_of
 from fm_distill.runs.open_run import Run, open_run
 from fm_distill.system.console import log
@@ -40,13 +40,15 @@ def export(
     *,
     batch: BatchSize = 1,
     output: Output = "probabilities",
+    quantise: Quantise = "none",
     data_dir: str | None = None,
 ) -> Card:
     """Writes the student of the run in `workdir` to `path`, as the format that its suffix says.
 
     Weights have their card as JSON beside them, too, which is written last. A function takes
-    batches of `batch` images, returns `output`, and is written only where its own runtime agrees
-    with the run on images of the validation split, which lies in `data_dir` if not where it was.
+    batches of `batch` images, returns `output`, and computes in the numbers of `quantise` (int8:
+    calibrated on training images). It is written only where its own runtime agrees with the run on
+    images of the validation split. The data lie in `data_dir` if not where they were.
     Each file is written completely or not at all. Raises `UserError`, also where it is there
     already, unless `overwrite`.
     """
@@ -61,6 +63,9 @@ def export(
             f"--batch, --output and --data-dir are for whole functions, and {path} holds weights "
             "alone; leave them out"
         )
+    if quantise != "none" and (path.suffix == WEIGHTS or FORMATS[path.suffix].quantise is None):
+        able = " or ".join(x for x, format in FORMATS.items() if format.quantise)
+        raise UserError(f"--quantise {quantise} is for {able}, and {path} is another; leave it out")
     written = (path, path.with_suffix(".json")) if path.suffix == WEIGHTS else (path,)
     there = [str(x) for x in written if x.exists()]
     if there and not overwrite:
@@ -79,7 +84,7 @@ def export(
     card = _card_of(run, naming, tensors)
     if path.suffix == WEIGHTS:
         return _write_weights(path, tensors, card)
-    return _write_function(path, run, card, tensors, batch, output, data_dir)
+    return _write_function(path, run, card, tensors, batch, output, quantise, data_dir)
 
 
 def _check_ranges(run: Run, path: pathlib.Path) -> None:
@@ -121,6 +126,7 @@ def _card_of(run: Run, naming: str, tensors: dict[str, np.ndarray]) -> Card:
         commit=stored["commit"],
         naming=naming,
         sha256=digest(tensors),
+        teacher_weights=run.resolved.teacher_weights,
     )
 
 
@@ -139,6 +145,7 @@ def _write_function(
     tensors: dict[str, np.ndarray],
     batch: BatchSize,
     output: Output,
+    quantise: Quantise,
     data_dir: str | None,
 ) -> Card:
     format, config = FORMATS[path.suffix], run.config
@@ -147,10 +154,17 @@ def _write_function(
         config = dataclasses.replace(config, data=moved)
     examples = examples_of(config, run.student)
     function = function_of(run.student, output)
-    data = format.convert(function, card.resolution, batch, card.model)
+    if quantise == "none":
+        kind: str = format.name
+        data = format.convert(function, card.resolution, batch, card.model)
+    else:
+        assert format.quantise is not None
+        kind = f"{format.name} {quantise}"
+        shown = images_of(config, run.student, "train").pixels if quantise == "int8" else None
+        data = format.quantise(function, card.resolution, batch, card.model, quantise, shown)
     with runs(f"the runtime of {path.suffix}"):
         runtime = format.load(data, None)
-    parity = compare(runtime, format.name, run.student, output, batch, examples)
+    parity = compare(runtime, kind, run.student, output, batch, examples)
     facts = FunctionFacts(
         format=format.name,
         batch=batch,
@@ -158,6 +172,8 @@ def _write_function(
         parity=parity,
         bytes=len(data),
         float32_bytes=sum(x.nbytes for x in tensors.values()),
+        quantise=quantise,
+        operations=runtime.operations,
     )
     card = dataclasses.replace(card, function=facts)
     _write(path, lambda temporary: format.write(temporary, data, card_to_json(card)))

@@ -4,14 +4,14 @@ import pathlib
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
-from fm_distill.exporting import onnx_file, stablehlo
-from fm_distill.exporting.function import BatchSize, Function, Runtime
+from fm_distill.exporting import litert_file, onnx_file, stablehlo
+from fm_distill.exporting.function import BatchSize, Function, Pixels, Quantise, Runtime
 
 
 class Format(NamedTuple):
     """A line of the table."""
 
-    name: Literal["stablehlo", "onnx"]
+    name: Literal["stablehlo", "onnx", "tflite"]
     # Function, resolution, batch and the network's name -> the function, serialised.
     convert: Callable[[Function, int, BatchSize, str], bytes]
     # The function, and the threads that run it; None: as many as its runtime takes by itself.
@@ -20,6 +20,11 @@ class Format(NamedTuple):
     write: Callable[[pathlib.Path, bytes, str], None]
     # A place -> the function and its card.
     read: Callable[[pathlib.Path], tuple[bytes, str]]
+    # As `convert`, with a kind of quantisation and the images that int8 is calibrated by; None
+    # where the format has none.
+    quantise: Callable[[Function, int, BatchSize, str, Quantise, Pixels | None], bytes] | None = (
+        None
+    )
 
 
 FORMATS: dict[str, Format] = {
@@ -36,5 +41,13 @@ FORMATS: dict[str, Format] = {
         stablehlo.load_function,
         stablehlo.write_archive,
         stablehlo.read_archive,
+    ),
+    litert_file.SUFFIX: Format(
+        "tflite",
+        litert_file.to_litert,
+        litert_file.load_function,
+        litert_file.write_model,
+        litert_file.read_model,
+        litert_file.to_quantised,
     ),
 }

@@ -15,10 +15,15 @@ from fm_distill.views.rendering import InputSpec, central_pixels, normalise
 
 Output = Literal["probabilities", "logits"]
 BatchSize = int | Literal["dynamic"]
+Quantise = Literal["none", "float16", "dynamic", "int8"]
 Pixels = UInt8[np.ndarray, "batch resolution resolution 3"]
 Outputs = Float[np.ndarray, "batch classes"]
+# uint8; or float32 of the same values, for what quantises its input by itself.
+GreyLevels = (
+    UInt8[Array, "batch resolution resolution 3"] | Float[Array, "batch resolution resolution 3"]
+)
 # Traced by what writes a file.
-Function = Callable[[UInt8[Array, "batch resolution resolution 3"]], Float[Array, "batch classes"]]
+Function = Callable[[GreyLevels], Float[Array, "batch classes"]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +32,8 @@ class Runtime:
 
     name: str
     call: Callable[[Pixels], Outputs]
+    # How often it has each operation; None where the runtime does not tell.
+    operations: dict[str, int] | None = None
 
 
 def function_of(student: Student, output: Output) -> Function:
@@ -39,9 +46,7 @@ def function_of(student: Student, output: Output) -> Function:
     # Whole numbers come in, whether the student rounded its pictures or not.
     spec = dataclasses.replace(InputSpec.of(student.network), input_rounding="none")
 
-    def function(
-        pixels: UInt8[Array, "batch resolution resolution 3"],
-    ) -> Float[Array, "batch classes"]:
+    def function(pixels: GreyLevels) -> Float[Array, "batch classes"]:
         images = normalise(pixels.astype(jnp.float32), spec)
         if network.apply_portable is None:
             logits = network.apply_frozen(frozen, images).logits

@@ -50,6 +50,12 @@ class ExportedStudent:
         return found
 
 
+def card_of(path: str | os.PathLike[str]) -> Card:
+    """The card in a file of `FORMATS`. Raises `UserError` where `export` did not write it."""
+    _, text = FORMATS[pathlib.Path(path).suffix].read(pathlib.Path(path))
+    return card_from_json(text, str(path))
+
+
 def load_exported(path: str | os.PathLike[str], threads: int | None = None) -> ExportedStudent:
     """The student in a file of `FORMATS`. Raises `UserError` where `export` did not write it."""
     path = pathlib.Path(path)

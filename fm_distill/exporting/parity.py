@@ -42,6 +42,17 @@ BOUNDS = {"stablehlo": 1e-4, "onnx": 5e-4}
 # of its grid. Then nearly all outputs have to be within a step of an output of eight bits.
 STEPS = 255
 WITHIN = 0.99
+BOUNDS = {
+    "stablehlo": 1e-4,
+    "onnx": 5e-4,
+    "tflite": 5e-4,
+    "tflite float16": 0.05,
+    "tflite dynamic": 0.5,
+    "tflite int8": 0.5,
+}
+# Root mean square of the difference, as a share of that of the run's outputs about their mean over
+# the images: another function of the same outputs has 1.4. What is not quantised is bound above.
+RELATIVE_BOUNDS = {"tflite float16": 0.05, "tflite dynamic": 0.35, "tflite int8": 0.35}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +71,11 @@ def examples_of(config: Config, student: Student) -> Examples:
     """
     splits = (("validation", config.data.validation), ("test", config.data.test))
     split = next((name for name, value in splits if value is not None), "train")
+    return images_of(config, student, split)
+
+
+def images_of(config: Config, student: Student, split: str) -> Examples:
+    """`IMAGES` of `split`, spread evenly over it, as evaluation shows them. Raises `UserError`."""
     reader = Reader(open_named(config, split), config.data, student.classes)
     chosen = np.unique(np.linspace(0, len(reader) - 1, IMAGES).round().astype(int))
     read = [item for i in chosen if (item := reader[int(i)])["valid"]]
@@ -103,6 +119,15 @@ def compare(
             f"{needed:.0%} and {within:.2%} keep to it, so nothing was written; export to another "
             "format, and report this"
         )
+    spread = float(np.sqrt(np.square(expected - expected.mean(axis=0)).mean()))
+    error = float(np.sqrt(np.square(found - expected).mean())) / max(spread, 1e-12)
+    relative = RELATIVE_BOUNDS.get(kind)
+    if relative is not None and error > relative:
+        raise UserError(
+            f"{runtime.name} as {kind} differs from the run by {error:.3g} of the spread of its "
+            f"{output} on {len(found)} images of the {examples.split} split, where {relative:g} is "
+            "allowed, so nothing was written; use --output logits, or a kind with more bits"
+        )
     known = examples.labels >= 0
     top1 = [
         float((x.argmax(axis=1) == examples.labels)[known].mean()) if known.any() else None
@@ -115,6 +140,8 @@ def compare(
         largest_difference=difference,
         bound=bound,
         within_bound=within,
+        relative_error=error,
+        relative_bound=relative,
         agreement=float((found.argmax(axis=1) == expected.argmax(axis=1)).mean()),
         file_top1=top1[0],
         run_top1=top1[1],

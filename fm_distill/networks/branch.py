@@ -25,6 +25,11 @@ class Branch:
     network: Network
     input_spec: InputSpec
 
+    def on_whole_grey_levels(self) -> "Branch":
+        """The same for pictures that are rounded to uint8."""
+        rounded = dataclasses.replace(self.input_spec, input_rounding="uint8")
+        return dataclasses.replace(self, input_spec=rounded)
+
 
 def make_branch(config: NetworkConfig, classes: int, dtype: jnp.dtype) -> Branch:
     """The network of `config`, computing in `dtype`, with its input."""

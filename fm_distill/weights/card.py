@@ -27,6 +27,10 @@ class Parity:
     bound: float
     # Fraction of the numbers within the bound: all, but where activations are quantised.
     within_bound: float = 1.0
+    # Root mean square of the difference over that of what the run returns about its mean, and
+    # what was allowed of a file of `export --quantise`. None in older files.
+    relative_error: float | None = None
+    relative_bound: float | None = None
     # Fraction of the images with the same most likely class.
     agreement: float
     # Top-1 on the images whose label is known; None where there is none.
@@ -41,13 +45,16 @@ class FunctionFacts:
     uint8 pixels (batch, resolution, resolution, 3), 0 to 255, to float32 (batch, classes).
     """
 
-    format: Literal["stablehlo", "onnx"]
+    format: Literal["stablehlo", "onnx", "tflite"]
     batch: int | Literal["dynamic"]
     output: Literal["probabilities", "logits"]
     parity: Parity
     # Of the function without this card, and of its weights as float32; None in older files.
     bytes: int | None = None
     float32_bytes: int | None = None
+    quantise: Literal["none", "float16", "dynamic", "int8"] = "none"
+    # How often it has each operation, where its runtime tells.
+    operations: dict[str, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,6 +86,8 @@ class Card:
     naming: str
     # Of all tensors; see `digest`. Of a file with a function: of the tensors that it was made of.
     sha256: str
+    # Of the run's teachers, in their order: `weights.load.fingerprint`.
+    teacher_weights: tuple[str, ...] = ()
     # Of a file with a whole function, which computes in float32; None of one with weights.
     function: FunctionFacts | None = None
 

@@ -1,0 +1,160 @@
+"""A file of `export` judged as its run is: on every example of a split, beside the run's teacher.
+
+By its card: config, classes and step of the run. Its own runtime computes the file, on whole grey
+levels; mixed images of the training view are rounded to them as well.
+"""
+
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import msgspec
+import numpy as np
+from jaxtyping import Array, Bool
+
+from fm_distill.config import Config, MeshConfig
+from fm_distill.config.serialization import converted, differences
+from fm_distill.config.teachers import recording_of, teachers_of
+from fm_distill.data.batch import Batch
+from fm_distill.data.feeding import Reader, evaluation_batches
+from fm_distill.data.splits import open_named
+from fm_distill.errors import UserError
+from fm_distill.evaluation.evaluate import Evaluator, Seen, look, teacher_logits
+from fm_distill.evaluation.sums import Sums, sums_of
+from fm_distill.exporting.function import in_batches
+from fm_distill.exporting.load_exported import ExportedStudent, card_of, load_exported
+from fm_distill.models import Variables
+from fm_distill.networks.branch import Branch, frozen_teachers, make_branch
+from fm_distill.networks.teachers import Teacher, load_teachers, teachers_here
+from fm_distill.system.console import log
+from fm_distill.system.sharding import make_layout
+from fm_distill.views.rendering import INPUT_RANGES
+from fm_distill.weights.card import Card
+
+# A file of probabilities may say 0 where the logarithm of that is asked for.
+SMALLEST_PROBABILITY = 1e-7
+
+
+def config_in(path: str | os.PathLike[str]) -> Config:
+    """The config of the run that `path` was exported from. Raises `UserError`."""
+    return _config_of(card_of(path), path)
+
+
+def evaluate_file(
+    path: str | os.PathLike[str], split: str = "test", config: Config | None = None
+) -> dict[str, Any]:
+    """The student in `path`, and the teacher of its run, on every example of `split` exactly once.
+
+    Returns the figures of `evaluate.summarise`. `config` may name new places of data and teacher.
+    Where the teacher is not here, and no other place is named, only labels judge. Raises
+    `UserError`.
+    """
+    exported = load_exported(path)
+    card, stored = exported.card, _config_of(exported.card, path)
+    config = config or stored
+    if differ := differences(stored, config):
+        raise UserError(f"the run of {path} was trained otherwise:\n  " + "\n  ".join(differ))
+    reader = Reader(open_named(config, split), config.data, card.classes)
+    teachers = _teachers(pathlib.Path(path), card, stored, config)
+    layout = make_layout(MeshConfig(data=1), jax.local_devices()[:1])
+    branches = tuple(
+        make_branch(x.network, card.classes, jnp.dtype(card.precision)) for x in teachers
+    )
+    frozen = frozen_teachers(branches, tuple(x.variables for x in teachers if x.variables), layout)
+    program = _program(exported, branches, config)
+    evaluator = Evaluator(program, layout, card.classes)
+    batches = evaluation_batches(reader, config.batch_size)
+    figures = evaluator(Variables({}, {}), frozen, batches, split, card.step)
+    return figures | {"runtime": exported.runtime.name}
+
+
+def _config_of(card: Card, path: str | os.PathLike[str]) -> Config:
+    try:
+        return converted(card.config, Config)
+    except msgspec.ValidationError as error:
+        raise UserError(
+            f"{path}: the config on its card does not fit this version ({error}); export it again "
+            "with this one"
+        ) from None
+
+
+def _teachers(
+    path: pathlib.Path, card: Card, stored: Config, config: Config
+) -> tuple[Teacher, ...]:
+    """Those of the run, checked to be its own; none where they are not here."""
+    if not teachers_of(config):
+        return ()
+    try:
+        if recording_of(config) is not None and not teachers_here(config, path.parent):
+            raise UserError("only what was recorded of it is known")
+        found = load_teachers(config, path.parent)
+        if any(x.variables is None for x in found):
+            raise UserError("it is a function of its owner's own")
+    except UserError as error:
+        if teachers_of(config) != teachers_of(stored):
+            raise
+        log(
+            f"without the teacher, which is not here ({error}); --teacher.workdir DIR or "
+            "--teacher.weights FILE says where it is"
+        )
+        return ()
+    weights = tuple(x.fingerprint for x in found)
+    if card.teacher_weights and weights != card.teacher_weights:
+        raise UserError(
+            f"this is not the teacher of the run of {path}: its weights have SHA-256 "
+            f"{' + '.join(weights)}, expected {' + '.join(card.teacher_weights)}"
+        )
+    return found
+
+
+def _program(
+    exported: ExportedStudent, teachers: tuple[Branch, ...], config: Config
+) -> Callable[..., Sums]:
+    """As `evaluate.make_evaluation_step`, with the file instead of the student."""
+    card = exported.card
+    student = make_branch(card.network, card.classes, jnp.dtype("float32"))
+    student = student.on_whole_grey_levels()
+    mean, deviation = INPUT_RANGES[card.network.input_range]
+
+    @jax.jit
+    def seen(
+        frozen: tuple[Variables, ...], batch: Batch, mask: Bool[Array, " batch"], index: Array
+    ) -> tuple[tuple[Array, ...], tuple[Array, ...], Array]:
+        found: Seen = look(student, teachers, config.views, batch, mask, index)
+        pixels = tuple(
+            jnp.round(x[student.input_spec] * jnp.array(deviation) + jnp.array(mean))
+            .clip(0, 255)
+            .astype(jnp.uint8)
+            for x in found.views
+        )
+        taught = tuple(
+            teacher_logits(teachers, frozen, x, config.objective) for x in found.views if teachers
+        )
+        return pixels, taught, found.both
+
+    @jax.jit
+    def sums(
+        own: tuple[Array, ...], taught: tuple[Array, ...], labels: Array, mask: Array, both: Array
+    ) -> Sums:
+        return sums_of(own, taught, labels, mask, both, config.objective, None)
+
+    def program(
+        _: Variables, frozen: tuple[Variables, ...], batch: Batch, mask: Array, index: Array
+    ) -> Sums:
+        pixels, taught, both = seen(frozen, batch, mask, index)
+        own = tuple(_logits(exported, np.asarray(x)) for x in pixels)
+        return sums(own, taught, batch.labels, mask, both)
+
+    return program
+
+
+def _logits(exported: ExportedStudent, pixels: np.ndarray) -> np.ndarray:
+    """What the file returns, or the logarithm of it, which is as good as logits."""
+    facts, classes = exported.facts, exported.card.classes
+    found = in_batches(exported.runtime.call, pixels, facts.batch, classes)
+    if facts.output == "logits":
+        return found
+    return np.log(np.maximum(found, SMALLEST_PROBABILITY))

@@ -1,0 +1,158 @@
+"""A function as a `.tflite` file for LiteRT. The extra `litert` brings what writes and runs it.
+
+Behind the flatbuffer, which readers take from the front, lies a zip archive, as TensorFlow Lite's
+metadata have their associated files: `card.json`, `labels.txt` and the SHA-256 of the flatbuffer.
+"""
+
+import collections
+import hashlib
+import importlib.metadata
+import importlib.util
+import io
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+import zipfile
+from typing import Any
+
+import jax
+import numpy as np
+from jax import export
+
+from fm_distill.errors import UserError
+from fm_distill.exporting import litert_conversion
+from fm_distill.exporting.function import BatchSize, Function, Pixels, Quantise, Runtime
+from fm_distill.exporting.stablehlo import ANYWHERE, PLATFORM
+
+SUFFIX = ".tflite"
+CARD, LABELS, DIGEST = "card.json", "labels.txt", "flatbuffer.sha256"
+
+
+def to_litert(function: Function, resolution: int, batch: BatchSize, model: str) -> bytes:
+    """`function`, serialised. Raises `UserError` where the network `model` cannot be converted."""
+    return to_quantised(function, resolution, batch, model, "none", None)
+
+
+def to_quantised(
+    function: Function,
+    resolution: int,
+    batch: BatchSize,
+    model: str,
+    quantise: Quantise,
+    shown: Pixels | None,
+) -> bytes:
+    """As `to_litert`, with weights in fewer bits; for int8, ranges are those on the images `shown`.
+
+    float16: weights stored so, products in float32. dynamic: int8 weights, activations quantised
+    while it runs. int8: weights and activations, with uint8 pixels in and float32 out.
+    """
+    for package, name in (("tensorflow", "TensorFlow"), ("ai_edge_litert", "LiteRT")):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(_missing(name))
+    if batch == "dynamic":
+        raise UserError(f"a {SUFFIX} file takes a fixed number of images; give --batch N")
+    # int8's own input is the uint8 pixels: a float of scale 1 before it is quantised.
+    dtype = np.float32 if quantise == "int8" else np.uint8
+    pixels = jax.ShapeDtypeStruct((batch, resolution, resolution, 3), dtype)
+    checks = (ANYWHERE,)
+    exported = export.export(jax.jit(function), platforms=(PLATFORM,), disabled_checks=checks)
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        (folder / litert_conversion.FUNCTION).write_bytes(exported(pixels).serialize())
+        (folder / litert_conversion.KIND).write_text(json.dumps(quantise))
+        if shown is not None:
+            np.save(folder / litert_conversion.PIXELS, _calibration(shown, batch))
+        done = subprocess.run(
+            [sys.executable, "-m", litert_conversion.__name__, name],
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            raise UserError(f"{model} cannot be converted to LiteRT: {_reason(done.stderr)}")
+        return (folder / litert_conversion.RESULT).read_bytes()
+
+
+def _calibration(shown: Pixels, batch: int) -> np.ndarray:
+    """`shown` in whole batches, (batches, batch, resolution, resolution, 3) as float32.
+
+    One of black and white is first, so that a step of the input is one grey level.
+    """
+    ends = np.zeros((batch, *shown.shape[1:]), np.float32)
+    ends[:, ::2] = 255
+    rows = np.resize(shown, (-(-len(shown) // batch) * batch, *shown.shape[1:]))
+    return np.concatenate([ends[None], rows.reshape(-1, *ends.shape).astype(np.float32)])
+
+
+def _reason(said: str) -> str:
+    lines = [x.strip() for x in said.splitlines() if x.strip()]
+    wrong = [x for x in lines if "error:" in x]
+    return (wrong or lines[-1:] or ["the converter said nothing"])[0].rpartition("error: ")[2]
+
+
+def load_function(data: bytes, threads: int | None = None) -> Runtime:
+    """The function of a flatbuffer, on the CPU. Raises `UserError` without LiteRT."""
+    try:
+        from ai_edge_litert.interpreter import Interpreter
+    except ImportError:
+        raise UserError(_missing("LiteRT")) from None
+    interpreter = Interpreter(model_content=data, num_threads=threads)
+    interpreter.allocate_tensors()
+    (given,), (found,) = interpreter.get_input_details(), interpreter.get_output_details()
+
+    def call(pixels: np.ndarray) -> np.ndarray:
+        interpreter.set_tensor(given["index"], pixels)
+        interpreter.invoke()
+        return np.array(interpreter.get_tensor(found["index"]))
+
+    return Runtime(
+        f"LiteRT {importlib.metadata.version('ai-edge-litert')}", call, operations_of(interpreter)
+    )
+
+
+def operations_of(interpreter: Any) -> dict[str, int]:
+    """How often each operation is there; `DELEGATE`: parts that XNNPACK computes as a whole."""
+    names = [x["op_name"] for x in interpreter._get_ops_details()]
+    return dict(collections.Counter(names))
+
+
+def write_model(path: pathlib.Path, function: bytes, card: str) -> None:
+    """The file. Raises `OSError`."""
+    behind = io.BytesIO(function)
+    names = json.loads(card)["class_names"] or []
+    members = {
+        CARD: card,
+        LABELS: "".join(f"{x}\n" for x in names),
+        DIGEST: hashlib.sha256(function).hexdigest(),
+    }
+    with zipfile.ZipFile(behind, "a") as archive:
+        for name, text in members.items():
+            archive.writestr(zipfile.ZipInfo(name), text)
+    path.write_bytes(behind.getvalue())
+
+
+def read_model(path: pathlib.Path) -> tuple[bytes, str]:
+    """Flatbuffer and card of a file. Raises `UserError` where it is another's, or damaged."""
+    try:
+        data = path.read_bytes()
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            starts = min(x.header_offset for x in archive.infolist())
+            card, digest = archive.read(CARD).decode(), archive.read(DIGEST).decode()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"{path} has no card of fm-distill, or was damaged ({error}); expected a file that "
+            "`fm-distill export` wrote"
+        ) from None
+    if hashlib.sha256(data[:starts]).hexdigest() != digest:
+        raise UserError(
+            f"{path} is damaged or was changed: it is not the function that its card was written "
+            "for; export it again"
+        )
+    return data[:starts], card
+
+
+def _missing(what: str) -> str:
+    return f"a {SUFFIX} file needs {what}, which is not installed: pip install -e '.[litert]'"
