@@ -296,7 +296,7 @@ def one_step(mesh: MeshConfig, student=STUDENT):
     config = tiny_config(student=student, mesh=mesh, batch_size=16)
     layout = make_layout(mesh)
     built = build(config, resolved_run(config, layout=layout))
-    shapes = built.abstract_state()
+    shapes = built.abstract_state
     shardings = layout.variables(shapes)
     state = jax.jit(built.init, out_shardings=shardings)(jax.random.key(0))
     x = jnp.asarray(random_array(16, 16, 16, 3))
