@@ -107,7 +107,9 @@ def scaled_convolution(x, kernel, factor, offset, activation):
     return activation(out * factor + offset)
 
 
-@pytest.mark.parametrize("activation", [jax.nn.relu, jax.nn.relu6, jnp.tanh], ids=["relu", "relu6", "tanh"])
+@pytest.mark.parametrize(
+    "activation", [jax.nn.relu, jax.nn.relu6, jnp.tanh], ids=["relu", "relu6", "tanh"]
+)
 def test_what_is_folded_against_numpy(activation):
     """Factors of both signs and zero, and a bias that does not fit into 32 bits."""
     rng = np.random.default_rng(0)
