@@ -157,7 +157,7 @@ def test_help_lists_every_field(capsys, tiny):
     for option in ("--workdir", "--views.mixup-partner", "--data.train.name", "--ema-decay"):
         assert option in out
     code, out, _ = command(capsys, "--help")
-    assert code == 0 and "predict DIR|STUDENT.{safetensors,onnx,stablehlo} IMAGE" in out
+    assert code == 0 and "predict DIR|STUDENT.{safetensors,onnx,stablehlo,tflite} IMAGE" in out
 
 
 def test_a_workdir_of_another_run(capsys, trained, tmp_path):

@@ -91,12 +91,12 @@ def test_each_teaching_shows_what_the_paper_says():
     # XLA may round otherwise where it fuses the same pictures twice.
     assert loss_of("function_matching", batch) < 1e-12
     assert loss_of("consistent", batch) < 1e-12
-    matching = VIEW_LAWS["mixed"](key, batch.sizes, VIEWS).student
-    consistent = VIEW_LAWS["unmixed"](key, batch.sizes, VIEWS).student
+    matching = VIEW_LAWS["mixed"](key, batch.sizes, VIEWS, 0).student
+    consistent = VIEW_LAWS["unmixed"](key, batch.sizes, VIEWS, 0).student
     assert matching.coefficients is not None and consistent.coefficients is None
     np.testing.assert_array_equal(matching.boxes, consistent.boxes)
     # Independent: two draws of the same images.
-    own, teachers, shared = VIEW_LAWS["independent"](key, batch.sizes, VIEWS)
+    own, teachers, shared = VIEW_LAWS["independent"](key, batch.sizes, VIEWS, 0)
     assert not shared
     assert own.coefficients is None and teachers.coefficients is None
     assert (np.asarray(own.boxes) != np.asarray(teachers.boxes)).any(axis=1).mean() > 0.9
@@ -105,7 +105,7 @@ def test_each_teaching_shows_what_the_paper_says():
     # Fixed: the batch brings the targets, the student sees a crop of its own.
     targets = np.random.default_rng(0).standard_normal((16, 1, 48)).astype(np.float32)
     assert regime_of("teacher", "fixed") == Regime("unmixed", "table")
-    own = VIEW_LAWS["unmixed"](key, batch.sizes, VIEWS).student
+    own = VIEW_LAWS["unmixed"](key, batch.sizes, VIEWS, 0).student
     expected = ((seen_by(own, batch) - targets[:, 0]) ** 2).sum(-1).mean()
     found = loss_of("fixed", dataclasses.replace(batch, targets=targets))
     assert found == pytest.approx(expected, rel=1e-5)
