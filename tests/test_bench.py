@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, run_command
 from test_cli import command
+from test_export_functions import workdir
 
 from fm_distill.errors import UserError
 from fm_distill.evaluation import bench as benching
@@ -15,10 +16,7 @@ from fm_distill.evaluation.bench import BURST_S, FEWEST_CALLS, bench
 from fm_distill.evaluation.bench_process import Burst, Opened, Subject
 from fm_distill.exporting.export import export
 
-
-@pytest.fixture(scope="module")
-def workdir(trained):
-    return trained / "run"
+__all__ = ["workdir"]  # a fixture
 
 
 @pytest.fixture(scope="module")

@@ -31,14 +31,14 @@ from fm_distill.evaluation.predictions import (
 )
 from fm_distill.reports import plots
 from fm_distill.reports.report import rates_of
-from fm_distill.reports.view_samples import EXAMPLES, STEPS, as_pixels, sample_views, views_of_step
+from fm_distill.reports.view_samples import EXAMPLES, STEPS, sample_views, views_of_step
 from fm_distill.runs.history import History, read_history
 from fm_distill.runs.open_run import open_run
 from fm_distill.runs.workdir import Workdir
 from fm_distill.system.sharding import make_layout
 from fm_distill.training.setup import Setup
 from fm_distill.views.draws import step_draws
-from fm_distill.views.rendering import InputSpec, render, render_central
+from fm_distill.views.rendering import InputSpec, as_pixels, render, render_central
 
 IMAGE = re.compile(r"<img alt='([^']*)' src='data:image/svg\+xml;base64,([^']*)'>")
 

@@ -154,7 +154,7 @@ def plot(path: str, out: str) -> None:
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     found = groups(rows)
     for teaching, moments in dict.fromkeys((x[0], x[3]) for x in found):
-        # A recording shorter than the run is another question: see the table.
+        # How many views are enough is another question: see the table.
         own = [
             (epochs, [100 * x["student_top1"] for x in group])
             for (kind, epochs, recorded, used), group in found.items()

@@ -79,7 +79,7 @@ def _lines(out: str, card: "Card") -> list[str]:
 
 def _parts(quantise: str, operations: dict[str, int]) -> str:
     count = operations.get("DELEGATE", 0)
-    said = f"XNNPACK computes it in {count} part{'' if count == 1 else 's'}"
+    line = f"XNNPACK computes it in {count} part{'' if count == 1 else 's'}"
     if quantise == "int8" and (outside := operations.get("HARD_SWISH", 0)):
-        said += f", around {outside} HARD_SWISH that it has not in int8: relu6 students stay whole"
-    return said
+        line += f", around {outside} HARD_SWISH that it has not in int8: relu6 students stay whole"
+    return line

@@ -112,7 +112,7 @@ class _Process:
 
     subject: Subject
     child: subprocess.Popen[str]
-    said: IO[str]  # what the runtime prints
+    stderr: IO[str]  # with what the runtime prints
 
     def opened(self) -> Opened | None:
         """None, and a line for the person who watches, of a teacher that is not here."""
@@ -135,8 +135,8 @@ class _Process:
         if line := self.child.stdout.readline():
             return msgspec.json.decode(line, type=kind)
         code = self.child.wait()
-        self.said.seek(0)
-        last = (self.said.read().strip().splitlines() or ["it said nothing"])[-1]
+        self.stderr.seek(0)
+        last = (self.stderr.read().strip().splitlines() or ["it printed nothing"])[-1]
         raise UserError(
             f"{self.subject.path} cannot be timed: the process of {_of(self.subject)} ended with "
             f"code {code} ({last})"
@@ -148,17 +148,17 @@ def _process(subject: Subject) -> Iterator[_Process]:
     # XLA, on the CPU as the other runtimes are, takes its threads from NPROC.
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "NPROC": str(subject.threads)}
     command = [sys.executable, "-m", "fm_distill.evaluation.bench_process"]
-    with tempfile.TemporaryFile("w+") as said:
+    with tempfile.TemporaryFile("w+") as stderr:
         child = subprocess.Popen(
             [*command, msgspec.json.encode(subject).decode()],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=said,
+            stderr=stderr,
             text=True,
             env=environment,
         )
         try:
-            yield _Process(subject, child, said)
+            yield _Process(subject, child, stderr)
         finally:
             child.kill()
             child.communicate()

@@ -74,7 +74,7 @@ def make_evaluation_step(
         mask: Bool[Array, " batch"],
         index: Array,
     ) -> Sums:
-        seen = look(student, teachers, views, batch, mask, index)
+        seen = evaluation_views(student, teachers, views, batch, mask, index)
         own = tuple(student_logits(student, variables, x) for x in seen.views)
         taught = tuple(teacher_logits(teachers, teacher_variables, x, objective)
                        for x in seen.views) if teachers else ()  # fmt: skip
@@ -83,7 +83,7 @@ def make_evaluation_step(
     return evaluation_step
 
 
-class Seen(NamedTuple):
+class EvaluationViews(NamedTuple):
     """What networks see of a batch: the central view, and with teachers the training view."""
 
     views: tuple[Views, ...]
@@ -91,22 +91,22 @@ class Seen(NamedTuple):
     both: Bool[Array, " batch"]
 
 
-def look(
+def evaluation_views(
     student: Branch,
     teachers: tuple[Branch, ...],
     views: ViewConfig,
     batch: Batch,
     mask: Bool[Array, " batch"],
     index: Array,
-) -> Seen:
+) -> EvaluationViews:
     """The views of the batch with this `index`."""
     branches = (student, *teachers)
     central = render_central_views(batch, branches, views.central_fraction)
     if not teachers:
-        return Seen((central,), mask)
+        return EvaluationViews((central,), mask)
     drawn = draw(jax.random.fold_in(jax.random.key(DRAW_SEED), index), batch.sizes, views)
     both = mask & (mix(drawn, 1 - mask.astype(jnp.float32)) == 0)
-    return Seen((central, render_views(drawn, batch, branches)), both)
+    return EvaluationViews((central, render_views(drawn, batch, branches)), both)
 
 
 def evaluate_batches(

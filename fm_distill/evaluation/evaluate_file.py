@@ -22,16 +22,25 @@ from fm_distill.data.batch import Batch
 from fm_distill.data.feeding import Reader, evaluation_batches
 from fm_distill.data.splits import open_named
 from fm_distill.errors import UserError
-from fm_distill.evaluation.evaluate import Evaluator, Seen, look, teacher_logits
+from fm_distill.evaluation.evaluate import (
+    Evaluator,
+    evaluation_views,
+    teacher_logits,
+)
 from fm_distill.evaluation.sums import Sums, sums_of
 from fm_distill.exporting.function import in_batches
 from fm_distill.exporting.load_exported import ExportedStudent, card_of, load_exported
 from fm_distill.models import Variables
 from fm_distill.networks.branch import Branch, frozen_teachers, make_branch
-from fm_distill.networks.teachers import Teacher, load_teachers, teachers_here
+from fm_distill.networks.teachers import (
+    Teacher,
+    load_teachers,
+    refuse_other_teachers,
+    teachers_here,
+)
 from fm_distill.system.console import log
 from fm_distill.system.sharding import make_layout
-from fm_distill.views.rendering import INPUT_RANGES
+from fm_distill.views.rendering import as_pixels
 from fm_distill.weights.card import Card
 
 # A file of probabilities may say 0 where the logarithm of that is asked for.
@@ -101,12 +110,8 @@ def _teachers(
             "--teacher.weights FILE says where it is"
         )
         return ()
-    weights = tuple(x.fingerprint for x in found)
-    if card.teacher_weights and weights != card.teacher_weights:
-        raise UserError(
-            f"this is not the teacher of the run of {path}: its weights have SHA-256 "
-            f"{' + '.join(weights)}, expected {' + '.join(card.teacher_weights)}"
-        )
+    if card.teacher_weights:  # older cards do not say them
+        refuse_other_teachers(found, card.teacher_weights, f"the run of {path}")
     return found
 
 
@@ -117,19 +122,13 @@ def _program(
     card = exported.card
     student = make_branch(card.network, card.classes, jnp.dtype("float32"))
     student = student.on_whole_grey_levels()
-    mean, deviation = INPUT_RANGES[card.network.input_range]
 
     @jax.jit
     def seen(
         frozen: tuple[Variables, ...], batch: Batch, mask: Bool[Array, " batch"], index: Array
     ) -> tuple[tuple[Array, ...], tuple[Array, ...], Array]:
-        found: Seen = look(student, teachers, config.views, batch, mask, index)
-        pixels = tuple(
-            jnp.round(x[student.input_spec] * jnp.array(deviation) + jnp.array(mean))
-            .clip(0, 255)
-            .astype(jnp.uint8)
-            for x in found.views
-        )
+        found = evaluation_views(student, teachers, config.views, batch, mask, index)
+        pixels = tuple(as_pixels(x[student.input_spec], student.input_spec) for x in found.views)
         taught = tuple(
             teacher_logits(teachers, frozen, x, config.objective) for x in found.views if teachers
         )

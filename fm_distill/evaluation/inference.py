@@ -25,7 +25,12 @@ from fm_distill.exporting.load_student import load_student
 from fm_distill.models import Variables
 from fm_distill.networks.branch import Branch, frozen_teachers, make_branch
 from fm_distill.networks.cost import run_cost
-from fm_distill.networks.teachers import Teacher, load_teachers, teachers_here
+from fm_distill.networks.teachers import (
+    Teacher,
+    load_teachers,
+    refuse_other_teachers,
+    teachers_here,
+)
 from fm_distill.runs.open_run import Run, open_run
 from fm_distill.runs.student import BATCH, Predictor
 from fm_distill.system.sharding import Layout, make_layout, on_devices
@@ -114,12 +119,9 @@ def teachers_of_run(run: Run, config: Config) -> tuple[Teacher, ...]:
     """
     here = recording_of(config) is None or teachers_here(config, run.workdir.path)
     teachers = load_teachers(config, run.workdir.path) if here else ()
-    weights, expected = tuple(x.fingerprint for x in teachers), run.resolved.teacher_weights
-    if teachers and weights != expected:
-        raise UserError(
-            f"this is not the teacher of the run in {run.workdir.path}: its weights have SHA-256 "
-            f"{' + '.join(weights)}, expected {' + '.join(expected)}"
-        )
+    if teachers:
+        expected = run.resolved.teacher_weights
+        refuse_other_teachers(teachers, expected, f"the run in {run.workdir.path}")
     return teachers
 
 

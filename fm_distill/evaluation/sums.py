@@ -23,7 +23,7 @@ def sums_of(
     objective: ObjectiveConfig,
     groups: Groups | None,
 ) -> Sums:
-    """Sums over a batch, of the logits (batch, classes) of each view of `Seen`."""
+    """Sums over a batch, of the logits (batch, classes) of each view of `EvaluationViews`."""
 
     def measured(logits: Array) -> Sums:
         sums = _measure(logits, labels, mask)

@@ -85,10 +85,10 @@ def _calibration(shown: Pixels, batch: int) -> np.ndarray:
     return np.concatenate([ends[None], rows.reshape(-1, *ends.shape).astype(np.float32)])
 
 
-def _reason(said: str) -> str:
-    lines = [x.strip() for x in said.splitlines() if x.strip()]
+def _reason(stderr: str) -> str:
+    lines = [x.strip() for x in stderr.splitlines() if x.strip()]
     wrong = [x for x in lines if "error:" in x]
-    return (wrong or lines[-1:] or ["the converter said nothing"])[0].rpartition("error: ")[2]
+    return (wrong or lines[-1:] or ["the converter printed nothing"])[0].rpartition("error: ")[2]
 
 
 def load_function(data: bytes, threads: int | None = None) -> Runtime:

@@ -37,11 +37,6 @@ IMAGES = 128
 # Largest difference of a probability, or of a logit over the largest logit where that is above 1.
 # XLA does the same arithmetic with its sums in another order. ONNX Runtime has kernels of its own
 # and merges operations, so it has more room.
-BOUNDS = {"stablehlo": 1e-4, "onnx": 5e-4}
-# Where activations are quantised, a sum in another order may round an activation to the next number
-# of its grid. Then nearly all outputs have to be within a step of an output of eight bits.
-STEPS = 255
-WITHIN = 0.99
 BOUNDS = {
     "stablehlo": 1e-4,
     "onnx": 5e-4,
@@ -50,6 +45,10 @@ BOUNDS = {
     "tflite dynamic": 0.5,
     "tflite int8": 0.5,
 }
+# Where activations are quantised, a sum in another order may round an activation to the next number
+# of its grid. Then nearly all outputs have to be within a step of an output of eight bits.
+STEPS = 255
+WITHIN = 0.99
 # Root mean square of the difference, as a share of that of the run's outputs about their mean over
 # the images: another function of the same outputs has 1.4. What is not quantised is bound above.
 RELATIVE_BOUNDS = {"tflite float16": 0.05, "tflite dynamic": 0.35, "tflite int8": 0.35}

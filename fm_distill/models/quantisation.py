@@ -65,7 +65,7 @@ class QuantisableLayer(nn.Module):
     """A layer with a parameter `kernel` that its call passes through `quantised`."""
 
 
-def precision_of(layer: nn.Module) -> Precision:
+def _precision_of(layer: nn.Module) -> Precision:
     """Of a bound layer, by the network that it is a part of."""
     network = _network_of(layer)
     plan = dict(network.plan) if network else {}
@@ -84,7 +84,7 @@ def quantised(
     layer: nn.Module, x: Float[Array, "*places inputs"], kernel: Float[Array, "*_ outputs"]
 ) -> tuple[Float[Array, "*places inputs"], Float[Array, "*_ outputs"]]:
     """What `layer` reads, and its kernel as it was prepared, as they are to be multiplied."""
-    weights, activations = precision_of(layer)
+    weights, activations = _precision_of(layer)
     if activations != "none":
         seen = _range_of(layer, "input", x)
         x = quantised_activations(x, seen, OF_ACTIVATIONS[activations])

@@ -19,7 +19,7 @@ from fm_distill.config import NetworkConfig
 from fm_distill.config.networks import FUNCTION
 from fm_distill.config.resolved import ResolvedRun
 from fm_distill.errors import UserError
-from fm_distill.models import Variables, parameter_count
+from fm_distill.models import Variables, is_own, own_code, parameter_count
 from fm_distill.networks.branch import Branch, make_branch
 from fm_distill.system.device import device_name
 
@@ -82,7 +82,8 @@ def cost_of(
     """
     if any(x.model == FUNCTION for x in networks):
         return Cost(None, None)
-    cost = _counted(networks, classes, precision)
+    code = tuple(own_code(x.model) if is_own(x.model) else "" for x in networks)
+    cost = _counted(networks, code, classes, precision)
     if batch_size is None:
         return cost
     branches = tuple(make_branch(x, classes, jnp.dtype(precision)) for x in networks)
@@ -115,7 +116,10 @@ def run_cost(
 
 
 @functools.cache  # two seconds of tracing for a large network, and runs of a process share theirs
-def _counted(networks: tuple[NetworkConfig, ...], classes: int, precision: str) -> Cost:
+def _counted(
+    networks: tuple[NetworkConfig, ...], code: tuple[str, ...], classes: int, precision: str
+) -> Cost:
+    """`code`: digests of networks of one's own, whose files may change under the same names."""
     branches = tuple(make_branch(x, classes, jnp.dtype(precision)) for x in networks)
     initial = jax.eval_shape(lambda: _initial(branches))
     frozen = jax.eval_shape(lambda x: _frozen(branches, x), initial)

@@ -82,6 +82,21 @@ def load_teachers(config: Config, workdir: pathlib.Path) -> tuple[Teacher, ...]:
     )
 
 
+def refuse_other_teachers(
+    teachers: tuple[Teacher, ...], expected: tuple[str, ...], whose: str
+) -> None:
+    """Raises `UserError` where the weights of `teachers` have other fingerprints than `expected`.
+
+    `whose` they are to be, for the message.
+    """
+    found = tuple(x.fingerprint for x in teachers)
+    if found != expected:
+        raise UserError(
+            f"this is not the teacher of {whose}: its weights have SHA-256 {' + '.join(found)}, "
+            f"expected {' + '.join(expected)}"
+        )
+
+
 def teachers_here(config: Config, workdir: pathlib.Path) -> bool:
     """Whether all teachers of `config` lie on this machine."""
 

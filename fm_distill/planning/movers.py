@@ -42,13 +42,12 @@ class Places:
     def __init__(self, text: str) -> None:
         tables: dict[str, dict[int, str]] = collections.defaultdict(dict)
         table = ""
-        for line in text.splitlines():
+        header, _, _ = text.partition("\n%")  # the tables stand before the first computation
+        for line in header.splitlines():
             if line in ("FileNames", "FunctionNames", "FileLocations", "StackFrames"):
                 table = line
             elif table and (found := re.match(r"(\d+) (.*)", line)):
                 tables[table][int(found[1])] = found[2]
-            elif table and line.startswith(("%", "ENTRY", "fused")):
-                break
         self.files = {x: y.strip('"') for x, y in tables["FileNames"].items()}
         self.locations = {
             x: (int(_field(y, "file_name_id")), int(_field(y, "line")))

@@ -7,7 +7,7 @@ import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PRNGKeyArray, UInt8
+from jaxtyping import PRNGKeyArray, UInt8
 
 from fm_distill.config import Config
 from fm_distill.config.regime import regime_of
@@ -15,7 +15,7 @@ from fm_distill.data.feeding import Reader, TrainingStream
 from fm_distill.data.transfer import open_training
 from fm_distill.runs.workdir import Workdir
 from fm_distill.views.draws import Draw, run_keys, step_draws
-from fm_distill.views.rendering import INPUT_RANGES, InputSpec, render, render_central
+from fm_distill.views.rendering import InputSpec, as_pixels, render, render_central
 
 STEPS = 4  # the first ones: a mixup coefficient belongs to a batch, so one step shows only one
 EXAMPLES = 2  # of each
@@ -114,18 +114,11 @@ def views_of_step(
             found = render_central(canvases, own_sizes, config.views.central_fraction, input_spec)
         else:
             found = render(_part(of, shown, rows), canvases, input_spec)
-        return as_pixels(found[:rows], input_spec)
+        return np.asarray(as_pixels(found[:rows], input_spec))
 
     student, *teachers = branches
     views = (view(student, draws.student), *(view(x, taught) for x in teachers))
     return draws.student, list(views)
-
-
-def as_pixels(pictures: Array, input_spec: InputSpec) -> np.ndarray:
-    """A network's input as uint8."""
-    mean, deviation = INPUT_RANGES[input_spec.input_range]
-    pixels = np.asarray(pictures, np.float32) * np.asarray(deviation) + np.asarray(mean)
-    return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
 
 
 def _part(drawn: Draw, shown: np.ndarray, rows: int) -> Draw:

@@ -85,6 +85,13 @@ def normalise(pixels: Pictures, input_spec: InputSpec) -> Pictures:
     return (pixels - jnp.asarray(mean)) / jnp.asarray(deviation)
 
 
+def as_pixels(pictures: Pictures, input_spec: InputSpec) -> Canvases:
+    """The grey levels that `normalise` made `pictures` of, rounded to uint8."""
+    mean, deviation = INPUT_RANGES[input_spec.input_range]
+    pixels = pictures * jnp.asarray(deviation) + jnp.asarray(mean)
+    return jnp.round(pixels).clip(0, 255).astype(jnp.uint8)
+
+
 def _sample(
     canvases: Canvases,
     boxes: Boxes,
