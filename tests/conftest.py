@@ -30,7 +30,8 @@ if SESSION_VARIABLE not in os.environ:
 SESSION = pathlib.Path(os.environ[SESSION_VARIABLE])
 CACHE = str(SESSION / "programs")
 jax.config.update("jax_compilation_cache_dir", CACHE)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+# Hundreds of small programs of a command take a second together.
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 TINY = """
 import sys
@@ -66,7 +67,7 @@ def command_environment(devices: int = 1) -> dict[str, str]:
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK}",
         "PYTHONPATH": str(ROOT),
         "JAX_COMPILATION_CACHE_DIR": CACHE,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
 
 

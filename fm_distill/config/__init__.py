@@ -1,7 +1,7 @@
 """What can be set about a run: frozen dataclasses, without JAX. Imports `errors`.
 
 A batch's path starts here: an experiment file builds one `Config`, `experiment.py` checks it. Its
-parts: `data.py`, `networks.py`, `quantisation.py`, `objective.py`, `training.py`.
+parts: `data.py`, `networks.py`, `quantisation.py`, `pruning.py`, `objective.py`, `training.py`.
 """
 
 import dataclasses
@@ -28,6 +28,7 @@ from fm_distill.config.objective import (
     ObjectiveConfig,
     TermConfig,
 )
+from fm_distill.config.pruning import PruningConfig
 from fm_distill.config.quantisation import QuantisationConfig
 from fm_distill.config.training import (
     CheckpointConfig,
@@ -55,6 +56,7 @@ __all__ = [
     "NetworkConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
+    "PruningConfig",
     "QuantisationConfig",
     "ScheduleConfig",
     "SplitConfig",

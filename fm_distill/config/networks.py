@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 from fm_distill.config.bounds import Positive, PositiveInt, Seed
+from fm_distill.config.pruning import PruningConfig
 from fm_distill.config.quantisation import QuantisationConfig
 
 # The model of a teacher that is not a network of ours.
@@ -73,6 +74,11 @@ class NetworkConfig:
         "Of BiT: the padding of the root's pool, zero as in its files and timm, or minus infinity "
         "as in the released trainer; `auto`: by the naming of the weights, zero without."
     )
+    block_widths: tuple[PositiveInt, ...] = ()
+    (
+        "Inner channels of each block, of a ViT hidden units of each MLP, as `student.pruning` "
+        "leaves them; empty: those of the weights, else as published."
+    )
     quantisation: QuantisationConfig = QuantisationConfig()
 
 
@@ -101,6 +107,7 @@ class StudentConfig(NetworkConfig):
         "its mixed crops, or those of the `central` crops of up to 10,000 training images, as "
         "evaluation shows them."
     )
+    pruning: PruningConfig = PruningConfig()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,17 +3,21 @@
 
 import dataclasses
 import hashlib
+import importlib.util
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import Float
 
 from fm_distill.config import DataConfig
 from fm_distill.errors import UserError
 from fm_distill.system.references import entry
 
 UNLABELLED = -1
+# In the package of scikit-learn.
+DIGITS = "datasets/data/digits.csv.gz"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 
 
@@ -60,17 +64,21 @@ class Digits:
         return Raw(self.images[index], int(self.labels[index]), f"{self.identity}[{index}]")
 
 
+def _digits_table() -> Float[np.ndarray, "digits 65"]:
+    """64 pixels of 0 to 16 and the label. As `load_digits`, whose import takes a second longer."""
+    found = importlib.util.find_spec("sklearn")
+    path = pathlib.Path(found.origin).parent / DIGITS if found and found.origin else None
+    if path is None or not path.is_file():
+        raise UserError("data.source=digits needs scikit-learn: pip install -e '.[quickstart]'")
+    return np.loadtxt(path, delimiter=",")
+
+
 def digits(config: DataConfig, name: str) -> Source:
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise UserError(
-            "data.source=digits needs scikit-learn: pip install -e '.[quickstart]'"
-        ) from None
     from PIL import Image
 
-    data = load_digits()
-    total = len(data.target)
+    table = _digits_table()
+    labels = table[:, -1].astype(np.int64)
+    total = len(table)
     test, validation = total * 20 // 100, total * 10 // 100
     train = total - test - validation
     ranges = {
@@ -80,11 +88,12 @@ def digits(config: DataConfig, name: str) -> Source:
     }
     if name not in ranges:
         raise UserError(f"the digits have no split {name!r}; expected one of {', '.join(ranges)}")
-    grey = (data.images[ranges[name]] * (255 / 16)).round().astype(np.uint8)
+    pixels = table[ranges[name], :-1].reshape(-1, 8, 8)
+    grey = (pixels * (255 / 16)).round().astype(np.uint8)
     enlarged = [
         np.asarray(Image.fromarray(x).resize((32, 32), Image.Resampling.BILINEAR)) for x in grey
     ]
-    return Digits(np.stack(enlarged), data.target[ranges[name]], f"digits/{name}")
+    return Digits(np.stack(enlarged), labels[ranges[name]], f"digits/{name}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,6 +32,7 @@ from fm_distill.models.contract import (
     parameter_count,
     ranges_of,
 )
+from fm_distill.models.inner_channels import ChannelAxis, InnerChannels
 from fm_distill.models.own import check_logits, is_own, own_builder, own_code
 
 __all__ = [
@@ -39,6 +40,8 @@ __all__ = [
     "HEAD",
     "MODELS",
     "UNIT",
+    "ChannelAxis",
+    "InnerChannels",
     "Network",
     "Output",
     "Variables",

@@ -11,7 +11,8 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from fm_distill.config import NetworkConfig
 from fm_distill.models.contract import HEAD, Images, Network, Output, Variables, select_features
-from fm_distill.models.layers import PORTABLE, Kernel
+from fm_distill.models.inner_channels import InnerChannels
+from fm_distill.models.layers import PORTABLE, Kernel, identity
 from fm_distill.models.quantisation import RANGES, Quantised
 from fm_distill.models.quantisation_plan import plan_of
 
@@ -23,11 +24,19 @@ def make_network(
     config: NetworkConfig,
     classes: int,
     dtype: jnp.dtype,
+    inner_channels: tuple[InnerChannels, ...] = (),
 ) -> Network:
     """The pure functions of `module`: `(images, train) -> logits, features`.
 
     `frozen_module` reads kernels that `fold` has prepared in float32, stored in `dtype`.
+    `inner_channels` are those of the blocks, at the width that they have. Raises `ValueError` where
+    `config` narrows a network that has none.
     """
+    if config.block_widths and not inner_channels:
+        raise ValueError(
+            f"{config.model} has no blocks whose inner channels could be fewer; leave out "
+            "block_widths and student.pruning.pattern=channels"
+        )
 
     plan = plan_of(module, config)
     if plan:
@@ -101,6 +110,8 @@ def make_network(
         apply_portable,
         apply_observing if config.quantisation.activations != "none" else None,
         tuple(path for path, _ in plan),
+        inner_channels,
+        fold is identity,
     )
 
 

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from fm_distill.config import NetworkConfig
 from fm_distill.models.assembly import check_named, check_resolution, make_network
 from fm_distill.models.contract import HEAD, UNIT, Images, Network
+from fm_distill.models.inner_channels import InnerChannels, channel_axes, narrowed
 from fm_distill.models.layers import Convolution, Head, Kernel, Norm, identity
 from fm_distill.models.pooling import max_pool, max_pool_zero_padded
 from fm_distill.models.quantisation import quantised_branch
@@ -59,6 +60,8 @@ class Unit(nn.Module):
     """One pre-activation bottleneck."""
 
     middle: int
+    # Channels of the two norms in between: `middle`, or fewer.
+    inner: int
     stride: int
     config: NetworkConfig
     frozen: bool
@@ -68,17 +71,20 @@ class Unit(nn.Module):
     @nn.compact
     def __call__(self, x: Activations) -> Activations:
         out = 4 * self.middle
-        h = self._norm("a_norm", x)
+        groups = norm_groups(self.config)
+        h = self._norm("a_norm", x, groups)
+        # Groups keep their size, so those that are left have the moments that they had.
+        groups = None if groups is None else groups * self.inner // self.middle
         shortcut = x
         if x.shape[-1] != out or self.stride != 1:
             shortcut = self._convolution("projection", h, out, 1, self.stride)
-        h = self._convolution("a", h, self.middle, 1, 1)
-        h = self._convolution("b", self._norm("b_norm", h), self.middle, 3, self.stride)
-        h = self._convolution("c", self._norm("c_norm", h), out, 1, 1)
+        h = self._convolution("a", h, self.inner, 1, 1)
+        h = self._convolution("b", self._norm("b_norm", h, groups), self.inner, 3, self.stride)
+        h = self._convolution("c", self._norm("c_norm", h, groups), out, 1, 1)
         return checkpoint_name(shortcut + quantised_branch(self, h), UNIT)
 
-    def _norm(self, name: str, x: Activations) -> Activations:
-        norm = Norm(norm_groups(self.config), NORM_EPSILON, self.train, name=name)
+    def _norm(self, name: str, x: Activations, groups: int | None) -> Activations:
+        norm = Norm(groups, NORM_EPSILON, self.train, name=name)
         return nn.relu(norm(x))
 
     def _convolution(
@@ -88,10 +94,38 @@ class Unit(nn.Module):
         return Convolution(channels, size, stride, self.dtype, prepare=prepare, name=name)(x)
 
 
+def unit_name(block: int, unit: int) -> str:
+    """Both from 1 on."""
+    return f"block{block}_unit{unit:02d}"
+
+
+def middle_channels(config: NetworkConfig, block: int) -> int:
+    """Of the units of a block, from 1 on, as published."""
+    return root_channels(config) * 2 ** (block - 1)
+
+
+def inner_channels(config: NetworkConfig) -> tuple[InnerChannels, ...]:
+    """Of each unit, between `a` and `b` and between `b` and `c`."""
+    groups = norm_groups(config)
+
+    def of_unit(block: int, unit: int) -> InnerChannels:
+        middle, name = middle_channels(config, block), unit_name(block, unit)
+        places = (
+            channel_axes(name, (made,), (f"{read}_norm",), (read,), batch_norm=groups is None)
+            for made, read in (("a", "b"), ("b", "c"))
+        )
+        return InnerChannels(name, middle, middle // groups if groups else 1, tuple(places))
+
+    units = [of_unit(i, j + 1) for i, count in enumerate(config.depths, 1) for j in range(count)]
+    return narrowed(tuple(units), config)
+
+
 class ResNetV2(nn.Module):
     """The whole network: root, blocks of units, final norm, mean, head."""
 
     config: NetworkConfig
+    # Inner channels of each unit.
+    widths: tuple[int, ...]
     classes: int
     dtype: jnp.dtype
     frozen: bool = False
@@ -107,13 +141,13 @@ class ResNetV2(nn.Module):
             x = self._pool(x)
         else:
             x = Convolution(root, 3, 1, self.dtype, prepare=prepare, name="root")(x)
-        features = {"root": x}
+        features, widths = {"root": x}, iter(self.widths)
         for block, units in enumerate(c.depths, 1):
-            middle = root * 2 ** (block - 1)
+            middle = middle_channels(c, block)
             for unit in range(1, units + 1):
                 stride = 2 if unit == 1 and block > 1 else 1
-                name = f"block{block}_unit{unit:02d}"
-                x = Unit(middle, stride, c, self.frozen, train, self.dtype, name=name)(x)
+                sizes, name = (middle, next(widths), stride), unit_name(block, unit)
+                x = Unit(*sizes, c, self.frozen, train, self.dtype, name=name)(x)
             features[f"block{block}"] = x
         x = nn.relu(Norm(norm_groups(c), NORM_EPSILON, train, name="norm")(x))
         pooled = x.astype(jnp.float32).mean(axis=(1, 2))
@@ -130,10 +164,10 @@ class ResNetV2(nn.Module):
 def build(config: NetworkConfig, classes: int, dtype: jnp.dtype) -> Network:
     """A member of the family, described by `depths`, `width` and `stem`."""
     _check(config)
-    module = ResNetV2(config, classes, dtype)
-    frozen_module = ResNetV2(config, classes, dtype, frozen=True)
+    inner = inner_channels(config)
+    module = ResNetV2(config, tuple(x.width for x in inner), classes, dtype)
     fold = preparation(config, frozen=False)
-    return make_network(module, frozen_module, fold, config, classes, dtype)
+    return make_network(module, module.clone(frozen=True), fold, config, classes, dtype, inner)
 
 
 def member(

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
+from fm_distill.models.inner_channels import InnerChannels
+
 Images = Float[Array, "batch height width 3"]
 
 # The module of the classifier, in every network.
@@ -78,6 +80,10 @@ class Network:
     apply_observing: Apply | None = None
     # Paths of the quantised layers, in the order of their calls.
     quantised_layers: tuple[str, ...] = ()
+    # Of each block that has them, in order; none of a network that cannot do with fewer.
+    inner_channels: tuple[InnerChannels, ...] = ()
+    # Whether a weight that is zero multiplies by zero; not where kernels are standardised.
+    zeros_stay: bool = True
 
 
 def parameter_count(params: PyTree) -> int:

@@ -15,7 +15,13 @@ from jaxtyping import Array
 from fm_distill.config import NetworkConfig
 from fm_distill.models.assembly import check_plain, make_network
 from fm_distill.models.contract import HEAD, Images, Network
-from fm_distill.models.inverted_residual import Block, Design, divisible_by_8, trunk
+from fm_distill.models.inverted_residual import (
+    Block,
+    Design,
+    divisible_by_8,
+    trunk,
+    with_block_widths,
+)
 from fm_distill.models.layers import Convolution, Head, Norm, identity
 
 # Repeats, kernel, stride of the first, expansion, channels. Source: efficientnet_builder.py.
@@ -86,7 +92,8 @@ def member(number: int) -> Callable[[NetworkConfig, int, jnp.dtype], Network]:
 
     def build_member(config: NetworkConfig, classes: int, dtype: jnp.dtype) -> Network:
         check_plain(config, design.stride)
-        module = EfficientNetLite(design, classes, dtype)
-        return make_network(module, module, identity, config, classes, dtype)
+        narrow, inner = with_block_widths(design, config)
+        module = EfficientNetLite(narrow, classes, dtype)
+        return make_network(module, module, identity, config, classes, dtype, inner)
 
     return build_member

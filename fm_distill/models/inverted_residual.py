@@ -12,8 +12,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from fm_distill.config import NetworkConfig
 from fm_distill.models.contract import UNIT, Images
 from fm_distill.models.convolutions import Padding
+from fm_distill.models.inner_channels import InnerChannels, channel_axes, narrowed
 from fm_distill.models.layers import Convolution, DepthwiseConvolution, Norm
 from fm_distill.models.quantisation import quantised_branch
 
@@ -32,6 +34,8 @@ class Block:
     activation: Activation
     # Channels of the squeeze and excitation; 0 for none.
     squeezed: int = 0
+    # Groups of the GroupNorms of the expanded channels; None: as the network's.
+    groups: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,11 +96,11 @@ class InvertedResidual(nn.Module):
         h, norms = x, iter(("bn1", "bn2", "bn3"))
         if b.expanded is not None:
             h = Convolution(b.expanded, 1, 1, self.dtype, name="conv_pw")(h)
-            h = b.activation(self._norm(next(norms), h))
+            h = b.activation(self._norm(next(norms), h, b.groups))
         h = DepthwiseConvolution(
             b.kernel, b.stride, self.dtype, self.design.padding, name="conv_dw"
         )(h)
-        h = b.activation(self._norm(next(norms), h))
+        h = b.activation(self._norm(next(norms), h, b.groups))
         if b.squeezed:
             h = SqueezeAndExcitation(b.squeezed, self.dtype, name="se")(h)
         name = "conv_pw" if b.expanded is None else "conv_pwl"
@@ -106,9 +110,54 @@ class InvertedResidual(nn.Module):
             h = x + quantised_branch(self, h)
         return checkpoint_name(h, UNIT)
 
-    def _norm(self, name: str, x: Activations) -> Activations:
+    def _norm(self, name: str, x: Activations, groups: int | None = None) -> Activations:
         d = self.design
-        return Norm(d.groups, d.epsilon, self.train, name=name)(x)
+        return Norm(groups or d.groups, d.epsilon, self.train, name=name)(x)
+
+
+def inner_channels(design: Design) -> tuple[InnerChannels, ...]:
+    """The expanded channels of each block that expands."""
+
+    def of_block(name: str, block: Block, width: int) -> InnerChannels:
+        squeeze = bool(block.squeezed)
+        axes = channel_axes(
+            name,
+            makes=("conv_pw", "conv_dw", *(("se/conv_expand",) * squeeze)),
+            norms=("bn1", "bn2"),
+            reads=("conv_pwl", *(("se/conv_reduce",) * squeeze)),
+            biases=("se/conv_expand",) * squeeze,
+            batch_norm=design.groups is None,
+        )
+        return InnerChannels(name, width, width // design.groups if design.groups else 1, (axes,))
+
+    return tuple(
+        of_block(f"blocks_{i}_{j}", block, block.expanded)
+        for i, stage in enumerate(design.stages)
+        for j, block in enumerate(stage)
+        if block.expanded is not None
+    )
+
+
+def with_block_widths(
+    design: Design, config: NetworkConfig
+) -> tuple[Design, tuple[InnerChannels, ...]]:
+    """`design` with the expanded channels of `config`, and these. Raises `ValueError`.
+
+    The squeeze keeps the channels that it was published with.
+    """
+    published = inner_channels(design)
+    inner = narrowed(published, config)
+    widths = iter(zip(published, inner, strict=True))
+
+    def of(block: Block) -> Block:
+        if block.expanded is None:
+            return block
+        before, after = next(widths)
+        groups = None if design.groups is None else design.groups * after.width // before.width
+        return dataclasses.replace(block, expanded=after.width, groups=groups)
+
+    stages = tuple(tuple(map(of, stage)) for stage in design.stages)
+    return dataclasses.replace(design, stages=stages), inner
 
 
 def trunk(

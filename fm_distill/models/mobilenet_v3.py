@@ -16,7 +16,13 @@ from jaxtyping import Array, Float
 from fm_distill.config import NetworkConfig
 from fm_distill.models.assembly import check_plain, make_network
 from fm_distill.models.contract import HEAD, Images, Network
-from fm_distill.models.inverted_residual import Block, Design, divisible_by_8, trunk
+from fm_distill.models.inverted_residual import (
+    Block,
+    Design,
+    divisible_by_8,
+    trunk,
+    with_block_widths,
+)
 from fm_distill.models.layers import Convolution, Head, Norm, identity
 
 # By stage: kernel, stride, expanded channels (None: no expansion), channels, squeeze and
@@ -138,7 +144,8 @@ def member(
 
     def build_member(config: NetworkConfig, classes: int, dtype: jnp.dtype) -> Network:
         check_plain(config, design.stride)
-        module = MobileNetV3(design, classes, dtype)
-        return make_network(module, module, identity, config, classes, dtype)
+        narrow, inner = with_block_widths(design, config)
+        module = MobileNetV3(narrow, classes, dtype)
+        return make_network(module, module, identity, config, classes, dtype, inner)
 
     return build_member

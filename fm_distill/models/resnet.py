@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from fm_distill.config import NetworkConfig
 from fm_distill.models.assembly import check_plain, make_network
 from fm_distill.models.contract import HEAD, UNIT, Images, Network
+from fm_distill.models.inner_channels import InnerChannels, channel_axes, narrowed
 from fm_distill.models.layers import Convolution, Head, Norm, identity
 from fm_distill.models.pooling import average_pool, max_pool
 
@@ -55,6 +56,8 @@ class Unit(nn.Module):
     """One post-activation unit: 3x3, 3x3, or 1x1, 3x3, 1x1 to four times the channels."""
 
     middle: int
+    # Channels between the convolutions: `middle`, or fewer.
+    inner: int
     stride: int
     design: Design
     train: bool
@@ -62,9 +65,10 @@ class Unit(nn.Module):
 
     @nn.compact
     def __call__(self, x: Activations) -> Activations:
-        parts = [(self.middle, 3, self.stride), (self.middle, 3, 1)]
+        inner, out = self.inner, self.middle
+        parts = [(inner, 3, self.stride), (out, 3, 1)]
         if self.design.bottleneck:
-            parts = [(self.middle, 1, 1), (self.middle, 3, self.stride), (4 * self.middle, 1, 1)]
+            parts = [(inner, 1, 1), (inner, 3, self.stride), (4 * out, 1, 1)]
         h = x
         for i, (channels, size, stride) in enumerate(parts, 1):
             h = nn.relu(h) if i > 1 else h
@@ -87,22 +91,38 @@ class Unit(nn.Module):
         return Norm(None, BATCH_NORM_EPSILON, self.train, name=name)(x)
 
 
+def inner_channels(design: Design) -> tuple[InnerChannels, ...]:
+    """Of each unit, between its convolutions."""
+
+    def of_unit(stage: int, unit: int) -> InnerChannels:
+        name = f"layer{stage + 1}_{unit}"
+        places = (
+            channel_axes(name, (f"conv{i}",), (f"bn{i}",), (f"conv{i + 1}",), batch_norm=True)
+            for i in range(1, 3 if design.bottleneck else 2)
+        )
+        return InnerChannels(name, ROOT_CHANNELS * 2**stage, 1, tuple(places))
+
+    return tuple(of_unit(i, j) for i, units in enumerate(design.depths) for j in range(units))
+
+
 class ResNet(nn.Module):
     """Root, stages of units, mean, head. Features: `root`, `block1` to `block4`."""
 
     design: Design
+    # Inner channels of each unit.
+    widths: tuple[int, ...]
     classes: int
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, images: Images, train: bool) -> tuple[Array, dict[str, Array]]:
         x = self._root(images.astype(self.dtype), train)
-        features = {"root": x}
+        features, widths = {"root": x}, iter(self.widths)
         for i, units in enumerate(self.design.depths):
             for j in range(units):
                 stride = 2 if i > 0 and j == 0 else 1
-                middle, name = ROOT_CHANNELS * 2**i, f"layer{i + 1}_{j}"
-                x = Unit(middle, stride, self.design, train, self.dtype, name=name)(x)
+                sizes, name = (ROOT_CHANNELS * 2**i, next(widths), stride), f"layer{i + 1}_{j}"
+                x = Unit(*sizes, self.design, train, self.dtype, name=name)(x)
             features[f"block{i + 1}"] = x
         features["pre_logits"] = x.astype(jnp.float32).mean(axis=(1, 2))
         return Head(self.classes, name=HEAD)(features["pre_logits"]), features
@@ -124,8 +144,9 @@ def member(design: Design) -> Callable[[NetworkConfig, int, jnp.dtype], Network]
 
     def build_member(config: NetworkConfig, classes: int, dtype: jnp.dtype) -> Network:
         check_plain(config, STRIDE)
-        module = ResNet(design, classes, dtype)
-        return make_network(module, module, identity, config, classes, dtype)
+        inner = narrowed(inner_channels(design), config)
+        module = ResNet(design, tuple(x.width for x in inner), classes, dtype)
+        return make_network(module, module, identity, config, classes, dtype, inner)
 
     return build_member
 

@@ -21,6 +21,7 @@ from fm_distill.config import NetworkConfig
 from fm_distill.models.assembly import check_plain, make_network
 from fm_distill.models.contract import HEAD, UNIT, Images, Network
 from fm_distill.models.dense_layers import INITIAL_DEVIATION, Dense, LayerNorm, LayerScale, gelu
+from fm_distill.models.inner_channels import InnerChannels, channel_axes, narrowed
 from fm_distill.models.layers import Convolution, Head, identity
 from fm_distill.models.quantisation import QuantisableLayer, quantised
 from fm_distill.models.vit_designs import AUGREG, FACEBOOK, Design
@@ -91,6 +92,7 @@ class Block(nn.Module):
     """Attention and MLP, each behind a norm and beside a shortcut."""
 
     design: Design
+    hidden: int  # units of the MLP
     dtype: jnp.dtype
 
     @nn.compact
@@ -98,7 +100,7 @@ class Block(nn.Module):
         d = self.design
         h = Attention(d.heads, self.dtype, name="attn")(LayerNorm(name="norm1")(x))
         x = x + self._scaled("ls1", h)
-        h = Mlp(int(d.channels * d.mlp_ratio), self.dtype, name="mlp")(LayerNorm(name="norm2")(x))
+        h = Mlp(self.hidden, self.dtype, name="mlp")(LayerNorm(name="norm2")(x))
         return checkpoint_name(x + self._scaled("ls2", h), UNIT)
 
     def _scaled(self, name: str, x: Tokens) -> Tokens:
@@ -122,10 +124,23 @@ class DistilledHead(QuantisableLayer):
         return (first @ kernel + bias + second) / 2
 
 
+def inner_channels(design: Design) -> tuple[InnerChannels, ...]:
+    """The hidden units of each block's MLP."""
+
+    def of_block(i: int) -> InnerChannels:
+        hidden, name = int(design.channels * design.mlp_ratio), f"blocks_{i}"
+        axes = channel_axes(name, ("mlp/fc1",), (), ("mlp/fc2",), biases=("mlp/fc1",))
+        return InnerChannels(name, hidden, 1, (axes,))
+
+    return tuple(map(of_block, range(design.depth)))
+
+
 class VisionTransformer(nn.Module):
     """Patches, blocks, pool, head. Features are the patches' tokens as maps: `stem`, `block1`..."""
 
     design: Design
+    # Hidden units of the MLP of each block.
+    widths: tuple[int, ...]
     classes: int
     dtype: jnp.dtype
 
@@ -139,8 +154,8 @@ class VisionTransformer(nn.Module):
             return x[:, d.prefix :].reshape(patches.shape)
 
         features = {"stem": as_map(x)}
-        for i in range(d.depth):
-            x = Block(d, self.dtype, name=f"blocks_{i}")(x)
+        for i, hidden in enumerate(self.widths):
+            x = Block(d, hidden, self.dtype, name=f"blocks_{i}")(x)
             features[f"block{i + 1}"] = as_map(x)
         if d.mean_pooled:
             # Of the patches alone, and before the norm.
@@ -186,8 +201,9 @@ def member(design: Design) -> Callable[[NetworkConfig, int, jnp.dtype], Network]
                 f"resolution {config.resolution} is no multiple of the {design.patch} pixels of a "
                 f"patch of {config.model}; use {below} or {below + design.patch}"
             )
-        module = VisionTransformer(design, classes, dtype)
-        return make_network(module, module, identity, config, classes, dtype)
+        inner = narrowed(inner_channels(design), config)
+        module = VisionTransformer(design, tuple(x.width for x in inner), classes, dtype)
+        return make_network(module, module, identity, config, classes, dtype, inner)
 
     return build_member
 

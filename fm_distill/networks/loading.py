@@ -9,6 +9,7 @@ from fm_distill.config.teachers import recording_of
 from fm_distill.data.class_names import named_classes
 from fm_distill.errors import UserError
 from fm_distill.models import resolve
+from fm_distill.networks.shrinking import shrunk
 from fm_distill.networks.teachers import (
     Teacher,
     agreed_classes,
@@ -76,6 +77,8 @@ def load_networks(
     start = None
     if config.student.weights:
         start = load_pretrained(config.student.weights, config.student, "student")
+        if config.student.pruning.pattern == "channels":
+            start = shrunk(start, config.student.pruning)
     classes = agreed_classes(config.data.classes, data_classes, data_names, teachers)
     if data_names and len(data_names) != classes:
         raise UserError(

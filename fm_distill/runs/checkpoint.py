@@ -187,6 +187,7 @@ def restore(checkpoint: pathlib.Path, like: TrainState) -> TrainState:
         opt_state=found["opt_state"],
         ema=_variables(found["ema"]) if "ema" in found else None,
         terms=_term_state(found["terms"]) if "terms" in found else None,
+        masks=found.get("masks"),
     )
 
 
@@ -230,6 +231,8 @@ def _parts(state: TrainState) -> dict[str, PyTree]:
         parts["ema"] = _tree(state.ema)
     if state.terms is not None:
         parts["terms"] = _terms_tree(state.terms)
+    if state.masks is not None:
+        parts["masks"] = state.masks
     return parts
 
 

@@ -1,6 +1,7 @@
 """The training state: arrays, and nothing else."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,9 @@ class TrainState:
     opt_state: PyTree
     ema: Variables | None  # moving average of the student
     terms: TermState | None = None
+    # False for weights that are removed, as `params`; a single True for arrays that are never
+    # pruned. None where nothing is.
+    masks: PyTree | None = None
 
 
 def init_state(
@@ -39,8 +43,9 @@ def init_state(
     optimizer: optax.GradientTransformation,
     ema_decay: float | None,
     terms: TermState | None = None,
+    init_masks: Callable[[PyTree], PyTree] | None = None,
 ) -> TrainState:
-    """The state before the first step."""
+    """The state before the first step; `init_masks` are those of the weights, if any are pruned."""
     variables = student.init(key)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -49,4 +54,5 @@ def init_state(
         # A copy: the same buffer cannot be donated twice.
         ema=None if ema_decay is None else jax.tree.map(jnp.copy, variables),
         terms=terms,
+        masks=None if init_masks is None else init_masks(variables.params),
     )

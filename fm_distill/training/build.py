@@ -21,6 +21,7 @@ from fm_distill.objectives.terms import features_of, make_terms
 from fm_distill.runs.state import TrainState, init_state
 from fm_distill.training.check_features import check_features
 from fm_distill.training.optim import adapter_optimizer, make_optimizer, make_schedule
+from fm_distill.training.pruning import Prune, initial_masks, make_prune
 from fm_distill.training.step import TrainStep, Update, make_train_step, make_update
 from fm_distill.training.teach import Teach, make_teach
 from fm_distill.training.term_state import TermShapes, init_terms, make_term_update
@@ -43,10 +44,14 @@ class Build:
     config: Config
     term_shapes: TermShapes
     adapter_optimizer: optax.GradientTransformation
+    # Of single weights; None where none are.
+    prune: Prune | None
 
     def init(self, key: PRNGKeyArray) -> TrainState:
         terms = init_terms(key, self.term_shapes, self.adapter_optimizer)
-        return init_state(key, self.student.network, self.optimizer, self.config.ema_decay, terms)
+        masks = None if self.prune is None else initial_masks
+        decay = self.config.ema_decay
+        return init_state(key, self.student.network, self.optimizer, decay, terms, masks)
 
     @functools.cached_property
     def abstract_state(self) -> TrainState:
@@ -69,7 +74,8 @@ def build(config: Config, resolved: ResolvedRun) -> Build:
     schedule = make_schedule(config.schedule, resolved.total_steps)
     optimizer = make_optimizer(config.optimizer, schedule)
     of_adapters = make_optimizer(adapter_optimizer(config.optimizer), schedule)
-    objective = config.objective
+    objective, pruning = config.objective, config.student.pruning
+    prune = make_prune(pruning, student.network, resolved.total_steps, resolved.student.model)
     teach = make_teach(
         regime.targets,
         live_teachers,
@@ -89,6 +95,7 @@ def build(config: Config, resolved: ResolvedRun) -> Build:
         features_of(objective)[0],
         make_term_update(objective, of_adapters),
         make_example_weights(objective),
+        prune,
     )
     step = make_train_step(
         student,
@@ -111,6 +118,7 @@ def build(config: Config, resolved: ResolvedRun) -> Build:
         config=config,
         term_shapes=term_shapes,
         adapter_optimizer=of_adapters,
+        prune=prune,
     )
 
 

@@ -3,22 +3,32 @@
 What depends on those is refused where they are opened.
 """
 
+import dataclasses
 from collections.abc import Iterator
 
-from fm_distill.config import Config, DataConfig, NetworkConfig, TeacherConfig
+from fm_distill.config import (
+    Config,
+    DataConfig,
+    NetworkConfig,
+    PruningConfig,
+    StudentConfig,
+    TeacherConfig,
+)
 from fm_distill.config.bounds import out_of_bounds
 from fm_distill.config.choices import not_a_choice
 from fm_distill.config.networks import FUNCTION
 from fm_distill.config.teachers import recording_of, teachers_of
 from fm_distill.data.sources import SOURCES
 from fm_distill.errors import UserError
-from fm_distill.models import MODELS, check_network, is_own
+from fm_distill.models import MODELS, check_network, is_own, resolve
+from fm_distill.networks.shrinking import pruned_network
 from fm_distill.runs.metric_table import RANKED
 from fm_distill.system.references import not_an_entry
 from fm_distill.training.check_objective import wrong_objective
 from fm_distill.training.memory import REMATERIALISE
 from fm_distill.training.optim import OPTIMIZERS
 from fm_distill.views.crops import CROPS
+from fm_distill.weights.card import only_network
 
 
 def check(config: Config) -> None:
@@ -39,7 +49,8 @@ def problems(config: Config) -> Iterator[str]:
     yield from not_an_entry(CROPS, config.views.crop, "views.crop")
     yield from not_an_entry(OPTIMIZERS, config.optimizer.name, "optimizer.name")
     yield from not_a_choice("memory.rematerialise", config.memory.rematerialise, REMATERIALISE)
-    yield from _wrong_network("student", config.student)
+    wrong_student = list(_wrong_network("student", config.student))
+    yield from wrong_student or _wrong_pruning(config.student)
     yield from _wrong_teachers(config)
     yield from _wrong_teaching(config)
     yield from _wrong_long_tail(config.data)
@@ -70,6 +81,39 @@ def _wrong_network(option: str, network: NetworkConfig) -> Iterator[str]:
             check_network(network)
         except (ValueError, UserError) as error:
             yield f"{option}: {error}"
+
+
+def _wrong_pruning(student: StudentConfig) -> Iterator[str]:
+    """Of a student whose network is right."""
+    pruning, option = student.pruning, "student.pruning"
+    of_patterns = {
+        "unstructured": ("sparsity", "scope", "begin_step", "end_step", "every_steps", "power"),
+        "2:4": ("begin_step",),
+        "1:4": ("begin_step",),
+        "channels": ("sparsity", "criterion", "multiple_of"),
+    }
+    used = of_patterns.get(pruning.pattern, ())
+    default = dataclasses.replace(PruningConfig(), pattern=pruning.pattern)
+    idle = [x for x in vars(pruning) if x not in used and vars(pruning)[x] != vars(default)[x]]
+    if idle:
+        yield f"{option}: pattern={pruning.pattern} takes no {', '.join(idle)}; leave that out"
+    if pruning.pattern in ("kept", "channels") and not student.weights:
+        yield (
+            f"{option}.pattern={pruning.pattern} needs weights to start from: give "
+            "student.weights, a run or a file"
+        )
+    if pruning.pattern in ("unstructured", "channels") and not 0 < pruning.sparsity < 1:
+        yield f"{option}.sparsity is {pruning.sparsity:g}; expected more than 0 and less than 1"
+    elif pruning.end_step is not None and pruning.end_step < pruning.begin_step:
+        yield (
+            f"{option}.end_step={pruning.end_step:,} is before begin_step={pruning.begin_step:,}; "
+            "give a later one, or leave it out to prune all at once"
+        )
+    elif pruning.pattern == "channels" and not is_own(student.model):
+        try:
+            pruned_network(resolve(only_network(student)), pruning)
+        except ValueError as error:
+            yield f"student: {error}"
 
 
 def _wrong_teachers(config: Config) -> Iterator[str]:

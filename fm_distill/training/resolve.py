@@ -14,6 +14,7 @@ from fm_distill.errors import UserError
 from fm_distill.models import is_own, own_code
 from fm_distill.models import resolve as resolve_network
 from fm_distill.networks.loading import load_networks
+from fm_distill.networks.shrinking import pruned_network
 from fm_distill.system.references import is_reference, load_reference
 from fm_distill.system.sharding import Layout, make_layout
 from fm_distill.weights.card import only_network
@@ -75,7 +76,8 @@ def resolve_described(
     `teachers` may hold no `auto`. Where examples are weighted by class, all classes have the same
     number of them.
     """
-    weights = WeightFacts(resolve_network(only_network(config.student)), teachers, classes)
+    student = pruned_network(resolve_network(only_network(config.student)), config.student.pruning)
+    weights = WeightFacts(student, teachers, classes)
     by_class = config.objective.example_weights.kind in BY_CLASS
     counts = (max(1, examples // classes),) * classes if by_class else None
     return resolve(config, DataFacts("", examples, counts), weights, layout, memory_bytes)

@@ -13,6 +13,7 @@ from fm_distill.runs.state import TrainState
 from fm_distill.runs.workdir import Workdir
 from fm_distill.system.console import log
 from fm_distill.system.sharding import on_devices
+from fm_distill.training.pruning import masks_of_zeros
 from fm_distill.training.rollback import ROLLBACKS, Rollback, as_json
 from fm_distill.training.setup import Setup
 from fm_distill.weights.load import start_from
@@ -75,7 +76,9 @@ def first_state(setup: Setup, workdir: Workdir, start: int) -> TrainState:
         state.student, networks.pretrained, networks.classes, networks.class_names
     )
     log(remark)
+    masks = None if state.masks is None else masks_of_zeros(state.masks, student.params)
+    masks = None if masks is None else on_devices(masks, shardings.masks)
     student = on_devices(student, shardings.student)
     # A copy: the same buffer cannot be donated twice.
     ema = None if state.ema is None else jax.tree.map(jnp.copy, student)
-    return dataclasses.replace(state, student=student, ema=ema)
+    return dataclasses.replace(state, student=student, ema=ema, masks=masks)

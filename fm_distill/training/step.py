@@ -29,6 +29,7 @@ from fm_distill.objectives.terms import (
 )
 from fm_distill.runs.state import TrainState
 from fm_distill.training.memory import accumulated, rematerialised
+from fm_distill.training.pruning import SPARSITY, Prune, masked, sparsity_of
 from fm_distill.training.teach import Teach
 from fm_distill.training.term_state import NOTHING, TermUpdate
 
@@ -54,6 +55,7 @@ def make_update(
     features: tuple[str, ...] = (),
     term_update: TermUpdate | None = None,
     example_weights: ExampleWeights | None = None,
+    prune: Prune | None = None,
 ) -> Update:
     """`(state, student view, targets) -> (state, metrics)`, pure: one step of the student.
 
@@ -62,7 +64,7 @@ def make_update(
     weight, if there are `example_weights`. With `keep_statistics` BatchNorm stays as it is; the
     ranges of quantised activations follow all the same.
     `memory` changes what is kept at a time, not what comes out. What the terms have of their own,
-    where the state has it, changes by `term_update`.
+    where the state has it, changes by `term_update`, and the masks of pruned weights by `prune`.
     """
 
     def apply(variables: Variables, images: Array) -> Output:
@@ -98,9 +100,15 @@ def make_update(
         (loss, (observed, (logits, values, weights))), (gradients, of_adapters) = accumulated(
             gradient_of, memory.accumulate, (state.student.params, own.params), (view, targets)
         )
+        masks = state.masks
         with jax.named_scope("update"):
+            if masks is not None:
+                gradients = masked(gradients, masks)
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.student.params)
             new = Variables(optax.apply_updates(state.student.params, updates), *observed)
+            if prune is not None and masks is not None:
+                masks = prune(masks, new.params, state.step)
+                new = dataclasses.replace(new, params=masked(new.params, masks))
             ema = state.ema
             if ema is not None and ema_decay is not None:
                 ema = jax.tree.map(lambda e, x: ema_decay * e + (1 - ema_decay) * x, ema, new)
@@ -109,6 +117,8 @@ def make_update(
                     lambda e, x: jnp.where(state.step == 0, x, e), ema.ranges, new.ranges
                 )
                 ema = dataclasses.replace(ema, ranges=ranges)
+                if masks is not None:
+                    ema = dataclasses.replace(ema, params=masked(ema.params, masks))
             moved = state.terms
             if term_update is not None and moved is not None:
                 moved = term_update(moved, of_adapters, targets, state.step)
@@ -123,12 +133,14 @@ def make_update(
                 metrics[f"weight_{term.name}"] = term.weight_at(progress)
         for name, gradient in of_adapters.items():
             metrics[f"{ADAPTER_GRADIENT}{name}"] = jnp.linalg.norm(gradient["kernel"])
+        if masks is not None:
+            metrics[SPARSITY] = sparsity_of(masks)
         if weights is not None:
             metrics["effective_sample_share"] = effective_share(weights)
         if targets.teacher_logits:
             same = jnp.argmax(logits, -1) == first_choice(targets)
             metrics["agreement"] = same.mean(dtype=jnp.float32)
-        return TrainState(state.step + 1, new, opt_state, ema, moved), metrics
+        return TrainState(state.step + 1, new, opt_state, ema, moved, masks), metrics
 
     return update
 

@@ -53,7 +53,10 @@ def describe(
         padding = requested.root_pool_padding
         padding = card.network.root_pool_padding if padding == "auto" else padding
         requested = dataclasses.replace(
-            requested, root_pool_padding=padding, groups=card.network.groups
+            requested,
+            root_pool_padding=padding,
+            groups=card.network.groups,
+            block_widths=card.network.block_widths,
         )
     return requested, []
 
@@ -62,6 +65,8 @@ def differing(stored: NetworkConfig, requested: NetworkConfig) -> str:
     """The fields in which `requested` cannot be what is stored, as text; empty where it can be."""
     a, b = msgspec.to_builtins(stored), msgspec.to_builtins(only_network(requested))
     fields = [name for name in a if name not in FREE and b[name] not in ("auto", a[name])]
+    if not requested.block_widths:  # those that are stored
+        fields = [name for name in fields if name != "block_widths"]
     return "; ".join(f"{name} is {a[name]}, requested {b[name]}" for name in fields)
 
 

@@ -1,0 +1,46 @@
+"""Which weights or channels the student loses, and when."""
+
+import dataclasses
+from typing import Literal
+
+from fm_distill.config.bounds import Count, Positive, PositiveInt, Share
+
+# Patterns of single weights, which are zero from some step on. The others keep fewer channels.
+OF_WEIGHTS = ("unstructured", "2:4", "1:4", "kept")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PruningConfig:
+    """What the student is to do without."""
+
+    pattern: Literal["none", "unstructured", "2:4", "1:4", "kept", "channels"] = "none"
+    (
+        "What is removed: single weights, `unstructured` or all but 2 (`2:4`) or 1 (`1:4`) of four "
+        "neighbouring inputs; nothing more than what is zero in the student's weights (`kept`); or "
+        "inner `channels` of each block, before the first step, for a smaller network."
+    )
+    sparsity: Share = 0.5
+    """Share of the weights, or of each block's inner channels, that is removed."""
+    scope: Literal["global", "layer"] = "global"
+    (
+        "Of `unstructured`: the weights that are smallest in the whole network, or in each layer "
+        "by itself."
+    )
+    begin_step: Count = 0
+    """The step after which weights are first removed."""
+    end_step: Count | None = None
+    """Of `unstructured`: the step after which no more are; None: all at once at `begin_step`."""
+    every_steps: PositiveInt = 100
+    """Of `unstructured`: steps between two removals from `begin_step` to `end_step`."""
+    power: Positive = 3.0
+    (
+        "Of `unstructured`: 1 - (1 - p)^power of the sparsity is reached at the share p of the "
+        "way from `begin_step` to `end_step`."
+    )
+    criterion: Literal["magnitude", "norm_scale"] = "magnitude"
+    (
+        "Of `channels`, those stay whose weights are largest: of all kernels that make or read "
+        "them (`magnitude`), or the scales of their norms."
+    )
+    multiple_of: PositiveInt = 1
+    """Of `channels`: each block keeps a multiple of this; 8 suits accelerators."""

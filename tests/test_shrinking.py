@@ -1,0 +1,256 @@
+"""Structured pruning: a smaller network equals the masked one, and trains, exports and resumes."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import run_command, write_experiment
+from test_train import lines_of, same_bits, stop_at
+from tiny import NETWORK, resolved_run, tiny_config
+
+from fm_distill.config import NetworkConfig, PruningConfig
+from fm_distill.errors import UserError
+from fm_distill.models import Variables, build_network, parameter_count
+from fm_distill.networks.cost import cost_of
+from fm_distill.networks.shrinking import keep_channels, pruned_network
+from fm_distill.runs.open_run import open_run
+from fm_distill.training.check import check
+from fm_distill.training.train import train
+from fm_distill.weights.card import only_network
+from fm_distill.weights.load import load_weights
+
+FLOAT32 = jnp.dtype("float32")
+HALF = PruningConfig(pattern="channels", sparsity=0.5)
+BIT = only_network(dataclasses.replace(NETWORK, depths=(1, 1), groups=2))
+# For each network, what reads inner channels, and an array with one number for each of them.
+READERS = {
+    BIT: {"b": "b_norm/scale", "c": "c_norm/scale"},
+    dataclasses.replace(BIT, norm="batch"): {"b": "b_norm/scale", "c": "c_norm/scale"},
+    NetworkConfig(model="efficientnet_lite0", resolution=32): {"conv_pwl": "bn2/bias"},
+    NetworkConfig(model="mobilenet_v3_small", resolution=32): {
+        "conv_pwl": "bn2/bias",
+        "se/conv_reduce": "bn2/bias",
+    },
+    NetworkConfig(model="mobilenet_v3_small_gn", resolution=32): {
+        "conv_pwl": "bn2/bias",
+        "se/conv_reduce": "bn2/bias",
+    },
+    NetworkConfig(model="resnet18", resolution=32): {"conv2": "bn1/scale"},
+    NetworkConfig(model="resnet50", resolution=32): {"conv2": "bn1/scale", "conv3": "bn2/scale"},
+    NetworkConfig(model="vit_tiny_patch16_224", resolution=32): {"mlp/fc2": "mlp/fc1/bias"},
+}
+
+
+def random_variables(config: NetworkConfig) -> Variables:
+    """No two channels are equal, and nothing starts at zero or one."""
+    network = build_network(config, 10, FLOAT32)
+    shapes = jax.eval_shape(network.init, jax.random.key(0))
+    rng = np.random.default_rng(0)
+
+    def of(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name.endswith("kernel"):
+            return rng.normal(size=leaf.shape, scale=np.prod(leaf.shape[:-1]) ** -0.5)
+        return 0.5 + rng.permutation(leaf.size).reshape(leaf.shape) / leaf.size
+
+    return jax.tree.map(
+        lambda x: jnp.asarray(x, jnp.float32), jax.tree_util.tree_map_with_path(of, shapes)
+    )
+
+
+def flat(tree) -> dict[str, np.ndarray]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.array(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def with_leaves(tree, leaves):
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: jnp.asarray(leaves[jax.tree_util.keystr(path, simple=True, separator="/")]),
+        tree,
+    )
+
+
+def standardised(kernel: np.ndarray) -> np.ndarray:
+    wide = kernel.astype(np.float64)
+    deviation = np.sqrt(wide.var(axis=(0, 1, 2)) + 1e-10)
+    return (wide - wide.mean(axis=(0, 1, 2))) / deviation
+
+
+# The others share their parts.
+ALONE = ("mobilenet_v3_small", "resnet18")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(x, marks=[pytest.mark.slow] * (x.model in ALONE)) for x in READERS],
+    ids=lambda x: f"{x.model}-{x.norm}",
+)
+def test_the_shrunk_network_equals_the_masked_one(config):
+    """Zeros wherever a channel that went was read; BiT's kernels over what they have left."""
+    network, variables = build_network(config, 10, FLOAT32), random_variables(config)
+    smaller = pruned_network(config, HALF)
+    less = keep_channels(variables, config, smaller.block_widths, "magnitude")
+    shrunk = build_network(smaller, 10, FLOAT32)
+    masked = flat(network.freeze(variables).params)
+    before, after = flat(variables.params), flat(less.params)
+    for block in network.inner_channels:
+        for reader, one_each in READERS[config].items():
+            path = f"{block.block}/{reader}/kernel"
+            if path not in before:
+                continue  # a block without squeeze and excitation
+            each = f"{block.block}/{one_each}"
+            stays = np.isin(before[each], after[each])
+            assert 0 < stays.sum() == len(after[each]) <= 0.51 * len(before[each])
+            if network.zeros_stay:
+                masked[path][..., ~stays, :] = 0
+            else:
+                masked[path][..., ~stays, :] = 0
+                masked[path][..., stays, :] = standardised(before[path][..., stays, :])
+    x = jnp.asarray(np.random.default_rng(1).uniform(-1, 1, (4, *2 * (config.resolution,), 3)))
+    frozen = dataclasses.replace(
+        network.freeze(variables), params=with_leaves(variables.params, masked)
+    )
+    expected = jax.jit(network.apply_frozen)(frozen, x).logits
+    found = jax.jit(shrunk.apply_frozen)(shrunk.freeze(less), x).logits
+    spread = np.ptp(expected)
+    np.testing.assert_allclose(found, expected, atol=1e-5 * spread)
+    # And differs from the whole one.
+    whole = jax.jit(network.apply_frozen)(network.freeze(variables), x).logits
+    assert np.abs(whole - found).max() > 1e-2 * spread
+    assert parameter_count(less.params) < parameter_count(variables.params)
+    shapes = jax.eval_shape(shrunk.init, jax.random.key(0))
+    jax.tree.map(lambda a, b: np.testing.assert_equal(a.shape, b.shape), less, shapes)
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "norm_scale"])
+def test_the_best_channels_stay(criterion):
+    """By loops in float64; of a GroupNorm whole groups."""
+    variables = random_variables(BIT)
+    found = keep_channels(variables, BIT, pruned_network(BIT, HALF).block_widths, criterion)
+    before, after = flat(variables.params), flat(found.params)
+    for unit, width in (("block1_unit01", 8), ("block2_unit01", 16)):
+        for made, read in (("a", "b"), ("b", "c")):
+            scores = np.zeros(width)
+            for channel in range(width):
+                if criterion == "norm_scale":
+                    scores[channel] = abs(before[f"{unit}/{read}_norm/scale"][channel])
+                    continue
+                for name, axis in ((made, 3), (read, 2)):
+                    kernel = standardised(before[f"{unit}/{name}/kernel"]) ** 2
+                    of_channel = kernel.take(channel, axis=axis).mean()
+                    scores[channel] += of_channel / kernel.mean()
+            groups = scores.reshape(2, -1).sum(axis=1)
+            best = np.argmax(groups) * width // 2 + np.arange(width // 2)
+            scale = before[f"{unit}/{read}_norm/scale"][best]
+            np.testing.assert_array_equal(after[f"{unit}/{read}_norm/scale"], scale)
+            kernel = before[f"{unit}/c/kernel"][..., best, :]
+            if read == "c":
+                np.testing.assert_array_equal(after[f"{unit}/c/kernel"], kernel)
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "multiple_of", "widths"),
+    [
+        (0.5, 1, (32, 64, 128)),  # of 64, 128, 256
+        (0.5, 24, (24, 72, 120)),
+        (0.3, 1, (45, 90, 179)),
+        (0.001, 40, (40, 120, 240)),
+    ],
+)
+def test_widths_are_the_nearest_that_divide(sparsity, multiple_of, widths):
+    wide = dataclasses.replace(BIT, norm="batch", width=1.0, depths=(1, 1, 1))
+    pruning = PruningConfig(pattern="channels", sparsity=sparsity, multiple_of=multiple_of)
+    assert pruned_network(wide, pruning).block_widths == widths
+
+
+def test_published_widths_change_nothing():
+    config = NetworkConfig(model="mobilenet_v3_small_gn", resolution=32)
+    network = build_network(config, 10, FLOAT32)
+    widths = tuple(x.width for x in network.inner_channels)
+    again = build_network(dataclasses.replace(config, block_widths=widths), 10, FLOAT32)
+    shapes, same = (jax.eval_shape(x.init, jax.random.key(0)) for x in (network, again))
+    assert shapes == same and again.inner_channels == network.inner_channels
+
+
+def test_half_of_the_channels_of_lite0_are_over_forty_percent_of_its_flops():
+    config = NetworkConfig(model="efficientnet_lite0", resolution=96, input_range="zero_one")
+    before = cost_of((config,), 102, "float32", None).flops
+    after = cost_of((pruned_network(config, HALF),), 102, "float32", None).flops
+    assert after < 0.6 * before
+
+
+def test_a_shrunk_run_resumes_bit_for_bit_and_is_shrunk_again(tmp_path, monkeypatch):
+    train(tiny_config(), tmp_path / "start")
+    student = dataclasses.replace(NETWORK, weights=str(tmp_path / "start"), pruning=HALF)
+    config = tiny_config(ema_decay=0.9, student=student)
+    whole = train(config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        assert not train(config, tmp_path / "pieces").complete
+    pieces = train(config, tmp_path / "pieces")
+    assert pieces.complete and pieces.evaluation == whole.evaluation
+    same_bits(tmp_path / "whole", tmp_path / "pieces")
+    assert lines_of(tmp_path / "whole") == lines_of(tmp_path / "pieces")
+    assert open_run(tmp_path / "whole").network.block_widths == (4,)
+    # Without widths of its own, another student takes those of its weights.
+    again = dataclasses.replace(student, weights=str(tmp_path / "whole"))
+    train(tiny_config(student=again), tmp_path / "again")
+    assert open_run(tmp_path / "again").network.block_widths == (2,)
+
+
+def test_the_command_shrinks_exports_and_goes_on_from_the_file(trained, tmp_path):
+    experiment = write_experiment(
+        tmp_path / "small.py", f'teacher=TeacherConfig(workdir="{trained}/run/teacher")'
+    )
+    options = ("--student.pruning.pattern", "channels", "--student.pruning.sparsity", "0.5")
+    start = ("train", experiment, "--workdir", tmp_path / "run", "--student.weights")
+    done = run_command(*start, trained / "run", *options)
+    assert done.returncode == 0, done.stderr
+    assert "inner channels: 4 of 8 stay in 1 blocks, by magnitude" in done.stderr
+    before = json.loads((trained / "run" / "evaluation.json").read_text())["cost"]["student"]
+    after = json.loads((tmp_path / "run" / "evaluation.json").read_text())["cost"]["student"]
+    assert after["parameters"] < before["parameters"] and after["flops"] < before["flops"]
+    done = run_command("export", tmp_path / "run", tmp_path / "small.safetensors")
+    assert done.returncode == 0, done.stderr
+    loaded = load_weights(str(tmp_path / "small.safetensors"), NETWORK, "student")
+    assert loaded.network.block_widths == (4,)
+    trained_here = open_run(tmp_path / "run").student.variables
+    jax.tree.map(np.testing.assert_array_equal, loaded.variables, trained_here)
+
+
+def test_bad_input_is_one_sentence():
+    def refused(student, **changes) -> str:
+        with pytest.raises(UserError) as error:
+            config = tiny_config(student=student, **changes)
+            check(config)
+            resolved_run(config)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    def pruned(network=NETWORK, **fields):
+        fields = {"pattern": "channels"} | fields
+        return dataclasses.replace(network, weights="w", pruning=PruningConfig(**fields))
+
+    assert "leaves none of the 8 inner channels" in refused(pruned(sparsity=0.9))
+    assert "expected more than 0" in refused(pruned(sparsity=0.0))
+    assert "needs weights to start from" in refused(dataclasses.replace(pruned(), weights=None))
+    assert "takes no scope" in refused(pruned(scope="layer"))
+    other = dataclasses.replace(NETWORK, depths=(), width=1.0, stem="imagenet", groups="auto")
+    convnext = dataclasses.replace(other, model="convnext_atto", resolution=32)
+    assert "convnext_atto has no blocks" in refused(pruned(convnext))
+    widths = dataclasses.replace(NETWORK, block_widths=(3, 4))
+    assert "block_widths has 2 numbers" in refused(widths)
+    widths = dataclasses.replace(NETWORK, block_widths=(3,))
+    assert "groups of 2" in refused(widths)
+    widths = dataclasses.replace(convnext, block_widths=(3,))
+    assert "leave out block_widths" in refused(widths)
+    vit = dataclasses.replace(other, model="vit_tiny_patch16_224", resolution=32)
+    variables = random_variables(only_network(vit))
+    smaller = pruned_network(only_network(vit), HALF)
+    with pytest.raises(ValueError, match="needs norms"):
+        keep_channels(variables, only_network(vit), smaller.block_widths, "norm_scale")
