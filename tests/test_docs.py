@@ -113,8 +113,16 @@ def shell(command: str, place) -> str:
     return done.stdout
 
 
-# Each takes a minute and more, and its parts have tests of their own.
-LONG = ("experiments/own_images.py", "fm-distill sweep", "fm-distill plan")
+# Each takes long, and its parts have tests of their own or a shorter sibling here.
+LONG = (
+    "experiments/own_images.py",
+    "fm-distill sweep",
+    "fm-distill plan",
+    "fm-distill bench runs/mine",
+    "runs/tail",
+    "runs/progressive",
+    "runs/warmer",
+)
 
 
 def marked(line):

@@ -37,6 +37,7 @@ def test_killed_anywhere_ends_with_the_same_bits(tmp_path):
     assert len(found.phases) >= 2
 
 
+@pytest.mark.slow
 def test_stopped_politely_loses_nothing(tmp_path):
     found = disturb.disturbed(
         tmp_path / "runs", "resident", "group", count=3, number=signal.SIGTERM, steps=180
@@ -100,6 +101,7 @@ def test_compiled_programs_come_along(tmp_path, monkeypatch):
     assert len(before) == 1 and after == before
 
 
+@pytest.mark.slow
 def test_a_run_stays_as_it_began(tmp_path):
     experiment = disturb.tiny_experiment(tmp_path / "tiny.py", "resident", "group", steps=1200)
     run = disturb.Watched(experiment, tmp_path / "run")

@@ -37,7 +37,7 @@ def two_teachers(trained):
     ("teaching", "feeding", "ensemble"),
     [
         ("fixed", "streaming", "mean_probabilities"),
-        ("independent", "resident", "sum_of_distances"),
+        pytest.param("independent", "resident", "sum_of_distances", marks=pytest.mark.slow),
     ],
 )
 def test_a_regime_with_two_teachers_continues_bit_for_bit(
@@ -64,6 +64,7 @@ def test_a_regime_with_two_teachers_continues_bit_for_bit(
     assert whole.evaluation["training_view"]["kl"]["train_temperature"] > 0
 
 
+@pytest.mark.slow
 def test_the_regimes_give_different_students(trained, tmp_path):
     kernels = {}
     for teaching in ("function_matching", "consistent", "independent", "fixed"):

@@ -44,6 +44,7 @@ def smallest(model: str) -> int:
 LARGER = re.compile(
     r"(vit|deit)_(?!small_patch14_|large_patch14_224)(small|medium|betwixt|base|large)_"
     r"|vit_\w+_384|resnet(34|101)$|convnext(v2)?_(femto|pico|nano|small|base|large)$"
+    r"|bit_r(101x[13]|152x4)$|efficientnet_lite[123]$"
 )
 
 
