@@ -117,6 +117,7 @@ def shell(command: str, place) -> str:
 LONG = (
     "experiments/own_images.py",
     "fm-distill sweep",
+    "fm-distill compress",
     "fm-distill plan",
     "fm-distill bench runs/mine",
     "runs/tail",

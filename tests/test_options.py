@@ -12,7 +12,18 @@ from tiny import tiny_config
 from tyro import _docstrings
 
 import fm_distill.config as configs
-from fm_distill.cli import diagnose, export, main, options, plan, profile, train
+from fm_distill.cli import (
+    bench,
+    compress,
+    diagnose,
+    export,
+    main,
+    options,
+    plan,
+    profile,
+    record,
+    train,
+)
 from fm_distill.config import Config, DataConfig, NetworkConfig, StudentConfig
 from fm_distill.config.bounds import out_of_bounds
 from fm_distill.config.choices import not_a_choice
@@ -32,7 +43,8 @@ from fm_distill.views.crops import CROPS
 PARTS = [vars(configs)[name] for name in configs.__all__ if name != "InputRange"]
 COMMANDS = [
     main._Evaluate, main._Predict, export._Export, main._Report, main._Show, main._Status,
-    diagnose._Diagnose, plan._Plan, profile._Profile, train._Train, train._Sweep,
+    diagnose._Diagnose, plan._Plan, profile._Profile, train._Train, train._Sweep, bench._Bench,
+    compress._Compress, record._Record,
 ]  # fmt: skip
 
 

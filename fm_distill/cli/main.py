@@ -13,6 +13,7 @@ from typing import NoReturn
 import tyro
 
 from fm_distill.cli.bench import bench_command
+from fm_distill.cli.compress import compress_command
 from fm_distill.cli.diagnose import diagnose_command
 from fm_distill.cli.export import export_command
 from fm_distill.cli.options import (
@@ -59,6 +60,8 @@ USAGE = """usage: fm-distill COMMAND ...
       --quantise float16|dynamic|int8  of a .tflite, int8 calibrated on training images
   bench FILE|DIR [FILE|DIR ...] [--batch-size 1] [--threads N] [--seconds 2] [--json]
       latency, throughput and memory of exports and of runs, their teachers too, on this CPU
+  compress DIR --steps prune:structured:0.5 quantise:int8 ... [--any.config.field VALUE ...]
+      the student smaller step after step, each trained to match on, and a table of what it costs
   report DIR [DIR ...] [--out report.html] [--data-dir PATH] [--teacher-weights FILE] [--overwrite]
       one HTML file: figures of the runs side by side, curves, views, disagreements
       --cost             measure latency and memory of the networks, too
@@ -275,6 +278,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "predict": _predict,
     "export": export_command,
     "bench": bench_command,
+    "compress": compress_command,
     "show": _show,
     "plan": plan_command,
     "profile": profile_command,

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from fm_distill.config import NetworkConfig
+from fm_distill.config import NetworkConfig, QuantisationConfig
 from fm_distill.config.networks import FUNCTION
 from fm_distill.config.resolved import ResolvedRun
 from fm_distill.errors import UserError
@@ -83,7 +83,9 @@ def cost_of(
     if any(x.model == FUNCTION for x in networks):
         return Cost(None, None)
     code = tuple(own_code(x.model) if is_own(x.model) else "" for x in networks)
-    cost = _counted(networks, code, classes, precision)
+    # Roundings in training are no operations of a file of whole numbers.
+    floats = tuple(dataclasses.replace(x, quantisation=QuantisationConfig()) for x in networks)
+    cost = _counted(floats, code, classes, precision)
     if batch_size is None:
         return cost
     branches = tuple(make_branch(x, classes, jnp.dtype(precision)) for x in networks)

@@ -1,1 +1,1 @@
-"""Pages and pictures of runs, and sweeps over them. Imports `evaluation`, `training` and below."""
+"""Pages and pictures of runs, sweeps, compressions. Imports `evaluation`, `training`, below."""

@@ -5,6 +5,7 @@ are not there any more, is said with the option that gives it.
 """
 
 import base64
+import contextlib
 import dataclasses
 import html
 import os
@@ -27,7 +28,8 @@ from fm_distill.networks.cost import run_cost
 from fm_distill.objectives.curves import progress_of
 from fm_distill.objectives.terms import Term, make_terms
 from fm_distill.reports import plots
-from fm_distill.reports.summary import ReportedRun, config_differences, summary
+from fm_distill.reports.compression_table import FOLDER, HEADS, caption, cells, load, picture
+from fm_distill.reports.summary import ReportedRun, config_differences, summary, table_of
 from fm_distill.reports.view_samples import sample_views
 from fm_distill.runs.history import History, read_history
 from fm_distill.runs.workdir import Workdir
@@ -171,7 +173,7 @@ def _rates(run: ReportedRun) -> plots.Rates:
 
 def _of_run(run: ReportedRun, data_dir: str | None, teacher_weights: str | None) -> str:
     config = _elsewhere(run.stored.config, data_dir, teacher_weights)
-    parts = [f"<h2>{html.escape(run.name)}</h2>"]
+    parts = [f"<h2>{html.escape(run.name)}</h2>", *_compressed(run)]
     parts.append(_or_missing("The views of the first steps", lambda: _views(run, config)))
     split = "test" if config.data.test else "validation" if config.data.validation else "train"
     parts.append(
@@ -181,6 +183,15 @@ def _of_run(run: ReportedRun, data_dir: str | None, teacher_weights: str | None)
         )
     )
     return "\n".join(parts)
+
+
+def _compressed(run: ReportedRun) -> Iterator[str]:
+    """What `fm-distill compress` measured, if it did."""
+    if (found := load(run.place.path / FOLDER)) is None:
+        return
+    yield f"<h3>Compressed</h3>\n{table_of(list(HEADS), [cells(x) for x in found.rows])}"
+    with contextlib.suppress(UserError):
+        yield _image("compressed", picture(found), caption(found))
 
 
 def _elsewhere(config: Config, data_dir: str | None, teacher_weights: str | None) -> Config:

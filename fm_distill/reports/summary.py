@@ -54,7 +54,7 @@ def summary(runs: Sequence[ReportedRun]) -> str:
         [name, *(column.get(name, "") for column in columns), MEANINGS.get(name, "")]
         for name in names
     ]
-    return _table(["", *(run.name for run in runs), "meaning"], rows)
+    return table_of(["", *(run.name for run in runs), "meaning"], rows)
 
 
 def config_differences(runs: Sequence[ReportedRun]) -> str:
@@ -70,11 +70,12 @@ def config_differences(runs: Sequence[ReportedRun]) -> str:
         return ""
     return (
         "<h2>What differs between the configs</h2>\n"
-        + _table(["option", *(run.name for run in runs)], rows)
+        + table_of(["option", *(run.name for run in runs)], rows)
     )  # fmt: skip
 
 
-def _table(heads: list[str], rows: list[list[str]]) -> str:
+def table_of(heads: list[str], rows: list[list[str]]) -> str:
+    """HTML; the first column is a head, too."""
     head = "".join(f"<th>{html.escape(x)}</th>" for x in heads)
     lines = [
         f"<tr><th>{html.escape(first)}</th>"

@@ -6,6 +6,8 @@ What depends on those is refused where they are opened.
 import dataclasses
 from collections.abc import Iterator
 
+import jax.numpy as jnp
+
 from fm_distill.config import (
     Config,
     DataConfig,
@@ -17,10 +19,11 @@ from fm_distill.config import (
 from fm_distill.config.bounds import out_of_bounds
 from fm_distill.config.choices import not_a_choice
 from fm_distill.config.networks import FUNCTION
+from fm_distill.config.pruning import OF_WEIGHTS
 from fm_distill.config.teachers import recording_of, teachers_of
 from fm_distill.data.sources import SOURCES
 from fm_distill.errors import UserError
-from fm_distill.models import MODELS, check_network, is_own, resolve
+from fm_distill.models import MODELS, build_network, check_network, is_own, resolve
 from fm_distill.networks.shrinking import pruned_network
 from fm_distill.runs.metric_table import RANKED
 from fm_distill.system.references import not_an_entry
@@ -109,11 +112,20 @@ def _wrong_pruning(student: StudentConfig) -> Iterator[str]:
             f"{option}.end_step={pruning.end_step:,} is before begin_step={pruning.begin_step:,}; "
             "give a later one, or leave it out to prune all at once"
         )
+    elif pruning.pattern in OF_WEIGHTS and not _zeros_stay(student):
+        yield (
+            f"{option}.pattern={pruning.pattern} needs zeros that stay zeros, and {student.model} "
+            "standardises its kernels, which fills them: use norm=batch, or pattern=channels"
+        )
     elif pruning.pattern == "channels" and not is_own(student.model):
         try:
             pruned_network(resolve(only_network(student)), pruning)
         except ValueError as error:
             yield f"student: {error}"
+
+
+def _zeros_stay(student: StudentConfig) -> bool:
+    return build_network(student, 2, jnp.dtype("float32")).zeros_stay
 
 
 def _wrong_teachers(config: Config) -> Iterator[str]:

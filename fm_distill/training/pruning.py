@@ -69,11 +69,6 @@ def make_prune(
     """What `config` asks of the weights; None where it leaves them. Raises `UserError`."""
     if config.pattern not in OF_WEIGHTS:
         return None
-    if not network.zeros_stay:
-        raise UserError(
-            f"student.pruning.pattern={config.pattern} needs zeros that stay zeros, and {model} "
-            "standardises its kernels, which fills them: use norm=batch, or pattern=channels"
-        )
     last = config.begin_step if config.end_step is None else config.end_step
     if last >= total_steps:
         raise UserError(

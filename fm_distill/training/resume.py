@@ -76,9 +76,10 @@ def first_state(setup: Setup, workdir: Workdir, start: int) -> TrainState:
         state.student, networks.pretrained, networks.classes, networks.class_names
     )
     log(remark)
-    masks = None if state.masks is None else masks_of_zeros(state.masks, student.params)
-    masks = None if masks is None else on_devices(masks, shardings.masks)
     student = on_devices(student, shardings.student)
+    masks = state.masks
+    if masks is not None:
+        masks = jax.jit(masks_of_zeros, out_shardings=shardings.masks)(masks, student.params)
     # A copy: the same buffer cannot be donated twice.
     ema = None if state.ema is None else jax.tree.map(jnp.copy, student)
     return dataclasses.replace(state, student=student, ema=ema, masks=masks)

@@ -1,0 +1,56 @@
+"""The command `fm-distill compress`."""
+
+import dataclasses
+import pathlib
+from typing import Literal
+
+from fm_distill.cli.options import OverConfig, first_run, parse_over
+from fm_distill.cli.train import check_hours, say_paused
+from fm_distill.errors import EXIT_COMPLETE, EXIT_PAUSED
+from fm_distill.system.console import log
+
+
+@dataclasses.dataclass(frozen=True)
+class _Compress(OverConfig):
+    """Makes the student of a run smaller, step after step, and measures each."""
+
+    steps: tuple[str, ...] = ()
+    (
+        "What is done, in order: prune:structured:0.5, prune:unstructured:0.8, prune:2:4, "
+        "prune:1:4, quantise:int8, quantise:int8-weights or quantise:int4-weights."
+    )
+    to: str = ""
+    """Where the steps' runs and files lie; by default `compressed` in the run's workdir."""
+    format: Literal["onnx", "stablehlo"] = "onnx"
+    """The files whose bytes and latency are measured."""
+    seconds: float = 2.0
+    """Time for which each file is called, beside its warm-up."""
+    max_hours: float | None = None
+    """Stop inside this many hours, all safe on disk."""
+
+
+def compress_command(arguments: list[str]) -> int:
+    workdir, stored, rest = first_run(arguments, "compress DIR --steps prune:structured:0.5")
+    asked = parse_over(_Compress, stored, rest, f"compress {workdir}")
+    check_hours(asked.max_hours)
+
+    from fm_distill.reports.compress import compress
+    from fm_distill.reports.compression_table import FOLDER
+    from fm_distill.system.compilation_cache import use_compilation_cache
+
+    folder = pathlib.Path(asked.to or pathlib.Path(workdir) / FOLDER)
+    log(use_compilation_cache(pathlib.Path(workdir)))
+    table = compress(
+        workdir,
+        asked.steps,
+        asked.config,
+        folder,
+        format=asked.format,
+        seconds=asked.seconds,
+        max_hours=asked.max_hours,
+    )
+    if table is None:
+        say_paused(["compress", *arguments], "")
+        return EXIT_PAUSED
+    print(table)
+    return EXIT_COMPLETE

@@ -1,0 +1,108 @@
+"""The steps of `fm-distill compress`, and the config of the run that each of them is."""
+
+import dataclasses
+from collections.abc import Callable
+
+from fm_distill.config import Config, PruningConfig, QuantisationConfig, ScheduleConfig
+from fm_distill.config.pruning import OF_WEIGHTS
+from fm_distill.errors import UserError
+
+# Of the run that is compressed: steps of a recovery, where its schedule is not given.
+RECOVERY = 10
+# In how many parts an unstructured pruning removes its weights, over the first half of its run.
+PARTS = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressionStep:
+    """One of the two, as it was written."""
+
+    text: str
+    pruning: PruningConfig | None = None
+    quantisation: QuantisationConfig | None = None
+
+
+def _structured(share: str) -> PruningConfig:
+    return PruningConfig(pattern="channels", sparsity=float(share))
+
+
+def _unstructured(share: str) -> PruningConfig:
+    return PruningConfig(pattern="unstructured", sparsity=float(share))
+
+
+# By what stands before the share.
+SHARED: dict[str, Callable[[str], PruningConfig]] = {
+    "prune:structured": _structured,
+    "prune:unstructured": _unstructured,
+}
+FIXED: dict[str, PruningConfig | QuantisationConfig] = {
+    "prune:2:4": PruningConfig(pattern="2:4"),
+    "prune:1:4": PruningConfig(pattern="1:4"),
+    "quantise:int8": QuantisationConfig(weights="int8", activations="int8"),
+    "quantise:int8-weights": QuantisationConfig(weights="int8"),
+    "quantise:int4-weights": QuantisationConfig(weights="int4"),
+}
+
+
+def parse_step(text: str) -> CompressionStep:
+    """`prune:structured:0.5` or `quantise:int8`, for example. Raises `UserError`."""
+    if text in FIXED:
+        found = FIXED[text]
+        if isinstance(found, PruningConfig):
+            return CompressionStep(text, pruning=found)
+        return CompressionStep(text, quantisation=found)
+    kind, _, share = text.rpartition(":")
+    try:
+        return CompressionStep(text, pruning=SHARED[kind](share))
+    except (KeyError, ValueError):
+        known = ", ".join([*(f"{x}:0.5" for x in SHARED), *FIXED])
+        raise UserError(f"--steps {text!r} is none of {known} (with any share)") from None
+
+
+def check_order(steps: tuple[CompressionStep, ...], before: PruningConfig) -> None:
+    """Raises `UserError` where a step cannot follow those before it, and the run's own pruning."""
+    sparse = "the run's own pruning" if before.pattern in OF_WEIGHTS else None
+    quantised: str | None = None
+    for step in steps:
+        pruning = step.pruning
+        if pruning and pruning.pattern == "channels" and sparse:
+            raise UserError(
+                f"--steps {step.text} cannot follow {sparse}: the smaller network would grow its "
+                "zeros again; prune channels first"
+            )
+        if step.quantisation and quantised:
+            raise UserError(
+                f"--steps {step.text} cannot follow {quantised}: a student has one precision; keep "
+                "one of them"
+            )
+        sparse = step.text if pruning and pruning.pattern in OF_WEIGHTS else sparse
+        quantised = step.text if step.quantisation else quantised
+
+
+def recovery_schedule(total_steps: int, warmup_steps: int) -> ScheduleConfig:
+    """A tenth of a run's steps."""
+    return ScheduleConfig(
+        total_steps=max(1, total_steps // RECOVERY), warmup_steps=warmup_steps // RECOVERY
+    )
+
+
+def config_after(config: Config, step: CompressionStep, weights: str, total_steps: int) -> Config:
+    """The run of `step` of so many steps, which starts from the run in `weights`.
+
+    `config` is that of the step before: what it pruned stays pruned, and its precision is kept.
+    """
+    student = config.student
+    pruning = step.pruning or PruningConfig()
+    if pruning.pattern == "none" and student.pruning.pattern in OF_WEIGHTS:
+        pruning = PruningConfig(pattern="kept")
+    if pruning.pattern == "unstructured" and total_steps > 1:
+        end = total_steps // 2
+        pruning = dataclasses.replace(pruning, end_step=end, every_steps=max(1, end // PARTS))
+    student = dataclasses.replace(
+        student,
+        weights=weights,
+        pruning=pruning,
+        quantisation=step.quantisation or student.quantisation,
+        block_widths=(),  # those of the weights
+    )
+    return dataclasses.replace(config, student=student)

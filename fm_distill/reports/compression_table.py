@@ -1,0 +1,142 @@
+"""What `fm-distill compress` measured, as JSON, as a table and as a picture."""
+
+import dataclasses
+import pathlib
+
+import msgspec
+
+from fm_distill.errors import UserError
+from fm_distill.reports import plots
+from fm_distill.reports.pareto import front
+from fm_distill.system.console import log
+from fm_distill.system.files import replacing
+
+FIGURES = "compression.json"
+PICTURE = "compression.svg"
+# In the workdir of the run that was compressed.
+FOLDER = "compressed"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompressionRow:
+    """A student: the run's own, or that of a step after all steps before it."""
+
+    name: str
+    split: str
+    top1: float | None  # None of a split without labels
+    teacher_top1: float | None
+    # None of a run that learned from labels without a teacher.
+    agreement: float | None
+    kl_one: float | None  # nats, at temperature 1
+    training_view_agreement: float | None
+    parameters: int
+    zero_weights: int  # of the parameters
+    flops: int | None  # of an image
+    # Of the exported file, its card included; None where it could not be written.
+    file_bytes: int | None
+    zipped_bytes: int | None
+    # At batch 1; 95th percentile.
+    median_ms: float | None
+    p95_ms: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Compression:
+    """The rows of a run and its steps, whose files were timed in one go."""
+
+    runtime: str
+    device: str
+    rows: tuple[CompressionRow, ...]
+
+
+HEADS = (
+    "student", "top-1, %", "agreement, %", "KL, nats", "agreement, training view, %", "parameters",
+    "of them zero, %", "MFLOPs", "file, kB", "zipped, kB", "p50, ms", "p95, ms",
+)  # fmt: skip
+
+
+def cells(row: CompressionRow) -> list[str]:
+    """Under `HEADS`."""
+
+    def scaled(value: float | int | None, factor: float | int, digits: int) -> str:
+        return "-" if value is None else f"{value * factor:,.{digits}f}"
+
+    return [
+        row.name,
+        scaled(row.top1, 100, 2),
+        scaled(row.agreement, 100, 2),
+        scaled(row.kl_one, 1, 4),
+        scaled(row.training_view_agreement, 100, 2),
+        f"{row.parameters:,}",
+        scaled(row.zero_weights / row.parameters, 100, 1),
+        scaled(row.flops, 1e-6, 2),
+        scaled(row.file_bytes, 1e-3, 1),
+        scaled(row.zipped_bytes, 1e-3, 1),
+        scaled(row.median_ms, 1, 3),
+        scaled(row.p95_ms, 1, 3),
+    ]
+
+
+def as_markdown(found: Compression) -> str:
+    """A line for each student."""
+    lines = [f"| {' | '.join(x)} |" for x in (HEADS, *map(cells, found.rows))]
+    return "\n".join([lines[0], "|---" * len(HEADS) + "|", *lines[1:], "", caption(found)])
+
+
+def caption(found: Compression) -> str:
+    """Where the figures come from."""
+    row = found.rows[0]
+    teacher = (
+        "" if row.teacher_top1 is None else f"; the teacher has {100 * row.teacher_top1:.2f} %"
+    )
+    return f"On the {row.split} split{teacher}. Latency: {found.runtime}, batch 1, {found.device}."
+
+
+def picture(found: Compression) -> bytes:
+    """SVG: accuracy, without labels agreement, against bytes and latency of the files."""
+    labelled = all(x.top1 is not None for x in found.rows)
+    drawn = [
+        (x.name, 100 * quality, x.file_bytes / 1e3, x.median_ms)
+        for x in found.rows
+        if (quality := x.top1 if labelled else x.agreement) is not None
+        and x.file_bytes is not None
+        and x.median_ms is not None
+    ]
+    if not drawn:
+        raise UserError("no student has both a file and a quality")
+    names, qualities, sizes, times = zip(*drawn, strict=True)
+    costs = {"file, kB": sizes, "latency p50, ms": times}
+    panels = {x: plots.Tradeoff(y, tuple(front(qualities, y))) for x, y in costs.items()}
+    teacher = found.rows[0].teacher_top1 if labelled else None
+    return plots.tradeoffs(
+        names,
+        qualities,
+        [0.0] * len(drawn),
+        panels,
+        "top-1, %" if labelled else "agreement with the teacher, %",
+        None if teacher is None else 100 * teacher,
+    )
+
+
+def save(found: Compression, folder: pathlib.Path) -> None:
+    """Writes both files into `folder`, each completely or not at all."""
+    files = {FIGURES: msgspec.json.format(msgspec.json.encode(found))}
+    try:
+        files[PICTURE] = picture(found)
+    except UserError as error:
+        log(f"WARNING: the picture is not drawn: {error}")
+        (folder / PICTURE).unlink(missing_ok=True)
+    for name, content in files.items():
+        with replacing(folder / name) as temporary:
+            temporary.write_bytes(content)
+
+
+def load(folder: pathlib.Path) -> Compression | None:
+    """What `save` wrote; None where it wrote nothing. Raises `UserError` where it is damaged."""
+    path = folder / FIGURES
+    if not path.is_file():
+        return None
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Compression)
+    except msgspec.DecodeError as error:
+        raise UserError(f"{path} is damaged ({error}); run `fm-distill compress` again") from None
