@@ -119,6 +119,7 @@ LONG = (
     "fm-distill sweep",
     "fm-distill compress",
     "fm-distill plan",
+    "mine_int8.onnx",
     "fm-distill bench runs/mine",
     "runs/tail",
     "runs/progressive",

@@ -70,6 +70,14 @@ def test_finished_runs_are_compared(trained, tmp_path):
     assert wrong.returncode == 1 and "not complete" in wrong.stderr
 
 
+def test_the_table_of_a_compression_is_printed_again(tmp_path):
+    found = run_tool("compression_table.py", ROOT / "experiments/results/digits_compression")
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.count("\n| ") == 3 and "| the run | 98.05 | 98.33 |" in found.stdout
+    wrong = run_tool("compression_table.py", tmp_path)
+    assert wrong.returncode == 2 and "has no compression.json" in wrong.stderr
+
+
 def checkpointed(folder, mesh, change="", loss=2.5):
     """A workdir with a small checkpoint that lies on `mesh`; `change` names what differs."""
     one = jnp.ones(8, jnp.bfloat16), jnp.zeros(4)

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from fm_distill.weights.card import Card
 
 
+# Layers whose errors are printed; the card has all.
+WORST = 5
+
+
 @dataclasses.dataclass(frozen=True)
 class _Export:
     """The student as a weight file or as a whole function, with a card."""
@@ -25,7 +29,10 @@ class _Export:
     output: Literal["probabilities", "logits"] = "probabilities"
     """What a function returns."""
     quantise: Literal["none", "float16", "dynamic", "int8"] = "none"
-    """Of a .tflite: float16 weights; int8 weights (dynamic); int8 weights and activations."""
+    (
+        "Of a .tflite: float16 weights, int8 weights (dynamic), or int8 weights and activations; "
+        "int8 of an .onnx, too."
+    )
     data_dir: str | None = None
     """Where the data lie now that a function is compared with its run on."""
     overwrite: bool = False
@@ -69,6 +76,10 @@ def _lines(out: str, card: "Card") -> list[str]:
     if facts.bytes and facts.float32_bytes:
         share = f"{facts.bytes / facts.float32_bytes:.2f} of its weights as float32"
         lines.append(f"{facts.bytes:,} bytes without its card, {share}")
+    if facts.layer_errors:
+        worst = sorted(facts.layer_errors.items(), key=lambda x: -x[1])[:WORST]
+        lines.append("largest errors of layers, relative to their outputs:")
+        lines += [f"  {100 * error:5.1f} %  {layer}" for layer, error in worst]
     if facts.operations is not None:
         lines.append(_parts(facts.quantise, facts.operations))
     if parity.file_top1 is not None and parity.run_top1 is not None:

@@ -57,7 +57,7 @@ USAGE = """usage: fm-distill COMMAND ...
       the student as a weight file in timm's or Keras's names, with a card
   export DIR OUT.{onnx,stablehlo,tflite} [--batch N|dynamic] [--output logits] [--data-dir PATH]
       uint8 pixels to probabilities as one function, written where it agrees with the run
-      --quantise float16|dynamic|int8  of a .tflite, int8 calibrated on training images
+      --quantise int8    calibrated on training images; of a .tflite float16 or dynamic, too
   bench FILE|DIR [FILE|DIR ...] [--batch-size 1] [--threads N] [--seconds 2] [--json]
       latency, throughput and memory of exports and of runs, their teachers too, on this CPU
   compress DIR --steps prune:structured:0.5 quantise:int8 ... [--any.config.field VALUE ...]

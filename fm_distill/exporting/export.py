@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from fm_distill.errors import UserError
+from fm_distill.exporting.calibration import calibrated
 from fm_distill.exporting.formats import FORMATS
 from fm_distill.exporting.function import BatchSize, Output, Quantise, function_of
 from fm_distill.exporting.parity import compare, examples_of, images_of, runs
@@ -63,8 +64,9 @@ def export(
             f"--batch, --output and --data-dir are for whole functions, and {path} holds weights "
             "alone; leave them out"
         )
-    if quantise != "none" and (path.suffix == WEIGHTS or FORMATS[path.suffix].quantise is None):
-        able = " or ".join(x for x, format in FORMATS.items() if format.quantise)
+    known = {x: format.quantisations for x, format in FORMATS.items()}
+    if quantise != "none" and quantise not in known.get(path.suffix, ()):
+        able = " or ".join(x for x, kinds in known.items() if quantise in kinds)
         raise UserError(f"--quantise {quantise} is for {able}, and {path} is another; leave it out")
     written = (path, path.with_suffix(".json")) if path.suffix == WEIGHTS else (path,)
     there = [str(x) for x in written if x.exists()]
@@ -153,17 +155,20 @@ def _write_function(
         moved = dataclasses.replace(config.data, data_dir=data_dir)
         config = dataclasses.replace(config, data=moved)
     examples = examples_of(config, run.student)
-    function = function_of(run.student, output)
-    if quantise == "none":
-        kind: str = format.name
+    student, errors = run.student, None
+    shown = images_of(config, run.student, "train").pixels if quantise == "int8" else None
+    if shown is not None and format.quantise is None:
+        student, errors = calibrated(student, shown)
+    function = function_of(student, output)
+    if quantise == "none" or format.quantise is None:
         data = format.convert(function, card.resolution, batch, card.model)
     else:
-        assert format.quantise is not None
-        kind = f"{format.name} {quantise}"
-        shown = images_of(config, run.student, "train").pixels if quantise == "int8" else None
         data = format.quantise(function, card.resolution, batch, card.model, quantise, shown)
     with runs(f"the runtime of {path.suffix}"):
         runtime = format.load(data, None)
+    if student is not run.student:  # what the file is to compute, to within a step of the outputs
+        compare(runtime, format.name, student, output, batch, examples)
+    kind = format.name if quantise == "none" else f"{format.name} {quantise}"
     parity = compare(runtime, kind, run.student, output, batch, examples)
     facts = FunctionFacts(
         format=format.name,
@@ -173,6 +178,7 @@ def _write_function(
         bytes=len(data),
         float32_bytes=sum(x.nbytes for x in tensors.values()),
         quantise=quantise,
+        layer_errors=errors,
         operations=runtime.operations,
     )
     card = dataclasses.replace(card, function=facts)

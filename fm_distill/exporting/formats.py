@@ -20,8 +20,10 @@ class Format(NamedTuple):
     write: Callable[[pathlib.Path, bytes, str], None]
     # A place -> the function and its card.
     read: Callable[[pathlib.Path], tuple[bytes, str]]
-    # As `convert`, with a kind of quantisation and the images that int8 is calibrated by; None
-    # where the format has none.
+    # Kinds of quantisation that a float student may be exported in.
+    quantisations: tuple[Quantise, ...] = ()
+    # As `convert`, with one of these and the images that int8 is calibrated by; None where the
+    # student is calibrated before it is converted.
     quantise: Callable[[Function, int, BatchSize, str, Quantise, Pixels | None], bytes] | None = (
         None
     )
@@ -34,6 +36,7 @@ FORMATS: dict[str, Format] = {
         onnx_file.load_function,
         onnx_file.write_model,
         onnx_file.read_model,
+        ("int8",),
     ),
     stablehlo.SUFFIX: Format(
         "stablehlo",
@@ -48,6 +51,7 @@ FORMATS: dict[str, Format] = {
         litert_file.load_function,
         litert_file.write_model,
         litert_file.read_model,
+        ("float16", "dynamic", "int8"),
         litert_file.to_quantised,
     ),
 }

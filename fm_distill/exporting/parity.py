@@ -40,6 +40,7 @@ IMAGES = 128
 BOUNDS = {
     "stablehlo": 1e-4,
     "onnx": 5e-4,
+    "onnx int8": 0.5,
     "tflite": 5e-4,
     "tflite float16": 0.05,
     "tflite dynamic": 0.5,
@@ -51,7 +52,12 @@ STEPS = 255
 WITHIN = 0.99
 # Root mean square of the difference, as a share of that of the run's outputs about their mean over
 # the images: another function of the same outputs has 1.4. What is not quantised is bound above.
-RELATIVE_BOUNDS = {"tflite float16": 0.05, "tflite dynamic": 0.35, "tflite int8": 0.35}
+RELATIVE_BOUNDS = {
+    "onnx int8": 0.35,
+    "tflite float16": 0.05,
+    "tflite dynamic": 0.35,
+    "tflite int8": 0.35,
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -50,7 +50,7 @@ def compress(
     """Runs `steps` on the student in `workdir`; returns the table, None where it was stopped.
 
     `config` is that of the run, with what is to be otherwise; where its schedule is the run's own,
-    each step takes a tenth of it. Each step is a run in `folder`, whose name has all steps before
+    each step takes half of it. Each step is a run in `folder`, whose name has all steps before
     it, and starts from the step before. The students are exported as `format` and timed for
     `seconds` each, and the figures written to `folder`. Raises `UserError` before the first step
     where a step is wrong.

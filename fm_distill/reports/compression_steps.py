@@ -7,8 +7,9 @@ from fm_distill.config import Config, PruningConfig, QuantisationConfig, Schedul
 from fm_distill.config.pruning import OF_WEIGHTS
 from fm_distill.errors import UserError
 
-# Of the run that is compressed: steps of a recovery, where its schedule is not given.
-RECOVERY = 10
+# The steps of the compressed run over those of a recovery, where its schedule is not given. A tenth
+# of the steps was too few (experiments/LOG.md, 2026-11-26).
+RECOVERY = 2
 # In how many parts an unstructured pruning removes its weights, over the first half of its run.
 PARTS = 20
 
@@ -80,7 +81,7 @@ def check_order(steps: tuple[CompressionStep, ...], before: PruningConfig) -> No
 
 
 def recovery_schedule(total_steps: int, warmup_steps: int) -> ScheduleConfig:
-    """A tenth of a run's steps."""
+    """Of a step, by the length of the run that is compressed."""
     return ScheduleConfig(
         total_steps=max(1, total_steps // RECOVERY), warmup_steps=warmup_steps // RECOVERY
     )

@@ -53,6 +53,8 @@ class FunctionFacts:
     bytes: int | None = None
     float32_bytes: int | None = None
     quantise: Literal["none", "float16", "dynamic", "int8"] = "none"
+    # Of a student in eight bits without training, by layer: see `exporting.calibration`.
+    layer_errors: dict[str, float] | None = None
     # How often it has each operation, where its runtime tells.
     operations: dict[str, int] | None = None
 

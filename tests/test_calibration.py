@@ -1,0 +1,108 @@
+"""A float student in eight bits without training: ranges, errors and the file, against NumPy."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_cli import command
+from test_export_functions import pixels_of, run_elsewhere
+from test_export_onnx import READ_ONNX
+from test_quantisation import STUDENT, WITH_BATCH_NORM
+from tiny import NETWORK, tiny_config
+
+from fm_distill.errors import UserError
+from fm_distill.exporting.calibration import calibrated
+from fm_distill.exporting.export import export
+from fm_distill.exporting.parity import images_of
+from fm_distill.models import build_network, ranges_of
+from fm_distill.runs.open_run import open_run
+from fm_distill.training.train import train
+
+pytest.importorskip("onnx", reason="needs the extra onnx")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The workdir of a complete float run with BatchNorm."""
+    path = tmp_path_factory.mktemp("float") / "run"
+    train(tiny_config(student=dataclasses.replace(NETWORK, norm="batch")), path)
+    return path
+
+
+def test_ranges_are_the_extremes_on_the_images(run):
+    student, pixels = open_run(run).student, pixels_of(40)
+    pixels[:-1] = 60 + pixels[:-1] // 4  # the last one alone is as dark and as bright
+    found, _ = calibrated(student, pixels)
+    images = (pixels.astype(np.float64) - 127.5) / 127.5
+    low, high, _ = ranges_of(found.variables)["root/input"]
+    np.testing.assert_allclose([low, high], [images.min(), images.max()], rtol=1e-6)
+    assert found.network.quantisation == STUDENT.quantisation
+    jax.tree.map(np.testing.assert_array_equal, found.variables.params, student.variables.params)
+
+
+def test_errors_are_those_of_the_layers_outputs(run):
+    """Of the first one by hand, in float64."""
+    student, pixels = open_run(run).student, pixels_of(40)
+    found, errors = calibrated(student, pixels)
+    network = build_network(found.network, 10, jnp.dtype("float32"))
+    assert [*errors] == list(network.quantised_layers)
+    images = ((pixels.astype(np.float32) - 127.5) / 127.5).astype(np.float64)
+    kernel = np.asarray(student.variables.params["root"]["kernel"], np.float64)
+
+    def convolved(x, kernel):
+        padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        parts = [
+            padded[:, i : i + 16, j : j + 16] @ kernel[i, j] for i in range(3) for j in range(3)
+        ]
+        return sum(parts)
+
+    step = (images.max() - images.min()) / 254
+    rounded = np.rint(images / step) * step
+    scale = np.abs(kernel).max(axis=(0, 1, 2)) / 127
+    expected = convolved(images, kernel)
+    error = np.linalg.norm(
+        convolved(rounded, np.rint(kernel / scale) * scale) - expected
+    ) / np.linalg.norm(expected)
+    assert errors["root"] == pytest.approx(error, rel=0.02) and 1e-4 < error < 0.05
+
+
+def test_the_file_computes_the_calibrated_student(run, tmp_path):
+    path, pixels = tmp_path / "x.onnx", pixels_of(64)
+    card = export(run, path, batch="dynamic", output="logits", quantise="int8")
+    opened = open_run(run)
+    shown = images_of(opened.config, opened.student, "train").pixels
+    student, errors = calibrated(opened.student, shown)
+    network = build_network(student.network, 10, jnp.dtype("float32"))
+    images = jnp.asarray((pixels.astype(np.float32) - 127.5) / 127.5)
+    expected = np.asarray(network.apply(student.variables, images, train=False).logits)
+    found, _ = run_elsewhere(READ_ONNX, path, pixels, tmp_path)
+    assert (np.abs(found - expected) <= np.ptp(expected) / 255).mean() >= 0.99
+    assert card.function.quantise == "int8" and card.function.layer_errors == errors
+    assert card.network.quantisation.activations == "none"  # of the run
+    assert card.function.parity.relative_bound == 0.35
+    assert 0 < card.function.parity.relative_error < 0.35
+    assert card.function.bytes < card.function.float32_bytes * 1.5
+
+
+def test_the_command_names_the_worst_layers_and_judges_the_file(run, tmp_path, capsys):
+    path = tmp_path / "x.onnx"
+    code, out, _ = command(capsys, "export", run, path, "--quantise", "int8")
+    assert code == 0 and "largest errors of layers" in out
+    code, out, _ = command(capsys, "evaluate", path, "--json")
+    assert code == 0
+    of_run = json.loads((run / "evaluation.json").read_text())["student"]["top1"]
+    assert json.loads(out)["student"]["top1"] == pytest.approx(of_run, abs=0.05)
+
+
+def test_a_student_of_eight_bits_and_other_formats_are_refused(run, tmp_path):
+    train(tiny_config(student=WITH_BATCH_NORM), tmp_path / "int8")
+    with pytest.raises(UserError, match="was quantised in training"):
+        export(tmp_path / "int8", tmp_path / "x.onnx", quantise="int8")
+    with pytest.raises(UserError, match=r"int8 is for .onnx or .tflite"):
+        export(run, tmp_path / "x.stablehlo", quantise="int8")
+    with pytest.raises(UserError, match=r"dynamic is for .tflite"):
+        export(run, tmp_path / "x.onnx", quantise="dynamic")
+    assert not [*tmp_path.glob("x.*")]
