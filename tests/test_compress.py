@@ -129,6 +129,18 @@ def test_stopped_it_goes_on(tmp_path, monkeypatch):
     assert found.rows[0].agreement is None  # it learned from labels, without a teacher
 
 
+def test_inputs_that_do_not_come_in_fours_are_refused_before_the_first_step(tmp_path):
+    train(tiny_config(student=BATCH_NORM), tmp_path / "run")
+    config = Workdir(tmp_path / "run").stored().config
+    steps = ("prune:structured:0.25", "prune:2:4")  # 6 of 8 channels
+    with pytest.raises(UserError, match="no multiple of 4"):
+        compress(tmp_path / "run", steps, config, tmp_path / "out")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        compress(tmp_path / "run", (PRUNED,), config, tmp_path / "file" / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_configs_of_steps():
     config = tiny_config()
     pruned = config_after(config, parse_step("prune:unstructured:0.8"), "a", 100)
@@ -145,7 +157,7 @@ def test_the_configs_of_steps():
 @pytest.mark.parametrize(
     ("steps", "said"),
     [
-        (("prune:structured",), "is none of prune:structured:0.5"),
+        (("prune:structured",), "is none of prune:structured:SHARE"),
         (("prune:unstructured:half",), "is none of"),
         (("prune:2:4", PRUNED), "cannot follow prune:2:4"),
         (("quantise:int8", "prune:2:4", "quantise:int4-weights"), "cannot follow quantise:int8"),
@@ -167,6 +179,8 @@ def test_what_cannot_follow_what(steps, said):
         (("--steps", PRUNED, "--log.final-evaluation", "False"), "leaves nothing to compare"),
         (("--steps", PRUNED, "--max-hours", "0"), "--max-hours is 0"),
         (("--step", PRUNED), "there is no option --step"),
+        (("--steps", PRUNED, "--student.pruning.scope", "layer"), "follows from --steps"),
+        (("--steps", PRUNED, "--views.central-fraction", "0.5"), "by which the run was judged"),
     ],
 )
 def test_wrong_input_is_refused_before_anything_is_written(trained, capsys, options, said):
@@ -176,6 +190,25 @@ def test_wrong_input_is_refused_before_anything_is_written(trained, capsys, opti
         main(["compress", str(trained / "run"), *options])
     assert error.value.code == 2 and said in capsys.readouterr().err
     assert not (trained / "run" / "compressed" / "prune-structured-0.95").exists()
+
+
+def test_another_run_in_the_same_folder_is_refused(compressed, tmp_path, capsys):
+    """Its teacher, its weights and its config are known from what lies there."""
+    from fm_distill.cli.main import main
+
+    options = ("--steps", PRUNED, "--schedule.total-steps", "4", "--format", "stablehlo")
+    shutil.copytree(compressed, tmp_path / "run")
+    with pytest.raises(SystemExit) as error:
+        main(["compress", str(tmp_path / "run"), *options[:2], "--schedule.total-steps", "5"])
+    assert error.value.code == 2 and "is of another compression" in capsys.readouterr().err
+    train(tiny_config(seed=5, ema_decay=0.5), tmp_path / "other")
+    start = tmp_path / "run" / "checkpoints"
+    shutil.rmtree(start)
+    shutil.copytree(tmp_path / "other" / "checkpoints", start)  # as if it was trained again
+    with pytest.raises(SystemExit) as error:
+        main(["compress", str(tmp_path / "run"), *options])
+    assert error.value.code == 2
+    assert "began with other weights or teachers" in capsys.readouterr().err
 
 
 def test_a_run_that_is_not_complete_is_refused(trained, tmp_path):

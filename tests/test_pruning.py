@@ -91,6 +91,15 @@ def test_the_smallest_weights_are_removed(scope, sparsity):
         assert whole.shape == () and whole
 
 
+def test_a_network_with_arrays_of_no_module():
+    """A ViT has positions and tokens beside its modules."""
+    network = build_network(NetworkConfig(model="vit_tiny_patch16_224", resolution=32), 10, FLOAT32)
+    params = jax.eval_shape(network.init, jax.random.key(0)).params
+    masks = jax.eval_shape(initial_masks, params)
+    assert masks["pos_embed"].shape == () == masks["patch_embed"]["proj"]["kernel"].shape
+    assert masks["blocks_0"]["mlp"]["fc1"]["kernel"].shape == (192, 768)
+
+
 def test_no_layer_is_emptied():
     params = random_params()
     small = params | {"conv": {"kernel": 1e-6 * params["conv"]["kernel"]}}

@@ -61,7 +61,7 @@ USAGE = """usage: fm-distill COMMAND ...
   bench FILE|DIR [FILE|DIR ...] [--batch-size 1] [--threads N] [--seconds 2] [--json]
       latency, throughput and memory of exports and of runs, their teachers too, on this CPU
   compress DIR --steps prune:structured:0.5 quantise:int8 ... [--any.config.field VALUE ...]
-      the student smaller step after step, each trained to match on, and a table of what it costs
+      the student smaller, step after step, each trained by the teacher; and what each costs
   report DIR [DIR ...] [--out report.html] [--data-dir PATH] [--teacher-weights FILE] [--overwrite]
       one HTML file: figures of the runs side by side, curves, views, disagreements
       --cost             measure latency and memory of the networks, too

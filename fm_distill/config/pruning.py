@@ -20,14 +20,14 @@ class PruningConfig:
         "inner `channels` of each block, before the first step, for a smaller network."
     )
     sparsity: Share = 0.5
-    """Share of the weights, or of each block's inner channels, that is removed."""
+    """Share of the weights that may be pruned, or of each block's inner channels, that goes."""
     scope: Literal["global", "layer"] = "global"
     (
         "Of `unstructured`: the weights that are smallest in the whole network, or in each layer "
         "by itself."
     )
     begin_step: Count = 0
-    """The step after which weights are first removed."""
+    """The step after which weights are removed, or from which on more and more are."""
     end_step: Count | None = None
     """Of `unstructured`: the step after which no more are; None: all at once at `begin_step`."""
     every_steps: PositiveInt = 100

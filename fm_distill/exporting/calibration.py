@@ -18,6 +18,8 @@ from fm_distill.models import Network, Variables, build_network
 from fm_distill.runs.student import Student
 from fm_distill.views.rendering import InputSpec, normalise
 
+# Of the output of a layer that is zero throughout.
+SMALLEST_NORM = 1e-12
 INT8 = QuantisationConfig(weights="int8", activations="int8")
 
 
@@ -69,9 +71,9 @@ def layer_errors(
     def errors(before: Variables, after: Variables, images: Array) -> Array:
         expected = plain.apply(before, images, train=False, features=paths).features
         found = quantised.apply(after, images, train=False, features=paths).features
-        return jnp.stack(
-            [jnp.linalg.norm(found[x] - expected[x]) / jnp.linalg.norm(expected[x]) for x in paths]
-        )
+        norms = [jnp.maximum(jnp.linalg.norm(expected[x]), SMALLEST_NORM) for x in paths]
+        apart = [jnp.linalg.norm(found[x] - expected[x]) for x in paths]
+        return jnp.stack(apart) / jnp.stack(norms)
 
     ratios = np.asarray(errors(jax.tree.map(np.asarray, before), after, images))
     return {path: float(x) for path, x in zip(paths, ratios, strict=True)}

@@ -206,5 +206,6 @@ def _for_timm(card: Card) -> dict[str, str]:
         "std": json.dumps(card.std),
         "format": "pt",
     }
-    architecture = model_of(card.model).timm
+    # timm knows the published widths alone.
+    architecture = None if card.network.block_widths else model_of(card.model).timm
     return said | ({"architecture": architecture} if architecture else {})

@@ -52,7 +52,7 @@ def width_after(block: InnerChannels, sparsity: float, multiple_of: int) -> int:
         raise ValueError(
             f"pruning.sparsity={sparsity:g} leaves none of the {block.width} inner channels of "
             f"{block.block}, of which a multiple of {step} stays (groups of {block.together}, "
-            f"pruning.multiple_of={multiple_of}); use a smaller one"
+            f"pruning.multiple_of={multiple_of}); make one of the two smaller"
         )
     return kept
 

@@ -7,14 +7,19 @@ import zlib
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from fm_distill.config import Config
+from fm_distill.config import Config, NetworkConfig
+from fm_distill.config.serialization import differences
+from fm_distill.config.steps import total_steps
 from fm_distill.config.teachers import teachers_of, with_teachers
 from fm_distill.errors import UserError
 from fm_distill.evaluation.bench import Row, bench
 from fm_distill.exporting.export import export
-from fm_distill.models import parameter_count
+from fm_distill.models import build_network, parameter_count
+from fm_distill.networks.loading import load_networks
+from fm_distill.networks.shrinking import pruned_network
 from fm_distill.networks.teachers import teacher_workdirs
 from fm_distill.reports.compression_steps import (
     CompressionStep,
@@ -30,6 +35,7 @@ from fm_distill.runs.workdir import Workdir
 from fm_distill.system.console import log
 from fm_distill.system.preemption import Stop, stop_signals
 from fm_distill.training.check import check
+from fm_distill.training.pruning import make_prune
 from fm_distill.training.train import train_until
 
 # Name of the run itself in the table, and of its file.
@@ -49,7 +55,7 @@ def compress(
 ) -> str | None:
     """Runs `steps` on the student in `workdir`; returns the table, None where it was stopped.
 
-    `config` is that of the run, with what is to be otherwise; where its schedule is the run's own,
+    `config` is that of the run, with what is to be otherwise; where its length is the run's own,
     each step takes half of it. Each step is a run in `folder`, whose name has all steps before
     it, and starts from the step before. The students are exported as `format` and timed for
     `seconds` each, and the figures written to `folder`. Raises `UserError` before the first step
@@ -67,16 +73,18 @@ def compress(
     if not config.log.final_evaluation:
         raise UserError("log.final_evaluation=False leaves nothing to compare; leave it on")
     parsed = tuple(map(parse_step, steps))
-    check_order(parsed, config.student.pruning)
-    config = _with_teachers_here(config, place.path)
-    if config.schedule == stored.config.schedule:
-        total = stored.resolved.total_steps
-        schedule = recovery_schedule(total, config.schedule.warmup_steps)
-        config = dataclasses.replace(config, schedule=schedule)
-    runs = _planned(config, parsed, place.path, folder)
-    for run in runs.values():
-        check(run)
-    folder.mkdir(parents=True, exist_ok=True)
+    own = stored.config
+    _refuse_what_steps_say(config, own)
+    check_order(parsed, own.student.pruning)
+    schedule = recovery_schedule(config.schedule, own.schedule, stored.resolved.total_steps)
+    config = dataclasses.replace(_with_teachers_here(config, place.path), schedule=schedule)
+    total = total_steps(config, stored.resolved.examples)
+    runs = _planned(config, parsed, place.path, folder, total)
+    _check_planned(runs, folder, stored.resolved.student, total)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error}; give another --to") from None
     # Before the first step, since whatever is not installed is missed here.
     data_dir = config.data.data_dir
     start = folder / f"{_file_name(START)}.{format}"
@@ -85,8 +93,10 @@ def compress(
     rows = {START: (place.path, figures)}
     with stop_signals(Stop(max_hours)) as stop:
         for i, (name, run) in enumerate(runs.items(), 1):
-            log(f"step {i} of {len(runs)}: {steps[i - 1]}")
-            result = train_until(run, folder / _file_name(name), stop)
+            log(f"step {i} of {len(runs)}: {parsed[i - 1].text}, {total:,} steps of training")
+            where = folder / _file_name(name)
+            _refuse_another_start(Workdir(where), run)
+            result = train_until(run, where, stop)
             if not result.complete:
                 return None
             assert result.evaluation is not None
@@ -122,16 +132,78 @@ def _with_teachers_here(config: Config, path: pathlib.Path) -> Config:
     )
 
 
+def _refuse_what_steps_say(config: Config, own: Config) -> None:
+    """Raises `UserError` where an option says what `--steps` is there for, or judges otherwise."""
+    asked, before = config.student, own.student
+    for option, same in (
+        ("weights", asked.weights == before.weights),
+        ("block_widths", asked.block_widths == before.block_widths),
+        ("pruning", asked.pruning == before.pruning),
+        ("quantisation", asked.quantisation == before.quantisation),
+    ):
+        if not same:
+            raise UserError(f"student.{option} follows from --steps; leave it out")
+    same = config.views.central_fraction == own.views.central_fraction
+    if (config.data.test is None) != (own.data.test is None) or not same:
+        raise UserError(
+            "data.test and views.central_fraction are those by which the run was judged; leave "
+            "them out"
+        )
+
+
 def _planned(
-    config: Config, steps: tuple[CompressionStep, ...], start: pathlib.Path, folder: pathlib.Path
+    config: Config,
+    steps: tuple[CompressionStep, ...],
+    start: pathlib.Path,
+    folder: pathlib.Path,
+    total: int,
 ) -> dict[str, Config]:
     """The run of each step, by the names of all steps up to it."""
-    total, runs, name, weights = config.schedule.total_steps or 1, {}, "", str(start)
+    runs: dict[str, Config] = {}
+    name, weights = "", str(start)
     for step in steps:
         config = config_after(config, step, weights, total)
         name = f"{name} + {step.text}" if name else step.text
         runs[name], weights = config, str(folder / _file_name(name))
     return runs
+
+
+def _check_planned(
+    runs: dict[str, Config], folder: pathlib.Path, network: NetworkConfig, total: int
+) -> None:
+    """Raises `UserError` where a run cannot be, or its folder is that of another one.
+
+    `network` is the student that the first one starts from.
+    """
+    for name, run in runs.items():
+        check(run)
+        pruning, quantisation = run.student.pruning, run.student.quantisation
+        try:
+            network = pruned_network(network, pruning)
+            network = dataclasses.replace(network, quantisation=quantisation)
+            built = build_network(network, 2, jnp.dtype("float32"))
+        except ValueError as error:
+            raise UserError(f"{name}: {error}") from None
+        make_prune(pruning, built, total, network.model)
+        place = Workdir(folder / _file_name(name))
+        if place.has_config() and (differ := differences(place.stored().config, run)):
+            raise UserError(
+                f"{place.path} is of another compression ({'; '.join(differ)}); give another --to"
+            )
+
+
+def _refuse_another_start(place: Workdir, run: Config) -> None:
+    """Raises `UserError` where a step that lies there began with other weights, or teachers."""
+    if not place.has_config():
+        return
+    resolved = place.stored().resolved
+    here = load_networks(run, place.path, resolved.classes, resolved.class_names).facts
+    before = resolved.student_weights, resolved.teacher_weights
+    if before != (here.student_weights, here.teacher_weights):
+        raise UserError(
+            f"{place.path} began with other weights or teachers than this compression; give "
+            "another --to, or remove it"
+        )
 
 
 def _file_name(name: str) -> str:

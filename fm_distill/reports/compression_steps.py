@@ -54,10 +54,12 @@ def parse_step(text: str) -> CompressionStep:
         return CompressionStep(text, quantisation=found)
     kind, _, share = text.rpartition(":")
     try:
-        return CompressionStep(text, pruning=SHARED[kind](share))
+        return CompressionStep(f"{kind}:{float(share):g}", pruning=SHARED[kind](share))
     except (KeyError, ValueError):
-        known = ", ".join([*(f"{x}:0.5" for x in SHARED), *FIXED])
-        raise UserError(f"--steps {text!r} is none of {known} (with any share)") from None
+        known = ", ".join([*(f"{x}:SHARE" for x in SHARED), *FIXED])
+        raise UserError(
+            f"--steps {text!r} is none of {known}, with a SHARE between 0 and 1"
+        ) from None
 
 
 def check_order(steps: tuple[CompressionStep, ...], before: PruningConfig) -> None:
@@ -80,10 +82,18 @@ def check_order(steps: tuple[CompressionStep, ...], before: PruningConfig) -> No
         quantised = step.text if step.quantisation else quantised
 
 
-def recovery_schedule(total_steps: int, warmup_steps: int) -> ScheduleConfig:
-    """Of a step, by the length of the run that is compressed."""
+def recovery_schedule(asked: ScheduleConfig, own: ScheduleConfig, steps: int) -> ScheduleConfig:
+    """Of each step: what was `asked` for, or a shorter cosine where that has the run's own length.
+
+    `own` is the schedule of the run, of so many `steps`.
+    """
+    length = asked.shape, asked.total_steps, asked.total_epochs
+    if length != (own.shape, own.total_steps, own.total_epochs):
+        return asked
+    warmup = asked.warmup_steps
     return ScheduleConfig(
-        total_steps=max(1, total_steps // RECOVERY), warmup_steps=warmup_steps // RECOVERY
+        total_steps=max(1, steps // RECOVERY),
+        warmup_steps=warmup // RECOVERY if warmup == own.warmup_steps else warmup,
     )
 
 

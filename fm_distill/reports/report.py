@@ -187,7 +187,12 @@ def _of_run(run: ReportedRun, data_dir: str | None, teacher_weights: str | None)
 
 def _compressed(run: ReportedRun) -> Iterator[str]:
     """What `fm-distill compress` measured, if it did."""
-    if (found := load(run.place.path / FOLDER)) is None:
+    try:
+        found = load(run.place.path / FOLDER)
+    except UserError as error:
+        yield f"<p class='missing'>{html.escape(str(error))}</p>"
+        return
+    if found is None:
         return
     yield f"<h3>Compressed</h3>\n{table_of(list(HEADS), [cells(x) for x in found.rows])}"
     with contextlib.suppress(UserError):

@@ -117,7 +117,7 @@ def _wrong_pruning(student: StudentConfig) -> Iterator[str]:
             f"{option}.pattern={pruning.pattern} needs zeros that stay zeros, and {student.model} "
             "standardises its kernels, which fills them: use norm=batch, or pattern=channels"
         )
-    elif pruning.pattern == "channels" and not is_own(student.model):
+    elif pruning.pattern == "channels":
         try:
             pruned_network(resolve(only_network(student)), pruning)
         except ValueError as error:

@@ -33,9 +33,9 @@ def initial_masks(params: PyTree) -> PyTree:
     """For each kernel that may be pruned True for each weight, a single True for other arrays."""
 
     def of(path: tuple[Any, ...], leaf: Array) -> Bool[Array, "..."]:
-        first, *_, name = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        parts = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
         few = leaf.ndim < 2 or leaf.shape[-2] <= FEWEST_INPUTS
-        pruned = name == "kernel" and first != HEAD and not few
+        pruned = parts[-1] == "kernel" and parts[0] != HEAD and not few
         return jnp.ones(leaf.shape if pruned else (), bool)
 
     return jax.tree_util.tree_map_with_path(of, params)

@@ -1,5 +1,6 @@
 """Every `auto` of a config becomes its value here, once, before anything is compiled."""
 
+import dataclasses
 import pathlib
 from typing import Literal
 
@@ -15,6 +16,7 @@ from fm_distill.models import is_own, own_code
 from fm_distill.models import resolve as resolve_network
 from fm_distill.networks.loading import load_networks
 from fm_distill.networks.shrinking import pruned_network
+from fm_distill.runs.workdir import Workdir
 from fm_distill.system.references import is_reference, load_reference
 from fm_distill.system.sharding import Layout, make_layout
 from fm_distill.weights.card import only_network
@@ -76,11 +78,23 @@ def resolve_described(
     `teachers` may hold no `auto`. Where examples are weighted by class, all classes have the same
     number of them.
     """
-    student = pruned_network(resolve_network(only_network(config.student)), config.student.pruning)
+    student = _described_student(config)
     weights = WeightFacts(student, teachers, classes)
     by_class = config.objective.example_weights.kind in BY_CLASS
     counts = (max(1, examples // classes),) * classes if by_class else None
     return resolve(config, DataFacts("", examples, counts), weights, layout, memory_bytes)
+
+
+def _described_student(config: Config) -> NetworkConfig:
+    """As its weights will make it, where they are a run that is here."""
+    network, weights = resolve_network(only_network(config.student)), config.student.weights
+    if weights and not network.block_widths and Workdir(weights).has_config():
+        widths = Workdir(weights).stored().resolved.student.block_widths
+        network = dataclasses.replace(network, block_widths=widths)
+    try:
+        return pruned_network(network, config.student.pruning)
+    except ValueError as error:
+        raise UserError(f"student: {error}") from None
 
 
 def resolve_here(config: Config, workdir: pathlib.Path) -> ResolvedRun:
