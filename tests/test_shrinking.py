@@ -198,8 +198,11 @@ def test_a_shrunk_run_resumes_bit_for_bit_and_is_shrunk_again(tmp_path, monkeypa
     same_bits(tmp_path / "whole", tmp_path / "pieces")
     assert lines_of(tmp_path / "whole") == lines_of(tmp_path / "pieces")
     assert open_run(tmp_path / "whole").network.block_widths == (4,)
-    # Without widths of its own, another student takes those of its weights.
+    # Without widths of its own, another student takes those of its weights; a plan knows them too.
     again = dataclasses.replace(student, weights=str(tmp_path / "whole"))
+    kept = dataclasses.replace(again, pruning=PruningConfig())
+    planned = [resolved_run(tiny_config(student=x)).student.block_widths for x in (kept, again)]
+    assert planned == [(4,), (2,)]
     train(tiny_config(student=again), tmp_path / "again")
     assert open_run(tmp_path / "again").network.block_widths == (2,)
 
