@@ -120,6 +120,8 @@ LONG = (
     "fm-distill compress",
     "fm-distill plan",
     "mine_int8.onnx",
+    "runs/half",
+    "runs/int8",
     "fm-distill bench runs/mine",
     "runs/tail",
     "runs/progressive",

@@ -8,6 +8,7 @@ apart; hovering over a room shows what it owns.
 
 import argparse
 import ast
+import functools
 import html
 import pathlib
 from collections.abc import Iterable, Mapping
@@ -61,6 +62,7 @@ def heights(graph: Mapping[str, Iterable[str]]) -> dict[str, int]:
     Raises `RecursionError` for a circle.
     """
 
+    @functools.cache  # there are many ways down from the top
     def floor(room: str) -> int:
         return 1 + max((floor(other) for other in graph[room]), default=0)
 
