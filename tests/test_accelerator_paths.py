@@ -91,6 +91,7 @@ def test_several_steps_a_dispatch_log_save_evaluate_and_resume(tmp_path, monkeyp
     assert lines_of(pieces) == lines
 
 
+@pytest.mark.slow
 def test_bfloat16_to_the_end_and_resumed(tmp_path, monkeypatch):
     optimizer = OptimizerConfig(learning_rate=3e-3, first_moment_dtype="bfloat16")
     config = matching(tmp_path, MeshConfig(data=1), precision="bfloat16", optimizer=optimizer)

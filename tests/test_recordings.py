@@ -222,6 +222,7 @@ def test_stopped_and_continued_it_ends_in_the_same_bits(taught, tmp_path, monkey
     assert lines_of(tmp_path / "run") == lines_of(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_several_steps_a_dispatch_on_eight_devices(taught, tmp_path, monkeypatch):
     monkeypatch.setattr("fm_distill.system.sharding.FSDP_SMALLEST", 64)
     config, folder = taught

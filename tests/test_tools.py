@@ -161,6 +161,7 @@ def test_figures_of_runs_are_collected_and_shown(trained, tmp_path):
     assert wrong.returncode == 1 and "is not the workdir of a run" in wrong.stderr
 
 
+@pytest.mark.slow
 def test_moments_of_other_views(tmp_path, capsys):
     """The first norm's are those of the root's output, by NumPy."""
     student = dataclasses.replace(NETWORK, norm="batch")
