@@ -44,3 +44,8 @@ class PruningConfig:
     )
     multiple_of: PositiveInt = 1
     """Of `channels`: each block keeps a multiple of this; 8 suits accelerators."""
+
+    @property
+    def last_step(self) -> int:
+        """The step after which single weights are removed for the last time."""
+        return self.begin_step if self.end_step is None else self.end_step

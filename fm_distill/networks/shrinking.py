@@ -21,6 +21,7 @@ from fm_distill.config.pruning import PruningConfig
 from fm_distill.errors import UserError
 from fm_distill.models import ChannelAxis, InnerChannels, Variables, build_network
 from fm_distill.weights.load import Pretrained
+from fm_distill.weights.names import leaves_by_path
 
 FLOAT32 = jnp.dtype("float32")
 Criterion = Literal["magnitude", "norm_scale"]
@@ -86,15 +87,15 @@ def keep_channels(
     """
     built = build_network(network, 2, FLOAT32)
     # As kernels are multiplied: standardised, for example.
-    frozen = _leaves(built.freeze(variables))
-    leaves = _leaves(variables)
+    frozen = dict(leaves_by_path(built.freeze(variables)))
+    leaves = dict(leaves_by_path(variables))
     for block, width in zip(built.inner_channels, widths, strict=True):
         for axes in block.places:
             scores = channel_scores(frozen, axes, block, criterion)
             kept = _best(scores, width, block.together)
             for path, axis in axes:
                 leaves[path] = jnp.take(leaves[path], kept, axis=axis)
-    return jax.tree_util.tree_map_with_path(lambda path, _: leaves[_name(path)], variables)
+    return jax.tree.unflatten(jax.tree.structure(variables), leaves.values())
 
 
 def channel_scores(
@@ -128,11 +129,3 @@ def _best(scores: Float[np.ndarray, " channels"], width: int, together: int) -> 
     best = np.argsort(-of_groups, kind="stable")[: width // together]
     first = np.sort(best)[:, None] * together
     return (first + np.arange(together)).reshape(-1)
-
-
-def _name(path: tuple) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def _leaves(variables: Variables) -> dict[str, Array]:
-    return {_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(variables)}

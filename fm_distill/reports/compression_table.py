@@ -8,6 +8,7 @@ import msgspec
 from fm_distill.errors import UserError
 from fm_distill.reports import plots
 from fm_distill.reports.pareto import front
+from fm_distill.reports.sweep_table import markdown_lines
 from fm_distill.system.console import log
 from fm_distill.system.files import replacing
 
@@ -79,8 +80,7 @@ def cells(row: CompressionRow) -> list[str]:
 
 def as_markdown(found: Compression) -> str:
     """A line for each student."""
-    lines = [f"| {' | '.join(x)} |" for x in (HEADS, *map(cells, found.rows))]
-    return "\n".join([lines[0], "|---" * len(HEADS) + "|", *lines[1:], "", caption(found)])
+    return "\n".join([*markdown_lines(HEADS, [*map(cells, found.rows)]), "", caption(found)])
 
 
 def caption(found: Compression) -> str:

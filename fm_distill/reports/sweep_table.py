@@ -56,7 +56,7 @@ def save(runs: Sequence[SweptRun], folder: pathlib.Path) -> None:
 def as_markdown(runs: Sequence[SweptRun]) -> str:
     """A line a group, mean ± sample standard deviation over its runs; then the Pareto table."""
     metrics = _columns(runs)
-    lines = _markdown(
+    lines = markdown_lines(
         ["runs", "seeds", *(head for metric in metrics for head in _heads(metric))],
         [
             [group, str(len(found)), *(x for metric in metrics for x in _cells(metric, found))]
@@ -65,7 +65,7 @@ def as_markdown(runs: Sequence[SweptRun]) -> str:
     )
     best = _pareto(runs)
     if best is not None:
-        lines += ["", *_markdown(best.heads, _pareto_cells(best))]
+        lines += ["", *markdown_lines(best.heads, _pareto_cells(best))]
     device = _device(runs)
     if best is not None or device:
         lines += ["", FLOPS_CONVENTION, *([f"measured on {device}"] if device else [])]
@@ -198,7 +198,8 @@ def _interval(metric: Metric, runs: Sequence[SweptRun]) -> tuple[float, float] |
     return low, high
 
 
-def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown_lines(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table."""
     lines = [f"| {' | '.join(row)} |" for row in (heads, *rows)]
     return [lines[0], "|---" * len(heads) + "|", *lines[1:]]
 

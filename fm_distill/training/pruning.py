@@ -19,6 +19,7 @@ from fm_distill.config import PruningConfig
 from fm_distill.config.pruning import OF_WEIGHTS
 from fm_distill.errors import UserError
 from fm_distill.models import HEAD, Network
+from fm_distill.weights.names import leaves_by_path
 
 # Kernels with at most as many inputs of an output are left whole: of pictures and depthwise ones.
 FEWEST_INPUTS = 3
@@ -69,20 +70,15 @@ def make_prune(
     """What `config` asks of the weights; None where it leaves them. Raises `UserError`."""
     if config.pattern not in OF_WEIGHTS:
         return None
-    last = config.begin_step if config.end_step is None else config.end_step
-    if last >= total_steps:
+    if config.last_step >= total_steps:
         raise UserError(
-            f"student.pruning ends after step {last:,}, and the last of the run is "
+            f"student.pruning ends after step {config.last_step:,}, and the last of the run is "
             f"{total_steps - 1:,}: begin and end before it"
         )
     if config.pattern == "kept":
         return lambda masks, params, step: masks
     masks = jax.eval_shape(initial_masks, jax.eval_shape(network.init, jax.random.key(0)).params)
-    shapes = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): mask.shape
-        for path, mask in jax.tree_util.tree_leaves_with_path(masks)
-        if mask.ndim
-    }
+    shapes = {path: mask.shape for path, mask in leaves_by_path(masks) if mask.ndim}
     if not shapes:
         raise UserError(f"student.pruning: {model} has no kernel beside its first layer and head")
     if config.pattern == "unstructured":
@@ -136,7 +132,7 @@ def largest_of_four(
 
 def sparsity_after(config: PruningConfig, step: Int[Array, ""] | int) -> Float[Array, ""]:
     """s (1 - (1 - p)^power) at the share p of the way from the first to the last removal."""
-    end = config.begin_step if config.end_step is None else config.end_step
+    end = config.last_step
     if end == config.begin_step:
         return jnp.asarray(config.sparsity, jnp.float32)
     way = (jnp.asarray(step, jnp.float32) - config.begin_step) / (end - config.begin_step)
@@ -144,11 +140,10 @@ def sparsity_after(config: PruningConfig, step: Int[Array, ""] | int) -> Float[A
 
 
 def _by_magnitude(config: PruningConfig) -> Prune:
-    end = config.begin_step if config.end_step is None else config.end_step
-
     def prune(masks: PyTree, params: PyTree, step: Int[Array, ""]) -> PyTree:
         after = step - config.begin_step
-        due = (after >= 0) & (step <= end) & ((after % config.every_steps == 0) | (step == end))
+        end, every = config.last_step, config.every_steps
+        due = (after >= 0) & (step <= end) & ((after % every == 0) | (step == end))
 
         def removed() -> PyTree:
             return smallest_removed(params, masks, sparsity_after(config, step), config.scope)

@@ -30,7 +30,7 @@ Naming = Callable[[NetworkConfig, Variables], dict[str, Stored]]
 def shapes_of(variables: Variables) -> dict[str, tuple[int, ...]]:
     """Each array's shape by its path, `params/block1_unit01/a/kernel` or `statistics/...`."""
     tree = {"params": variables.params, "statistics": variables.statistics}
-    return {path: leaf.shape for path, leaf in _leaves(tree)}
+    return {path: leaf.shape for path, leaf in leaves_by_path(tree)}
 
 
 def to_ours(array: np.ndarray, stored: Stored, shape: tuple[int, ...]) -> np.ndarray:
@@ -202,11 +202,13 @@ def in_naming(naming: str, network: NetworkConfig, variables: Variables) -> dict
     names = NAMINGS[naming](network, variables)
     tree = {"params": variables.params, "statistics": variables.statistics}
     return {
-        names[path].name: to_stored(np.asarray(leaf), names[path]) for path, leaf in _leaves(tree)
+        names[path].name: to_stored(np.asarray(leaf), names[path])
+        for path, leaf in leaves_by_path(tree)
     }
 
 
-def _leaves(tree: PyTree) -> list[tuple[str, Any]]:
+def leaves_by_path(tree: PyTree) -> list[tuple[str, Any]]:
+    """Each array with its path, `params/block1_unit01/a/kernel`, in the order of the tree."""
     return [
         (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
