@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import run_command, write_experiment
-from test_train import lines_of, same_bits, stop_at
+from test_train import check_resume
 from tiny import NETWORK, resolved_run, tiny_config
 
 from fm_distill.config import MeshConfig, NetworkConfig, OptimizerConfig, PruningConfig
@@ -27,7 +27,6 @@ from fm_distill.training.pruning import (
     sparsity_after,
     sparsity_of,
 )
-from fm_distill.training.train import train
 
 FLOAT32 = jnp.dtype("float32")
 STUDENT = dataclasses.replace(NETWORK, norm="batch")
@@ -198,28 +197,15 @@ def test_eight_devices_remove_the_weights_that_one_does():
 def test_a_pruned_run_resumes_bit_for_bit(tmp_path, monkeypatch, pattern):
     pruning = GRADUAL if pattern == "unstructured" else PruningConfig(pattern="2:4", begin_step=2)
     config = tiny_config(ema_decay=0.9, student=dataclasses.replace(STUDENT, pruning=pruning))
-    whole = train(config, tmp_path / "whole")
-    for step in (0, 2):  # stops after 1 and 4 of 6 steps
-        with monkeypatch.context() as patch:
-            stop_at(patch, step)
-            assert not train(config, tmp_path / "pieces").complete
-    pieces = train(config, tmp_path / "pieces")
-    assert pieces.complete and pieces.evaluation == whole.evaluation
-    same_bits(tmp_path / "whole", tmp_path / "pieces")
-    assert lines_of(tmp_path / "whole") == lines_of(tmp_path / "pieces")
+    check_resume(config, tmp_path, monkeypatch, (0, 2))  # stops after 1 and 4 of 6 steps
     params = kernels(open_run(tmp_path / "whole").student.variables.params)
     zeros = sum((x == 0).sum() for x in params.values()) / sum(x.size for x in params.values())
     assert zeros == pytest.approx(0.6 if pattern == "unstructured" else 0.5, abs=1e-3)
 
 
-def test_the_command_prunes_a_run_keeps_its_zeros_and_exports_them(tmp_path):
-    changes = "student=dataclasses.replace(NETWORK, norm='batch')"
-    experiment = write_experiment(tmp_path / "x.py", changes)
-    text = experiment.read_text().replace(
-        "from tiny import tiny_config", "import dataclasses\nfrom tiny import NETWORK, tiny_config"
-    )
-    experiment.write_text(text)
-    start = ("train", experiment, "--workdir")
+def test_the_command_prunes_a_run_and_the_next_one_keeps_its_zeros(tmp_path):
+    experiment = write_experiment(tmp_path / "x.py")
+    start = ("train", experiment, "--student.norm", "batch", "--workdir")
     assert run_command(*start, tmp_path / "float").returncode == 0
     options = ("--student.pruning.pattern", "unstructured", "--student.pruning.sparsity", "0.75")
     done = run_command(*start, tmp_path / "a", "--student.weights", tmp_path / "float", *options)

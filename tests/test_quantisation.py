@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import run_command, write_experiment
-from test_train import lines_of, same_bits, stop_at
+from test_train import check_resume
 from tiny import NETWORK, resolved_run, tiny_config
 
 from fm_distill.config import (
@@ -39,7 +39,6 @@ from fm_distill.runs.open_run import open_run
 from fm_distill.system.sharding import make_layout
 from fm_distill.training.build import build
 from fm_distill.training.check import check
-from fm_distill.training.train import train
 
 FLOAT32 = jnp.dtype("float32")
 INT8 = QuantisationConfig(weights="int8", activations="int8")
@@ -259,15 +258,7 @@ def test_ranges_follow_where_batch_norm_does_not():
 
 def test_a_quantised_run_resumes_bit_for_bit(tmp_path, monkeypatch):
     config = tiny_config(ema_decay=0.9, student=WITH_BATCH_NORM)
-    whole = train(config, tmp_path / "whole")
-    for step in (0, 2):  # stops after 1 and 4 of 6 steps
-        with monkeypatch.context() as patch:
-            stop_at(patch, step)
-            assert not train(config, tmp_path / "pieces").complete
-    pieces = train(config, tmp_path / "pieces")
-    assert pieces.complete and pieces.evaluation == whole.evaluation
-    same_bits(tmp_path / "whole", tmp_path / "pieces")
-    assert lines_of(tmp_path / "whole") == lines_of(tmp_path / "pieces")
+    check_resume(config, tmp_path, monkeypatch, (0, 2))  # stops after 1 and 4 of 6 steps
     averaged = open_run(tmp_path / "whole").student.variables
     low, high, _ = ranges_of(averaged)["root/input"]
     assert -1 <= low < -0.8 and 0.8 < high <= 1  # from the first step on, not from zero

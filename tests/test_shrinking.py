@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import run_command, write_experiment
-from test_train import lines_of, same_bits, stop_at
+from test_train import check_resume
 from tiny import NETWORK, resolved_run, tiny_config
 
 from fm_distill.config import NetworkConfig, PruningConfig
@@ -189,14 +189,7 @@ def test_a_shrunk_run_resumes_bit_for_bit_and_is_shrunk_again(tmp_path, monkeypa
     train(tiny_config(), tmp_path / "start")
     student = dataclasses.replace(NETWORK, weights=str(tmp_path / "start"), pruning=HALF)
     config = tiny_config(ema_decay=0.9, student=student)
-    whole = train(config, tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        stop_at(patch, 2)
-        assert not train(config, tmp_path / "pieces").complete
-    pieces = train(config, tmp_path / "pieces")
-    assert pieces.complete and pieces.evaluation == whole.evaluation
-    same_bits(tmp_path / "whole", tmp_path / "pieces")
-    assert lines_of(tmp_path / "whole") == lines_of(tmp_path / "pieces")
+    check_resume(config, tmp_path, monkeypatch, (2,))
     assert open_run(tmp_path / "whole").network.block_widths == (4,)
     # Without widths of its own, another student takes those of its weights; a plan knows them too.
     again = dataclasses.replace(student, weights=str(tmp_path / "whole"))

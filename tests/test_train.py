@@ -71,22 +71,30 @@ def stop_at(monkeypatch, step: int):
     monkeypatch.setattr(Loop, "_asked", asked)
 
 
-@pytest.mark.parametrize(("feeding", "norm"), [("resident", "group"), ("streaming", "batch")])
-def test_stop_and_resume_is_bit_equal_to_never_stopping(tmp_path, monkeypatch, feeding, norm):
-    config = resumable(feeding, norm)
-    whole = train(config, tmp_path / "whole")
+def check_resume(config, folder, monkeypatch, stops: tuple[int, ...]) -> None:
+    """The run in `folder / "pieces"`, which stops so often, ends as the one in `folder / "whole"`.
+
+    Each stop is that of `stop_at`, counted from where the session began.
+    """
+    whole = train(config, folder / "whole")
     assert whole.complete
-    for step in (0, 1, 0):  # stops after 1, 3 and 4 of 6 steps
+    for step in stops:
         with monkeypatch.context() as patch:
             stop_at(patch, step)
-            paused = train(config, tmp_path / "pieces")
+            paused = train(config, folder / "pieces")
         assert not paused.complete
-        status = json.loads((tmp_path / "pieces" / "status.json").read_text())
+        status = json.loads((folder / "pieces" / "status.json").read_text())
         assert status["state"] == "paused" and status["step"] == paused.step
-    pieces = train(config, tmp_path / "pieces")
+    pieces = train(config, folder / "pieces")
     assert pieces.complete and pieces.evaluation == whole.evaluation
-    same_bits(tmp_path / "whole", tmp_path / "pieces")
-    assert lines_of(tmp_path / "whole") == lines_of(tmp_path / "pieces")
+    same_bits(folder / "whole", folder / "pieces")
+    assert lines_of(folder / "whole") == lines_of(folder / "pieces")
+
+
+@pytest.mark.parametrize(("feeding", "norm"), [("resident", "group"), ("streaming", "batch")])
+def test_stop_and_resume_is_bit_equal_to_never_stopping(tmp_path, monkeypatch, feeding, norm):
+    # Stops after 1, 3 and 4 of 6 steps.
+    check_resume(resumable(feeding, norm), tmp_path, monkeypatch, (0, 1, 0))
     steps = [x["step"] for x in lines_of(tmp_path / "whole") if x["split"] == "train"]
     assert steps == [1, 2, 3, 4, 5, 6]
 
