@@ -28,7 +28,9 @@ config = dataclasses.replace(
     views=ViewConfig(flip_probability=0.0, central_fraction=1.0),
     # A quarter of the teacher's parameters.
     student=StudentConfig(
-        model="bit", resolution=16, depths=(1, 1, 1), width=0.125, groups=4, stem="small"
+        model="bit",
+        resolution=16,
+        options={"depths": (1, 1, 1), "width": 0.125, "groups": 4, "stem": "small"},
     ),
     teacher=TeacherConfig(experiment="digits_teacher.py"),
     objective=ObjectiveConfig(temperature=2.0),

@@ -32,7 +32,9 @@ config = Config(
     # Milder crops than for matching: a label must still be right for what is left of the digit.
     views=ViewConfig(crop_area=(0.4, 1.0), flip_probability=0.0, central_fraction=1.0),
     student=StudentConfig(
-        model="bit", resolution=16, depths=(1, 1, 1), width=0.25, groups=4, stem="small"
+        model="bit",
+        resolution=16,
+        options={"depths": (1, 1, 1), "width": 0.25, "groups": 4, "stem": "small"},
     ),
     objective=ObjectiveConfig(target="labels"),
     optimizer=OptimizerConfig(learning_rate=3e-3, weight_decay=1e-4),

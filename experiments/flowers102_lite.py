@@ -35,7 +35,9 @@ config = dataclasses.replace(
     views=ViewConfig(),
     # 556,790 parameters against 3,501,670.
     student=StudentConfig(
-        model="bit", resolution=48, depths=(1, 1, 1, 1), width=0.25, norm="batch", stem="imagenet"
+        model="bit",
+        resolution=48,
+        options={"depths": (1, 1, 1, 1), "width": 0.25, "norm": "batch", "stem": "imagenet"},
     ),
     teacher=TeacherConfig(workdir="runs/flowers102_teacher"),
     objective=ObjectiveConfig(temperature=2.0),

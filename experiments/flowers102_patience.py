@@ -34,11 +34,9 @@ config = dataclasses.replace(
     views=ViewConfig(),
     student=StudentConfig(
         model="bit",
-        depths=(1, 1, 1, 1),
-        width=0.25,
-        norm="batch",
         resolution=64,
         final_statistics="central",
+        options={"depths": (1, 1, 1, 1), "width": 0.25, "norm": "batch"},
     ),
     teacher=TeacherConfig(workdir="runs/flowers102_teacher"),
     objective=ObjectiveConfig(temperature=2.0),

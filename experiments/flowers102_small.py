@@ -27,10 +27,7 @@ config = dataclasses.replace(
     student=StudentConfig(
         model="bit",
         resolution=64,
-        depths=(1, 1, 1, 1),
-        width=0.25,
-        groups=16,
-        stem="imagenet",
+        options={"depths": (1, 1, 1, 1), "width": 0.25, "groups": 16, "stem": "imagenet"},
     ),
     teacher=TeacherConfig(workdir="runs/flowers102_small_teacher"),
     objective=ObjectiveConfig(temperature=2.0),

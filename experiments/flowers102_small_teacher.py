@@ -28,7 +28,9 @@ config = dataclasses.replace(
     data=dataclasses.replace(flowers.data, canvas=CanvasConfig(size=96)),
     views=ViewConfig(crop_area=(0.3, 1.0), mixup="none", central_fraction=0.8),
     student=StudentConfig(
-        model="bit", resolution=64, depths=(1, 1, 1, 1), width=0.5, stem="imagenet"
+        model="bit",
+        resolution=64,
+        options={"depths": (1, 1, 1, 1), "width": 0.5, "stem": "imagenet"},
     ),
     teacher=None,
     objective=ObjectiveConfig(target="labels"),

@@ -278,8 +278,7 @@ class Dead(nn.Module):
 def test_an_adapter_that_learns_nothing_is_noticed(tmp_path, capsys):
     (tmp_path / "own.py").write_text(DEAD)
     student = dataclasses.replace(
-        NETWORK, model=f"{tmp_path / 'own.py'}:Dead", depths=(), width=1.0, stem="imagenet",
-        groups="auto",
+        NETWORK, model=f"{tmp_path / 'own.py'}:Dead", options={},
     )  # fmt: skip
     terms = (
         TermConfig(kind="hint", student_tap="dead", teacher_tap="block1"),

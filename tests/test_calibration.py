@@ -1,6 +1,5 @@
 """A float student in eight bits without training: ranges, errors and the file, against NumPy."""
 
-import dataclasses
 import json
 
 import jax
@@ -13,6 +12,7 @@ from test_export_onnx import READ_ONNX
 from test_quantisation import STUDENT, WITH_BATCH_NORM
 from tiny import NETWORK, tiny_config
 
+from fm_distill.config import with_options
 from fm_distill.errors import UserError
 from fm_distill.exporting.calibration import calibrated
 from fm_distill.exporting.export import export
@@ -28,7 +28,7 @@ pytest.importorskip("onnx", reason="needs the extra onnx")
 def run(tmp_path_factory):
     """The workdir of a complete float run with BatchNorm."""
     path = tmp_path_factory.mktemp("float") / "run"
-    train(tiny_config(student=dataclasses.replace(NETWORK, norm="batch")), path)
+    train(tiny_config(student=with_options(NETWORK, {"norm": "batch"})), path)
     return path
 
 

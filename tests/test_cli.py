@@ -46,7 +46,7 @@ def tiny(tmp_path):
         (["--data.train.name", "dev"], "the digits have no split 'dev'"),
         (["--data.classes", "7"], "data.classes is 7, but the labels of digits/train have 10"),
         (["--student.model", "vit"], "expected one of bit, bit_r101x1"),
-        (["--student.groups", "3"], "does not divide the 8 channels"),
+        (["--student.options.groups", "3"], "does not divide the 8 channels"),
         (["--views.crop", "random"], "expected one of tensorflow, torchvision, whole"),
         (["--views.crop-area", "0.5", "0.1"], "expected 0 < lowest <= highest"),
         (["--views.mixup", "cutmix"], "invalid choice"),

@@ -12,7 +12,7 @@ from conftest import run_command
 from test_train import stop_at
 from tiny import NETWORK, tiny_config
 
-from fm_distill.config import PruningConfig
+from fm_distill.config import PruningConfig, with_options
 from fm_distill.errors import UserError
 from fm_distill.exporting.load_exported import load_exported
 from fm_distill.reports.compress import compress
@@ -22,7 +22,7 @@ from fm_distill.runs.open_run import open_run
 from fm_distill.runs.workdir import Workdir
 from fm_distill.training.train import train
 
-BATCH_NORM = dataclasses.replace(NETWORK, norm="batch")
+BATCH_NORM = with_options(NETWORK, {"norm": "batch"})
 PRUNED = "prune:structured:0.5"
 BOTH = f"{PRUNED} + quantise:int8"
 

@@ -11,7 +11,7 @@ from test_cli import command
 from tiny import NETWORK, resolved_run, tiny_config
 
 from fm_distill import report
-from fm_distill.config import NetworkConfig
+from fm_distill.config import NetworkConfig, with_options
 from fm_distill.config.networks import FUNCTION
 from fm_distill.models.convolutions import convolve, convolve_depthwise
 from fm_distill.networks import cost
@@ -103,7 +103,7 @@ def test_latency_is_of_blocked_calls_after_the_warm_up(monkeypatch):
 
 
 def test_several_teachers_cost_what_they_cost_together():
-    large = dataclasses.replace(TINY, width=0.25)
+    large = with_options(TINY, {"width": 0.25})
     parts = [cost_of((x,), 10, "float32", None) for x in (TINY, large)]
     assert parts[0].flops < parts[1].flops and parts[0].parameters < parts[1].parameters
     expected = Cost(sum(x.parameters for x in parts), sum(x.flops for x in parts))

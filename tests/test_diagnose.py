@@ -33,6 +33,7 @@ from fm_distill.config import (
     TeacherConfig,
     TermConfig,
     ViewConfig,
+    with_options,
 )
 from fm_distill.config.serialization import changed
 from fm_distill.diagnosis import causes
@@ -65,7 +66,7 @@ LABELS = tiny_config(
         canvas=CanvasConfig(size=20, fit="long"),
     ),
     views=dataclasses.replace(VIEWS, mixup="none"),
-    student=dataclasses.replace(NETWORK, width=0.25),
+    student=with_options(NETWORK, {"width": 0.25}),
     optimizer=OptimizerConfig(learning_rate=1e-2, weight_decay=1e-4),
     schedule=ScheduleConfig(total_steps=60, warmup_steps=6),
     checkpoint=CheckpointConfig(every_steps=1000),
@@ -295,7 +296,7 @@ def on(split: str) -> DataConfig:
     return dataclasses.replace(LABELS.data, train=SplitConfig(name=split))
 
 
-BATCH_NORM = dataclasses.replace(NETWORK, norm="batch")
+BATCH_NORM = with_options(NETWORK, {"norm": "batch"})
 # What is changed of the healthy run, each with the cause that is named first.
 TRAINED = {
     "views-differ": {

@@ -88,7 +88,7 @@ def test_what_is_refused(workdir, exported, tmp_path, capsys):
     for said, *arguments in (
         ("--step and --cost are for runs", exported, "--step", 2),
         ("--step and --cost are for runs", exported, "--cost"),
-        ("was trained otherwise", exported, "--student.width", 0.25),
+        ("was trained otherwise", exported, "--student.options.width", 0.25),
         ("expected one of test, train, validation", exported, "--split", "none"),
         ("x is not the workdir of a run", exported, "--teacher.workdir", "x"),
         ("is not the teacher of the run of", exported, "--teacher.workdir", workdir),

@@ -19,6 +19,7 @@ from fm_distill.config import (
     ScheduleConfig,
     StudentConfig,
     TeacherConfig,
+    with_options,
 )
 from fm_distill.errors import UserError
 from fm_distill.evaluation.inference import predict
@@ -34,7 +35,10 @@ from fm_distill.weights.load import load_weights
 
 # As timm's BiT, but small.
 STUDENT = StudentConfig(
-    model="bit", resolution=32, depths=(1, 1, 1, 1), width=0.5, input_range="zero_one"
+    model="bit",
+    resolution=32,
+    input_range="zero_one",
+    options={"depths": (1, 1, 1, 1), "width": 0.5},
 )
 
 
@@ -136,8 +140,11 @@ def test_a_changed_export_is_refused(exported, tmp_path):
 
 def test_a_network_that_contradicts_the_card_is_refused(exported):
     for changes, said in (
-        ({"width": 1.0}, r"holds another network.*width is 0.5, requested 1.0"),
-        ({"depths": (1, 1, 1)}, "depths is"),
+        (
+            {"options": {"depths": (1, 1, 1, 1)}},
+            r"holds another network.*options.width is 0.5, requested 1.0",
+        ),
+        ({"options": {"depths": (1, 1, 1), "width": 0.5}}, "options.depths is"),
         ({"input_range": "imagenet"}, "trained with zero_one; a wrong normalisation"),
     ):
         with pytest.raises(UserError, match=said):
@@ -209,8 +216,8 @@ def test_a_run_as_weights(workdir, tmp_path):
         str(workdir), dataclasses.replace(STUDENT, input_range="auto"), "student"
     )
     assert found.network == run.network and "after 2 steps" in found.notes[0]
-    with pytest.raises(UserError, match="trained another network than the student's: width is"):
-        load_pretrained(str(workdir), dataclasses.replace(STUDENT, width=1.0), "student")
+    with pytest.raises(UserError, match="another network than the student's: options.width is"):
+        load_pretrained(str(workdir), with_options(STUDENT, {"width": 1.0}), "student")
     with pytest.raises(UserError, match="trained with input_range=zero_one"):
         load_pretrained(
             str(workdir), dataclasses.replace(STUDENT, input_range="imagenet"), "student"
@@ -230,12 +237,12 @@ def test_the_network_of_a_run_is_the_stored_one(workdir):
     before = (workdir / "config.json").read_text()
     stored = json.loads(before)
     network = dataclasses.asdict(open_run(workdir).network) | {
-        "root_pool_padding": "minus_infinity"
+        "options": {**STUDENT.options, "root_pool_padding": "minus_infinity"}
     }
     stored["resolved"]["student"] = network
     try:
         (workdir / "config.json").write_text(json.dumps(stored))
-        assert open_run(workdir).network.root_pool_padding == "minus_infinity"
+        assert open_run(workdir).network.options["root_pool_padding"] == "minus_infinity"
     finally:
         (workdir / "config.json").write_text(before)
 

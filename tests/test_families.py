@@ -168,13 +168,12 @@ def test_batch_norm_against_numpy():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"width": 2.0}, "fixes width"),
-        ({"norm": "batch"}, "fixes norm"),
-        ({"root_pool_padding": "minus_infinity"}, "no choice of root_pool_padding"),
+        ({"options": {"width": 2.0}}, "has no option width; it has none"),
+        ({"options": {"root_pool_padding": "minus_infinity"}}, "has no option root_pool_padding"),
         ({"resolution": 13}, "below the network's stride (32|16|14)"),
     ],
 )
-def test_a_named_network_takes_no_other_description(name, changes, said):
+def test_a_named_network_takes_no_options_of_another(name, changes, said):
     config = NetworkConfig(model=name, resolution=smallest(name))
     check_network(config)
     with pytest.raises(ValueError, match=said):

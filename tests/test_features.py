@@ -148,8 +148,7 @@ def test_one_device_and_eight_agree(name, maps):
     ("model", "last"), [("bit_r50x1", "block4"), ("vit_tiny_patch16_224", "block12")]
 )
 def test_shapes_are_those_of_what_is_computed(model, last):
-    config = dataclasses.replace(NETWORK, model=model, depths=(), width=1.0, stem="imagenet",
-                                 groups="auto", resolution=32)  # fmt: skip
+    config = dataclasses.replace(NETWORK, model=model, options={}, resolution=32)
     network = build_network(config, 3, jnp.dtype("float32"))
     shapes = network.feature_shapes()
     assert [*shapes][-2:] == [last, "pre_logits"]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny import NETWORK, tiny_config
 
-from fm_distill.config import MeshConfig
+from fm_distill.config import MeshConfig, with_options
 from fm_distill.data.batch import Batch
 from fm_distill.data.feeding import Reader, sampled_batches
 from fm_distill.data.order import example_ids
@@ -21,7 +21,7 @@ from fm_distill.system.preemption import Stop
 from fm_distill.system.sharding import make_layout
 from fm_distill.training.train import train, train_until
 
-BATCH_NORM = dataclasses.replace(NETWORK, norm="batch")
+BATCH_NORM = with_options(NETWORK, {"norm": "batch"})
 CENTRAL = dataclasses.replace(BATCH_NORM, final_statistics="central")
 SEED = 3
 CONFIG = tiny_config(student=CENTRAL, seed=SEED, mesh=MeshConfig(data=1))
@@ -135,7 +135,7 @@ def test_stopped_and_resumed_it_ends_with_the_same(tmp_path):
 
 
 def test_who_has_no_statistics_or_keeps_them_is_refused(tmp_path):
-    none = dataclasses.replace(CENTRAL, norm="group")
+    none = with_options(CENTRAL, {"norm": "group"})
     with pytest.raises(UserError, match="with BatchNorm, and bit as configured has none"):
         train(dataclasses.replace(CONFIG, student=none), tmp_path / "none")
     both = dataclasses.replace(CENTRAL, keep_statistics=True, weights="x.npz")

@@ -10,7 +10,7 @@ from conftest import run_command, write_experiment
 from test_step import KEY, gradients_of, matching_config, random_batch, with_random_head
 from tiny import LARGER, NETWORK, resolved_run, smallest, tiny_config
 
-from fm_distill.config import MemoryConfig, MeshConfig, NetworkConfig, ObjectiveConfig
+from fm_distill.config import MemoryConfig, MeshConfig, NetworkConfig, ObjectiveConfig, with_options
 from fm_distill.data.batch import Batch
 from fm_distill.data.resident import Resident, ResidentSteps
 from fm_distill.errors import UserError
@@ -27,7 +27,7 @@ LEVERS = [
     MemoryConfig(rematerialise="units"),
     MemoryConfig(accumulate=2, teacher_parts=8, rematerialise="units"),
 ]
-TEACHER = dataclasses.replace(NETWORK, resolution=20, depths=(1, 1))
+TEACHER = with_options(dataclasses.replace(NETWORK, resolution=20), {"depths": (1, 1)})
 
 
 def one_step(memory: MemoryConfig, config=None, batch: Batch | None = None):
@@ -97,7 +97,7 @@ def test_parts_come_back_in_order():
 
 
 def test_accumulation_with_batch_norm_is_refused():
-    student = dataclasses.replace(NETWORK, norm="batch")
+    student = with_options(NETWORK, {"norm": "batch"})
     layout = make_layout(MeshConfig(data=1))
     config = matching_config(student=student, memory=MemoryConfig(accumulate=2))
     with pytest.raises(UserError, match=r"memory\.accumulate=2 would give bit's BatchNorm"):
@@ -116,7 +116,7 @@ def test_accumulation_with_batch_norm_is_refused():
 
 
 def test_batch_norm_learns_the_same_statistics_with_the_levers_that_it_has():
-    student = dataclasses.replace(NETWORK, norm="batch")
+    student = with_options(NETWORK, {"norm": "batch"})
     states = []
     for memory in (MemoryConfig(), MemoryConfig(teacher_parts=4, rematerialise="units")):
         config = matching_config(student=student, memory=memory)
@@ -173,8 +173,8 @@ def test_rematerialisation_computes_again():
     "model", [m for m in MODELS if not m.startswith("bit_r") and not LARGER.match(m)]
 )
 def test_every_network_names_what_can_be_kept(model):
-    depths = (1,) if model == "bit" else ()
-    config = NetworkConfig(model=model, resolution=smallest(model), depths=depths)
+    options = {"depths": (1,)} if model == "bit" else {}
+    config = NetworkConfig(model=model, resolution=smallest(model), options=options)
     network = build_network(config, 5, jnp.dtype("float32"))
     variables = jax.eval_shape(network.init, jax.random.key(0))
     images = jax.ShapeDtypeStruct((1, config.resolution, config.resolution, 3), jnp.float32)

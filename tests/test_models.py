@@ -12,7 +12,7 @@ from conftest import ROOT, SHARED
 from formula import formula_variables
 from tiny import LARGER, NETWORK, smallest
 
-from fm_distill.config import NetworkConfig
+from fm_distill.config import NetworkConfig, with_options
 from fm_distill.models import MODELS, Variables, build_network, check_network, parameter_count
 from fm_distill.models.bit import standardise
 from fm_distill.models.layers import group_norm
@@ -116,7 +116,9 @@ def test_bit_r50x1_computes_timms_logits():
 def test_root_pool_padding_is_a_choice():
     logits = {}
     for padding in ("zero", "minus_infinity"):
-        config = NetworkConfig(model="bit_r50x1", resolution=64, root_pool_padding=padding)
+        config = NetworkConfig(
+            model="bit_r50x1", resolution=64, options={"root_pool_padding": padding}
+        )
         variables = formula_variables(config, 102)
         network = build_network(config, 102, FLOAT32)
         apply = jax.jit(lambda v, x, n=network: n.apply(v, x, train=False).logits)
@@ -147,7 +149,7 @@ def test_standardise_against_numpy():
 
 
 def batch_norm_network():
-    return build_network(dataclasses.replace(NETWORK, norm="batch"), 5, FLOAT32)
+    return build_network(with_options(NETWORK, {"norm": "batch"}), 5, FLOAT32)
 
 
 def test_batch_norm_moves_its_statistics_in_training_only():
@@ -174,15 +176,24 @@ def test_unknown_feature_is_named():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"depths": ()}, "needs depths"),
+        ({"depths": ()}, "needs the option depths"),
         ({"groups": 3}, "use groups=1"),
-        ({"model": "bit_r50x1", "depths": ()}, "fixes width"),
+        ({"depths": "many"}, "an option of bit is not of its type: Expected `int`"),
+        ({"norm": "layer"}, "an option of bit is not of its type: Invalid enum value 'layer'"),
+        ({"width": 0}, "options.width is 0.0; expected a number above zero"),
+        ({"depht": 1}, "bit has no option depht; it has .*; did you mean depths"),
         ({"depths": (1, 1, 1, 1, 1, 1)}, "below the network's stride"),
     ],
 )
 def test_wrong_network_is_refused(changes, said):
     with pytest.raises(ValueError, match=said):
-        check_network(dataclasses.replace(NETWORK, **changes))
+        check_network(with_options(NETWORK, changes))
+
+
+def test_a_published_network_has_no_description():
+    named = dataclasses.replace(NETWORK, model="bit_r50x1")
+    with pytest.raises(ValueError, match="no option depths, width, groups, stem; it has root_pool"):
+        check_network(named)
 
 
 def test_bfloat16_computes_close_to_float32():

@@ -20,6 +20,7 @@ from fm_distill.config import (
     OptimizerConfig,
     ScheduleConfig,
     ViewConfig,
+    with_options,
 )
 from fm_distill.config.resolved import IDENTITY, ResolvedRun
 from fm_distill.config.serialization import NOT_IDENTITY
@@ -294,7 +295,7 @@ def test_the_identity_of_a_run_is_what_it_is():
     other = resolved_run(tiny_config(objective=ObjectiveConfig(), name="other"))
     values = {
         "data": "other", "examples": 1, "classes": 3, "class_names": ("a",),
-        "student": dataclasses.replace(other.student, width=2.0), "teachers": other.teachers,
+        "student": with_options(other.student, {"width": 2.0}), "teachers": other.teachers,
         "student_weights": "other", "teacher_weights": ("other",), "total_steps": 1,
         "precision": "bfloat16", "feeding": "streaming", "steps_per_dispatch": 9,
         "mesh": {"data": 9, "fsdp": 1}, "recording": "other", "code": ("other",),

@@ -40,7 +40,7 @@ from fm_distill.training.memory import REMATERIALISE
 from fm_distill.training.optim import OPTIMIZERS
 from fm_distill.views.crops import CROPS
 
-PARTS = [vars(configs)[name] for name in configs.__all__ if name != "InputRange"]
+PARTS = [x for x in map(vars(configs).get, configs.__all__) if dataclasses.is_dataclass(x)]
 COMMANDS = [
     main._Evaluate, main._Predict, export._Export, main._Report, main._Show, main._Status,
     diagnose._Diagnose, plan._Plan, profile._Profile, train._Train, train._Sweep, bench._Bench,
@@ -196,23 +196,31 @@ def test_a_part_that_is_brought_in_is_complete(capsys, tiny):
     assert "no option --data.train" in refused(capsys, "show", tiny, "--data.train", "None")
 
 
-def test_another_model_drops_the_description_of_the_one_before(capsys, tmp_path):
+def test_another_model_drops_the_options_of_the_one_before(capsys, tmp_path):
     path = write_experiment(
         tmp_path / "x.py",
-        "student=StudentConfig(model='bit', resolution=32, depths=(1, 1), width=0.5, norm='batch', "
-        "root_pool_padding='minus_infinity')",
+        "student=StudentConfig(model='bit', resolution=32, options=dict(depths=(1, 1), width=0.5, "
+        "norm='batch', root_pool_padding='minus_infinity'))",
     )
     found = settled(capsys, path, "--student.model", "mobilenet_v3_small")
-    assert found["student.depths"] == "[]" or found["student.depths"] == "()"
-    assert found["student.width"] == "1.0" and found["student.norm"] == "group"
-    assert found["student.root_pool_padding"] == "auto" and found["student.resolution"] == "32"
-    found = settled(capsys, path, "--student.model", "bit_r50x1")
-    assert found["student.root_pool_padding"] == "minus_infinity"
+    assert not any(name.startswith("student.options") for name in found)
+    assert found["student.resolution"] == "32"
+    found = settled(capsys, path, "--student.model", "bit_r50x1",
+                    "--student.options.root-pool-padding", "zero")  # fmt: skip
+    assert {x: y for x, y in found.items() if x.startswith("student.options")} == {
+        "student.options.root_pool_padding": "zero"
+    }
+    found = settled(capsys, path, "--student.options.depths", "2", "3", "--student.options.norm",
+                    "None", "--student.options.width=0.25")  # fmt: skip
+    assert found["student.options.depths"] == "(2, 3)" and "student.options.norm" not in found
+    assert found["student.options.width"] == "0.25"
     error = refused(
-        capsys, "show", path, "--student.model", "bit_r50x1", "--student.width", "2",
-        "--student.stem", "small",
+        capsys, "show", path, "--student.model", "bit_r50x1", "--student.options.width", "2",
+        "--student.options.stem", "small",
     )  # fmt: skip
-    assert "bit_r50x1 fixes width, stem; got 2.0, small: leave it at 1.0, imagenet" in error
+    assert "bit_r50x1 has no option width, stem; it has root_pool_padding" in error
+    error = refused(capsys, "show", path, "--student.options.width", "--lr", "1")
+    assert "--student.options.width has no value; give one behind it" in error
 
 
 def test_conflicts_are_reported_together(capsys, tiny):
@@ -235,8 +243,10 @@ def test_conflicts_are_reported_together(capsys, tiny):
     (1.0, "group", 32), (0.125, "group", 8), (0.75, "group", 16), (3.0, "group", 32),
 ])  # fmt: skip
 def test_groups_choose_themselves(width, norm, groups):
-    network = NetworkConfig(model="bit", resolution=32, depths=(1,), width=width, norm=norm)
-    assert resolve(network).groups == groups
+    network = NetworkConfig(
+        model="bit", resolution=32, options={"depths": (1,), "width": width, "norm": norm}
+    )
+    assert resolve(network).options["groups"] == groups
     assert round(64 * width) % groups == 0
     check(dataclasses.replace(tiny_config(), student=StudentConfig(**vars(network))))
 
@@ -350,7 +360,9 @@ def test_class_names_of_unlabelled_images(tmp_path):
 
 
 def test_show_resolves_what_is_here(capsys, tiny):
-    found = settled(capsys, tiny, "--student.groups", "auto", "--steps-per-dispatch", "auto")
+    found = settled(
+        capsys, tiny, "--student.options.groups", "auto", "--steps-per-dispatch", "auto"
+    )
     assert found["examples"] == "1259" and found["total_steps"] == "6"
     assert found["feeding"] == "resident" and found["steps_per_dispatch"] == "1"
     code, out, _ = command(capsys, "show", "experiments/flowers102.py")

@@ -16,12 +16,18 @@ from test_train import same_bits, stop_at
 from tiny import NETWORK, tiny_config
 
 from fm_distill import load_student, testing
-from fm_distill.config import MeshConfig, NetworkConfig, ObjectiveConfig, OptimizerConfig
+from fm_distill.config import (
+    MeshConfig,
+    NetworkConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    with_options,
+)
 from fm_distill.data.sources import open_source
 from fm_distill.errors import UserError
 from fm_distill.evaluation.inference import evaluate
 from fm_distill.exporting.export import export
-from fm_distill.models import MODELS, build_network
+from fm_distill.models import MODELS, build_network, check_network
 from fm_distill.objectives.distances import DISTANCES
 from fm_distill.objectives.terms import make_terms
 from fm_distill.runs.open_run import open_run
@@ -44,10 +50,11 @@ from fm_distill.models import MODELS
 
 class Small(nn.Module):
     classes: int
+    width: int = 4
 
     @nn.compact
     def __call__(self, images, train):
-        x = nn.Conv(8, (3, 3), strides=2, name="stem")(images)
+        x = nn.Conv(self.width, (3, 3), strides=2, name="stem")(images)
         x = nn.relu(nn.BatchNorm(use_running_average=not train, name="norm")(x))
         features = {"stem": x}
         x = nn.Dense(self.classes, name="head")(x.mean((1, 2)))
@@ -65,8 +72,9 @@ class Plain(nn.Module):
 
 
 def narrow(config, classes, dtype):
-    described = {"model": "bit", "depths": (1,), "width": 0.125, "stem": "small", "groups": 4}
-    return MODELS["bit"].build(dataclasses.replace(config, **described), classes, dtype)
+    options = {"depths": (1,), "width": 0.125, "stem": "small", "groups": 4}
+    described = dataclasses.replace(config, model="bit", options=options)
+    return MODELS["bit"].build(described, classes, dtype)
 
 
 def huber(student, teacher, temperature=1.0):
@@ -121,14 +129,26 @@ def mine(tmp_path):
 
 
 def student_of(model):
-    return dataclasses.replace(tiny_config().student, model=model, depths=(), width=1.0,
-                               stem="imagenet", groups="auto")  # fmt: skip
+    options = {"width": 8} if model.endswith(":Small") else {}
+    return dataclasses.replace(tiny_config().student, model=model, options=options)
 
 
 @pytest.mark.parametrize("name", ["Small", "Plain", "narrow"])
 def test_an_own_network_passes_the_projects_tests(mine, name):
     config = student_of(f"{mine}:{name}")
     testing.check_network(build_network_of(config), config)
+
+
+def test_options_of_an_own_network_are_the_fields_of_its_module(mine):
+    def refused(name, options):
+        with pytest.raises((ValueError, UserError)) as error:
+            check_network(dataclasses.replace(student_of(f"{mine}:{name}"), options=options))
+        return str(error.value)
+
+    assert "Small has no option wdith; it has width; did you mean width?" in refused(
+        "Small", {"wdith": 1}
+    )
+    assert "Plain has no option classes; it has none" in refused("Plain", {"classes": 3})
 
 
 def build_network_of(config):
@@ -149,6 +169,7 @@ def test_an_own_network_is_trained_resumed_evaluated_and_exported(mine, tmp_path
     assert card.naming == "flax"
     run, exported = open_run(whole).student, load_student(tmp_path / "mine.safetensors")
     assert {*run.variables.params} == {"stem", "norm", "head"}
+    assert run.variables.params["stem"]["kernel"].shape == (3, 3, 3, 8)
     jax.tree.map(np.testing.assert_array_equal, run.variables, exported.variables)
     images = np.random.default_rng(0).integers(0, 256, (3, 40, 30, 3), np.uint8)
     np.testing.assert_array_equal(run.predict(images), exported.predict(images))
@@ -274,13 +295,13 @@ def test_the_optimizers_here_pass(name):
 
 
 def test_a_network_and_a_source_here_pass():
-    testing.check_network(MODELS["bit"].build, dataclasses.replace(as_network(), groups=4))
+    testing.check_network(MODELS["bit"].build, with_options(as_network(), {"groups": 4}))
     testing.check_source(open_source(tiny_config().data, "test"))
 
 
 def as_network() -> NetworkConfig:
     fields = {x.name: vars(NETWORK)[x.name] for x in dataclasses.fields(NetworkConfig)}
-    return NetworkConfig(**fields | {"input_range": "minus_one_one", "root_pool_padding": "zero"})
+    return NetworkConfig(**fields | {"input_range": "minus_one_one"})
 
 
 @pytest.mark.parametrize(

@@ -36,8 +36,8 @@ from fm_distill.planning.topologies import CHIPS, known_topologies, topology
 from fm_distill.system.sharding import make_layout
 from fm_distill.training.build import build
 
-STUDENT = StudentConfig(model="bit", resolution=48, depths=(1,), width=1.0)
-TEACHER = NetworkConfig(model="bit", resolution=64, depths=(1, 1), width=4.0)
+STUDENT = StudentConfig(model="bit", resolution=48, options={"depths": (1,), "width": 1.0})
+TEACHER = NetworkConfig(model="bit", resolution=64, options={"depths": (1, 1), "width": 4.0})
 NEEDS_COMPILER = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
     reason="libtpu, the TPU compiler, has wheels for Linux on x86-64 only",
@@ -131,7 +131,9 @@ def test_times_follow_from_the_counts():
 @pytest.mark.slow
 def test_levers_save_memory_and_loops_are_counted():
     def planned(memory):
-        student = StudentConfig(model="bit", resolution=64, depths=(2,), width=1.0, stem="small")
+        student = StudentConfig(
+            model="bit", resolution=64, options={"depths": (2,), "width": 1.0, "stem": "small"}
+        )
         return plan_function(tiny_config(batch_size=512, student=student, memory=memory), "v3-8")
 
     plain = planned(MemoryConfig())

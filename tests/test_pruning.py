@@ -11,7 +11,13 @@ from conftest import run_command, write_experiment
 from test_train import check_resume
 from tiny import NETWORK, resolved_run, tiny_config
 
-from fm_distill.config import MeshConfig, NetworkConfig, OptimizerConfig, PruningConfig
+from fm_distill.config import (
+    MeshConfig,
+    NetworkConfig,
+    OptimizerConfig,
+    PruningConfig,
+    with_options,
+)
 from fm_distill.errors import UserError
 from fm_distill.models import build_network
 from fm_distill.objectives.terms import Targets
@@ -29,7 +35,7 @@ from fm_distill.training.pruning import (
 )
 
 FLOAT32 = jnp.dtype("float32")
-STUDENT = dataclasses.replace(NETWORK, norm="batch")
+STUDENT = with_options(NETWORK, {"norm": "batch"})
 GRADUAL = PruningConfig(
     pattern="unstructured", sparsity=0.6, begin_step=1, end_step=4, every_steps=2
 )
@@ -205,7 +211,7 @@ def test_a_pruned_run_resumes_bit_for_bit(tmp_path, monkeypatch, pattern):
 
 def test_the_command_prunes_a_run_and_the_next_one_keeps_its_zeros(tmp_path):
     experiment = write_experiment(tmp_path / "x.py")
-    start = ("train", experiment, "--student.norm", "batch", "--workdir")
+    start = ("train", experiment, "--student.options.norm", "batch", "--workdir")
     assert run_command(*start, tmp_path / "float").returncode == 0
     options = ("--student.pruning.pattern", "unstructured", "--student.pruning.sparsity", "0.75")
     done = run_command(*start, tmp_path / "a", "--student.weights", tmp_path / "float", *options)
@@ -250,5 +256,7 @@ def test_bad_input_is_one_sentence():
 
 def test_a_network_whose_kernels_are_standardised_says_so():
     for norm, stay in (("group", False), ("batch", True)):
-        network = NetworkConfig(model="bit", resolution=16, depths=(1,), norm=norm, stem="small")
+        network = NetworkConfig(
+            model="bit", resolution=16, options={"depths": (1,), "norm": norm, "stem": "small"}
+        )
         assert build_network(network, 10, FLOAT32).zeros_stay == stay

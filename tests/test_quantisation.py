@@ -18,6 +18,7 @@ from fm_distill.config import (
     NetworkConfig,
     QuantisationConfig,
     TeacherConfig,
+    with_options,
 )
 from fm_distill.errors import UserError
 from fm_distill.models import Variables, build_network, ranges_of
@@ -43,7 +44,7 @@ from fm_distill.training.check import check
 FLOAT32 = jnp.dtype("float32")
 INT8 = QuantisationConfig(weights="int8", activations="int8")
 STUDENT = dataclasses.replace(NETWORK, quantisation=INT8)
-WITH_BATCH_NORM = dataclasses.replace(STUDENT, norm="batch")
+WITH_BATCH_NORM = with_options(STUDENT, {"norm": "batch"})
 
 
 def rounded_weights(kernel: np.ndarray, bits: int) -> np.ndarray:
@@ -340,7 +341,7 @@ def test_bad_input_is_one_sentence(tmp_path):
 
     (tmp_path / "own.py").write_text(OWN)
     (tmp_path / "function.py").write_text(OWN_FUNCTION)
-    own = dataclasses.replace(STUDENT, model=f"{tmp_path}/own.py:Net", depths=(), width=1.0)
+    own = dataclasses.replace(STUDENT, model=f"{tmp_path}/own.py:Net", options={})
     assert "cannot be quantised, head, stem" in refused(own)
     function = dataclasses.replace(own, model=f"{tmp_path}/function.py:net")
     assert "has no layer that can be quantised" in refused(function)

@@ -583,7 +583,8 @@ def test_the_command_killed_goes_on_and_is_known_to_status(taught, tmp_path):
     """Killed without a word in the middle; then to the end, and a student from it."""
     _, folder = taught
     teacher = f'teacher=TeacherConfig(weights="{folder}/teacher.npz", network=NetworkConfig('
-    teacher += 'model="bit", resolution=16, depths=(1,), width=0.125, groups=4, stem="small"))'
+    teacher += 'model="bit", resolution=16, options=dict(depths=(1,), width=0.125, groups=4, '
+    teacher += 'stem="small")))'
     changes = teacher + ", objective=ObjectiveConfig(temperature=2.0)"
     schedule = ", schedule=ScheduleConfig(total_steps=40000, warmup_steps=1)"
     experiment = write_experiment(tmp_path / "run.py", changes + schedule)

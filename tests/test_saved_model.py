@@ -15,7 +15,7 @@ from fm_distill.weights.load import load_weights
 from fm_distill.weights.names import in_naming
 from fm_distill.weights.structure import HEAD_BIAS, HEAD_KERNEL, as_original
 
-NETWORK = NetworkConfig(model="bit", resolution=32, depths=(2, 1, 2, 1), width=0.5)
+NETWORK = NetworkConfig(model="bit", resolution=32, options={"depths": (2, 1, 2, 1), "width": 0.5})
 CLASSES = 7
 VARIABLES = formula_variables(NETWORK, CLASSES)
 ORIGINAL = {x: y.copy() for x, y in in_naming("bit_original", NETWORK, VARIABLES).items()}
@@ -128,7 +128,7 @@ def test_a_module_with_the_original_names(tf, tmp_path):
     tf.saved_model.save(module, str(tmp_path / "model"))
     found = load_weights(str(tmp_path / "model"), NETWORK, "teacher")
     same_arrays(found)
-    assert found.classes == CLASSES and found.network.root_pool_padding == "zero"
+    assert found.classes == CLASSES and found.network.options["root_pool_padding"] == "zero"
     assert "variables matched by their names" in found.notes
 
 
@@ -173,7 +173,7 @@ def test_saved_models_that_are_refused(tf, tmp_path):
     tf.saved_model.save(module, str(tmp_path / "model"))
     with pytest.raises(UserError, match="does not say what it is; give teacher"):
         load_weights(str(tmp_path / "model"), None, "teacher")
-    batch = NetworkConfig(model="bit", resolution=32, depths=(1,), norm="batch")
+    batch = NetworkConfig(model="bit", resolution=32, options={"depths": (1,), "norm": "batch"})
     with pytest.raises(UserError, match="holds a BiT with GroupNorm"):
         load_weights(str(tmp_path / "model"), batch, "teacher")
     data = next((tmp_path / "model" / "variables").glob("*.data-*"))

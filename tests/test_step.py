@@ -9,7 +9,7 @@ import optax
 import pytest
 from tiny import NETWORK, resolved_run, tiny_config, train_step_of
 
-from fm_distill.config import MemoryConfig, MeshConfig, ObjectiveConfig, ViewConfig
+from fm_distill.config import MemoryConfig, MeshConfig, ObjectiveConfig, ViewConfig, with_options
 from fm_distill.data.batch import Batch
 from fm_distill.data.resident import Resident, ResidentSteps
 from fm_distill.models import Network, Output, Variables
@@ -153,7 +153,7 @@ def test_two_networks_with_the_same_picture_share_one_rendering():
 
 def run_steps(layout, config, resident: bool, dispatches, batches: Batch, norm="group"):
     """State and metrics after the steps, with the program that `train` runs."""
-    config = dataclasses.replace(config, student=dataclasses.replace(config.student, norm=norm))
+    config = dataclasses.replace(config, student=with_options(config.student, {"norm": norm}))
     built = build(config, resolved_run(config, (NETWORK,), layout))
     teacher = with_random_head(build_teacher(built))
     frozen = (freeze_on_devices(built.teachers[0].network, teacher, layout),)

@@ -74,10 +74,14 @@ def test_every_combination_runs_once_and_the_table_has_mean_and_spread(tmp_path,
 
 
 def test_values_are_put_in_their_place():
-    config = changed(quick_config(), {"student.width": 0.5, "seed": 3, "views.mixup": "none"})
-    assert (config.student.width, config.seed, config.views.mixup) == (0.5, 3, "none")
+    config = changed(
+        quick_config(), {"student.options.width": 0.5, "seed": 3, "views.mixup": "none"}
+    )
+    assert (config.student.options["width"], config.seed, config.views.mixup) == (0.5, 3, "none")
     assert changed(quick_config(), {"objective.temperature": 2}).objective.temperature == 2.0
-    assert changed(quick_config(), {"student.depths": [1, 2]}).student.depths == (1, 2)
+    assert changed(quick_config(), {"student.options.depths": [1, 2]}).student.options[
+        "depths"
+    ] == (1, 2)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +91,7 @@ def test_values_are_put_in_their_place():
         ("objective.temperature=1,2.5", ("objective.temperature", (1, 2.5))),
         ("teaching=fixed,consistent", ("teaching", ("fixed", "consistent"))),
         ("optimizer.clip-norm=null,1.0", ("optimizer.clip_norm", (None, 1.0))),
-        ("student.depths=[1,1],[2]", ("student.depths", ([1, 1], [2]))),
+        ("student.options.depths=[1,1],[2]", ("student.options.depths", ([1, 1], [2]))),
     ],
 )
 def test_what_to_sweep_over_is_read(text, expected):
@@ -256,16 +260,16 @@ def test_without_matplotlib_the_tables_are_written(tmp_path, monkeypatch, capsys
 
 
 def test_a_sweep_over_the_student_ends_with_its_own_costs(tmp_path):
-    over = {"student.resolution": (16, 8), "student.depths": ([1],)}
+    over = {"student.resolution": (16, 8), "student.options.depths": ([1],)}
     table = sweep(quick_config(), over, tmp_path)
     with (tmp_path / "pareto.csv").open(newline="") as file:
         rows = [*csv.DictReader(file)]
     assert [x["runs"] for x in rows] == [
-        f"student.resolution={side}, student.depths=[1]" for side in (8, 16)
+        f"student.resolution={side}, student.options.depths=[1]" for side in (8, 16)
     ]
     for row, side in zip(rows, (8, 16), strict=True):
         # A folder whose checkpoints can be read again.
-        run = open_run(tmp_path / f"student.resolution={side}__student.depths=1")
+        run = open_run(tmp_path / f"student.resolution={side}__student.options.depths=1")
         flops = run.workdir.read_evaluation()["cost"]["student"]["flops"]
         assert float(row["student FLOPs, millions"]) == pytest.approx(flops / 1e6)
     assert rows[0]["Pareto-optimal in"] == "FLOPs"

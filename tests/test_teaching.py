@@ -16,6 +16,7 @@ from fm_distill.config import (
     SplitConfig,
     TransferConfig,
     ViewConfig,
+    with_options,
 )
 from fm_distill.config.regime import Regime, regime_of
 from fm_distill.data.feeding import Reader, StreamingFeed
@@ -350,7 +351,7 @@ def test_mixed_labels_are_those_of_the_pictures():
 
 def test_kept_statistics_stay_and_are_used():
     """In training BatchNorm reads the running averages, and leaves them as they are."""
-    student = dataclasses.replace(NETWORK, norm="batch")
+    student = with_options(NETWORK, {"norm": "batch"})
     config = tiny_config(student=student)
     built = build(config, resolved_run(config, ()))
     state = built.init(jax.random.key(0))

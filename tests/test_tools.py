@@ -1,6 +1,5 @@
 """The tools that read finished runs: a table and a picture."""
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from same_bits import main as same_bits
 from test_accelerator_paths import matching
 from tiny import NETWORK
 
-from fm_distill.config import CheckpointConfig, MeshConfig
+from fm_distill.config import CheckpointConfig, MeshConfig, with_options
 from fm_distill.diagnosis.opened import examine
 from fm_distill.errors import UserError
 from fm_distill.evaluation.inference import evaluate
@@ -164,7 +163,7 @@ def test_figures_of_runs_are_collected_and_shown(trained, tmp_path):
 @pytest.mark.slow
 def test_moments_of_other_views(tmp_path, capsys):
     """The first norm's are those of the root's output, by NumPy."""
-    student = dataclasses.replace(NETWORK, norm="batch")
+    student = with_options(NETWORK, {"norm": "batch"})
     config = matching(tmp_path, MeshConfig(data=1), student=student)
     train(config, tmp_path / "run")
     run = open_run(tmp_path / "run")

@@ -26,6 +26,7 @@ from fm_distill.config import (
     ScheduleConfig,
     SplitConfig,
     TeacherConfig,
+    with_options,
 )
 from fm_distill.errors import TrainingFailed
 from fm_distill.evaluation.inference import evaluate
@@ -56,7 +57,7 @@ def lines_of(workdir) -> list[dict]:
 
 
 def resumable(feeding: str, norm: str):
-    config = tiny_config(ema_decay=0.9, student=dataclasses.replace(NETWORK, norm=norm))
+    config = tiny_config(ema_decay=0.9, student=with_options(NETWORK, {"norm": norm}))
     return dataclasses.replace(config, data=dataclasses.replace(config.data, feeding=feeding))
 
 

@@ -16,14 +16,14 @@ from conftest import SHARED
 from formula import formula_variables
 from safetensors.numpy import save_file
 
-from fm_distill.config import NetworkConfig
+from fm_distill.config import NetworkConfig, with_options
 from fm_distill.errors import UserError
-from fm_distill.models import MODELS, Variables, build_network
+from fm_distill.models import MODELS, Variables, build_network, resolve
 from fm_distill.weights.load import Pretrained, fingerprint, load_weights, start_from
 from fm_distill.weights.names import in_naming, naming_of
 
 # The shape of BiT's files, small: an imagenet stem, four blocks, 32 groups.
-SMALL = NetworkConfig(model="bit", resolution=32, depths=(1, 1, 1, 1), width=0.5)
+SMALL = NetworkConfig(model="bit", resolution=32, options={"depths": (1, 1, 1, 1), "width": 0.5})
 CLASSES = 7
 VARIABLES = formula_variables(SMALL, CLASSES)
 
@@ -66,7 +66,7 @@ def test_the_original_naming(tmp_path):
     found = load_weights(original(tmp_path / "x.npz"), SMALL, "teacher")
     same_arrays(found.variables)
     assert found.classes == CLASSES and found.class_names is None
-    assert found.network.root_pool_padding == "zero"
+    assert found.network.options["root_pool_padding"] == "zero"
     assert found.network.input_range == "minus_one_one"
     assert any("zero: as bit_original" in remark for remark in found.notes)
     assert any("does not state" in remark for remark in found.notes)
@@ -88,7 +88,7 @@ def test_the_trainers_naming_with_its_prefixes(tmp_path, prefix):
         tensors["opt/state/0/mu/head/kernel"] = np.ones(3)
     found = load_weights(written(tmp_path / "x.npz", tensors), SMALL, "teacher")
     same_arrays(found.variables)
-    assert found.network.root_pool_padding == "minus_infinity"
+    assert found.network.options["root_pool_padding"] == "minus_infinity"
     assert any("minus_infinity" in remark for remark in found.notes)
 
 
@@ -96,13 +96,13 @@ def test_timms_naming(tmp_path):
     path = written(tmp_path / "x.safetensors", tensors_in("timm"))
     found = load_weights(path, SMALL, "teacher")
     same_arrays(found.variables)
-    assert found.network.root_pool_padding == "zero"
+    assert found.network.options["root_pool_padding"] == "zero"
 
 
 def test_the_chosen_root_pool_padding_wins(tmp_path):
-    asked = dataclasses.replace(SMALL, root_pool_padding="minus_infinity")
+    asked = with_options(SMALL, {"root_pool_padding": "minus_infinity"})
     found = load_weights(original(tmp_path / "x.npz"), asked, "teacher")
-    assert found.network.root_pool_padding == "minus_infinity"
+    assert found.network.options["root_pool_padding"] == "minus_infinity"
 
 
 def test_the_content_counts_not_the_suffix(tmp_path):
@@ -164,9 +164,9 @@ def test_an_input_range_that_contradicts_the_file_is_refused(tmp_path):
         network=asked,
     )
     refused(path, "student.input_range is imagenet", network=asked, option="student")
-    assert load_weights(
-        original(tmp_path / "x.npz"), asked, "teacher"
-    ).network == dataclasses.replace(asked, groups=32, root_pool_padding="zero")
+    assert load_weights(original(tmp_path / "x.npz"), asked, "teacher").network == resolve(
+        with_options(asked, {"groups": 32, "root_pool_padding": "zero"})
+    )
 
 
 def timm_folder(path, tensors, config) -> str:
@@ -221,7 +221,7 @@ def test_another_architecture_is_refused(tmp_path):
 
 
 def test_a_bit_file_for_another_family_is_refused(tmp_path):
-    batch = dataclasses.replace(SMALL, norm="batch")
+    batch = with_options(SMALL, {"norm": "batch"})
     refused(original(tmp_path / "x.npz"), "holds a BiT with GroupNorm", "norm=batch", network=batch)
 
 
@@ -233,15 +233,15 @@ def test_other_width_is_refused_with_a_short_list(tmp_path):
         original(tmp_path / "x.npz"),
         "44 tensors differ; check teacher.network.model",
         "is (1, 1, 32, 32), expected (1, 1, 64, 64)",
-        network=dataclasses.replace(SMALL, width=1.0),
+        network=with_options(SMALL, {"width": 1.0}),
     )
     assert message.endswith("\n  ...") and len(message.splitlines()) == 22
 
 
 def test_other_depth_is_refused(tmp_path):
-    deeper = dataclasses.replace(SMALL, depths=(1, 1, 2, 1))
+    deeper = with_options(SMALL, {"depths": (1, 1, 2, 1)})
     refused(original(tmp_path / "x.npz"), "missing resnet/block3/unit02/a", network=deeper)
-    flatter = dataclasses.replace(SMALL, depths=(1, 1, 1))
+    flatter = with_options(SMALL, {"depths": (1, 1, 1)})
     refused(original(tmp_path / "x.npz"), "unexpected resnet/block4/unit01/a", network=flatter)
 
 

@@ -31,7 +31,9 @@ from fm_distill.training.step import TrainStep, make_train_step, make_update
 from fm_distill.training.teach import make_teach
 
 NETWORK = StudentConfig(
-    model="bit", resolution=16, depths=(1,), width=0.125, groups=4, stem="small"
+    model="bit",
+    resolution=16,
+    options={"depths": (1,), "width": 0.125, "groups": 4, "stem": "small"},
 )
 
 

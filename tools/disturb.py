@@ -39,7 +39,9 @@ digits = load_experiment({digits!r})
 config = dataclasses.replace(
     digits, name="tiny", batch_size=16, ema_decay=0.9, seed=0,
     student=StudentConfig(
-        model="bit", resolution=16, depths=(1,), width=0.125, groups=4, stem="small", norm={norm!r}
+        model="bit",
+        resolution=16,
+        options=dict(depths=(1,), width=0.125, groups=4, stem="small", norm={norm!r}),
     ),
     objective=ObjectiveConfig(target="labels"),
     data=dataclasses.replace(digits.data, feeding={feeding!r}),

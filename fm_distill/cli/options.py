@@ -2,26 +2,29 @@
 
 import dataclasses
 import difflib
+import itertools
 import logging
 import os
 import re
 import sys
 import threading
 import warnings
-from collections.abc import Callable
-from typing import Annotated, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
 from fm_distill.config import Config
 from fm_distill.config.options import (
     empty,
+    is_model_option,
     option_names,
     optional_parts,
     with_parts,
     without_parts,
 )
 from fm_distill.config.overrides import settle
+from fm_distill.config.serialization import changed, parse_value
 from fm_distill.errors import (
     EXIT_INTERRUPTED_TWICE,
     EXIT_OUR_FAULT,
@@ -123,6 +126,29 @@ def first_run(arguments: list[str], usage: str) -> tuple[str, Config, list[str]]
     return workdir, Workdir(workdir).stored().config, rest
 
 
+REGISTRY = tyro.constructors.ConstructorRegistry()
+
+
+@REGISTRY.primitive_rule
+def _model_options(
+    of: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+    """A model's own options appear in the help; `parse_over` reads them, each by its own name."""
+    if of.type_origin is not Mapping:
+        return None
+
+    def refuse(tokens: list[str]) -> Any:
+        raise ValueError("name the option: --student.options.NAME VALUE")
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar=".NAME VALUE",
+        instance_from_str=refuse,
+        is_instance=lambda x: isinstance(x, Mapping),
+        str_from_instance=lambda x: [f"{name}={value}" for name, value in x.items()],
+    )
+
+
 def parse(kind: type[Options], default: Options | None, given: list[str], command: str) -> Options:
     """Options, over `default`. A mistyped one prints the nearest names and exits with 2."""
     asked = tyro.cli(
@@ -130,6 +156,7 @@ def parse(kind: type[Options], default: Options | None, given: list[str], comman
         default=default,
         args=given,
         prog=f"fm-distill {command}",
+        registry=REGISTRY,
         config=(
             tyro.conf.AvoidSubcommands,
             tyro.conf.FlagCreatePairsOff,
@@ -152,6 +179,7 @@ def parse_over(kind: type[Over], default: Config, arguments: list[str], command:
     fields = {*option_names(default)}
     parts = {*optional_parts(default)}
     options, named, dropped = [], set(), set()
+    of_models: dict[str, Any] = {}
     waiting = list(arguments)
     while waiting:
         argument = waiting.pop(0)
@@ -165,6 +193,13 @@ def parse_over(kind: type[Over], default: Config, arguments: list[str], command:
             dropped.add(name)
             waiting = waiting if equals else waiting[1:]
             continue
+        if is_model_option(name, fields):
+            tokens = [value] if equals else _before_next(waiting)
+            if not tokens:
+                raise UserError(f"{written} has no value; give one behind it")
+            of_models[name] = option_value(tokens)
+            waiting = waiting if equals else waiting[len(tokens) :]
+            continue
         if name not in fields and name not in own and not name.startswith(tuple(nested)):
             near = ", ".join(_written(x) for x in nearest(name, [*own, *fields]))
             near = f"did you mean {near}?" if near else "--help lists all"
@@ -173,9 +208,21 @@ def parse_over(kind: type[Over], default: Config, arguments: list[str], command:
         options.append(_written(name) + equals + value)
     if any(x in HELP for x in arguments):
         named |= {x for x in fields if not re.search(r"\.\d+\.", x)}
-    config = with_parts(without_parts(default, dropped), named)
+    config = with_parts(without_parts(default, dropped), {*named, *of_models})
+    config = changed(config, of_models)
     asked = parse(kind, kind(config=config), options, command)
     return dataclasses.replace(asked, config=settle(default, asked.config))
+
+
+def _before_next(arguments: list[str]) -> list[str]:
+    """The values in front of the next option."""
+    return [*itertools.takewhile(lambda x: not x.startswith("--"), arguments)]
+
+
+def option_value(tokens: list[str]) -> Any:
+    """The value of a model's own option."""
+    values = [parse_value(x) for x in tokens]
+    return values[0] if len(values) == 1 else values
 
 
 def _written(name: str) -> str:

@@ -20,6 +20,7 @@ from fm_distill.config.networks import (
     NetworkConfig,
     StudentConfig,
     TeacherConfig,
+    with_options,
 )
 from fm_distill.config.objective import (
     BankConfig,
@@ -65,6 +66,7 @@ __all__ = [
     "TermConfig",
     "TransferConfig",
     "ViewConfig",
+    "with_options",
 ]
 
 

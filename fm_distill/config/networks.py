@@ -1,15 +1,19 @@
 """The networks: student and teachers."""
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import Literal, TypeVar
 
-from fm_distill.config.bounds import Positive, PositiveInt, Seed
+from frozendict import frozendict
+
+from fm_distill.config.bounds import PositiveInt, Seed
 from fm_distill.config.pruning import PruningConfig
 from fm_distill.config.quantisation import QuantisationConfig
 
 # The model of a teacher that is not a network of ours.
 FUNCTION = "function"
 InputRange = Literal["auto", "minus_one_one", "zero_one", "imagenet"]
+OptionValue = bool | int | float | str | tuple[bool | int | float | str, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,7 +22,7 @@ class NetworkConfig:
 
     model: str
     (
-        "The architecture: `bit` (described by its depths, width, stem, norm and groups), "
+        "The architecture: `bit` (described by its options), "
         "`bit_r50x1`, `bit_r50x3`, `bit_r101x1`, `bit_r101x3`, `bit_r152x2`, `bit_r152x4`, "
         "`efficientnet_lite0`, `efficientnet_lite1`, `efficientnet_lite2`, `efficientnet_lite3`, "
         "`efficientnet_lite4`, `mobilenet_v3_large`, `mobilenet_v3_small`, "
@@ -53,26 +57,11 @@ class NetworkConfig:
         "Whether a resized picture is rounded to whole grey levels before it is mixed and "
         "normalised, as by a pipeline that stores 8-bit images (`uint8`)."
     )
-    depths: tuple[int, ...] = ()
-    """Of the model `bit`: residual units of each block, e.g. 3 4 6 3; named models fix it."""
-    width: Positive = 1.0
-    """Of the model `bit`: multiplies the 64 channels of the root; named models fix it."""
-    stem: Literal["imagenet", "small"] = "imagenet"
+    options: Mapping[str, OptionValue] = frozendict()
     (
-        "Of the model `bit`: `imagenet` begins with 7x7 and a pool, together stride 4; `small` "
-        "with 3x3 and stride 1."
-    )
-    norm: Literal["group", "batch"] = "group"
-    """Of the model `bit`: GroupNorm with weight standardisation, or BatchNorm without."""
-    groups: PositiveInt | Literal["auto"] = "auto"
-    (
-        "Of the model `bit`: groups of the GroupNorm, which have to divide the root's channels; "
-        "`auto`: 32, or the most of its divisors that do."
-    )
-    root_pool_padding: Literal["auto", "zero", "minus_infinity"] = "auto"
-    (
-        "Of BiT: the padding of the root's pool, zero as in its files and timm, or minus infinity "
-        "as in the released trainer; `auto`: by the naming of the weights, zero without."
+        "Settings that only this model has, each set as `--student.options.NAME VALUE`: of `bit` "
+        "`depths` (e.g. 3 4 6 3), `width`, `stem`, `norm` and `groups`; of every BiT "
+        "`root_pool_padding`; of one's own network the fields of its module."
     )
     block_widths: tuple[PositiveInt, ...] = ()
     (
@@ -80,6 +69,11 @@ class NetworkConfig:
         "leaves them; empty: those of the weights, else as published."
     )
     quantisation: QuantisationConfig = QuantisationConfig()
+
+    def __post_init__(self) -> None:
+        # Lists of JSON and of the command line would not be equal to an experiment's tuples.
+        values = {x: tuple(y) if isinstance(y, list) else y for x, y in self.options.items()}
+        object.__setattr__(self, "options", frozendict(values))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,6 +112,12 @@ class TeacherConfig:
     """The teacher's weights: a file, `hf://OWNER/REPO`, a SavedModel, or the workdir of a run."""
     network: NetworkConfig | None = None
     """The teacher's network, where its weights do not say it themselves."""
+    classes: tuple[str, ...] = ()
+    (
+        "The classes that the student learns of the teacher's, in the student's order: names or "
+        "numbers, or one text file with a name a line. The teacher's probabilities are "
+        "renormalised over them. Empty: all."
+    )
     experiment: str | None = None
     """An experiment file whose run becomes the teacher: it is trained first."""
     workdir: str | None = None
@@ -133,3 +133,11 @@ class TeacherConfig:
         "The folder (or URL) of what `fm-distill record` recorded of all teachers: the student "
         "learns from it, and needs the teachers themselves for the evaluation alone."
     )
+
+
+Network = TypeVar("Network", NetworkConfig, StudentConfig)
+
+
+def with_options(network: Network, options: Mapping[str, OptionValue]) -> Network:
+    """`network` with these options of its model over those that it has."""
+    return dataclasses.replace(network, options={**network.options, **options})

@@ -5,6 +5,7 @@ same, and naming one of them brings the part in.
 """
 
 import dataclasses
+import re
 import typing
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -14,6 +15,8 @@ from fm_distill.errors import UserError
 PLACEHOLDERS = {str: "", int: 0, float: 0.0}
 # So many more teachers, terms or sources than an experiment has can be named as options.
 MORE = 4
+# Of a model's own options, which the model knows and the config does not, the names are free.
+MODEL_OPTION = re.compile(r"(.+\.options)\.[a-zA-Z_]\w*")
 
 
 def empty(kind: Any) -> Any:
@@ -41,6 +44,12 @@ def option_names(part: Any, prefix: str = "") -> Iterator[str]:
                 yield from option_names(item, f"{option}.{i}.")
         else:
             yield from option_names(empty(kind) if value is None else value, f"{option}.")
+
+
+def is_model_option(name: str, fields: Collection[str]) -> bool:
+    """Whether this is `student.options.NAME` or that of a teacher, where `fields` has such."""
+    found = MODEL_OPTION.fullmatch(name)
+    return found is not None and found[1] in fields
 
 
 def optional_parts(part: Any, prefix: str = "") -> Iterator[str]:

@@ -1,21 +1,18 @@
 """What follows from options over an experiment: settings that give way to others."""
 
 import dataclasses
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from fm_distill.config import Config, NetworkConfig, StudentConfig
 from fm_distill.config.teachers import teachers_of, with_teachers
 
 Network = TypeVar("Network", NetworkConfig, StudentConfig)
 
-# The fields that describe a `bit`; named models fix them.
-DESCRIPTION = ("depths", "width", "stem", "norm", "groups")
-
 
 def settle(default: Config, asked: Config) -> Config:
     """`asked`, options over `default`, without those settings of `default` that they replace.
 
-    Another model drops the description of the one before, steps replace epochs, and the other way
+    Another model drops the options of the one before, steps replace epochs, and the other way
     round. What was asked for itself stays.
     """
     before = {option: teacher.network for option, teacher in teachers_of(default)}
@@ -32,14 +29,11 @@ def settle(default: Config, asked: Config) -> Config:
 
 
 def _settled_network(default: NetworkConfig | None, asked: Network) -> Network:
-    if default is None or asked.model in (default.model, "bit"):
+    if default is None or asked.model == default.model:
         return asked
-    fields: dict[str, Any] = {x.name: x.default for x in dataclasses.fields(NetworkConfig)}
-    names = list(DESCRIPTION)
-    if not asked.model.startswith("bit"):
-        names.append("root_pool_padding")
-    inherited = [name for name in names if vars(asked)[name] == vars(default)[name]]
-    return dataclasses.replace(asked, **{name: fields[name] for name in inherited})
+    inherited = default.options.items()
+    own = {name: value for name, value in asked.options.items() if (name, value) not in inherited}
+    return dataclasses.replace(asked, options=own)
 
 
 def _settled_length(default: Config, asked: Config) -> Config:

@@ -1,13 +1,14 @@
 """A config as text and JSON, and what makes two configs the same run."""
 
 import dataclasses
+import json
 import re
 from typing import Any, TypeVar
 
 import msgspec
 
 from fm_distill.config import Config
-from fm_distill.config.options import option_names, with_parts
+from fm_distill.config.options import is_model_option, option_names, with_parts
 from fm_distill.config.teachers import any_teacher
 from fm_distill.errors import UserError
 
@@ -89,10 +90,13 @@ def flatten(config: Config) -> dict[str, Any]:
 
 
 def changed(config: Config, values: dict[str, Any]) -> Config:
-    """`config` with fields replaced by their dotted names. Raises `UserError`."""
+    """`config` with fields replaced by their dotted names. Raises `UserError`.
+
+    A model's own option that is None is left to its default.
+    """
     known = {*option_names(config)}
     for name in values:
-        if name not in known:
+        if name not in known and not is_model_option(name, known):
             raise UserError(f"there is no option {name!r}; `show` lists them all")
     tree = to_json(with_parts(config, values))
     for name, value in values.items():
@@ -101,11 +105,23 @@ def changed(config: Config, values: dict[str, Any]) -> Config:
         for parent in parents:
             place = place[int(parent) if isinstance(place, list | tuple) else parent]
         place[leaf] = value
+        if value is None and name not in known:
+            del place[leaf]
     try:
         return converted(tree, Config)
     except msgspec.ValidationError as error:
         given = ", ".join(f"{name}={value}" for name, value in values.items())
         raise UserError(f"{given}: a value is not of its field's type: {error}") from None
+
+
+def parse_value(text: str) -> Any:
+    """A value as people type it: JSON, None, or else the text."""
+    if text == "None":
+        return None
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def differences(stored: Config, asked: Config) -> list[str]:

@@ -18,12 +18,19 @@ def named_classes(data: DataConfig) -> tuple[str, ...] | None:
     if data.class_names is None:
         return None
     path = IMAGENET if data.class_names == "imagenet" else pathlib.Path(data.class_names)
+    return read_names(path, f"data.class_names={data.class_names}")
+
+
+def read_names(path: pathlib.Path, option: str) -> tuple[str, ...]:
+    """The lines of a text file with a name a line; `option` asks for it.
+
+    Raises `UserError` where it cannot be read or names a class twice.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"data.class_names={data.class_names} cannot be read ({error}); expected `imagenet` or "
-            "a text file with a name a line"
+            f"{option} cannot be read ({error}); expected a text file with a name a line"
         ) from None
     names = tuple(line.strip() for line in lines if line.strip())
     if twice := sorted({name for name in names if names.count(name) > 1}):

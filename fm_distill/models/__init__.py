@@ -20,6 +20,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from fm_distill.config import InputRange, NetworkConfig
+from fm_distill.config.networks import OptionValue
 from fm_distill.models import bit, convnext, keras_resnet_v2, mobilenet_v3, resnet, vit
 from fm_distill.models import efficientnet_lite as lite
 from fm_distill.models.contract import (
@@ -33,6 +34,7 @@ from fm_distill.models.contract import (
     ranges_of,
 )
 from fm_distill.models.inner_channels import ChannelAxis, InnerChannels
+from fm_distill.models.options import ModelOptions, as_mapping, read_options
 from fm_distill.models.own import check_logits, is_own, own_builder, own_code
 
 __all__ = [
@@ -45,6 +47,7 @@ __all__ = [
     "Network",
     "Output",
     "Variables",
+    "all_options",
     "build_network",
     "check_network",
     "is_own",
@@ -66,6 +69,8 @@ class Model(NamedTuple):
     input_range: InputRange
     # What timm calls it, where timm has it.
     timm: str | None = None
+    # What its config may set beyond that of any network; None of code, which reads it itself.
+    options: type[ModelOptions] | None = ModelOptions
 
 
 def _as_in_timm(members: Mapping[str, Builder], input_range: InputRange) -> dict[str, Model]:
@@ -73,14 +78,19 @@ def _as_in_timm(members: Mapping[str, Builder], input_range: InputRange) -> dict
     return {name: Model(build, input_range, name) for name, build in members.items()}
 
 
+def _bit(depths: tuple[int, ...], width: float, timm: str) -> Model:
+    """The line of a published BiT."""
+    return Model(bit.member(depths, width), "minus_one_one", timm, bit.MemberOptions)
+
+
 MODELS: dict[str, Model] = {
-    "bit": Model(bit.build, "minus_one_one"),
-    "bit_r50x1": Model(bit.member((3, 4, 6, 3), 1.0), "minus_one_one", "resnetv2_50x1_bit"),
-    "bit_r50x3": Model(bit.member((3, 4, 6, 3), 3.0), "minus_one_one", "resnetv2_50x3_bit"),
-    "bit_r101x1": Model(bit.member((3, 4, 23, 3), 1.0), "minus_one_one", "resnetv2_101x1_bit"),
-    "bit_r101x3": Model(bit.member((3, 4, 23, 3), 3.0), "minus_one_one", "resnetv2_101x3_bit"),
-    "bit_r152x2": Model(bit.member((3, 8, 36, 3), 2.0), "minus_one_one", "resnetv2_152x2_bit"),
-    "bit_r152x4": Model(bit.member((3, 8, 36, 3), 4.0), "minus_one_one", "resnetv2_152x4_bit"),
+    "bit": Model(bit.build, "minus_one_one", None, bit.BitOptions),
+    "bit_r50x1": _bit((3, 4, 6, 3), 1.0, "resnetv2_50x1_bit"),
+    "bit_r50x3": _bit((3, 4, 6, 3), 3.0, "resnetv2_50x3_bit"),
+    "bit_r101x1": _bit((3, 4, 23, 3), 1.0, "resnetv2_101x1_bit"),
+    "bit_r101x3": _bit((3, 4, 23, 3), 3.0, "resnetv2_101x3_bit"),
+    "bit_r152x2": _bit((3, 8, 36, 3), 2.0, "resnetv2_152x2_bit"),
+    "bit_r152x4": _bit((3, 8, 36, 3), 4.0, "resnetv2_152x4_bit"),
     "efficientnet_lite0": Model(lite.member(0), "minus_one_one", "tf_efficientnet_lite0"),
     "efficientnet_lite1": Model(lite.member(1), "minus_one_one", "tf_efficientnet_lite1"),
     "efficientnet_lite2": Model(lite.member(2), "minus_one_one", "tf_efficientnet_lite2"),
@@ -100,18 +110,29 @@ MODELS: dict[str, Model] = {
 
 def model_of(name: str) -> Model:
     """The line of `MODELS`, or the code that `name` stands for. Raises `UserError`."""
-    return Model(own_builder(name), "minus_one_one") if is_own(name) else MODELS[name]
+    if is_own(name):
+        return Model(own_builder(name), "minus_one_one", options=None)
+    return MODELS[name]
+
+
+def all_options(config: NetworkConfig) -> Mapping[str, OptionValue]:
+    """Of the model, with its defaults where `config` sets none. Raises `ValueError`."""
+    kind = model_of(config.model).options
+    return config.options if kind is None else as_mapping(read_options(config, kind))
 
 
 def resolve(config: NetworkConfig) -> NetworkConfig:
-    """`config` with the model's own values where it is `auto`, as for a network from scratch."""
+    """`config` with the model's own values where it is `auto`, as for a network from scratch.
+
+    Raises `ValueError` where it sets an option that the model does not have.
+    """
+    model = model_of(config.model)
     if config.input_range == "auto":
-        config = dataclasses.replace(config, input_range=model_of(config.model).input_range)
-    if config.groups == "auto":
-        config = dataclasses.replace(config, groups=bit.fitting_groups(config))
-    if config.root_pool_padding == "auto":
-        config = dataclasses.replace(config, root_pool_padding="zero")
-    return config
+        config = dataclasses.replace(config, input_range=model.input_range)
+    if model.options is None:
+        return config
+    options = as_mapping(read_options(config, model.options).resolved())
+    return dataclasses.replace(config, options=options)
 
 
 def build_network(config: NetworkConfig, classes: int, dtype: jnp.dtype) -> Network:

@@ -1,4 +1,4 @@
-"""From a Flax module to a `Network`, and the checks of a config that families share."""
+"""From a Flax module to a `Network`, and the check of a config that families share."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -172,40 +172,7 @@ def _fold(params: PyTree, fold: Callable[[Kernel], Kernel], dtype: jnp.dtype) ->
     return jax.tree_util.tree_map_with_path(leaf_of, params)
 
 
-def check_named(config: NetworkConfig) -> None:
-    """A named network fixes what describes a `bit`; its config may not differ."""
-    wrong = [
-        (name, value, free)
-        for name, value, free in (
-            ("depths", config.depths, ()),
-            ("width", config.width, 1.0),
-            ("stem", config.stem, "imagenet"),
-            ("norm", config.norm, "group"),
-            ("groups", config.groups, 32),
-        )
-        if value != free
-    ]
-    if wrong:
-        names, values, defaults = (
-            ", ".join(map(str, column)) for column in zip(*wrong, strict=True)
-        )
-        raise ValueError(
-            f"{config.model} fixes {names}; got {values}: leave it at {defaults}, or use model=bit"
-        )
-
-
 def check_resolution(config: NetworkConfig, stride: int) -> None:
     """The network's last picture has at least one pixel."""
     if config.resolution < stride:
         raise ValueError(f"resolution {config.resolution} is below the network's stride {stride}")
-
-
-def check_plain(config: NetworkConfig, stride: int) -> None:
-    """A named network of a family other than BiT, with its stride."""
-    check_named(config)
-    if config.root_pool_padding not in ("auto", "zero"):
-        raise ValueError(
-            f"{config.model} has no choice of root_pool_padding; got "
-            f"{config.root_pool_padding}: leave it at auto"
-        )
-    check_resolution(config, stride)

@@ -2,12 +2,14 @@
 
 Source: Kolesnikov et al. 2020 (arXiv 1912.11370) and big_transfer's reference code. Unit:
 norm, relu, 1x1; norm, relu, 3x3 (strided); norm, relu, 1x1; the shortcut's projection reads the
-first norm's output. `norm="batch"` makes the same network with BatchNorm and plain convolutions.
+first norm's output. The option `norm="batch"` makes the same network with BatchNorm and plain
+convolutions.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -15,10 +17,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from fm_distill.config import NetworkConfig
-from fm_distill.models.assembly import check_named, check_resolution, make_network
+from fm_distill.config.bounds import Positive, PositiveInt
+from fm_distill.models.assembly import check_resolution, make_network
 from fm_distill.models.contract import HEAD, UNIT, Images, Network
 from fm_distill.models.inner_channels import InnerChannels, channel_axes, narrowed
 from fm_distill.models.layers import Convolution, Head, Kernel, Norm, identity
+from fm_distill.models.options import ModelOptions, read_options
 from fm_distill.models.pooling import max_pool, max_pool_zero_padded
 from fm_distill.models.quantisation import quantised_branch
 
@@ -29,6 +33,45 @@ NORM_EPSILON = 1e-5
 STANDARDISATION_EPSILON = 1e-10
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MemberOptions(ModelOptions):
+    """Of a published BiT."""
+
+    root_pool_padding: Literal["auto", "zero", "minus_infinity"] = "auto"
+    (
+        "The padding of the root's pool: zero as in BiT's files and timm, or minus infinity as in "
+        "the released trainer; `auto`: by the naming of the weights, zero without."
+    )
+
+    def resolved(self) -> "MemberOptions":
+        padding = "zero" if self.root_pool_padding == "auto" else self.root_pool_padding
+        return dataclasses.replace(self, root_pool_padding=padding)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BitOptions(MemberOptions):
+    """Of the model `bit`."""
+
+    depths: tuple[int, ...] = ()
+    """Residual units of each block, e.g. 3 4 6 3."""
+    width: Positive = 1.0
+    """Multiplies the 64 channels of the root."""
+    stem: Literal["imagenet", "small"] = "imagenet"
+    """`imagenet` begins with 7x7 and a pool, together stride 4; `small` with 3x3 and stride 1."""
+    norm: Literal["group", "batch"] = "group"
+    """GroupNorm with weight standardisation, or BatchNorm without."""
+    groups: PositiveInt | Literal["auto"] = "auto"
+    (
+        "Groups of the GroupNorm, which have to divide the root's channels; `auto`: 32, or the "
+        "most of its divisors that do."
+    )
+
+    def resolved(self) -> "BitOptions":
+        groups = fitting_groups(self) if self.groups == "auto" else self.groups
+        padding = super().resolved().root_pool_padding
+        return dataclasses.replace(self, groups=groups, root_pool_padding=padding)
+
+
 def standardise(kernel: Kernel) -> Kernel:
     """Zero mean and unit variance over each output channel's inputs (arXiv 1903.10520)."""
     mean = kernel.mean(axis=(0, 1, 2), keepdims=True)
@@ -36,24 +79,24 @@ def standardise(kernel: Kernel) -> Kernel:
     return (kernel - mean) / jnp.sqrt(variance + STANDARDISATION_EPSILON)
 
 
-def preparation(config: NetworkConfig, frozen: bool) -> Callable[[Kernel], Kernel]:
+def preparation(options: BitOptions, frozen: bool) -> Callable[[Kernel], Kernel]:
     """What a convolution computes from its kernel; a frozen one was standardised already."""
-    return standardise if config.norm == "group" and not frozen else identity
+    return standardise if options.norm == "group" and not frozen else identity
 
 
-def norm_groups(config: NetworkConfig) -> int | None:
+def norm_groups(options: BitOptions) -> int | None:
     """Groups of the GroupNorm; None for BatchNorm."""
-    assert config.groups != "auto"
-    return config.groups if config.norm == "group" else None
+    assert options.groups != "auto"
+    return options.groups if options.norm == "group" else None
 
 
-def root_channels(config: NetworkConfig) -> int:
-    return round(64 * config.width)
+def root_channels(options: BitOptions) -> int:
+    return round(64 * options.width)
 
 
-def fitting_groups(config: NetworkConfig) -> int:
+def fitting_groups(options: BitOptions) -> int:
     """The most groups that divide both 32, which is BiT's number, and the root's channels."""
-    return math.gcd(32, root_channels(config)) if config.norm == "group" else 32
+    return math.gcd(32, root_channels(options)) if options.norm == "group" else 32
 
 
 class Unit(nn.Module):
@@ -63,7 +106,7 @@ class Unit(nn.Module):
     # Channels of the two norms in between: `middle`, or fewer.
     inner: int
     stride: int
-    config: NetworkConfig
+    options: BitOptions
     frozen: bool
     train: bool
     dtype: jnp.dtype
@@ -71,7 +114,7 @@ class Unit(nn.Module):
     @nn.compact
     def __call__(self, x: Activations) -> Activations:
         out = 4 * self.middle
-        groups = norm_groups(self.config)
+        groups = norm_groups(self.options)
         h = self._norm("a_norm", x, groups)
         # Groups keep their size, so those that are left have the moments that they had.
         groups = None if groups is None else groups * self.inner // self.middle
@@ -90,7 +133,7 @@ class Unit(nn.Module):
     def _convolution(
         self, name: str, x: Activations, channels: int, size: int, stride: int
     ) -> Activations:
-        prepare = preparation(self.config, self.frozen)
+        prepare = preparation(self.options, self.frozen)
         return Convolution(channels, size, stride, self.dtype, prepare=prepare, name=name)(x)
 
 
@@ -99,31 +142,31 @@ def unit_name(block: int, unit: int) -> str:
     return f"block{block}_unit{unit:02d}"
 
 
-def middle_channels(config: NetworkConfig, block: int) -> int:
+def middle_channels(options: BitOptions, block: int) -> int:
     """Of the units of a block, from 1 on, as published."""
-    return root_channels(config) * 2 ** (block - 1)
+    return root_channels(options) * 2 ** (block - 1)
 
 
-def inner_channels(config: NetworkConfig) -> tuple[InnerChannels, ...]:
+def inner_channels(config: NetworkConfig, options: BitOptions) -> tuple[InnerChannels, ...]:
     """Of each unit, between `a` and `b` and between `b` and `c`."""
-    groups = norm_groups(config)
+    groups = norm_groups(options)
 
     def of_unit(block: int, unit: int) -> InnerChannels:
-        middle, name = middle_channels(config, block), unit_name(block, unit)
+        middle, name = middle_channels(options, block), unit_name(block, unit)
         places = (
             channel_axes(name, (made,), (f"{read}_norm",), (read,), batch_norm=groups is None)
             for made, read in (("a", "b"), ("b", "c"))
         )
         return InnerChannels(name, middle, middle // groups if groups else 1, tuple(places))
 
-    units = [of_unit(i, j + 1) for i, count in enumerate(config.depths, 1) for j in range(count)]
+    units = [of_unit(i, j + 1) for i, count in enumerate(options.depths, 1) for j in range(count)]
     return narrowed(tuple(units), config)
 
 
 class ResNetV2(nn.Module):
     """The whole network: root, blocks of units, final norm, mean, head."""
 
-    config: NetworkConfig
+    options: BitOptions
     # Inner channels of each unit.
     widths: tuple[int, ...]
     classes: int
@@ -132,7 +175,7 @@ class ResNetV2(nn.Module):
 
     @nn.compact
     def __call__(self, images: Images, train: bool) -> tuple[Array, dict[str, Array]]:
-        c = self.config
+        c = self.options
         root = root_channels(c)
         prepare = preparation(c, self.frozen)
         x = images.astype(self.dtype)
@@ -156,44 +199,50 @@ class ResNetV2(nn.Module):
 
     def _pool(self, x: Activations) -> Activations:
         """The root's 3x3 maximum. Padding: zero in BiT's files and timm, -inf when released."""
-        if self.config.root_pool_padding == "zero":
+        if self.options.root_pool_padding == "zero":
             return max_pool_zero_padded(x)
         return max_pool(x)
 
 
 def build(config: NetworkConfig, classes: int, dtype: jnp.dtype) -> Network:
-    """A member of the family, described by `depths`, `width` and `stem`."""
-    _check(config)
-    inner = inner_channels(config)
-    module = ResNetV2(config, tuple(x.width for x in inner), classes, dtype)
-    fold = preparation(config, frozen=False)
-    return make_network(module, module.clone(frozen=True), fold, config, classes, dtype, inner)
+    """A member of the family, described by its `BitOptions`."""
+    return _build(config, read_options(config, BitOptions).resolved(), classes, dtype)
 
 
 def member(
     depths: tuple[int, ...], width: float
 ) -> Callable[[NetworkConfig, int, jnp.dtype], Network]:
-    """A published member of the family; its config may not differ."""
+    """A published member of the family."""
 
     def build_member(config: NetworkConfig, classes: int, dtype: jnp.dtype) -> Network:
-        check_named(config)
-        return build(dataclasses.replace(config, depths=depths, width=width), classes, dtype)
+        padding = read_options(config, MemberOptions).root_pool_padding
+        options = BitOptions(depths=depths, width=width, root_pool_padding=padding)
+        return _build(config, options.resolved(), classes, dtype)
 
     return build_member
 
 
-def _check(config: NetworkConfig) -> None:
-    if not config.depths or min(config.depths) < 1:
+def _build(config: NetworkConfig, options: BitOptions, classes: int, dtype: jnp.dtype) -> Network:
+    _check(config, options)
+    inner = inner_channels(config, options)
+    module = ResNetV2(options, tuple(x.width for x in inner), classes, dtype)
+    fold = preparation(options, frozen=False)
+    return make_network(module, module.clone(frozen=True), fold, config, classes, dtype, inner)
+
+
+def _check(config: NetworkConfig, options: BitOptions) -> None:
+    if not options.depths or min(options.depths) < 1:
         raise ValueError(
-            f"model=bit needs depths, units a block, e.g. (3, 4, 6, 3); got {config.depths}"
+            "model=bit needs the option depths, units a block, e.g. (3, 4, 6, 3); got "
+            f"{options.depths}"
         )
-    root = root_channels(config)
-    assert config.groups != "auto"
-    if config.norm == "group" and (root < 1 or root % config.groups):
-        near = math.gcd(root, config.groups)
+    root = root_channels(options)
+    assert options.groups != "auto"
+    if options.norm == "group" and (root < 1 or root % options.groups):
+        near = math.gcd(root, options.groups)
         raise ValueError(
-            f"groups={config.groups} does not divide the {root} channels of width="
-            f"{config.width:g}; use groups={near}"
+            f"options.groups={options.groups} does not divide the {root} channels of "
+            f"options.width={options.width:g}; use groups={near}"
         )
-    shrink = 2 ** (len(config.depths) - 1) * (4 if config.stem == "imagenet" else 1)
+    shrink = 2 ** (len(options.depths) - 1) * (4 if options.stem == "imagenet" else 1)
     check_resolution(config, shrink)

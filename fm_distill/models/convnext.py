@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from fm_distill.config import NetworkConfig
-from fm_distill.models.assembly import check_plain, make_network
+from fm_distill.models.assembly import check_resolution, make_network
 from fm_distill.models.contract import HEAD, UNIT, Images, Network
 from fm_distill.models.dense_layers import Dense, LayerNorm, gelu
 from fm_distill.models.layers import Convolution, DepthwiseConvolution, Head, identity
@@ -157,7 +157,7 @@ def member(design: Design) -> Callable[[NetworkConfig, int, jnp.dtype], Network]
     """A published member of the family; its config may not differ."""
 
     def build_member(config: NetworkConfig, classes: int, dtype: jnp.dtype) -> Network:
-        check_plain(config, STRIDE)
+        check_resolution(config, STRIDE)
         module = ConvNeXt(design, classes, dtype)
         return make_network(module, module, identity, config, classes, dtype)
 

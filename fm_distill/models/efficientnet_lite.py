@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from fm_distill.config import NetworkConfig
-from fm_distill.models.assembly import check_plain, make_network
+from fm_distill.models.assembly import check_resolution, make_network
 from fm_distill.models.contract import HEAD, Images, Network
 from fm_distill.models.inverted_residual import (
     Block,
@@ -91,7 +91,7 @@ def member(number: int) -> Callable[[NetworkConfig, int, jnp.dtype], Network]:
     design = design_of(*MULTIPLIERS[number])
 
     def build_member(config: NetworkConfig, classes: int, dtype: jnp.dtype) -> Network:
-        check_plain(config, design.stride)
+        check_resolution(config, design.stride)
         narrow, inner = with_block_widths(design, config)
         module = EfficientNetLite(narrow, classes, dtype)
         return make_network(module, module, identity, config, classes, dtype, inner)

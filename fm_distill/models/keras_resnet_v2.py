@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from fm_distill.config import NetworkConfig
-from fm_distill.models.assembly import check_plain, make_network
+from fm_distill.models.assembly import check_resolution, make_network
 from fm_distill.models.contract import HEAD, UNIT, Images, Network
 from fm_distill.models.layers import Convolution, Head, Norm, identity
 from fm_distill.models.pooling import max_pool_zero_padded
@@ -79,6 +79,6 @@ class KerasResNetV2(nn.Module):
 
 def build(config: NetworkConfig, classes: int, dtype: jnp.dtype) -> Network:
     """ResNet50V2."""
-    check_plain(config, STRIDE)
+    check_resolution(config, STRIDE)
     module = KerasResNetV2(classes, dtype)
     return make_network(module, module, identity, config, classes, dtype)

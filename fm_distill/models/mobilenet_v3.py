@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from fm_distill.config import NetworkConfig
-from fm_distill.models.assembly import check_plain, make_network
+from fm_distill.models.assembly import check_resolution, make_network
 from fm_distill.models.contract import HEAD, Images, Network
 from fm_distill.models.inverted_residual import (
     Block,
@@ -143,7 +143,7 @@ def member(
     design = design_of(size, groups)
 
     def build_member(config: NetworkConfig, classes: int, dtype: jnp.dtype) -> Network:
-        check_plain(config, design.stride)
+        check_resolution(config, design.stride)
         narrow, inner = with_block_widths(design, config)
         module = MobileNetV3(narrow, classes, dtype)
         return make_network(module, module, identity, config, classes, dtype, inner)

@@ -15,9 +15,12 @@ from fm_distill.errors import UserError
 from fm_distill.models.assembly import make_network
 from fm_distill.models.contract import Images, Network
 from fm_distill.models.layers import identity
+from fm_distill.models.options import refuse_unknown
 from fm_distill.system.references import is_reference, load_reference
 
 Builder = Callable[[NetworkConfig, int, jnp.dtype], Network]
+# Fields that every Flax module has.
+OF_FLAX = ("parent", "name")
 
 
 def is_own(model: str) -> bool:
@@ -34,7 +37,8 @@ def own_builder(model: str) -> Builder:
     """The builder that `model` names: a function `(NetworkConfig, classes, dtype) -> Network`.
 
     Or a Flax module with a field `classes`, and `dtype` if it wants to know the compute type, whose
-    `__call__(images, train)` returns logits, or logits and a dict of features. Raises `UserError`.
+    `__call__(images, train)` returns logits, or logits and a dict of features; its other fields are
+    set by the config's `options`. Raises `UserError`.
     """
     value = load_reference(model, "the model").value
     if isinstance(value, type) and issubclass(value, nn.Module):
@@ -74,13 +78,15 @@ class _WithFeatures(nn.Module):
 def _from_module(
     module: type[nn.Module], model: str, config: NetworkConfig, classes: int, dtype: jnp.dtype
 ) -> Network:
-    fields: dict[str, Any] = {"classes": classes, "dtype": dtype}
-    known = inspect.signature(module).parameters
-    if "classes" not in known:
+    given: dict[str, Any] = {"classes": classes, "dtype": dtype}
+    fields = [name for name in inspect.signature(module).parameters if name not in OF_FLAX]
+    if "classes" not in fields:
         raise UserError(
             f"the model {model} has no field `classes`; give it one, the number of its logits"
         )
-    made = module(**{name: value for name, value in fields.items() if name in known})
+    refuse_unknown(config, [name for name in fields if name not in given])
+    given |= config.options
+    made = module(**{name: value for name, value in given.items() if name in fields})
     whole = _WithFeatures(made)
     return make_network(whole, whole, identity, config, classes, jnp.dtype("float32"))
 

@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from fm_distill.config import NetworkConfig
-from fm_distill.models.assembly import check_plain, make_network
+from fm_distill.models.assembly import check_resolution, make_network
 from fm_distill.models.contract import HEAD, UNIT, Images, Network
 from fm_distill.models.inner_channels import InnerChannels, channel_axes, narrowed
 from fm_distill.models.layers import Convolution, Head, Norm, identity
@@ -143,7 +143,7 @@ def member(design: Design) -> Callable[[NetworkConfig, int, jnp.dtype], Network]
     """A published member of the family; its config may not differ."""
 
     def build_member(config: NetworkConfig, classes: int, dtype: jnp.dtype) -> Network:
-        check_plain(config, STRIDE)
+        check_resolution(config, STRIDE)
         inner = narrowed(inner_channels(design), config)
         module = ResNet(design, tuple(x.width for x in inner), classes, dtype)
         return make_network(module, module, identity, config, classes, dtype, inner)

@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from fm_distill.config import NetworkConfig
-from fm_distill.models.assembly import check_plain, make_network
+from fm_distill.models.assembly import check_resolution, make_network
 from fm_distill.models.contract import HEAD, UNIT, Images, Network
 from fm_distill.models.dense_layers import INITIAL_DEVIATION, Dense, LayerNorm, LayerScale, gelu
 from fm_distill.models.inner_channels import InnerChannels, channel_axes, narrowed
@@ -194,7 +194,7 @@ def member(design: Design) -> Callable[[NetworkConfig, int, jnp.dtype], Network]
     """A published member of the family; its config may not differ."""
 
     def build_member(config: NetworkConfig, classes: int, dtype: jnp.dtype) -> Network:
-        check_plain(config, design.patch)
+        check_resolution(config, design.patch)
         if over := config.resolution % design.patch:
             below = config.resolution - over
             raise ValueError(

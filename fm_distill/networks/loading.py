@@ -5,7 +5,7 @@ import pathlib
 
 from fm_distill.config import Config, NetworkConfig
 from fm_distill.config.resolved import RecordingFacts, WeightFacts
-from fm_distill.config.teachers import recording_of
+from fm_distill.config.teachers import recording_of, teachers_of
 from fm_distill.data.class_names import named_classes
 from fm_distill.errors import UserError
 from fm_distill.models import resolve
@@ -73,7 +73,10 @@ def load_networks(
         teachers = recorded_teachers(config, workdir, recording)
     else:
         teachers = load_teachers(config, workdir)
-    data_names = data_names or named_classes(config.data)
+    recorded_names = recording.header.class_names if recording else None
+    # Where some of the teacher's classes are chosen, `data.class_names` named all of them.
+    if not (recorded_names or any(teacher.classes for _, teacher in teachers_of(config))):
+        data_names = data_names or named_classes(config.data)
     start = None
     if config.student.weights:
         start = load_pretrained(config.student.weights, config.student, "student")

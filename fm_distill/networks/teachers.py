@@ -6,13 +6,22 @@ import pathlib
 
 from fm_distill.config import Config, NetworkConfig, TeacherConfig
 from fm_distill.config.teachers import recording_of, teachers_of
+from fm_distill.data.class_names import named_classes
 from fm_distill.errors import UserError
 from fm_distill.models import Variables
+from fm_distill.networks.class_choice import (
+    chosen,
+    fingerprint_of,
+    function_of,
+    names_asked,
+    refuse_other_recording,
+    variables_of,
+)
 from fm_distill.networks.functions import TeacherFunction, load_function
 from fm_distill.recordings.manifest import Recording
 from fm_distill.runs.open_run import open_run
 from fm_distill.weights.card import only_network
-from fm_distill.weights.description import differing
+from fm_distill.weights.description import FREE_OPTIONS, differing
 from fm_distill.weights.hub import PREFIX, WEIGHTS_FILE
 from fm_distill.weights.load import Pretrained, fingerprint, load_weights
 
@@ -43,9 +52,11 @@ def load_pretrained(path: str, network: NetworkConfig | None, option: str) -> Pr
         )
         if option == "student":
             chosen = dataclasses.replace(chosen, quantisation=requested.quantisation)
+        of_run = run.network.options
+        free = {x: y for x, y in requested.options.items() if x in FREE_OPTIONS}
         for given, own, field in (
             (requested.input_range, run.network.input_range, "input_range"),
-            (requested.root_pool_padding, run.network.root_pool_padding, "root_pool_padding"),
+            *((value, of_run.get(name), name) for name, value in free.items()),
         ):
             if given not in ("auto", own):
                 raise UserError(
@@ -75,7 +86,7 @@ def load_teachers(config: Config, workdir: pathlib.Path) -> tuple[Teacher, ...]:
     Raises `UserError`, also where a teacher's run is not complete.
     """
     return tuple(
-        _load_teacher(teacher.config, teacher.option, where)
+        _load_teacher(teacher.config, teacher.option, where, named_classes(config.data))
         for teacher, where in zip(
             teachers_of(config), teacher_workdirs(config, workdir), strict=True
         )
@@ -130,6 +141,10 @@ def recorded_teachers(
                 "(--teacher.weights None --teacher.workdir None)"
             )
         return teachers
+    for option, teacher in teachers_of(config):
+        if teacher.classes:
+            asked = names_asked(teacher.classes, option)
+            refuse_other_recording(asked, header.class_names, header.classes, str(recording.path))
     note = f"the teachers are not here: their outputs are read from {recording.path}"
     return tuple(
         Teacher(network, header.classes, header.class_names, None, weights, () if i else (note,))
@@ -153,7 +168,33 @@ def teacher_workdirs(config: Config, workdir: pathlib.Path) -> tuple[str, ...]:
     )
 
 
-def _load_teacher(teacher: TeacherConfig, option: str, where: str) -> Teacher:
+def _load_teacher(
+    teacher: TeacherConfig, option: str, where: str, names: tuple[str, ...] | None
+) -> Teacher:
+    """`names` are those of its classes where neither its weights nor its run know them."""
+    loaded = _load_all_classes(teacher, option, where)
+    if not teacher.classes:
+        return loaded
+    asked = names_asked(teacher.classes, option)
+    names = loaded.class_names or (names if len(names or ()) == loaded.classes else None)
+    choice = chosen(asked, names, loaded.classes, option)
+    places = choice.places
+    note = f"{option}.classes: {len(places):,} of its {loaded.classes:,} classes, renormalised"
+    teacher_of = dataclasses.replace(
+        loaded, classes=len(places), class_names=choice.names, notes=(*loaded.notes, note)
+    )
+    if loaded.function is not None:
+        return dataclasses.replace(
+            teacher_of,
+            function=function_of(loaded.function, places),
+            fingerprint=fingerprint_of(loaded.fingerprint, places),
+        )
+    assert loaded.variables is not None
+    variables = variables_of(loaded.network, loaded.variables, loaded.classes, places)
+    return dataclasses.replace(teacher_of, variables=variables, fingerprint=fingerprint(variables))
+
+
+def _load_all_classes(teacher: TeacherConfig, option: str, where: str) -> Teacher:
     if teacher.function:
         assert teacher.network is not None
         function, classes, code = load_function(teacher.function, teacher.network, option)
@@ -201,7 +242,7 @@ def agreed_classes(
         counts = ", ".join(f"{name}: {count}" for name, count in known.items())
         raise UserError(
             f"the number of classes differs ({counts}); use a teacher that was trained on these "
-            "classes, or set data.classes"
+            "classes, choose some of its classes with teacher.classes, or set data.classes"
         )
     named = [(who, x) for who, x in names.items() if x]
     for (one, a), (other, b) in itertools.pairwise(named):

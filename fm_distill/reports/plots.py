@@ -248,7 +248,7 @@ def _picture(axes: Any, pixels: np.ndarray) -> None:
 
 
 def _without_sections(name: str) -> str:
-    """`student.width=1, seed=2` as `width=1, seed=2`."""
+    """`student.options.width=1, seed=2` as `width=1, seed=2`."""
     return re.sub(r"\b[\w.]+\.(?=\w+=)", "", name)
 
 

@@ -7,14 +7,13 @@ where it was, and one that is complete only prints its table.
 import dataclasses
 import functools
 import itertools
-import json
 import os
 import pathlib
 import re
 from typing import Any
 
 from fm_distill.config import Config
-from fm_distill.config.serialization import changed
+from fm_distill.config.serialization import changed, parse_value
 from fm_distill.config.teachers import teachers_of, with_teachers
 from fm_distill.errors import UserError
 from fm_distill.networks.cost import cost_of, run_cost
@@ -92,22 +91,14 @@ def _measured(runs: list[SweptRun], folder: pathlib.Path) -> list[SweptRun]:
 def parse_over(text: str) -> tuple[str, tuple[Any, ...]]:
     """`"objective.temperature=1,2.5"` as a name and values, each read as JSON or else as text.
 
-    A list is one value: `"student.depths=[1,1],[2,2]"`.
+    A list is one value: `"student.options.depths=[1,1],[2,2]"`.
     """
     name, equals, values = text.partition("=")
     if not equals or not name or not values:
         raise UserError(f"--over {text!r}: expected OPTION=VALUE,VALUE,..., e.g. seed=0,1,2")
 
-    def value(part: str) -> Any:
-        if part == "None":
-            return None
-        try:
-            return json.loads(part)
-        except ValueError:
-            return part
-
     return name.strip().replace("-", "_"), tuple(
-        value(part.strip()) for part in BETWEEN.split(values)
+        parse_value(part.strip()) for part in BETWEEN.split(values)
     )
 
 

@@ -115,7 +115,8 @@ def _wrong_pruning(student: StudentConfig) -> Iterator[str]:
     elif pruning.pattern in OF_WEIGHTS and not _zeros_stay(student):
         yield (
             f"{option}.pattern={pruning.pattern} needs zeros that stay zeros, and {student.model} "
-            "standardises its kernels, which fills them: use norm=batch, or pattern=channels"
+            "standardises its kernels, which fills them: use options.norm=batch, or "
+            "pattern=channels"
         )
     elif pruning.pattern == "channels":
         try:

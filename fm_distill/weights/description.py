@@ -1,20 +1,21 @@
 """Which network a weight file holds and how it is fed, by the request and by the file."""
 
 import dataclasses
-from typing import Literal, cast
+from typing import cast
 
 import msgspec
 import numpy as np
 
-from fm_distill.config import InputRange, NetworkConfig
+from fm_distill.config import InputRange, NetworkConfig, with_options
 from fm_distill.errors import UserError
-from fm_distill.models import MODELS, model_of, resolve
+from fm_distill.models import MODELS, all_options, model_of, resolve
 from fm_distill.views.rendering import INPUT_RANGES
 from fm_distill.weights.card import only_network
 from fm_distill.weights.files import Facts, WeightFile
 
 # Fields of a network that its weights do not fix.
-FREE = ("resolution", "input_range", "input_rounding", "root_pool_padding", "quantisation")
+FREE = ("resolution", "input_range", "input_rounding", "quantisation")
+FREE_OPTIONS = ("root_pool_padding",)  # of a model's own
 # Largest difference between a file's mean or deviation and the ones of an input range.
 TOLERANCE = 1e-3
 
@@ -50,12 +51,11 @@ def describe(
             + f", but {fields}.model is {requested.model}"
         )
     if card:
-        padding = requested.root_pool_padding
-        padding = card.network.root_pool_padding if padding == "auto" else padding
+        asked = requested.options.items()
+        free = {x: y for x, y in asked if x in FREE_OPTIONS and y != "auto"}
         requested = dataclasses.replace(
             requested,
-            root_pool_padding=padding,
-            groups=card.network.groups,
+            options={**card.network.options, **free},
             block_widths=card.network.block_widths,
         )
     return requested, []
@@ -64,10 +64,16 @@ def describe(
 def differing(stored: NetworkConfig, requested: NetworkConfig) -> str:
     """The fields in which `requested` cannot be what is stored, as text; empty where it can be."""
     a, b = msgspec.to_builtins(stored), msgspec.to_builtins(only_network(requested))
-    fields = [name for name in a if name not in FREE and b[name] not in ("auto", a[name])]
+    fixed = [x for x in b if x not in ("options", *FREE)]
     if not requested.block_widths:  # those that are stored
-        fields = [name for name in fields if name != "block_widths"]
-    return "; ".join(f"{name} is {a[name]}, requested {b[name]}" for name in fields)
+        fixed.remove("block_widths")
+    pairs = [(name, a[name], b[name]) for name in fixed]
+    if stored.model == requested.model:
+        options = all_options(requested).items()
+        asked = [(name, value) for name, value in options if name not in FREE_OPTIONS]
+        pairs += [(f"options.{name}", stored.options.get(name), value) for name, value in asked]
+    differ = [(name, x, y) for name, x, y in pairs if y not in ("auto", x)]
+    return "; ".join(f"{name} is {x}, requested {y}" for name, x, y in differ)
 
 
 def _said(facts: Facts) -> NetworkConfig | None:
@@ -107,11 +113,11 @@ def without_auto(
             f"{fields}.input_range is {network.input_range}, but {file.path} states that it was "
             f"trained with {stated}; a wrong normalisation costs points silently: use auto"
         )
-    if network.root_pool_padding == "auto":
-        padding: Literal["zero", "minus_infinity"]
+    options = all_options(network)
+    if options.get("root_pool_padding") == "auto":
         padding = "minus_infinity" if naming == "bit_flat" else "zero"
-        network = dataclasses.replace(network, root_pool_padding=padding)
-        if network.model.startswith("bit") and network.stem == "imagenet":
+        network = with_options(network, {"root_pool_padding": padding})
+        if options.get("stem", "imagenet") == "imagenet":
             remarks.append(f"root pool padding {padding}: as {naming} files were trained")
     return resolve(network), remarks
 

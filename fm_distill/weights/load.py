@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 
 from fm_distill.config import NetworkConfig
 from fm_distill.errors import UserError
-from fm_distill.models import HEAD, Variables, build_network, is_own
+from fm_distill.models import HEAD, Variables, all_options, build_network, is_own
 from fm_distill.weights.card import only_network
 from fm_distill.weights.description import describe, without_auto
 from fm_distill.weights.files import WeightFile, read
@@ -78,12 +78,11 @@ def load_weights(path: str, network: NetworkConfig | None, option: str) -> Pretr
 
 def _check_bit(file: WeightFile, network: NetworkConfig, naming: str, fields: str) -> None:
     """Raises `UserError` where a naming of BiT meets another family."""
-    if naming.startswith("bit") and (
-        not network.model.startswith("bit") or network.norm != "group"
-    ):
+    norm = all_options(network).get("norm", "group")
+    if naming.startswith("bit") and (not network.model.startswith("bit") or norm != "group"):
         raise UserError(
             f"{file.path} holds a BiT with GroupNorm, by its tensors' names ({naming}), but the "
-            f"network is {network.model} with norm={network.norm}; check {fields}.model"
+            f"network is {network.model} with norm={norm}; check {fields}.model"
         )
 
 

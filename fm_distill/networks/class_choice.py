@@ -1,0 +1,130 @@
+"""A teacher of some of its classes: `teacher.classes` keeps their logits alone.
+
+The softmax over the logits that are left is the teacher's distribution, given that it is one of
+these classes; so its probabilities are renormalised, at any temperature.
+"""
+
+import difflib
+import hashlib
+import pathlib
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fm_distill.config import NetworkConfig
+from fm_distill.data.class_names import IMAGENET, read_names
+from fm_distill.errors import UserError
+from fm_distill.models import Variables, build_network
+from fm_distill.networks.functions import Images, TeacherFunction
+
+FLOAT32 = jnp.dtype("float32")
+
+
+class Choice(NamedTuple):
+    """Classes of a teacher, in the student's order."""
+
+    places: tuple[int, ...]  # among the teacher's
+    names: tuple[str, ...]
+
+
+def names_asked(asked: tuple[str, ...], option: str) -> tuple[str, ...]:
+    """`teacher.classes` itself, or the lines of the one file that it names. Raises `UserError`."""
+    if len(asked) == 1 and (asked[0].endswith(".txt") or pathlib.Path(asked[0]).is_file()):
+        asked = read_names(pathlib.Path(asked[0]), f"{option}.classes={asked[0]}")
+    if twice := [x for i, x in enumerate(asked) if x in asked[:i]]:
+        raise UserError(f"{option}.classes names {twice[0]!r} more than once; name it once")
+    if len(asked) == 1:
+        raise UserError(
+            f"{option}.classes is {asked[0]!r} alone; expected two classes or more, or a text file "
+            "with a name a line"
+        )
+    return asked
+
+
+def chosen(
+    asked: tuple[str, ...], names: tuple[str, ...] | None, classes: int, option: str
+) -> Choice:
+    """The classes that are asked for, by name or number, among the teacher's.
+
+    `names` are the teacher's own; of 1,000 classes without any they are ImageNet's. Raises
+    `UserError` for one that it does not have.
+    """
+    if names is None and classes == 1000:
+        names = read_names(IMAGENET, "imagenet")
+    known = {name: i for i, name in enumerate(names or ())}
+
+    def place(name: str) -> int:
+        if name in known:
+            return known[name]
+        if name.isdecimal() and int(name) < classes:
+            return int(name)
+        near = difflib.get_close_matches(name, known, 3)
+        hint = f"did you mean {', '.join(near)}? " if near else ""
+        if not known:
+            hint = "its classes have no names here: "
+        raise UserError(
+            f"{option}.classes: the teacher has no class {name!r}; {hint}give names, or numbers "
+            f"from 0 to {classes - 1}"
+        )
+
+    places = tuple(place(name) for name in asked)
+    if twice := [asked[i] for i, x in enumerate(places) if x in places[:i]]:
+        raise UserError(f"{option}.classes: {twice[0]!r} is asked for by name and by number")
+    return Choice(places, tuple(names[i] for i in places) if names else asked)
+
+
+def refuse_other_recording(
+    asked: tuple[str, ...], recorded: tuple[str, ...] | None, classes: int, where: str
+) -> None:
+    """Raises `UserError` where a recording of `classes` classes is not of those asked for."""
+    names = recorded or asked
+    same = len(asked) == classes and all(
+        x == name or x.isdecimal() for x, name in zip(asked, names, strict=True)
+    )
+    if not same:
+        raise UserError(
+            f"{where} recorded {_first(names)}, and teacher.classes asks for {_first(asked)}; "
+            "record these, or leave out teacher.classes"
+        )
+
+
+def _first(names: tuple[str, ...]) -> str:
+    shown = ", ".join(names[:5])
+    return f"{len(names):,} classes ({shown}{', ...' if len(names) > 5 else ''})"
+
+
+def function_of(function: TeacherFunction, places: tuple[int, ...]) -> TeacherFunction:
+    """`function` with the logits at `places` alone."""
+
+    def of_places(images: Images) -> np.ndarray:
+        return function(images)[:, list(places)]
+
+    return of_places
+
+
+def fingerprint_of(fingerprint: str, places: tuple[int, ...]) -> str:
+    """Of a function of which the logits at `places` are kept."""
+    return hashlib.sha256(f"{fingerprint} {places}".encode()).hexdigest()
+
+
+def variables_of(
+    network: NetworkConfig, variables: Variables, classes: int, places: tuple[int, ...]
+) -> Variables:
+    """`variables` of a network of `classes` logits, with those at `places` alone."""
+    key = jax.random.key(0)
+    shapes, more = (
+        jax.eval_shape(build_network(network, count, FLOAT32).init, key)
+        for count in (classes, classes + 1)
+    )
+
+    def kept(leaf: jax.Array, of: jax.ShapeDtypeStruct, of_more: jax.ShapeDtypeStruct) -> jax.Array:
+        by_class = [
+            i for i, (a, b) in enumerate(zip(of.shape, of_more.shape, strict=True)) if a != b
+        ]
+        for axis in by_class:
+            leaf = jnp.take(leaf, np.array(places), axis=axis)
+        return leaf
+
+    return jax.tree.map(kept, variables, shapes, more)
