@@ -17,6 +17,7 @@ from fm_distill.exporting.export import export
 from fm_distill.exporting.function import central_squares
 from fm_distill.models import build_network
 from fm_distill.runs.open_run import open_run
+from fm_distill.views.rendering import CentralCrop
 
 __all__ = ["workdir"]  # a fixture
 
@@ -36,7 +37,10 @@ def test_by_the_same_command_with_figures_of_numpy(workdir, exported):
     run = open_run(workdir)
     reader = Reader(open_named(run.config, "test"), run.config.data, 10)
     batch = stack([reader[i] for i in range(len(reader))])
-    pixels, labels = central_squares(batch.canvases, batch.sizes, 1.0, 16), np.asarray(batch.labels)
+    pixels, labels = (
+        central_squares(batch.canvases, batch.sizes, CentralCrop(1.0), 16),
+        np.asarray(batch.labels),
+    )
     logits = expected_logits(workdir, pixels).astype(np.float64)
     teacher = open_run(workdir / "teacher").student
     built = build_network(teacher.network, 10, jnp.dtype("float32"))

@@ -136,6 +136,13 @@ def test_a_changed_export_is_refused(exported, tmp_path):
     save_file(load_file(exported), tmp_path / "x.safetensors", metadata)
     with pytest.raises(UserError, match="its card does not fit this version"):
         load_weights(str(tmp_path / "x.safetensors"), None, "teacher")
+    with safe_open(exported, "numpy") as file:
+        card = json.loads(file.metadata()["fm_distill"])
+    del card["network"]["options"]
+    metadata["fm_distill"] = json.dumps(card)
+    save_file(load_file(exported), tmp_path / "x.safetensors", metadata)
+    with pytest.raises(UserError, match="no options of its bit"):
+        load_weights(str(tmp_path / "x.safetensors"), None, "teacher")
 
 
 def test_a_network_that_contradicts_the_card_is_refused(exported):
@@ -216,7 +223,7 @@ def test_a_run_as_weights(workdir, tmp_path):
         str(workdir), dataclasses.replace(STUDENT, input_range="auto"), "student"
     )
     assert found.network == run.network and "after 2 steps" in found.notes[0]
-    with pytest.raises(UserError, match="another network than the student's: options.width is"):
+    with pytest.raises(UserError, match=r"another network than the student's: options\.width is"):
         load_pretrained(str(workdir), with_options(STUDENT, {"width": 1.0}), "student")
     with pytest.raises(UserError, match="trained with input_range=zero_one"):
         load_pretrained(

@@ -20,6 +20,7 @@ from fm_distill.runs.open_run import open_run
 from fm_distill.system.preemption import Stop
 from fm_distill.system.sharding import make_layout
 from fm_distill.training.train import train, train_until
+from fm_distill.views.rendering import CentralCrop
 
 BATCH_NORM = with_options(NETWORK, {"norm": "batch"})
 CENTRAL = dataclasses.replace(BATCH_NORM, final_statistics="central")
@@ -53,7 +54,7 @@ def test_the_first_layer_has_the_moments_of_its_input():
     variables = branch.network.init(jax.random.key(0))
     batches = [random_batch(1), random_batch(2)]
     layout = make_layout(MeshConfig(data=8))
-    found = with_central_statistics(branch, variables, batches, 1.0, layout)
+    found = with_central_statistics(branch, variables, batches, CentralCrop(1.0), layout)
     kernel = np.asarray(variables.params["root"]["kernel"], np.float64)
     moments = []
     for batch in batches:
@@ -117,7 +118,7 @@ def test_a_run_ends_with_them(tmp_path, ema):
     reader = Reader(open_training(config.data), config.data, 10)
     branch, layout = make_branch(BATCH_NORM, 10, jnp.dtype("float32")), make_layout(config.mesh)
     batches = sampled_batches(reader, SEED, 16, 10_000)
-    expected = with_central_statistics(branch, old, batches, 1.0, layout)
+    expected = with_central_statistics(branch, old, batches, CentralCrop(1.0), layout)
     for a, b in zip(leaves(expected.statistics), leaves(new.statistics), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
     assert figures[before] != figures[after]

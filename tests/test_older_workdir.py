@@ -3,6 +3,7 @@
 `data/older_config.json` was written by commit bb193ca, for `experiments/digits_teacher.py`.
 """
 
+import json
 import pathlib
 import shutil
 
@@ -54,11 +55,20 @@ def test_a_run_without_fields_of_later_versions_is_the_same_run():
     assert stored.resolved.differences(resolved) == [] == resolved.differences(stored.resolved)
 
 
+def write_before_options(path: pathlib.Path) -> None:
+    """A BiT's run as it was stored when its settings lay beside its model."""
+    tree = describe_run(tiny_config(), resolved_run(tiny_config()), ())
+    for network in (tree["config"]["student"], tree["resolved"]["student"]):
+        network |= network.pop("options")
+    path.write_text(json.dumps(tree))
+
+
+@pytest.mark.parametrize("write", [lambda x: shutil.copy(CONFIG, x), write_before_options])
 @pytest.mark.parametrize("name", COMMANDS)
-def test_an_older_workdir_is_refused(name, tmp_path, capsys):
+def test_an_older_workdir_is_refused(name, write, tmp_path, capsys):
     run, new = tmp_path / "run", tmp_path / "new"
     (run / "checkpoints").mkdir(parents=True)
-    shutil.copy(CONFIG, run / "config.json")
+    write(run / "config.json")
     before = {x: x.read_bytes() for x in run.rglob("*") if x.is_file()}
     with pytest.raises(SystemExit) as exit_code:
         main([x.format(run=run, new=new) for x in COMMANDS[name]])

@@ -38,7 +38,7 @@ from fm_distill.runs.workdir import Workdir
 from fm_distill.system.sharding import make_layout
 from fm_distill.training.setup import Setup
 from fm_distill.views.draws import step_draws
-from fm_distill.views.rendering import InputSpec, as_pixels, render, render_central
+from fm_distill.views.rendering import CentralCrop, InputSpec, as_pixels, render, render_central
 
 IMAGE = re.compile(r"<img alt='([^']*)' src='data:image/svg\+xml;base64,([^']*)'>")
 
@@ -178,7 +178,7 @@ def test_views_are_those_of_the_step(teaching, target, views):
     drawn, seen, _ = step_draws(regime.views, draws_key, 2, sizes, config.views)
     student = render(drawn, canvases, branches[0])
     teacher = (
-        render_central(canvases, sizes, config.views.central_fraction, branches[1])
+        render_central(canvases, sizes, CentralCrop.of(config.views), branches[1])
         if regime.targets == "table"
         else render(seen, canvases, branches[1])
     )

@@ -88,7 +88,7 @@ def test_a_student_of_some_classes_live_and_recorded(unlabelled, tmp_path):
     assert run.class_names == ("h", "c", "d") and run.classes == 3
     assert figures["examples"] == 20 and figures["kl"]["one"] is not None
     assert train(config, tmp_path / "run").complete
-    with pytest.raises(UserError, match="teacher.classes: "):
+    with pytest.raises(UserError, match=r"teacher\.classes: "):
         train(of_classes(config, "c", "h", "d"), tmp_path / "run")
     assert record(config, tmp_path / "recording", Stop()).complete
     recorded = TeacherConfig(recording=str(tmp_path / "recording"))

@@ -33,7 +33,7 @@ from fm_distill.system.sharding import make_layout
 from fm_distill.training.build import build
 from fm_distill.training.targets import fixed_targets
 from fm_distill.views.draws import VIEW_LAWS, draw, mix
-from fm_distill.views.rendering import InputSpec, render, render_central
+from fm_distill.views.rendering import CentralCrop, InputSpec, render, render_central
 
 VIEWS = ViewConfig()
 
@@ -216,7 +216,7 @@ def test_fixed_targets_are_the_central_crops_logits_computed_once(tmp_path):
     assert found.shape == (20, 1, 10)
     canvases = jnp.stack([reader[i]["canvas"] for i in range(20)])
     sizes = jnp.stack([reader[i]["size"] for i in range(20)])
-    images = render_central(canvases, sizes, config.views.central_fraction, branches[0].input_spec)
+    images = render_central(canvases, sizes, CentralCrop.of(config.views), branches[0].input_spec)
     expected = branches[0].network.apply_frozen(frozen[0], images).logits
     np.testing.assert_allclose(found[:, 0], expected, atol=1e-5)
     # Kept: other networks would change nothing, and a broken file is made anew.

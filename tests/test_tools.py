@@ -26,7 +26,7 @@ from fm_distill.runs.open_run import open_run
 from fm_distill.runs.state import TrainState
 from fm_distill.system.sharding import make_layout
 from fm_distill.training.train import train
-from fm_distill.views.rendering import render_central
+from fm_distill.views.rendering import CentralCrop, render_central
 
 
 def run_tool(name, *arguments):
@@ -172,7 +172,7 @@ def test_moments_of_other_views(tmp_path, capsys):
     of_batches = []
     for _, _, batch in examined.batches(examined.steps(32)):
         view = render_central(
-            batch.canvases, batch.sizes, config.views.central_fraction, examined.student.input_spec
+            batch.canvases, batch.sizes, CentralCrop.of(config.views), examined.student.input_spec
         )
         network = examined.student.network
         root = network.apply(examined.evaluated, view, train=True, features=("root",))

@@ -14,6 +14,7 @@ from fm_distill.system.sharding import make_layout
 from fm_distill.views.crops import CROPS
 from fm_distill.views.draws import Draw, draw, mix, step_draws
 from fm_distill.views.rendering import (
+    CentralCrop,
     InputSpec,
     _gathered,
     _multiplied,
@@ -143,7 +144,9 @@ def test_a_view_is_rounded_before_it_is_mixed():
     mixed = dataclasses.replace(found, coefficients=jnp.full(2, 0.75))
     both = np.asarray(render(mixed, jnp.asarray(canvases), rounded)) * 255
     np.testing.assert_allclose(both, 0.75 * alone + 0.25 * alone[::-1], atol=1e-4)
-    central = render_central(jnp.asarray(canvases), jnp.full((2, 2), 20), 0.8, rounded) * 255
+    central = (
+        render_central(jnp.asarray(canvases), jnp.full((2, 2), 20), CentralCrop(0.8), rounded) * 255
+    )
     np.testing.assert_allclose(central, np.round(central), atol=1e-4)
 
 
@@ -151,7 +154,7 @@ def test_a_view_is_rounded_before_it_is_mixed():
 CENTRAL_VIEWS = dict(np.load(pathlib.Path(__file__).parent / "data" / "central_views.npz"))
 
 
-def central_view(name: str, canvas_size: int) -> np.ndarray:
+def central_view(name: str, canvas_size: int, resize: str = "bilinear") -> np.ndarray:
     """Our view for the stored one of `name`, METHOD_HEIGHT_WIDTH_RESOLUTION_FRACTION."""
     _, height, width, resolution, fraction = name.split("_")
     canvas = CanvasConfig(size=canvas_size)
@@ -159,7 +162,8 @@ def central_view(name: str, canvas_size: int) -> np.ndarray:
     canvases = jnp.asarray(on_canvas(pixels, canvas.side)[None])
     sizes = jnp.array([pixels.shape[:2]])
     input_spec = InputSpec(int(resolution), "zero_one")
-    return np.asarray(render_central(canvases, sizes, float(fraction), input_spec))[0] * 255
+    crop = CentralCrop(float(fraction), resize)
+    return np.asarray(render_central(canvases, sizes, crop, input_spec))[0] * 255
 
 
 @pytest.mark.parametrize("name", [x for x in CENTRAL_VIEWS if x.startswith("bilinear")])
@@ -174,6 +178,31 @@ def test_central_view_lies_where_the_released_one_does(name, canvas_size):
     """Smooth images on a canvas that shrinks them, and on one that does not, against `area`."""
     difference = np.abs(central_view(name, canvas_size) - CENTRAL_VIEWS[name])
     assert difference.mean() < 4  # grey levels; 18 with half a pixel between them
+
+
+@pytest.mark.parametrize("name", [x for x in CENTRAL_VIEWS if x.startswith("area")])
+def test_central_view_by_area_is_tensorflows(name):
+    found = central_view(name, canvas_size=200, resize="area")
+    np.testing.assert_allclose(found, CENTRAL_VIEWS[name], atol=2e-3)
+
+
+@pytest.mark.parametrize(("height", "width"), [(20, 27), (9, 13), (40, 31)])
+def test_area_is_the_integral_over_each_pixel(height, width):
+    """By the sums of whole rows and columns; larger and smaller than the image, odd margins."""
+    image = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    canvas = np.full((1, 48, 48, 3), 255, np.uint8)
+    canvas[0, :height, :width] = image
+    crop, spec = CentralCrop(0.8, "area"), InputSpec(16, "zero_one")
+    found = render_central(jnp.asarray(canvas), jnp.array([[height, width]]), crop, spec)
+    sums = np.pad(image.astype(np.float64), ((1, 0), (1, 0), (0, 0))).cumsum(0).cumsum(1)
+    for axis, size in enumerate((height, width)):
+        resized = round(size * 20 / min(height, width))
+        edges = ((resized - 16) // 2 + np.arange(17)) * size / resized
+        columns = np.moveaxis(sums, axis, 0).reshape(size + 1, -1)
+        at = np.stack([np.interp(edges, np.arange(size + 1), x) for x in columns.T], axis=1)
+        rest = np.moveaxis(sums, axis, 0).shape[1:]
+        sums = np.moveaxis(np.diff(at, axis=0).reshape(16, *rest) * resized / size, 0, axis)
+    np.testing.assert_allclose(np.asarray(found)[0] * 255, sums, atol=2e-3)
 
 
 @pytest.mark.parametrize("resolution", [5, 24, 40])
@@ -224,7 +253,7 @@ def test_what_lies_beside_an_image_on_its_canvas_is_never_seen():
     input_spec = InputSpec(16, "zero_one")
     for images in (
         render(drawn, jnp.asarray(canvases), input_spec),
-        render_central(jnp.asarray(canvases), sizes, 1.0, input_spec),
+        render_central(jnp.asarray(canvases), sizes, CentralCrop(1.0), input_spec),
     ):
         np.testing.assert_allclose(images, 100 / 255, atol=1e-6)
 

@@ -33,6 +33,7 @@ from fm_distill.networks.batch_statistics import batch_moments
 from fm_distill.networks.branch import render_central_views, step_views
 from fm_distill.runs.open_run import open_run
 from fm_distill.system.sharding import on_devices
+from fm_distill.views.rendering import CentralCrop
 
 BATCHES = 200  # of the newest steps, or all that there are
 
@@ -45,10 +46,10 @@ def moments_of_views(examined: Examined, batches: int) -> dict[str, PyTree]:
     def of_batch(
         variables: Variables, batch: Batch, key: PRNGKeyArray, step: Array
     ) -> dict[str, PyTree]:
-        law, fraction = examined.regime.views, config.views.central_fraction
+        law, crop = examined.regime.views, CentralCrop.of(config.views)
         views = {
             "training views": step_views(law, config.views, student, (), batch, key, step).student,
-            "central views": render_central_views(batch, (student,), fraction)[student.input_spec],
+            "central views": render_central_views(batch, (student,), crop)[student.input_spec],
         }
         return {name: batch_moments(student, variables, x) for name, x in views.items()}
 

@@ -145,3 +145,8 @@ class ViewConfig:
     )
     central_fraction: Annotated[float, Bounds(least=0.01, most=1)] = 0.875
     """Evaluation: side of the central crop over the image's short side (0.8 is 128 of 160)."""
+    central_resize: Literal["bilinear", "area"] = "bilinear"
+    (
+        "Evaluation: how the image is resized; `area` takes the mean of the pixels that a new one "
+        "covers, as the released evaluation does."
+    )

@@ -41,7 +41,7 @@ from fm_distill.objectives.terms import make_terms
 from fm_distill.runs.history import read_history
 from fm_distill.runs.open_run import Run
 from fm_distill.views.draws import run_keys
-from fm_distill.views.rendering import INPUT_RANGES
+from fm_distill.views.rendering import INPUT_RANGES, CentralCrop
 
 EPSILON = 1e-5  # of a variance that BatchNorm keeps
 
@@ -94,8 +94,8 @@ def _recomputed(examined: Examined, examples: int) -> Variables | None:
     if not jax.tree.leaves(student.statistics):
         return None
     batches = sampled_batches(examined.reader, config.seed, config.batch_size, examples)
-    fraction = config.views.central_fraction
-    return with_central_statistics(examined.student, student, batches, fraction, examined.layout)
+    crop = CentralCrop.of(config.views)
+    return with_central_statistics(examined.student, student, batches, crop, examined.layout)
 
 
 def _on_host(found: Mapping[str, Any]) -> Found:

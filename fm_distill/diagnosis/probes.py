@@ -42,7 +42,7 @@ from fm_distill.objectives.terms import (
 )
 from fm_distill.runs.state import TermState
 from fm_distill.views.draws import mix
-from fm_distill.views.rendering import INPUT_RANGES, InputSpec
+from fm_distill.views.rendering import INPUT_RANGES, CentralCrop, InputSpec
 
 # Of a batch, all that is worth keeping of it.
 Found = dict[str, Any]
@@ -198,7 +198,7 @@ def central_probe(examined: Examined) -> CentralProbe:
     @functools.partial(jax.jit, out_shardings=examined.layout.batch)
     def views(batch: Batch) -> list[Array]:
         every = tuple(x for of_range in inputs for x in of_range)
-        rendered = render_central_views(batch, every, config.views.central_fraction)
+        rendered = render_central_views(batch, every, CentralCrop.of(config.views))
         return [rendered[x.input_spec] for x in every]
 
     def compiled(apply: Callable[..., Output]) -> Callable[[Variables, Array], Array]:

@@ -32,6 +32,7 @@ from fm_distill.runs.cost_metrics import costs_text
 from fm_distill.runs.metric_table import shown
 from fm_distill.system.sharding import Layout
 from fm_distill.views.draws import draw, mix
+from fm_distill.views.rendering import CentralCrop
 
 EvaluationProgram = Callable[[Variables, tuple[Variables, ...], Batch, Array, Array], Sums]
 # Of the training view: its own, so that runs of other seeds and teachings are measured alike.
@@ -101,7 +102,7 @@ def evaluation_views(
 ) -> EvaluationViews:
     """The views of the batch with this `index`."""
     branches = (student, *teachers)
-    central = render_central_views(batch, branches, views.central_fraction)
+    central = render_central_views(batch, branches, CentralCrop.of(views))
     if not teachers:
         return EvaluationViews((central,), mask)
     drawn = draw(jax.random.fold_in(jax.random.key(DRAW_SEED), index), batch.sizes, views)

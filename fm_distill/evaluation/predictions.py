@@ -13,6 +13,7 @@ from fm_distill.evaluation.inference import Opened
 from fm_distill.models import Variables
 from fm_distill.networks.branch import render_central_views
 from fm_distill.objectives.distances import kl_divergence
+from fm_distill.views.rendering import CentralCrop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,7 @@ def predict_split(opened: Opened) -> SplitPredictions:
 
     def program(student: Variables, frozen: tuple[Variables, ...], batch: Batch) -> list[Array]:
         branches = (opened.student_branch, *opened.teacher_branches)
-        pictures = render_central_views(batch, branches, config.views.central_fraction)
+        pictures = render_central_views(batch, branches, CentralCrop.of(config.views))
         logits = student_logits(opened.student_branch, student, pictures)
         if not frozen:
             return [*top(logits)]

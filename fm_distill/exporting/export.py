@@ -119,6 +119,7 @@ def _card_of(run: Run, naming: str, tensors: dict[str, np.ndarray]) -> Card:
         std=tuple(x / 255 for x in std),
         resolution=network.resolution,
         central_fraction=run.config.views.central_fraction,
+        central_resize=run.config.views.central_resize,
         precision=run.resolved.precision,
         step=run.step,
         averaged=run.averaged,

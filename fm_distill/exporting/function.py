@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int32, UInt8
 
 from fm_distill.models import build_network
 from fm_distill.runs.student import BATCH, Student
-from fm_distill.views.rendering import InputSpec, central_pixels, normalise
+from fm_distill.views.rendering import CentralCrop, InputSpec, central_pixels, normalise
 
 Output = Literal["probabilities", "logits"]
 BatchSize = int | Literal["dynamic"]
@@ -60,14 +60,14 @@ def function_of(student: Student, output: Output) -> Function:
 def central_squares(
     canvases: UInt8[np.ndarray, "batch side side 3"],
     sizes: Int32[np.ndarray, "batch 2"],
-    fraction: float,
+    crop: CentralCrop,
     resolution: int,
 ) -> Pixels:
     """What such a function takes: the central view of evaluation, rounded to uint8."""
 
     @jax.jit
     def rendered(canvases: Array, sizes: Array) -> Array:
-        pixels = central_pixels(canvases, sizes, fraction, resolution)
+        pixels = central_pixels(canvases, sizes, crop, resolution)
         return jnp.round(pixels).astype(jnp.uint8)
 
     parts = range(0, len(canvases), BATCH)

@@ -88,7 +88,7 @@ def images_of(config: Config, student: Student, split: str) -> Examples:
         raise UserError(f"no image of the {split} split can be read, to compare the export with")
     batch = stack(read)
     pixels = central_squares(
-        batch.canvases, batch.sizes, student.central_fraction, student.network.resolution
+        batch.canvases, batch.sizes, student.central_crop, student.network.resolution
     )
     return Examples(split, pixels, np.asarray(batch.labels))
 

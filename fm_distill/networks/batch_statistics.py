@@ -16,6 +16,7 @@ from fm_distill.data.batch import Batch
 from fm_distill.models import Variables
 from fm_distill.networks.branch import Branch, render_central_views
 from fm_distill.system.sharding import Layout
+from fm_distill.views.rendering import CentralCrop
 
 
 def batch_moments(
@@ -35,17 +36,21 @@ def batch_moments(
 
 
 def with_central_statistics(
-    student: Branch, variables: Variables, batches: Iterable[Batch], fraction: float, layout: Layout
+    student: Branch,
+    variables: Variables,
+    batches: Iterable[Batch],
+    crop: CentralCrop,
+    layout: Layout,
 ) -> Variables:
     """`variables` with the means over `batches` of the moments of their central crops.
 
     `batches` are this process's rows, with the examples in a random order: sorted by class, the
-    moments of a batch were those of one class. `fraction` is `views.central_fraction`.
+    moments of a batch were those of one class.
     """
 
     @functools.partial(jax.jit, out_shardings=layout.replicated)
     def of_batch(variables: Variables, batch: Batch) -> PyTree:
-        views = render_central_views(batch, (student,), fraction)
+        views = render_central_views(batch, (student,), crop)
         return batch_moments(student, variables, views[student.input_spec])
 
     total, count = None, 0

@@ -12,7 +12,7 @@ from fm_distill.data.batch import Batch
 from fm_distill.models import Network, Variables, build_network, resolve
 from fm_distill.system.sharding import Layout, on_devices
 from fm_distill.views.draws import Draw, step_draws
-from fm_distill.views.rendering import InputSpec, render, render_central
+from fm_distill.views.rendering import CentralCrop, InputSpec, render, render_central
 
 # Network inputs by what they were rendered for, (batch, resolution, resolution, 3).
 Views = dict[InputSpec, Array]
@@ -76,10 +76,10 @@ def render_views(draw: Draw, batch: Batch, branches: tuple[Branch, ...]) -> View
     return {spec: render(draw, batch.canvases, spec) for spec in specs}
 
 
-def render_central_views(batch: Batch, branches: tuple[Branch, ...], fraction: float) -> Views:
+def render_central_views(batch: Batch, branches: tuple[Branch, ...], crop: CentralCrop) -> Views:
     """What `branches` see in evaluation: the central crop."""
     specs = sorted({branch.input_spec for branch in branches})
-    return {spec: render_central(batch.canvases, batch.sizes, fraction, spec) for spec in specs}
+    return {spec: render_central(batch.canvases, batch.sizes, crop, spec) for spec in specs}
 
 
 def teacher_outputs(

@@ -83,7 +83,10 @@ def drawn_views(views: ViewConfig) -> ViewConfig:
     """The same training views, without what changes none."""
     usual = ViewConfig()
     return dataclasses.replace(
-        views, central_fraction=usual.central_fraction, period_steps=usual.period_steps
+        views,
+        central_fraction=usual.central_fraction,
+        central_resize=usual.central_resize,
+        period_steps=usual.period_steps,
     )
 
 

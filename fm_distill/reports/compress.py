@@ -37,6 +37,7 @@ from fm_distill.system.preemption import Stop, stop_signals
 from fm_distill.training.check import check
 from fm_distill.training.pruning import make_prune
 from fm_distill.training.train import train_until
+from fm_distill.views.rendering import CentralCrop
 
 # Name of the run itself in the table, and of its file.
 START = "the run"
@@ -143,11 +144,11 @@ def _refuse_what_steps_say(config: Config, own: Config) -> None:
     ):
         if not same:
             raise UserError(f"student.{option} follows from --steps; leave it out")
-    same = config.views.central_fraction == own.views.central_fraction
+    same = CentralCrop.of(config.views) == CentralCrop.of(own.views)
     if (config.data.test is None) != (own.data.test is None) or not same:
         raise UserError(
-            "data.test and views.central_fraction are those by which the run was judged; leave "
-            "them out"
+            "data.test, views.central_fraction and views.central_resize are those by which the run "
+            "was judged; leave them out"
         )
 
 

@@ -15,7 +15,7 @@ from fm_distill.data.feeding import Reader, TrainingStream
 from fm_distill.data.transfer import open_training
 from fm_distill.runs.workdir import Workdir
 from fm_distill.views.draws import Draw, run_keys, step_draws
-from fm_distill.views.rendering import InputSpec, as_pixels, render, render_central
+from fm_distill.views.rendering import CentralCrop, InputSpec, as_pixels, render, render_central
 
 STEPS = 4  # the first ones: a mixup coefficient belongs to a batch, so one step shows only one
 EXAMPLES = 2  # of each
@@ -111,7 +111,7 @@ def views_of_step(
 
     def view(input_spec: InputSpec, of: Draw | None) -> np.ndarray:
         if of is None:
-            found = render_central(canvases, own_sizes, config.views.central_fraction, input_spec)
+            found = render_central(canvases, own_sizes, CentralCrop.of(config.views), input_spec)
         else:
             found = render(_part(of, shown, rows), canvases, input_spec)
         return np.asarray(as_pixels(found[:rows], input_spec))

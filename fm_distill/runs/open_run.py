@@ -16,6 +16,7 @@ from fm_distill.runs.stored_run import StoredRun
 from fm_distill.runs.student import Student
 from fm_distill.runs.workdir import Workdir
 from fm_distill.system.console import log
+from fm_distill.views.rendering import CentralCrop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +86,7 @@ def open_run(path: str | os.PathLike[str], step: int | None = None) -> Run:
             classes=resolved.classes,
             class_names=names_of(resolved.class_names, resolved.classes),
             canvas=stored.config.data.canvas,
-            central_fraction=stored.config.views.central_fraction,
+            central_crop=CentralCrop.of(stored.config.views),
             precision=resolved.precision,
             variables=variables,
         ),

@@ -59,10 +59,31 @@ def stored_run(tree: Any, path: pathlib.Path) -> StoredRun:
             f"{path} was written by an older version of fm-distill (commit {tree.get('commit')}), "
             "whose runs this one does not read: use that version, or train again in another workdir"
         )
+    if any(_before_options(x) for x in _networks(tree["resolved"])):
+        raise UserError(
+            f"{path} was written by an older version of fm-distill (commit {tree.get('commit')}), "
+            "where the settings of a BiT lay elsewhere: use that version, or train again in "
+            "another workdir"
+        )
     try:
         return converted(tree, StoredRun)
     except msgspec.ValidationError as error:
         raise UserError(f"{path} is not the config of a run of this version: {error}") from None
+
+
+def _networks(resolved: Any) -> list[Any]:
+    """Of the JSON of a resolved run, as far as it has any."""
+    if not isinstance(resolved, dict):
+        return []
+    teachers = resolved.get("teachers")
+    return [resolved.get("student"), *(teachers if isinstance(teachers, list) else [])]
+
+
+def _before_options(network: Any) -> bool:
+    """Whether a BiT was stored without `options`: read as it is, it would be another network."""
+    if not isinstance(network, dict):
+        return False
+    return str(network.get("model")).startswith("bit") and "options" not in network
 
 
 def _version(name: str) -> str | None:

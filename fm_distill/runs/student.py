@@ -14,7 +14,7 @@ from fm_distill.config import CanvasConfig, NetworkConfig
 from fm_distill.data.images import Pixels, decode, on_canvas, shrink
 from fm_distill.errors import UserError
 from fm_distill.models import Variables, build_network
-from fm_distill.views.rendering import InputSpec, render_central
+from fm_distill.views.rendering import CentralCrop, InputSpec, render_central
 
 # Images that the network gets at once, at most.
 BATCH = 32
@@ -43,8 +43,7 @@ class Student:
     classes: int
     class_names: tuple[str, ...]
     canvas: CanvasConfig
-    # Side of the square crop of evaluation over the image's short side.
-    central_fraction: float
+    central_crop: CentralCrop
     precision: Literal["float32", "bfloat16"]
     variables: Variables
 
@@ -91,7 +90,7 @@ class Student:
 
         @jax.jit
         def program(variables: Variables, canvases: Array, sizes: Array) -> Array:
-            view = render_central(canvases, sizes, self.central_fraction, input_spec)
+            view = render_central(canvases, sizes, self.central_crop, input_spec)
             return network.apply(variables, view, train=False).logits
 
         return program

@@ -35,6 +35,7 @@ from fm_distill.training.program import make_program
 from fm_distill.training.recorded import check_recording, repeated
 from fm_distill.training.targets import fixed_targets
 from fm_distill.views.draws import RunKeys, run_keys
+from fm_distill.views.rendering import CentralCrop
 
 # Decoded validation images are kept on the host between evaluations up to this size.
 CACHE_BYTES = 2**30
@@ -121,7 +122,7 @@ class Setup:
             self.built.student,
             state.ema or state.student,
             batches,
-            config.views.central_fraction,
+            CentralCrop.of(config.views),
             self.layout,
         )
         if state.ema is not None:

@@ -33,6 +33,7 @@ from fm_distill.system.files import replacing
 from fm_distill.system.processes import first_process
 from fm_distill.system.sharding import Layout
 from fm_distill.views.draws import draw
+from fm_distill.views.rendering import CentralCrop
 
 Targets = Float[np.ndarray, "examples targets classes"]
 
@@ -96,6 +97,7 @@ def _identity(config: Config, resolved: ResolvedRun) -> dict[str, Any]:
         identity["flip_probability"] = views.flip_probability
     else:
         identity["central_fraction"] = views.central_fraction
+        identity["central_resize"] = views.central_resize
     return msgspec.json.decode(msgspec.json.encode(identity))
 
 
@@ -110,7 +112,7 @@ def _program(
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), index), crop)
             views = render_views(draw(key, batch.sizes, unmixed), batch, teachers)
         else:
-            views = render_central_views(batch, teachers, unmixed.central_fraction)
+            views = render_central_views(batch, teachers, CentralCrop.of(unmixed))
         return jnp.stack(teacher_outputs(teachers, frozen, views))
 
     return program

@@ -1,12 +1,13 @@
 """From canvases to network inputs: crop, resize, flip, normalise, mix."""
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, UInt8
 
-from fm_distill.config import NetworkConfig
+from fm_distill.config import NetworkConfig, ViewConfig
 from fm_distill.views.crops import Boxes, Sizes
 from fm_distill.views.draws import Draw, mix
 
@@ -39,6 +40,19 @@ class InputSpec:
         return cls(network.resolution, network.input_range, network.input_rounding)
 
 
+@dataclasses.dataclass(frozen=True)
+class CentralCrop:
+    """The view of evaluation: the image resized, then its central square."""
+
+    # Side of the square over the short side of the resized image.
+    fraction: float
+    resize: Literal["bilinear", "area"] = "bilinear"
+
+    @classmethod
+    def of(cls, views: ViewConfig) -> "CentralCrop":
+        return cls(views.central_fraction, views.central_resize)
+
+
 def render(draw: Draw, canvases: Canvases, input_spec: InputSpec) -> Pictures:
     """What a network with this `input_spec` sees of `draw`: cropped, flipped, normalised, mixed."""
     low = draw.boxes[:, :2]
@@ -48,29 +62,35 @@ def render(draw: Draw, canvases: Canvases, input_spec: InputSpec) -> Pictures:
 
 
 def render_central(
-    canvases: Canvases, sizes: Sizes, fraction: float, input_spec: InputSpec
+    canvases: Canvases, sizes: Sizes, crop: CentralCrop, input_spec: InputSpec
 ) -> Pictures:
     """The view of evaluation, as a network gets it; see `central_pixels`."""
-    pixels = central_pixels(canvases, sizes, fraction, input_spec.resolution)
+    pixels = central_pixels(canvases, sizes, crop, input_spec.resolution)
     return normalise(pixels, input_spec)
 
 
-def central_pixels(canvases: Canvases, sizes: Sizes, fraction: float, resolution: int) -> Pictures:
+def central_pixels(
+    canvases: Canvases, sizes: Sizes, crop: CentralCrop, resolution: int
+) -> Pictures:
     """The image resized, then its central square at whole pixels, on uint8's scale.
 
-    `fraction` is the square's side over the resized image's short side, which is
-    `round(resolution / fraction)`. Source: the released evaluation, `resize_small` and
-    `central_crop` of big_vision's `pp/ops_image.py`, 128 of 160 (0.8) and 224 of 256 (0.875); the
-    image is resized bilinearly here, by area there.
+    The resized image's short side is `round(resolution / crop.fraction)`. Source: the released
+    evaluation, `resize_small` and `central_crop` of big_vision's `pp/ops_image.py`, 128 of 160
+    (0.8) and 224 of 256 (0.875), which resizes by area.
     """
     size = sizes.astype(jnp.float32)
-    short_side = round(resolution / fraction)
+    short_side = round(resolution / crop.fraction)
     resized = jnp.round(size * (short_side / size.min(axis=1, keepdims=True)))
     # Half a pixel further, as it would be without the floor, each pixel would be the mean of two.
     offsets = jnp.floor((resized - resolution) / 2)
     # From pixels of the resized image to pixels of the canvas.
     scale = size / resized
     boxes = jnp.concatenate([offsets * scale, resolution * scale], axis=1)
+    if crop.resize == "area":
+        of_rows, of_columns = (
+            _covered(axis, canvases.shape[1], boxes, resolution) for axis in (0, 1)
+        )
+        return _products(canvases, of_rows, of_columns)
     flips = jnp.zeros(size.shape[0], bool)
     # The image is resized before it is cropped, so pixels beside the square count as neighbours.
     return _sample(canvases, boxes, jnp.zeros_like(size), size - 1, flips, resolution)
@@ -113,12 +133,32 @@ def _sample(
     return jax.lax.platform_dependent(canvases, rows, columns, cpu=_gathered, default=_multiplied)
 
 
+def _covered(
+    axis: int, side: int, boxes: Boxes, resolution: int
+) -> Float[Array, "batch resolution side"]:
+    """The share of each row (or column) of a picture that each one of the canvas covers."""
+    scale = boxes[:, 2 + axis, None, None] / resolution
+    start = boxes[:, axis, None, None] + jnp.arange(resolution)[:, None] * scale
+    pixel = jnp.arange(side, dtype=jnp.float32)
+    overlap = jnp.minimum(start + scale, pixel + 1) - jnp.maximum(start, pixel)
+    return jnp.maximum(overlap, 0) / scale
+
+
 def _multiplied(canvases: Canvases, rows: Places, columns: Places) -> Pictures:
     pixel = jnp.arange(canvases.shape[1], dtype=jnp.float32)
-    # In bfloat16, a TPU's default, the two weights of a pixel would not add up to 1.
+    of_rows, of_columns = (_weights(x[..., None], pixel) for x in (rows, columns))
+    return _products(canvases, of_rows, of_columns)
+
+
+def _products(
+    canvases: Canvases,
+    of_rows: Float[Array, "batch resolution side"],
+    of_columns: Float[Array, "batch resolution side"],
+) -> Pictures:
+    """Pictures as sums over rows and columns of the canvas with these weights."""
+    # In bfloat16, a TPU's default, the weights of a pixel would not add up to 1.
     precision = jax.lax.Precision.HIGHEST
     pixels = canvases.astype(jnp.float32)
-    of_rows, of_columns = (_weights(x[..., None], pixel) for x in (rows, columns))
     pixels = jnp.einsum("nrh,nhwc->nrwc", of_rows, pixels, precision=precision)
     return jnp.einsum("nqw,nrwc->nrqc", of_columns, pixels, precision=precision)
 

@@ -74,6 +74,7 @@ class Card:
     # Of the central view of evaluation.
     resolution: int
     central_fraction: float
+    central_resize: Literal["bilinear", "area"] = "bilinear"
     # Compute type of the run.
     precision: Literal["float32", "bfloat16"] = "float32"
     # The student as it stood after this step, or its moving average.
@@ -97,11 +98,17 @@ class Card:
 def card_from_json(text: str, path: str) -> Card:
     """The card in the metadata of `path`. Raises `UserError` where it is not one."""
     try:
-        return converted(msgspec.json.decode(text), Card)
+        card = converted(msgspec.json.decode(text), Card)
     except msgspec.DecodeError as error:
         raise UserError(
             f"{path}: its card does not fit this version ({error}); export it again with this one"
         ) from None
+    if card.model.startswith("bit") and not card.network.options:
+        raise UserError(
+            f"{path}: its card does not fit this version (it has no options of its {card.model}); "
+            "export it again with this one"
+        )
+    return card
 
 
 def card_to_json(card: Card) -> str:
