@@ -35,6 +35,7 @@ ONLY_PARSED = {
     "my_parts.py:Small": "is on the page itself; tests/test_own_parts.py trains one like it",
     "runs/mine --cost": "takes a minute; tests/test_cost.py measures smaller networks",
     "--student.pruning.begin-step": "prunes after the two steps; tests/test_pruning.py has one",
+    "fm-distill demo": "serves until it is interrupted; tests/test_demo.py has one",
     "--max-hours 8.5": "is the first command but for its hours",
 }
 

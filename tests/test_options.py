@@ -15,6 +15,7 @@ import fm_distill.config as configs
 from fm_distill.cli import (
     bench,
     compress,
+    demo,
     diagnose,
     export,
     main,
@@ -44,7 +45,7 @@ PARTS = [x for x in map(vars(configs).get, configs.__all__) if dataclasses.is_da
 COMMANDS = [
     main._Evaluate, main._Predict, export._Export, main._Report, main._Show, main._Status,
     diagnose._Diagnose, plan._Plan, profile._Profile, train._Train, train._Sweep, bench._Bench,
-    compress._Compress, record._Record,
+    compress._Compress, record._Record, demo._Demo,
 ]  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import tyro
 
 from fm_distill.cli.bench import bench_command
 from fm_distill.cli.compress import compress_command
+from fm_distill.cli.demo import demo_command
 from fm_distill.cli.diagnose import diagnose_command
 from fm_distill.cli.export import export_command
 from fm_distill.cli.options import (
@@ -31,6 +32,7 @@ from fm_distill.cli.profile import profile_command
 from fm_distill.cli.record import record_command
 from fm_distill.cli.train import sweep_command, train_command
 from fm_distill.errors import EXIT_COMPLETE, EXIT_WRONG_INPUT, UserError
+from fm_distill.system.console import COMPILING
 
 USAGE = """usage: fm-distill COMMAND ...
 
@@ -58,6 +60,8 @@ USAGE = """usage: fm-distill COMMAND ...
   export DIR OUT.{onnx,stablehlo,tflite} [--batch N|dynamic] [--output logits] [--data-dir PATH]
       uint8 pixels to probabilities as one function, written where it agrees with the run
       --quantise int8    calibrated on training images; of a .tflite float16 or dynamic, too
+  demo DIR|FILE [--port 8765]
+      a page on this machine: drop images, and see student and teacher side by side
   bench FILE|DIR [FILE|DIR ...] [--batch-size 1] [--threads N] [--seconds 2] [--json]
       latency, throughput and memory of exports and of runs, their teachers too, on this CPU
   compress DIR --steps prune:structured:0.5 quantise:int8 ... [--any.config.field VALUE ...]
@@ -128,6 +132,7 @@ def _evaluate(arguments: list[str]) -> int:
         return EXIT_COMPLETE
     workdir, stored, rest = first_run(arguments, "evaluate DIR")
     asked = parse_over(_Evaluate, stored, rest, f"evaluate {workdir}")
+    print(COMPILING, file=sys.stderr)
     if stored.ema_decay is not None:
         print("evaluating the moving average (EMA) of the student", file=sys.stderr)
     figures = evaluate(workdir, asked.split, asked.config, asked.step, cost=asked.cost)
@@ -278,6 +283,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "predict": _predict,
     "export": export_command,
     "bench": bench_command,
+    "demo": demo_command,
     "compress": compress_command,
     "show": _show,
     "plan": plan_command,

@@ -67,7 +67,7 @@ def evaluate_file(
     if differ := differences(stored, config):
         raise UserError(f"the run of {path} was trained otherwise:\n  " + "\n  ".join(differ))
     reader = Reader(open_named(config, split), config.data, card.classes)
-    teachers = _teachers(pathlib.Path(path), card, stored, config)
+    teachers = teachers_of_file(pathlib.Path(path), card, stored, config)
     layout = make_layout(MeshConfig(data=1), jax.local_devices()[:1])
     branches = tuple(
         make_branch(x.network, card.classes, jnp.dtype(card.precision)) for x in teachers
@@ -90,10 +90,13 @@ def _config_of(card: Card, path: str | os.PathLike[str]) -> Config:
         ) from None
 
 
-def _teachers(
+def teachers_of_file(
     path: pathlib.Path, card: Card, stored: Config, config: Config
 ) -> tuple[Teacher, ...]:
-    """Those of the run, checked to be its own; none where they are not here."""
+    """Those of the run of the file at `path`, checked to be its own; none where they are not here.
+
+    `config` may name new places of those in `stored`. Raises `UserError`.
+    """
     if not teachers_of(config):
         return ()
     try:

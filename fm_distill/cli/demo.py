@@ -1,0 +1,50 @@
+"""The command `fm-distill demo`."""
+
+import dataclasses
+import pathlib
+
+from fm_distill.cli.options import OverConfig, first, first_run, parse_over
+from fm_distill.errors import EXIT_COMPLETE, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class _Demo(OverConfig):
+    """A page on this machine, where one drops images and sees student and teacher side by side."""
+
+    port: int = 8765
+    """Port of the loopback address; 0 takes a free one."""
+
+
+def demo_command(arguments: list[str]) -> int:
+    from fm_distill.config.serialization import differences
+    from fm_distill.evaluation.demo import judges, warm_up
+    from fm_distill.evaluation.demo_server import LOOPBACK, make_server
+    from fm_distill.evaluation.evaluate_file import config_in
+    from fm_distill.exporting.formats import FORMATS
+    from fm_distill.system.console import COMPILING, log
+
+    if arguments and pathlib.Path(arguments[0]).suffix == ".safetensors":
+        raise UserError(
+            f"{arguments[0]} holds weights; give the run that it is of, or one of its files with "
+            f"the whole function ({', '.join(FORMATS)})"
+        )
+    if arguments and pathlib.Path(arguments[0]).suffix in FORMATS:
+        path, rest = first(arguments, "demo FILE")
+        stored = config_in(path)
+    else:
+        path, stored, rest = first_run(arguments, "demo DIR|FILE")
+    asked = parse_over(_Demo, stored, rest, f"demo {path}")
+    if differ := differences(stored, asked.config):
+        raise UserError(f"the run of {path} was trained otherwise:\n  " + "\n  ".join(differ))
+    networks = judges(path, asked.config)
+    with make_server(networks, asked.port) as server:
+        log(COMPILING)
+        for network in networks:
+            warm_up(network)
+        print(f"http://{LOOPBACK}:{server.server_port}/", flush=True)
+        log("open this page in a browser; control-C ends it")
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            log("closed")
+    return EXIT_COMPLETE

@@ -1,0 +1,157 @@
+"""The networks of the page that `fm-distill demo` serves: a student, its teachers, one image."""
+
+import base64
+import dataclasses
+import io
+import os
+import pathlib
+import time
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from fm_distill.config import CanvasConfig, Config
+from fm_distill.config.teachers import teachers_of
+from fm_distill.data.images import CorruptImage
+from fm_distill.errors import UserError
+from fm_distill.evaluation.evaluate_file import config_in, teachers_of_file
+from fm_distill.evaluation.inference import teachers_of_run
+from fm_distill.exporting.function import central_squares
+from fm_distill.exporting.load_exported import load_exported
+from fm_distill.networks.teachers import Teacher
+from fm_distill.runs.open_run import Run, open_run
+from fm_distill.runs.student import Predictor, Student, canvases_of
+from fm_distill.system.console import log
+from fm_distill.views.rendering import CentralCrop
+
+TOP = 5  # classes that are shown
+
+
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """A network that sees the image."""
+
+    name: str
+    description: str
+    predictor: Predictor
+    # What it sees of an image.
+    crop: CentralCrop
+    resolution: int
+    canvas: CanvasConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Judgement:
+    """What one network says of one image, as the page shows it."""
+
+    name: str
+    description: str
+    # Most likely first: name and probability.
+    classes: tuple[tuple[str, float], ...]
+    # The square that it saw, a PNG as a data URL.
+    view: str
+    milliseconds: float
+
+
+def judges(path: str | os.PathLike[str], config: Config | None = None) -> tuple[Judge, ...]:
+    """The student at `path`, a workdir or a file of `FORMATS`, and its teachers, if they are here.
+
+    `config` may name new places of the teachers. Raises `UserError` where there is no student.
+    """
+    path = pathlib.Path(path)
+    if path.is_dir():
+        run = open_run(path)
+        of_run = _judge("student", run.student)
+        teachers = _of_run(run, config or run.config)
+        return (of_run, *_teachers(teachers, of_run, run.resolved.precision))
+    student = load_exported(path)
+    card, stored = student.card, config_in(os.fspath(path))
+    exported = Judge(
+        "student",
+        f"{card.model}, {card.resolution} px, by {student.runtime.name}",
+        student,
+        CentralCrop(card.central_fraction, card.central_resize),
+        card.resolution,
+        student.canvas,
+    )
+    teachers = teachers_of_file(path, card, stored, config or stored)
+    return (exported, *_teachers(teachers, exported, card.precision))
+
+
+def _of_run(run: Run, config: Config) -> tuple[Teacher, ...]:
+    try:
+        return teachers_of_run(run, config)
+    except UserError as error:
+        if teachers_of(config) != teachers_of(run.config):
+            raise
+        log(
+            f"without the teacher, which is not here ({error}); --teacher.workdir DIR or "
+            "--teacher.weights FILE says where it is"
+        )
+        return ()
+
+
+def _teachers(
+    teachers: tuple[Teacher, ...], student: Judge, precision: Literal["float32", "bfloat16"]
+) -> tuple[Judge, ...]:
+    """For images that are prepared as the student's are."""
+    found: list[Judge] = []
+    for teacher in teachers:
+        if teacher.variables is None:
+            continue
+        network = Student(
+            network=teacher.network,
+            classes=teacher.classes,
+            class_names=student.predictor.class_names,
+            canvas=student.canvas,
+            central_crop=student.crop,
+            precision=precision,
+            variables=teacher.variables,
+        )
+        found.append(_judge(f"teacher {len(found) + 1}" if found else "teacher", network))
+    return tuple(found)
+
+
+def _judge(name: str, student: Student) -> Judge:
+    network = student.network
+    description = f"{network.model}, {network.resolution} px, {student.precision}"
+    return Judge(
+        name, description, student, student.central_crop, network.resolution, student.canvas
+    )
+
+
+def warm_up(judge: Judge) -> None:
+    """Compiles what the first image would wait for."""
+    grey = np.full((judge.canvas.size, judge.canvas.size, 3), 128, np.uint8)
+    pixels = judge.predictor.prepare(grey)
+    judge.predictor.predict_pixels([pixels])
+    _view(judge, pixels)
+
+
+def judged(judge: Judge, image: bytes) -> Judgement:
+    """What `judge` says of an encoded image. Raises `UserError` where it is none."""
+    try:
+        pixels = judge.predictor.prepare(image)
+    except CorruptImage as error:
+        raise UserError(f"this is not an image that can be read: {error}") from None
+    began = time.perf_counter()
+    probabilities = judge.predictor.predict_pixels([pixels])[0]
+    seconds = time.perf_counter() - began
+    names = judge.predictor.class_names
+    best = np.argsort(-probabilities, kind="stable")[:TOP]
+    return Judgement(
+        judge.name,
+        judge.description,
+        tuple((names[i], float(probabilities[i])) for i in best),
+        _view(judge, pixels),
+        1000 * seconds,
+    )
+
+
+def _view(judge: Judge, pixels: np.ndarray) -> str:
+    canvases, sizes = canvases_of([pixels], judge.canvas.side, 1)
+    (square,) = central_squares(canvases, sizes, judge.crop, judge.resolution)
+    out = io.BytesIO()
+    Image.fromarray(square).save(out, "PNG")
+    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
