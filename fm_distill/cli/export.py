@@ -33,6 +33,13 @@ class _Export:
         "Of a .tflite: float16 weights, int8 weights (dynamic), or int8 weights and activations; "
         "int8 of an .onnx, too."
     )
+    float_layers: tuple[str, ...] = ()
+    """With int8 of an .onnx: paths of layers that stay in floats (mixed precision)."""
+    range_percentile: float = 100.0
+    (
+        "With int8 of an .onnx: where the ranges of activations end, as a percentile of what the "
+        "images show."
+    )
     data_dir: str | None = None
     """Where the data lie now that a function is compared with its run on."""
     overwrite: bool = False
@@ -52,6 +59,8 @@ def export_command(arguments: list[str]) -> int:
         batch=asked.batch,
         output=asked.output,
         quantise=asked.quantise,
+        float_layers=asked.float_layers,
+        range_percentile=asked.range_percentile,
         data_dir=asked.data_dir,
     )
     print("\n".join(_lines(asked.out, card)))
@@ -77,15 +86,27 @@ def _lines(out: str, card: "Card") -> list[str]:
         share = f"{facts.bytes / facts.float32_bytes:.2f} of its weights as float32"
         lines.append(f"{facts.bytes:,} bytes without its card, {share}")
     if facts.layer_errors:
-        worst = sorted(facts.layer_errors.items(), key=lambda x: -x[1])[:WORST]
         lines.append("largest errors of layers, relative to their outputs:")
-        lines += [f"  {100 * error:5.1f} %  {layer}" for layer, error in worst]
+        lines += _worst(facts.layer_errors)
+    if facts.layer_effects:
+        lines.append("layers that alone move the logits most, relative to their spread:")
+        lines += _worst(facts.layer_effects)
+    if mixed := facts.mixed_precision:
+        lines.append(
+            f"all together {100 * mixed.error:.1f} %; {100 * mixed.error_with_them:.1f} % with "
+            f"--float-layers {' '.join(mixed.float_layers)}"
+        )
     if facts.operations is not None:
         lines.append(_parts(facts.quantise, facts.operations))
     if parity.file_top1 is not None and parity.run_top1 is not None:
         of_run = f"of the run {100 * parity.run_top1:.2f} %"
         lines.append(f"top-1 of the file {100 * parity.file_top1:.2f} %, {of_run}")
     return lines
+
+
+def _worst(by_layer: dict[str, float]) -> list[str]:
+    worst = sorted(by_layer.items(), key=lambda x: -x[1])[:WORST]
+    return [f"  {100 * error:5.1f} %  {layer}" for layer, error in worst]
 
 
 def _parts(quantise: str, operations: dict[str, int]) -> str:

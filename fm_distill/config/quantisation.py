@@ -5,7 +5,9 @@ At eight bits every layer is quantised, first and last ones too (Jacob et al. 20
 """
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
+
+from fm_distill.config.bounds import Bounds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,13 @@ class QuantisationConfig:
     )
     head: Literal["int8", "none"] = "int8"
     """Of the classifier, as `first_layer`."""
+    float_layers: tuple[str, ...] = ()
+    """Paths of further layers that stay as they are (mixed precision)."""
+    range_percentile: Annotated[float, Bounds(above=50, most=100)] = 100.0
+    (
+        "A range of activations ends at this percentile of what was seen in a batch, and begins at "
+        "its complement: below 100, outliers are clipped and the numbers lie closer."
+    )
 
     @property
     def quantised(self) -> bool:

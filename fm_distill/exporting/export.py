@@ -16,8 +16,10 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from fm_distill.config import QuantisationConfig
+from fm_distill.config.bounds import out_of_bounds
 from fm_distill.errors import UserError
-from fm_distill.exporting.calibration import calibrated
+from fm_distill.exporting.calibration import INT8, calibrated
 from fm_distill.exporting.formats import FORMATS
 from fm_distill.exporting.function import BatchSize, Output, Quantise, function_of
 from fm_distill.exporting.parity import compare, examples_of, images_of, runs
@@ -42,13 +44,16 @@ def export(
     batch: BatchSize = 1,
     output: Output = "probabilities",
     quantise: Quantise = "none",
+    float_layers: tuple[str, ...] = (),
+    range_percentile: float = 100.0,
     data_dir: str | None = None,
 ) -> Card:
     """Writes the student of the run in `workdir` to `path`, as the format that its suffix says.
 
     Weights have their card as JSON beside them, too, which is written last. A function takes
     batches of `batch` images, returns `output`, and computes in the numbers of `quantise` (int8:
-    calibrated on training images). It is written only where its own runtime agrees with the run on
+    calibrated on training images; of an `.onnx`, `float_layers` stay as they are and ranges end at
+    `range_percentile`). It is written only where its own runtime agrees with the run on
     images of the validation split. The data lie in `data_dir` if not where they were.
     Each file is written completely or not at all. Raises `UserError`, also where it is there
     already, unless `overwrite`.
@@ -68,6 +73,16 @@ def export(
     if quantise != "none" and quantise not in known.get(path.suffix, ()):
         able = " or ".join(x for x, kinds in known.items() if quantise in kinds)
         raise UserError(f"--quantise {quantise} is for {able}, and {path} is another; leave it out")
+    quantisation = dataclasses.replace(
+        INT8, float_layers=float_layers, range_percentile=range_percentile
+    )
+    if quantisation != INT8 and not (quantise == "int8" and path.suffix == ".onnx"):
+        raise UserError(
+            "--float-layers and --range-percentile are for --quantise int8 of an .onnx; leave them "
+            "out"
+        )
+    for sentence in out_of_bounds(quantisation):
+        raise UserError(sentence)
     written = (path, path.with_suffix(".json")) if path.suffix == WEIGHTS else (path,)
     there = [str(x) for x in written if x.exists()]
     if there and not overwrite:
@@ -86,7 +101,9 @@ def export(
     card = _card_of(run, naming, tensors)
     if path.suffix == WEIGHTS:
         return _write_weights(path, tensors, card)
-    return _write_function(path, run, card, tensors, batch, output, quantise, data_dir)
+    return _write_function(
+        path, run, card, tensors, batch, output, quantise, quantisation, data_dir
+    )
 
 
 def _check_ranges(run: Run, path: pathlib.Path) -> None:
@@ -149,6 +166,7 @@ def _write_function(
     batch: BatchSize,
     output: Output,
     quantise: Quantise,
+    quantisation: QuantisationConfig,
     data_dir: str | None,
 ) -> Card:
     format, config = FORMATS[path.suffix], run.config
@@ -156,10 +174,12 @@ def _write_function(
         moved = dataclasses.replace(config.data, data_dir=data_dir)
         config = dataclasses.replace(config, data=moved)
     examples = examples_of(config, run.student)
-    student, errors = run.student, None
+    student, calibration = run.student, None
     shown = images_of(config, run.student, "train").pixels if quantise == "int8" else None
     if shown is not None and format.quantise is None:
-        student, errors = calibrated(student, shown)
+        log("measuring what eight bits do to each layer")
+        calibration = calibrated(student, shown, quantisation)
+        student = calibration.student
     function = function_of(student, output)
     if quantise == "none" or format.quantise is None:
         data = format.convert(function, card.resolution, batch, card.model)
@@ -179,7 +199,10 @@ def _write_function(
         bytes=len(data),
         float32_bytes=sum(x.nbytes for x in tensors.values()),
         quantise=quantise,
-        layer_errors=errors,
+        layer_errors=calibration.errors if calibration else None,
+        layer_effects=calibration.effects if calibration else None,
+        mixed_precision=calibration.mixed_precision if calibration else None,
+        quantisation=quantisation if calibration else None,
         operations=runtime.operations,
     )
     card = dataclasses.replace(card, function=facts)

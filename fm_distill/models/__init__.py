@@ -36,6 +36,7 @@ from fm_distill.models.contract import (
 from fm_distill.models.inner_channels import ChannelAxis, InnerChannels
 from fm_distill.models.options import ModelOptions, as_mapping, read_options
 from fm_distill.models.own import check_logits, is_own, own_builder, own_code
+from fm_distill.models.quantisation import with_switches
 
 __all__ = [
     "CONVOLUTION",
@@ -56,6 +57,7 @@ __all__ = [
     "parameter_count",
     "ranges_of",
     "resolve",
+    "with_switches",
 ]
 
 Builder = Callable[[NetworkConfig, int, jnp.dtype], Network]

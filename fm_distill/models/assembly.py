@@ -40,8 +40,11 @@ def make_network(
 
     plan = plan_of(module, config)
     if plan:
-        activations = config.quantisation.activations
-        module, frozen_module = (Quantised(x, plan, activations) for x in (module, frozen_module))
+        asked = config.quantisation
+        module, frozen_module = (
+            Quantised(x, plan, asked.activations, asked.range_percentile)
+            for x in (module, frozen_module)
+        )
 
     def init(key: PRNGKeyArray) -> Variables:
         images = jnp.zeros((1, config.resolution, config.resolution, 3), jnp.float32)

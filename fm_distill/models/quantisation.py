@@ -21,6 +21,8 @@ from jaxtyping import Array, Float
 
 # The collection of the observed ranges.
 RANGES = "ranges"
+# In it, beside a layer's ranges: whether the layer is rounded. Where it is not there, it is.
+SWITCH = "rounded"
 # How much of the old range an observed batch leaves. Jacob et al. smooth over thousands of steps of
 # millions; runs here have thousands.
 RANGE_MOMENTUM = 0.99
@@ -53,6 +55,8 @@ class Quantised(nn.Module):
     plan: tuple[tuple[str, Precision], ...]
     # Of what blocks add to their shortcuts; a key of `OF_ACTIVATIONS`, or `none`.
     branches: str = "none"
+    # Of what a batch shows, where its range ends.
+    percentile: float = 100.0
 
     def setup(self) -> None:
         nn.share_scope(self, self.inner)
@@ -87,10 +91,26 @@ def quantised(
     weights, activations = _precision_of(layer)
     if activations != "none":
         seen = _range_of(layer, "input", x)
-        x = quantised_activations(x, seen, OF_ACTIVATIONS[activations])
+        x = _switched(layer, quantised_activations(x, seen, OF_ACTIVATIONS[activations]), x)
     if weights != "none":
-        kernel = quantised_weights(kernel, OF_WEIGHTS[weights])
+        kernel = _switched(layer, quantised_weights(kernel, OF_WEIGHTS[weights]), kernel)
     return x, kernel
+
+
+def _switched(module: nn.Module, rounded: Array, plain: Array) -> Array:
+    if not module.has_variable(RANGES, SWITCH):
+        return rounded
+    return jnp.where(module.get_variable(RANGES, SWITCH), rounded, plain)
+
+
+def with_switches(ranges: Any, on: str, path: tuple[str, ...] = ()) -> Any:
+    """The tree `ranges`, where the layer at the path `on` alone is rounded; "" is none."""
+    if "low" in ranges:
+        return ranges
+    found = {name: with_switches(x, on, (*path, name)) for name, x in ranges.items()}
+    if any("low" in x for x in found.values()):
+        found[SWITCH] = jnp.asarray("/".join(path) == on)
+    return found
 
 
 def quantised_branch(
@@ -102,7 +122,8 @@ def quantised_branch(
     if network is None or network.branches == "none":
         return x
     seen = _range_of(block, "branch", x)
-    return quantised_activations(x, seen, OF_ACTIVATIONS[network.branches])
+    rounded = quantised_activations(x, seen, OF_ACTIVATIONS[network.branches])
+    return _switched(block, rounded, x)
 
 
 def quantised_weights(
@@ -183,9 +204,18 @@ def _range_of(module: nn.Module, name: str, x: Array) -> Range:
         wide = jax.lax.stop_gradient(x).astype(jnp.float32)
         before = seen.value["batches"]
         kept = jnp.minimum(before / (before + 1), RANGE_MOMENTUM)
+        network = _network_of(module)
+        low, high = _ends(wide, network.percentile if network else 100.0)
         seen.value = {
-            "low": kept * seen.value["low"] + (1 - kept) * wide.min(),
-            "high": kept * seen.value["high"] + (1 - kept) * wide.max(),
+            "low": kept * seen.value["low"] + (1 - kept) * low,
+            "high": kept * seen.value["high"] + (1 - kept) * high,
             "batches": before + 1,
         }
     return Range(seen.value["low"], seen.value["high"])
+
+
+def _ends(x: Array, percentile: float) -> tuple[Array, Array]:
+    if percentile == 100:
+        return x.min(), x.max()
+    low, high = jnp.percentile(x, jnp.array([100 - percentile, percentile]))
+    return low, high

@@ -1,5 +1,6 @@
 """Which layers of a network are quantised, and how: the first one, the head, and all between."""
 
+import difflib
 from typing import Any
 
 import flax.linen as nn
@@ -14,8 +15,8 @@ from fm_distill.models.quantisation import Precision, QuantisableLayer
 def plan_of(module: nn.Module, config: NetworkConfig) -> tuple[tuple[str, Precision], ...]:
     """The precision of each layer by its path, in the order of the calls; empty without any.
 
-    Raises `ValueError` where a kernel is of a layer that cannot be quantised, by its name, and for
-    quantised activations of weights that are not.
+    Raises `ValueError` where a kernel is of a layer that cannot be quantised, by its name, for
+    quantised activations of weights that are not, and for a float layer that is not there.
     """
     asked = config.quantisation
     if not asked.quantised:
@@ -31,6 +32,13 @@ def plan_of(module: nn.Module, config: NetworkConfig) -> tuple[tuple[str, Precis
             f"{config.model} has layers that cannot be quantised, {', '.join(unknown)}: build them "
             "of fm_distill.models.layers, or leave out quantisation"
         )
+    if unknown := [x for x in asked.float_layers if x not in layers]:
+        near = difflib.get_close_matches(unknown[0], layers, 1)
+        hint = f"did you mean {near[0]}" if near else f"it has {', '.join(layers)}"
+        raise ValueError(
+            f"quantisation.float_layers names {', '.join(unknown)}, which no layer of "
+            f"{config.model} is; {hint}"
+        )
     return tuple(
         (path, precision)
         for i, path in enumerate(layers)
@@ -40,6 +48,8 @@ def plan_of(module: nn.Module, config: NetworkConfig) -> tuple[tuple[str, Precis
 
 def _precision(path: str, first: bool, config: NetworkConfig) -> Precision:
     asked = config.quantisation
+    if path in asked.float_layers:
+        return Precision("none", "none")
     kept = asked.head if path.split("/")[0] == HEAD else asked.first_layer if first else None
     if kept is None:
         return Precision(asked.weights, asked.activations)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 
-from fm_distill.config import NetworkConfig
+from fm_distill.config import NetworkConfig, QuantisationConfig
 from fm_distill.config.serialization import converted
 from fm_distill.errors import UserError
 
@@ -39,6 +39,18 @@ class Parity:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MixedPrecision:
+    """What a student in eight bits gains by some layers in floats, on the calibration's images.
+
+    Errors of the logits: root mean square, over that of the float logits about their mean.
+    """
+
+    float_layers: tuple[str, ...]
+    error: float
+    error_with_them: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class FunctionFacts:
     """What a file with a whole function takes and returns.
 
@@ -55,6 +67,11 @@ class FunctionFacts:
     quantise: Literal["none", "float16", "dynamic", "int8"] = "none"
     # Of a student in eight bits without training, by layer: see `exporting.calibration`.
     layer_errors: dict[str, float] | None = None
+    # How far each layer alone moves the logits, relative as in `MixedPrecision`.
+    layer_effects: dict[str, float] | None = None
+    mixed_precision: MixedPrecision | None = None
+    # Of a student in eight bits without training.
+    quantisation: QuantisationConfig | None = None
     # How often it has each operation, where its runtime tells.
     operations: dict[str, int] | None = None
 
