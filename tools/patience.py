@@ -31,7 +31,8 @@ NAMES = {
 }
 
 
-SHORTEST = 100.0  # epochs of a recording whose runs are in the picture
+SHORTEST = 100.0  # epochs of a recording whose runs are in the picture over epochs
+OF_VIEWS = 300.0  # epochs of the runs in the picture over views
 
 
 def teaching_of(stored: StoredRun) -> str:
@@ -144,14 +145,23 @@ def _cell(values: list[float], digits: int) -> str:
 
 
 def plot(path: str, out: str) -> None:
-    """Test accuracy over epochs, one line a teaching, with the range over the seeds."""
+    """Test accuracy over epochs, one line a teaching, and over the views of an image."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     rows = read(path)
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    figure, (left, right) = pyplot.subplots(
+        1, 2, figsize=(11, 4.5), sharey=True, layout="constrained"
+    )
+    _over_epochs(left, rows)
+    _over_views(right, rows)
+    figure.savefig(out, dpi=130, metadata={"Date": None} if out.endswith(".svg") else None)
+
+
+def _over_epochs(axes: Any, rows: list[dict[str, Any]]) -> None:
+    """With the range over the seeds."""
     found = groups(rows)
     for teaching, moments in dict.fromkeys((x[0], x[3]) for x in found):
         # How many views are enough is another question: see the table.
@@ -174,12 +184,31 @@ def plot(path: str, out: str) -> None:
         )  # fmt: skip
     if teachers := [100 * x["teacher_top1"] for x in rows if x["teacher_top1"]]:
         axes.axhline(statistics.mean(teachers), linestyle="--", color="grey", label="the teacher")
-    axes.set_xscale("log")
-    axes.set_xlabel("epochs")
+    _log_axis(axes, sorted({x["epochs"] for x in rows}), "epochs")
     axes.set_ylabel("test top-1, %")
+    axes.legend(fontsize="small")
+
+
+def _over_views(axes: Any, rows: list[dict[str, Any]]) -> None:
+    """Function matching for as many epochs, from recordings of which the views repeat."""
+    points = sorted(
+        (x["recorded_epochs"], 100 * x["student_top1"])
+        for x in rows
+        if x["epochs"] == OF_VIEWS
+        and (x["teaching"], x["final_statistics"]) == ("function_matching", "central")
+    )
+    if points:
+        axes.plot(*zip(*points, strict=True), marker="o")
+    label = f"different views of an image, in {OF_VIEWS:,.0f} epochs of function matching"
+    _log_axis(axes, [x for x, _ in points], label)
+
+
+def _log_axis(axes: Any, ticks: list[float], label: str) -> None:
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, [f"{x:,.0f}" for x in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel(label)
     axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(out, dpi=130)
 
 
 def main(arguments: list[str]) -> None:
