@@ -101,6 +101,7 @@ def test_the_page_needs_no_other_machine(port):
         ("POST", "/other", b"x", {}, 404, "nothing here"),
         ("GET", "/../etc/passwd", None, {}, 404, "nothing here"),
         ("GET", "/", None, {"Host": "example.org"}, 403, "for 127.0.0.1 alone"),
+        ("GET", "/", None, {"Host": "[broken"}, 403, "for 127.0.0.1 alone"),
         ("POST", "/judge", photo(), {"Host": "example.org:80"}, 403, "for 127.0.0.1 alone"),
     ],
 )
@@ -111,10 +112,10 @@ def test_what_is_refused(port, method, path, body, headers, status, message):
 
 
 def test_an_export_is_shown_beside_the_teacher_of_its_run(trained, tmp_path):
-    export(trained / "run", trained / "run" / "student.stablehlo")
-    names = [(x.name, x.resolution) for x in judges(trained / "run" / "student.stablehlo")]
-    assert [x for x, _ in names] == ["student", "teacher"]
-    shutil.copy(trained / "run" / "student.stablehlo", tmp_path)
+    run = shutil.copytree(trained / "run", tmp_path / "run")
+    export(run, run / "student.stablehlo")
+    assert [x.name for x in judges(run / "student.stablehlo")] == ["student", "teacher"]
+    shutil.move(run / "student.stablehlo", tmp_path)
     alone = judges(tmp_path / "student.stablehlo")
     assert alone[0].name == "student" and alone[0].description.startswith("bit, 16 px, by XLA")
 

@@ -73,7 +73,7 @@ def central_pixels(batch) -> np.ndarray:
     from fm_distill.views.rendering import central_pixels
 
     canvases, sizes = jnp.asarray(batch.canvases), jnp.asarray(batch.sizes)
-    return np.asarray(central_pixels(canvases, sizes, 1.0, 16))
+    return np.asarray(central_pixels(canvases, sizes, CentralCrop(1.0), 16))
 
 
 def test_without_its_teacher_labels_judge_alone(workdir, exported, tmp_path, capsys):

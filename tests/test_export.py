@@ -30,7 +30,7 @@ from fm_distill.networks.teachers import agreed_classes, load_pretrained, load_t
 from fm_distill.runs.open_run import open_run
 from fm_distill.runs.workdir import Workdir
 from fm_distill.training.train import train
-from fm_distill.views.rendering import InputSpec, render_central
+from fm_distill.views.rendering import CentralCrop, InputSpec, render_central
 from fm_distill.weights.load import load_weights
 
 # As timm's BiT, but small.
@@ -307,7 +307,7 @@ def test_a_student_predicts_as_its_files_are_predicted(workdir, exported, tmp_pa
         canvas = np.zeros((1, side, side, 3), np.uint8)
         canvas[0, : pixels.shape[0], : pixels.shape[1]] = pixels
         size = jnp.array([pixels.shape[:2]])
-        view = render_central(jnp.asarray(canvas), size, 1.0, InputSpec.of(network))
+        view = render_central(jnp.asarray(canvas), size, CentralCrop(1.0), InputSpec.of(network))
         expected.append(built.apply(run.student.variables, view, train=False).logits[0])
     np.testing.assert_allclose(run.student.logits(images), expected, atol=1e-5)
     probabilities = run.student.predict(images)

@@ -255,7 +255,9 @@ def initial_student(model: str) -> Student:
     shapes = jax.eval_shape(init, jax.random.key(0))
     variables = jax.tree.map(lambda x: np.full(x.shape, 0.01, np.float32), shapes)
     names = tuple("0123456789")
-    return Student(network, 10, names, CanvasConfig(size=32), 1.0, "float32", variables)
+    return Student(
+        network, 10, names, CanvasConfig(size=32), CentralCrop(1.0), "float32", variables
+    )
 
 
 def test_each_depthwise_convolution_leaves_as_one():
@@ -273,6 +275,7 @@ def test_each_depthwise_convolution_leaves_as_one():
 OF_FUNCTIONS = """
 import jax.numpy as jnp
 from fm_distill.models import Network, Output, Variables
+from fm_distill.views.rendering import CentralCrop
 
 def network(config, classes, dtype):
     def init(key):
@@ -290,7 +293,9 @@ def test_a_network_of_functions_alone_has_one_form(tmp_path):
     kernel = np.linspace(-1, 1, 30, dtype=np.float32).reshape(3, 10)
     network = resolve(NetworkConfig(model=f"{tmp_path / 'mine.py'}:network", resolution=8))
     names, variables = tuple("0123456789"), Variables({"kernel": kernel}, {})
-    student = Student(network, 10, names, CanvasConfig(size=8), 1.0, "float32", variables)
+    student = Student(
+        network, 10, names, CanvasConfig(size=8), CentralCrop(1.0), "float32", variables
+    )
     pixels = pixels_of(2, 8)
     found = function_of(student, "logits")(jnp.asarray(pixels))
     means = (pixels.astype(np.float64) / 127.5 - 1).mean(axis=(1, 2))

@@ -28,6 +28,7 @@ from fm_distill.exporting.function import Runtime, function_of
 from fm_distill.exporting.parity import Examples, compare
 from fm_distill.models import build_network, resolve
 from fm_distill.runs.student import Student
+from fm_distill.views.rendering import CentralCrop
 
 __all__ = ["workdir"]  # a fixture
 
@@ -68,7 +69,9 @@ def lite() -> Student:
     kernel = variables.params["head"]["kernel"]
     kernel[:] = np.random.default_rng(0).normal(size=kernel.shape) * 0.1
     names = tuple("0123456789")
-    return Student(network, 10, names, CanvasConfig(size=32), 1.0, "float32", variables)
+    return Student(
+        network, 10, names, CanvasConfig(size=32), CentralCrop(1.0), "float32", variables
+    )
 
 
 def smooth_pixels(rows: int, side: int) -> np.ndarray:

@@ -80,7 +80,7 @@ def test_with_the_moments_of_one_batch_evaluation_is_training_mode():
     variables = dataclasses.replace(variables, params=params)
     batch = random_batch(1)
     found = with_central_statistics(
-        branch, variables, [batch], 1.0, make_layout(MeshConfig(data=1))
+        branch, variables, [batch], CentralCrop(1.0), make_layout(MeshConfig(data=1))
     )
     images = jnp.asarray(central_by_hand(batch.canvases) / 127.5 - 1, jnp.float32)
     trained = branch.network.apply(variables, images, train=True).logits

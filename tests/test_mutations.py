@@ -54,7 +54,7 @@ from fm_distill.training.program import make_program
 from fm_distill.training.reporter import Reporter
 from fm_distill.training.setup import Setup, prepare
 from fm_distill.views.crops import CROPS
-from fm_distill.views.rendering import InputSpec, render_central
+from fm_distill.views.rendering import CentralCrop, InputSpec, render_central
 
 ONE = make_layout(MeshConfig(data=1))
 
@@ -215,7 +215,7 @@ def test_predict_and_export_know_the_central_fraction(tmp_path):
     views = render_central(
         jnp.stack([reader[i]["canvas"] for i in range(len(reader))]),
         jnp.stack([reader[i]["size"] for i in range(len(reader))]),
-        0.5,
+        CentralCrop(0.5),
         opened.student_branch.input_spec,
     )
     apply = jax.jit(lambda v, x: opened.student_branch.network.apply(v, x, train=False).logits)

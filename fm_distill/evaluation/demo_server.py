@@ -1,9 +1,11 @@
 """The local page of `fm-distill demo`: served to this machine alone, and nothing from elsewhere."""
 
+import contextlib
 import dataclasses
 import http.server
 import json
 import pathlib
+import sys
 import threading
 from http import HTTPStatus
 from urllib.parse import urlsplit
@@ -16,6 +18,15 @@ LOOPBACK = "127.0.0.1"
 HOSTS = (LOOPBACK, "localhost")
 MOST_BYTES = 64 * 2**20  # of an image
 PAGE = pathlib.Path(__file__).with_name("demo_page.html")
+
+
+class _Server(http.server.ThreadingHTTPServer):
+    daemon_threads = True  # control-C waits for no browser
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A browser that went away is no error."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)  # type: ignore[arg-type]
 
 
 def make_server(judges: tuple[Judge, ...], port: int) -> http.server.ThreadingHTTPServer:
@@ -59,9 +70,9 @@ def make_server(judges: tuple[Judge, ...], port: int) -> http.server.ThreadingHT
             self._answer(HTTPStatus.OK, "application/json", json.dumps(found).encode())
 
         def _refused(self) -> bool:
-            host = urlsplit(f"//{self.headers.get('Host', '')}").hostname
-            if host in HOSTS:
-                return False
+            with contextlib.suppress(ValueError):  # of a broken address
+                if urlsplit(f"//{self.headers.get('Host', '')}").hostname in HOSTS:
+                    return False
             self._error(HTTPStatus.FORBIDDEN, f"this page is for {LOOPBACK} alone")
             return True
 
@@ -86,7 +97,7 @@ def make_server(judges: tuple[Judge, ...], port: int) -> http.server.ThreadingHT
             """Requests are not worth a line."""
 
     try:
-        return http.server.ThreadingHTTPServer((LOOPBACK, port), Handler)
+        return _Server((LOOPBACK, port), Handler)
     except (OSError, OverflowError) as error:
         raise UserError(
             f"port {port} of {LOOPBACK} cannot be used ({error}); give another one with --port, or "
