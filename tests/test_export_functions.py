@@ -25,6 +25,7 @@ from fm_distill.exporting.parity import IMAGES, compare, examples_of
 from fm_distill.models import Variables, build_network, resolve
 from fm_distill.runs.open_run import open_run
 from fm_distill.runs.student import Student
+from fm_distill.views.rendering import CentralCrop
 
 # What somebody else would write, who has JAX alone.
 READ_STABLEHLO = """
@@ -275,7 +276,6 @@ def test_each_depthwise_convolution_leaves_as_one():
 OF_FUNCTIONS = """
 import jax.numpy as jnp
 from fm_distill.models import Network, Output, Variables
-from fm_distill.views.rendering import CentralCrop
 
 def network(config, classes, dtype):
     def init(key):
