@@ -91,6 +91,7 @@ def test_values_are_put_in_their_place():
         ("objective.temperature=1,2.5", ("objective.temperature", (1, 2.5))),
         ("teaching=fixed,consistent", ("teaching", ("fixed", "consistent"))),
         ("optimizer.clip-norm=null,1.0", ("optimizer.clip_norm", (None, 1.0))),
+        ("memory.overlap=True,false", ("memory.overlap", (True, False))),
         ("student.options.depths=[1,1],[2]", ("student.options.depths", ([1, 1], [2]))),
     ],
 )

@@ -209,7 +209,8 @@ def parse_over(kind: type[Over], default: Config, arguments: list[str], command:
     if any(x in HELP for x in arguments):
         named |= {x for x in fields if not re.search(r"\.\d+\.", x)}
     config = with_parts(without_parts(default, dropped), {*named, *of_models})
-    config = changed(config, of_models)
+    if of_models:
+        config = changed(config, of_models)
     asked = parse(kind, kind(config=config), options, command)
     return dataclasses.replace(asked, config=settle(default, asked.config))
 

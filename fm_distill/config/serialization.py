@@ -115,9 +115,10 @@ def changed(config: Config, values: dict[str, Any]) -> Config:
 
 
 def parse_value(text: str) -> Any:
-    """A value as people type it: JSON, None, or else the text."""
-    if text == "None":
-        return None
+    """A value as people type it: JSON, one of Python's constants, or else the text."""
+    constants = {"None": None, "True": True, "False": False}
+    if text in constants:
+        return constants[text]
     try:
         return json.loads(text)
     except ValueError:
