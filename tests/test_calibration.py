@@ -74,7 +74,7 @@ def test_effects_are_those_of_a_network_with_one_rounded_layer(run):
         assert built.quantised_layers == (layer,)
         variables = dataclasses.replace(found.student.variables, ranges=ranges)
         apart = logits(network, variables) - plain
-        expected = np.sqrt(np.square(apart).mean()) / plain.std()
+        expected = np.linalg.norm(apart) / np.linalg.norm(plain - plain.mean(axis=0))
         assert found.effects[layer] == pytest.approx(expected, rel=1e-3) and expected > 0
 
 
@@ -89,7 +89,7 @@ def test_layers_that_carry_the_error_stay_in_floats(run, tmp_path):
     found = calibrated(broken, pixels_of(40))
     mixed = found.mixed_precision
     assert mixed.float_layers == ("block1_unit01/c",)
-    assert mixed.error_with_them < 0.1 * mixed.error < 0.05
+    assert mixed.error_with_them < 0.1 * mixed.error
     asked = dataclasses.replace(INT8, float_layers=mixed.float_layers)
     kept = calibrated(broken, pixels_of(40), asked)
     assert not {*mixed.float_layers} & {*kept.errors}
@@ -172,7 +172,10 @@ def test_a_student_of_eight_bits_and_other_formats_are_refused(run, tmp_path):
         export(run, tmp_path / "x.onnx", quantise="dynamic")
     for options, message in (
         ({"quantise": "int8", "float_layers": ("rot",)}, "names rot, .*; did you mean root"),
-        ({"quantise": "int8", "range_percentile": 40.0}, "range_percentile is 40.0; expected"),
+        (
+            {"quantise": "int8", "range_percentile": 40.0},
+            "range_percentile is 40.0; expected more than 50, and 100 or",
+        ),
         ({"float_layers": ("root",)}, "are for --quantise int8 of an .onnx"),
     ):
         with pytest.raises(UserError, match=message):

@@ -4,13 +4,16 @@ import base64
 import http.client
 import io
 import json
+import logging
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+import warnings
 
+import jax
 import numpy as np
 import pytest
 from conftest import ROOT, command_environment
@@ -18,7 +21,7 @@ from PIL import Image
 
 from fm_distill.cli.main import main
 from fm_distill.errors import UserError
-from fm_distill.evaluation.demo import judges
+from fm_distill.evaluation.demo import judged, judges
 from fm_distill.evaluation.demo_server import PAGE, make_server
 from fm_distill.evaluation.inference import predict
 from fm_distill.exporting.export import export
@@ -84,6 +87,21 @@ def test_student_and_teacher_judge_an_image_as_predict_does(trained, port, tmp_p
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(data))), seen)
 
 
+def test_a_second_image_compiles_nothing(networks):
+    first = judged(networks[0], photo())
+    with jax.log_compiles(), warnings.catch_warnings():
+        compiled = []
+        handler = logging.Handler()
+        handler.emit = lambda record: compiled.append(record.getMessage())
+        logging.getLogger("jax").addHandler(handler)
+        try:
+            again = judged(networks[0], photo())
+        finally:
+            logging.getLogger("jax").removeHandler(handler)
+    assert not [x for x in compiled if "Compiling" in x]
+    assert again.classes == first.classes
+
+
 def test_the_page_needs_no_other_machine(port):
     status, body, headers = asked(port, "GET", "/")
     assert status == 200 and body == PAGE.read_bytes()
@@ -101,6 +119,8 @@ def test_the_page_needs_no_other_machine(port):
         ("POST", "/other", b"x", {}, 404, "nothing here"),
         ("GET", "/../etc/passwd", None, {}, 404, "nothing here"),
         ("GET", "/", None, {"Host": "example.org"}, 403, "for 127.0.0.1 alone"),
+        ("POST", "/judge", None, {"Content-Length": "9" * 5000}, 413, "up to 64 MiB"),
+        ("POST", "/judge", photo(), {"Origin": "https://example.org"}, 403, "for 127.0.0.1 alone"),
         ("GET", "/", None, {"Host": "[broken"}, 403, "for 127.0.0.1 alone"),
         ("POST", "/judge", photo(), {"Host": "example.org:80"}, 403, "for 127.0.0.1 alone"),
     ],

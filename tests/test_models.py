@@ -13,7 +13,14 @@ from formula import formula_variables
 from tiny import LARGER, NETWORK, smallest
 
 from fm_distill.config import NetworkConfig, with_options
-from fm_distill.models import MODELS, Variables, build_network, check_network, parameter_count
+from fm_distill.models import (
+    MODELS,
+    Variables,
+    build_network,
+    check_network,
+    parameter_count,
+    resolve,
+)
 from fm_distill.models.bit import standardise
 from fm_distill.models.layers import group_norm
 
@@ -188,6 +195,11 @@ def test_unknown_feature_is_named():
 def test_wrong_network_is_refused(changes, said):
     with pytest.raises(ValueError, match=said):
         check_network(with_options(NETWORK, changes))
+
+
+def test_a_teacher_that_is_a_function_has_nothing_to_resolve():
+    function = NetworkConfig(model="function", resolution=8, input_range="zero_one")
+    assert resolve(function) == function
 
 
 def test_a_published_network_has_no_description():

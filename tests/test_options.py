@@ -220,6 +220,12 @@ def test_another_model_drops_the_options_of_the_one_before(capsys, tmp_path):
         "--student.options.stem", "small",
     )  # fmt: skip
     assert "bit_r50x1 has no option width, stem; it has root_pool_padding" in error
+    error = refused(capsys, "show", path, "--student.width", "2")
+    assert "What one model alone has is --student.options.width" in error
+    # What was typed stays, also where the model before had the same.
+    found = settled(capsys, path, "--student.model", "bit_r50x1",
+                    "--student.options.root_pool_padding", "minus_infinity")  # fmt: skip
+    assert found["student.options.root_pool_padding"] == "minus_infinity"
     error = refused(capsys, "show", path, "--student.options.width", "--lr", "1")
     assert "--student.options.width has no value; give one behind it" in error
 

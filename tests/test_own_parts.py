@@ -149,6 +149,12 @@ def test_options_of_an_own_network_are_the_fields_of_its_module(mine):
         "Small", {"wdith": 1}
     )
     assert "Plain has no option classes; it has none" in refused("Plain", {"classes": 3})
+    with mine.open("a") as file:
+        file.write("class Needy(nn.Module):\n    classes: int\n    depth: int\n")
+        file.write("def reads(config, classes, dtype):\n    return config.options['width']\n")
+    needs = "Needy needs the option depth: give --student.options.depth VALUE"
+    assert needs in refused("Needy", {})
+    assert "reads cannot be built: KeyError: 'width'" in refused("reads", {})
 
 
 def build_network_of(config):

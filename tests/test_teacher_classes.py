@@ -19,6 +19,7 @@ from fm_distill.config import (
     TeacherConfig,
 )
 from fm_distill.errors import UserError
+from fm_distill.evaluation.inference import evaluate
 from fm_distill.models import build_network
 from fm_distill.networks import class_choice
 from fm_distill.networks.teachers import load_teachers
@@ -87,9 +88,12 @@ def test_a_student_of_some_classes_live_and_recorded(unlabelled, tmp_path):
     run = open_run(tmp_path / "run")
     assert run.class_names == ("h", "c", "d") and run.classes == 3
     assert figures["examples"] == 20 and figures["kl"]["one"] is not None
-    assert train(config, tmp_path / "run").complete
-    with pytest.raises(UserError, match=r"teacher\.classes: "):
-        train(of_classes(config, "c", "h", "d"), tmp_path / "run")
+    # By whatever names: they are the same teacher.
+    for classes in (("h", "2", "d"), ("7", "2", "3")):
+        again = evaluate(tmp_path / "run", "train", of_classes(config, *classes))
+        assert again["kl"] == pytest.approx(figures["kl"], rel=1e-5)
+    with pytest.raises(UserError, match="this is not the teacher of the run"):
+        evaluate(tmp_path / "run", "train", of_classes(config, "c", "h", "d"))
     assert record(config, tmp_path / "recording", Stop()).complete
     recorded = TeacherConfig(recording=str(tmp_path / "recording"))
     config = dataclasses.replace(config, teacher=recorded)
@@ -122,12 +126,15 @@ def test_a_function_of_some_classes(tmp_path):
         (("a", "hh"), "the teacher has no class 'hh'; did you mean h"),
         (("a", "10"), "no class '10'; give names, or numbers from 0 to 9"),
         (("a", "b", "a"), "names 'a' more than once"),
-        (("b", "1"), "'1' is asked for by name and by number"),
+        (("b", "1"), "'1' is asked for twice"),
         (("a",), "'a' alone; expected two classes or more"),
+        (("empty.txt",), "names none; expected two classes or more"),
         (("nowhere.txt",), "nowhere.txt cannot be read"),
     ],
 )
-def test_classes_that_cannot_be_chosen(unlabelled, tmp_path, classes, message):
+def test_classes_that_cannot_be_chosen(unlabelled, tmp_path, monkeypatch, classes, message):
+    (tmp_path / "empty.txt").touch()
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message) as error:
         train(of_classes(unlabelled, *classes), tmp_path / "run")
     assert "\n" not in str(error.value)
@@ -135,5 +142,8 @@ def test_classes_that_cannot_be_chosen(unlabelled, tmp_path, classes, message):
 
 
 def test_classes_of_imagenet_have_names():
-    choice = class_choice.chosen(("pizza", "281"), None, 1000, "teacher")
+    choice = class_choice.chosen(("pizza", "tabby"), None, 1000, "teacher")
     assert choice == ((963, 281), ("pizza", "tabby"))
+    # Numbers are no names: those of the data may be others.
+    assert class_choice.chosen(("963", "281"), None, 1000, "teacher") == ((963, 281), None)
+    assert class_choice.chosen(("1", "0"), None, 5, "teacher") == ((1, 0), None)

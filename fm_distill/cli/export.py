@@ -93,8 +93,9 @@ def _lines(out: str, card: "Card") -> list[str]:
         lines += _worst(facts.layer_effects)
     if mixed := facts.mixed_precision:
         lines.append(
-            f"all together {100 * mixed.error:.1f} %; {100 * mixed.error_with_them:.1f} % with "
-            f"--float-layers {' '.join(mixed.float_layers)}"
+            f"error of the logits with all layers rounded: {100 * mixed.error:.1f} %; "
+            f"{100 * mixed.error_with_them:.1f} % with --float-layers "
+            f"{' '.join(mixed.float_layers)}"
         )
     if facts.operations is not None:
         lines.append(_parts(facts.quantise, facts.operations))

@@ -142,7 +142,7 @@ def _model_options(
 
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs="*",
-        metavar=".NAME VALUE",
+        metavar="NAME=VALUE",
         instance_from_str=refuse,
         is_instance=lambda x: isinstance(x, Mapping),
         str_from_instance=lambda x: [f"{name}={value}" for name, value in x.items()],
@@ -203,6 +203,9 @@ def parse_over(kind: type[Over], default: Config, arguments: list[str], command:
         if name not in fields and name not in own and not name.startswith(tuple(nested)):
             near = ", ".join(_written(x) for x in nearest(name, [*own, *fields]))
             near = f"did you mean {near}?" if near else "--help lists all"
+            section, _, leaf = name.rpartition(".")
+            if f"{section}.options" in fields:
+                near += f" What one model alone has is {_written(f'{section}.options.{leaf}')}"
             raise UserError(f"there is no option {written}; {near}")
         named.add(name)
         options.append(_written(name) + equals + value)
@@ -212,12 +215,12 @@ def parse_over(kind: type[Over], default: Config, arguments: list[str], command:
     if of_models:
         config = changed(config, of_models)
     asked = parse(kind, kind(config=config), options, command)
-    return dataclasses.replace(asked, config=settle(default, asked.config))
+    return dataclasses.replace(asked, config=settle(default, asked.config, of_models))
 
 
 def _before_next(arguments: list[str]) -> list[str]:
     """The values in front of the next option."""
-    return [*itertools.takewhile(lambda x: not x.startswith("--"), arguments)]
+    return [*itertools.takewhile(lambda x: not x.startswith("--") and x not in HELP, arguments)]
 
 
 def option_value(tokens: list[str]) -> Any:

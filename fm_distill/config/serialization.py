@@ -33,6 +33,8 @@ NOT_IDENTITY = (
     "teacher.workdir",
     "teacher.recording",
     "teacher.function",
+    # The weights that are left are the teacher's identity, by whatever names they were chosen.
+    "teacher.classes",
     "mesh",
     # The same gradient, within float error.
     "memory",
@@ -60,6 +62,17 @@ def _completed(value: Part) -> Part:
         return value
     whole = dataclasses.replace(value)
     return dataclasses.replace(whole, **{name: _completed(x) for name, x in vars(whole).items()})
+
+
+def before_options(network: Any) -> bool:
+    """Whether this is the JSON of a BiT from before its options.
+
+    Read as it is, it would be another network.
+    """
+    if not isinstance(network, dict) or "options" in network:
+        return False
+    model = str(network.get("model"))
+    return model.startswith("bit") and ":" not in model
 
 
 def to_json(config: Config) -> dict[str, Any]:

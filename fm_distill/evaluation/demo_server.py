@@ -5,6 +5,7 @@ import dataclasses
 import http.server
 import json
 import pathlib
+import re
 import sys
 import threading
 from http import HTTPStatus
@@ -38,6 +39,8 @@ def make_server(judges: tuple[Judge, ...], port: int) -> http.server.ThreadingHT
     one_at_a_time = threading.Lock()  # else the networks would be timed beside each other
 
     class Handler(http.server.BaseHTTPRequestHandler):
+        timeout = 60  # seconds for what a browser sends
+
         def do_GET(self) -> None:
             if self._refused():
                 return
@@ -52,7 +55,7 @@ def make_server(judges: tuple[Judge, ...], port: int) -> http.server.ThreadingHT
             length = self.headers.get("Content-Length", "")
             if self.path != "/judge":
                 self._error(HTTPStatus.NOT_FOUND, "there is nothing here")
-            elif not length.isdecimal() or not 0 < int(length) <= MOST_BYTES:
+            elif not re.fullmatch("[0-9]{1,12}", length) or not 0 < int(length) <= MOST_BYTES:
                 self._error(
                     HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
                     f"expected an image of up to {MOST_BYTES / 2**20:.0f} MiB",
@@ -67,11 +70,17 @@ def make_server(judges: tuple[Judge, ...], port: int) -> http.server.ThreadingHT
             except UserError as error:
                 self._error(HTTPStatus.BAD_REQUEST, str(error))
                 return
+            except Exception as error:
+                text = f"{type(error).__name__}: {error}"
+                self._error(HTTPStatus.INTERNAL_SERVER_ERROR, text)
+                raise
             self._answer(HTTPStatus.OK, "application/json", json.dumps(found).encode())
 
         def _refused(self) -> bool:
+            origin = self.headers.get("Origin")  # of the page that asks, where a browser says it
             with contextlib.suppress(ValueError):  # of a broken address
-                if urlsplit(f"//{self.headers.get('Host', '')}").hostname in HOSTS:
+                places = [f"//{self.headers.get('Host', '')}", *([origin] if origin else [])]
+                if all(urlsplit(x).hostname in HOSTS for x in places):
                     return False
             self._error(HTTPStatus.FORBIDDEN, f"this page is for {LOOPBACK} alone")
             return True
@@ -87,7 +96,7 @@ def make_server(judges: tuple[Judge, ...], port: int) -> http.server.ThreadingHT
             # Nothing of the page may be asked of any other machine.
             self.send_header(
                 "Content-Security-Policy",
-                "default-src 'none'; connect-src 'self'; img-src data: blob:; "
+                "default-src 'none'; connect-src 'self'; img-src data:; "
                 "script-src 'unsafe-inline'; style-src 'unsafe-inline'",
             )
             self.end_headers()

@@ -127,7 +127,7 @@ def layer_effects(
         return network.apply(rounded, images, train=False).logits
 
     plain = np.asarray(logits(with_switches(variables.ranges, "")), np.float64)
-    spread = max(float(plain.std()), SMALLEST_NORM)
+    spread = max(float(np.sqrt(np.square(plain - plain.mean(axis=0)).mean())), SMALLEST_NORM)
 
     def error(ranges: PyTree) -> float:
         apart = np.asarray(logits(ranges), np.float64) - plain

@@ -1,6 +1,7 @@
 """A student as one function, from uint8 pixels to probabilities or logits."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Literal
 
@@ -64,16 +65,16 @@ def central_squares(
     resolution: int,
 ) -> Pixels:
     """What such a function takes: the central view of evaluation, rounded to uint8."""
-
-    @jax.jit
-    def rendered(canvases: Array, sizes: Array) -> Array:
-        pixels = central_pixels(canvases, sizes, crop, resolution)
-        return jnp.round(pixels).astype(jnp.uint8)
-
-    parts = range(0, len(canvases), BATCH)
+    parts = [slice(i, i + BATCH) for i in range(0, len(canvases), BATCH)]
     return np.concatenate(
-        [np.asarray(rendered(canvases[i : i + BATCH], sizes[i : i + BATCH])) for i in parts]
+        [np.asarray(_square(canvases[i], sizes[i], crop, resolution)) for i in parts]
     )
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _square(canvases: Array, sizes: Array, crop: CentralCrop, resolution: int) -> Array:
+    pixels = central_pixels(canvases, sizes, crop, resolution)
+    return jnp.round(pixels).astype(jnp.uint8)
 
 
 def in_batches(

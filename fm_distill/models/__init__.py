@@ -20,7 +20,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from fm_distill.config import InputRange, NetworkConfig
-from fm_distill.config.networks import OptionValue
+from fm_distill.config.networks import FUNCTION, OptionValue
 from fm_distill.models import bit, convnext, keras_resnet_v2, mobilenet_v3, resnet, vit
 from fm_distill.models import efficientnet_lite as lite
 from fm_distill.models.contract import (
@@ -128,6 +128,8 @@ def resolve(config: NetworkConfig) -> NetworkConfig:
 
     Raises `ValueError` where it sets an option that the model does not have.
     """
+    if config.model == FUNCTION:
+        return config
     model = model_of(config.model)
     if config.input_range == "auto":
         config = dataclasses.replace(config, input_range=model.input_range)

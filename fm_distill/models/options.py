@@ -39,7 +39,8 @@ def read_options(config: NetworkConfig, kind: type[Kind]) -> Kind:
     try:
         options = msgspec.convert(values, kind)
     except msgspec.ValidationError as error:
-        raise ValueError(f"an option of {config.model} is not of its type: {error}") from None
+        text = str(error).replace("$.", "")
+        raise ValueError(f"an option of {config.model} is not of its type: {text}") from None
     for sentence in out_of_bounds(options, "options."):
         raise ValueError(sentence)
     # msgspec leaves defaults to the class, where `vars` does not see them.

@@ -50,7 +50,14 @@ def own_builder(model: str) -> Builder:
         )
 
     def build(config: NetworkConfig, classes: int, dtype: jnp.dtype) -> Network:
-        found = value(config, classes, dtype)
+        try:
+            found = value(config, classes, dtype)
+        except (UserError, ValueError):
+            raise
+        except Exception as error:
+            raise UserError(
+                f"the model {model} cannot be built: {type(error).__name__}: {error}"
+            ) from error
         if not isinstance(found, Network):
             raise UserError(
                 f"the model {model} returned a {type(found).__name__}; expected a "
@@ -79,12 +86,19 @@ def _from_module(
     module: type[nn.Module], model: str, config: NetworkConfig, classes: int, dtype: jnp.dtype
 ) -> Network:
     given: dict[str, Any] = {"classes": classes, "dtype": dtype}
-    fields = [name for name in inspect.signature(module).parameters if name not in OF_FLAX]
+    known = inspect.signature(module).parameters
+    fields = [name for name in known if name not in OF_FLAX]
     if "classes" not in fields:
         raise UserError(
             f"the model {model} has no field `classes`; give it one, the number of its logits"
         )
     refuse_unknown(config, [name for name in fields if name not in given])
+    needed = [name for name in fields if known[name].default is inspect.Parameter.empty]
+    if missing := [name for name in needed if name not in given and name not in config.options]:
+        raise ValueError(
+            f"{model} needs the option {', '.join(missing)}: give --student.options.{missing[0]} "
+            "VALUE, or the field a default"
+        )
     given |= config.options
     made = module(**{name: value for name, value in given.items() if name in fields})
     whole = _WithFeatures(made)

@@ -39,11 +39,17 @@ def plan_of(module: nn.Module, config: NetworkConfig) -> tuple[tuple[str, Precis
             f"quantisation.float_layers names {', '.join(unknown)}, which no layer of "
             f"{config.model} is; {hint}"
         )
-    return tuple(
+    plan = tuple(
         (path, precision)
         for i, path in enumerate(layers)
         if (precision := _precision(path, i == 0, config)).weights != "none"
     )
+    if asked.float_layers and not plan:
+        raise ValueError(
+            f"quantisation.float_layers leaves no layer of {config.model} quantised; leave out "
+            "quantisation"
+        )
+    return plan
 
 
 def _precision(path: str, first: bool, config: NetworkConfig) -> Precision:

@@ -26,7 +26,7 @@ class Choice(NamedTuple):
     """Classes of a teacher, in the student's order."""
 
     places: tuple[int, ...]  # among the teacher's
-    names: tuple[str, ...]
+    names: tuple[str, ...] | None  # where the teacher's are known, or all were given by name
 
 
 def names_asked(asked: tuple[str, ...], option: str) -> tuple[str, ...]:
@@ -35,10 +35,10 @@ def names_asked(asked: tuple[str, ...], option: str) -> tuple[str, ...]:
         asked = read_names(pathlib.Path(asked[0]), f"{option}.classes={asked[0]}")
     if twice := [x for i, x in enumerate(asked) if x in asked[:i]]:
         raise UserError(f"{option}.classes names {twice[0]!r} more than once; name it once")
-    if len(asked) == 1:
+    if len(asked) < 2:
         raise UserError(
-            f"{option}.classes is {asked[0]!r} alone; expected two classes or more, or a text file "
-            "with a name a line"
+            f"{option}.classes names {f'{asked[0]!r} alone' if asked else 'none'}; expected two "
+            "classes or more, or a text file with a name a line"
         )
     return asked
 
@@ -51,9 +51,8 @@ def chosen(
     `names` are the teacher's own; of 1,000 classes without any they are ImageNet's. Raises
     `UserError` for one that it does not have.
     """
-    if names is None and classes == 1000:
-        names = read_names(IMAGENET, "imagenet")
-    known = {name: i for i, name in enumerate(names or ())}
+    listed = read_names(IMAGENET, "imagenet") if names is None and classes == 1000 else names
+    known = {name: i for i, name in enumerate(listed or ())}
 
     def place(name: str) -> int:
         if name in known:
@@ -71,8 +70,10 @@ def chosen(
 
     places = tuple(place(name) for name in asked)
     if twice := [asked[i] for i, x in enumerate(places) if x in places[:i]]:
-        raise UserError(f"{option}.classes: {twice[0]!r} is asked for by name and by number")
-    return Choice(places, tuple(names[i] for i in places) if names else asked)
+        raise UserError(f"{option}.classes: {twice[0]!r} is asked for twice")
+    if names:
+        return Choice(places, tuple(names[i] for i in places))
+    return Choice(places, asked if all(x in known for x in asked) else None)
 
 
 def refuse_other_recording(
@@ -81,7 +82,8 @@ def refuse_other_recording(
     """Raises `UserError` where a recording of `classes` classes is not of those asked for."""
     names = recorded or asked
     same = len(asked) == classes and all(
-        x == name or x.isdecimal() for x, name in zip(asked, names, strict=True)
+        x == name or (x.isdecimal() and not name.isdecimal())
+        for x, name in zip(asked, names, strict=True)
     )
     if not same:
         raise UserError(
@@ -119,11 +121,17 @@ def variables_of(
         for count in (classes, classes + 1)
     )
 
+    def axes(of: jax.ShapeDtypeStruct, of_more: jax.ShapeDtypeStruct) -> list[int]:
+        pairs = enumerate(zip(of.shape, of_more.shape, strict=True))
+        return [i for i, (a, b) in pairs if a != b]
+
     def kept(leaf: jax.Array, of: jax.ShapeDtypeStruct, of_more: jax.ShapeDtypeStruct) -> jax.Array:
-        by_class = [
-            i for i, (a, b) in enumerate(zip(of.shape, of_more.shape, strict=True)) if a != b
-        ]
-        for axis in by_class:
+        for axis in axes(of, of_more):
+            if of.shape[axis] != classes:
+                raise UserError(
+                    f"teacher.classes needs a network with one output for each class, and an array "
+                    f"of {network.model} has {of.shape[axis]} for {classes} classes; leave it out"
+                )
             leaf = jnp.take(leaf, np.array(places), axis=axis)
         return leaf
 

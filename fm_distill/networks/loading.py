@@ -73,10 +73,12 @@ def load_networks(
         teachers = recorded_teachers(config, workdir, recording)
     else:
         teachers = load_teachers(config, workdir)
-    recorded_names = recording.header.class_names if recording else None
     # Where some of the teacher's classes are chosen, `data.class_names` named all of them.
-    if not (recorded_names or any(teacher.classes for _, teacher in teachers_of(config))):
-        data_names = data_names or named_classes(config.data)
+    if not any(teacher.classes for _, teacher in teachers_of(config)):
+        named = named_classes(config.data)
+        recorded = recording.header.class_names if recording else None
+        some = named and recorded and len(recorded) < len(named)
+        data_names = data_names or (None if some else named)
     start = None
     if config.student.weights:
         start = load_pretrained(config.student.weights, config.student, "student")

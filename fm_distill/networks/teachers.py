@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import pathlib
 
-from fm_distill.config import Config, NetworkConfig, TeacherConfig
+from fm_distill.config import Config, DataConfig, NetworkConfig, TeacherConfig
 from fm_distill.config.teachers import recording_of, teachers_of
 from fm_distill.data.class_names import named_classes
 from fm_distill.errors import UserError
@@ -86,7 +86,7 @@ def load_teachers(config: Config, workdir: pathlib.Path) -> tuple[Teacher, ...]:
     Raises `UserError`, also where a teacher's run is not complete.
     """
     return tuple(
-        _load_teacher(teacher.config, teacher.option, where, named_classes(config.data))
+        _load_teacher(teacher.config, teacher.option, where, config.data)
         for teacher, where in zip(
             teachers_of(config), teacher_workdirs(config, workdir), strict=True
         )
@@ -133,6 +133,12 @@ def recorded_teachers(
     if teachers_here(config, workdir):
         teachers = load_teachers(config, workdir)
         found = tuple(x.fingerprint for x in teachers)
+        if any(x.classes > header.classes for x in teachers):
+            names = ", ".join((header.class_names or ())[:5]) or f"{header.classes:,} of them"
+            raise UserError(
+                f"{recording.path} recorded some of the teacher's classes ({names}); give them as "
+                "teacher.classes, in the same order"
+            )
         if found != header.teacher_weights:
             raise UserError(
                 f"{recording.path} recorded other teachers than the run's: their weights have "
@@ -168,15 +174,14 @@ def teacher_workdirs(config: Config, workdir: pathlib.Path) -> tuple[str, ...]:
     )
 
 
-def _load_teacher(
-    teacher: TeacherConfig, option: str, where: str, names: tuple[str, ...] | None
-) -> Teacher:
-    """`names` are those of its classes where neither its weights nor its run know them."""
+def _load_teacher(teacher: TeacherConfig, option: str, where: str, data: DataConfig) -> Teacher:
+    """`data` may name its classes where neither its weights nor its run do."""
     loaded = _load_all_classes(teacher, option, where)
     if not teacher.classes:
         return loaded
     asked = names_asked(teacher.classes, option)
-    names = loaded.class_names or (names if len(names or ()) == loaded.classes else None)
+    named = named_classes(data)
+    names = loaded.class_names or (named if len(named or ()) == loaded.classes else None)
     choice = chosen(asked, names, loaded.classes, option)
     places = choice.places
     note = f"{option}.classes: {len(places):,} of its {loaded.classes:,} classes, renormalised"

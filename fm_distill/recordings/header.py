@@ -9,7 +9,7 @@ import msgspec
 
 from fm_distill.config import CanvasConfig, Config, NetworkConfig, ViewConfig
 from fm_distill.config.regime import ViewLaw, regime_of
-from fm_distill.config.serialization import converted
+from fm_distill.config.serialization import before_options, converted
 from fm_distill.errors import UserError
 from fm_distill.recordings.rows import RowType
 
@@ -128,6 +128,12 @@ def parse_header(tree: Any, where: str) -> RecordingHeader:
         raise UserError(
             f"{where} has format {tree['format']}, and this version reads up to {FORMAT}; install "
             "the version of fm-distill that recorded it"
+        )
+    teachers = tree.get("teachers")
+    if isinstance(teachers, list) and any(map(before_options, teachers)):
+        raise UserError(
+            f"{where} was written by an older version of fm-distill, where the settings of a BiT "
+            "lay elsewhere: use that version, or record again"
         )
     try:
         return converted(tree, RecordingHeader)

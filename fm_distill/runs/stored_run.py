@@ -12,7 +12,7 @@ import msgspec
 
 from fm_distill.config import Config
 from fm_distill.config.resolved import ResolvedRun
-from fm_distill.config.serialization import converted
+from fm_distill.config.serialization import before_options, converted
 from fm_distill.errors import UserError
 
 LIBRARIES = ("fm-distill", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -59,7 +59,7 @@ def stored_run(tree: Any, path: pathlib.Path) -> StoredRun:
             f"{path} was written by an older version of fm-distill (commit {tree.get('commit')}), "
             "whose runs this one does not read: use that version, or train again in another workdir"
         )
-    if any(_before_options(x) for x in _networks(tree["resolved"])):
+    if any(before_options(x) for x in _networks(tree["resolved"])):
         raise UserError(
             f"{path} was written by an older version of fm-distill (commit {tree.get('commit')}), "
             "where the settings of a BiT lay elsewhere: use that version, or train again in "
@@ -77,13 +77,6 @@ def _networks(resolved: Any) -> list[Any]:
         return []
     teachers = resolved.get("teachers")
     return [resolved.get("student"), *(teachers if isinstance(teachers, list) else [])]
-
-
-def _before_options(network: Any) -> bool:
-    """Whether a BiT was stored without `options`: read as it is, it would be another network."""
-    if not isinstance(network, dict):
-        return False
-    return str(network.get("model")).startswith("bit") and "options" not in network
 
 
 def _version(name: str) -> str | None:

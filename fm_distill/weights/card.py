@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 
 from fm_distill.config import NetworkConfig, QuantisationConfig
-from fm_distill.config.serialization import converted
+from fm_distill.config.serialization import before_options, converted
 from fm_distill.errors import UserError
 
 # Where the card stands in the metadata of a safetensors file.
@@ -42,7 +42,7 @@ class Parity:
 class MixedPrecision:
     """What a student in eight bits gains by some layers in floats, on the calibration's images.
 
-    Errors of the logits: root mean square, over that of the float logits about their mean.
+    Errors of the logits: root mean square, over that of the float logits about each class's mean.
     """
 
     float_layers: tuple[str, ...]
@@ -115,12 +115,13 @@ class Card:
 def card_from_json(text: str, path: str) -> Card:
     """The card in the metadata of `path`. Raises `UserError` where it is not one."""
     try:
-        card = converted(msgspec.json.decode(text), Card)
+        tree = msgspec.json.decode(text)
+        card = converted(tree, Card)
     except msgspec.DecodeError as error:
         raise UserError(
             f"{path}: its card does not fit this version ({error}); export it again with this one"
         ) from None
-    if card.model.startswith("bit") and not card.network.options:
+    if before_options(tree["network"]):
         raise UserError(
             f"{path}: its card does not fit this version (it has no options of its {card.model}); "
             "export it again with this one"
