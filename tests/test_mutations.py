@@ -283,7 +283,7 @@ MAY_DIFFER = {
     "name", "data.data_dir", "data.class_names", "data.transfer.data_dir", "data.transfer.examples",
     "data.resident_share", "data.workers", "data.train.examples", "data.validation", "data.test",
     "student.weights", "teacher.weights", "teacher.experiment", "teacher.workdir",
-    "teacher.recording", "teacher.function",
+    "teacher.recording", "teacher.function", "teacher.classes",
     "mesh", "memory", "checkpoint", "divergence", "log",
 }  # fmt: skip
 
