@@ -16,7 +16,7 @@ class _Demo(OverConfig):
 
 
 def demo_command(arguments: list[str]) -> int:
-    from fm_distill.config.serialization import differences
+    from fm_distill.config.serialization import refuse_other_config
     from fm_distill.evaluation.demo import judges, warm_up
     from fm_distill.evaluation.demo_server import LOOPBACK, make_server
     from fm_distill.evaluation.evaluate_file import config_in
@@ -34,8 +34,7 @@ def demo_command(arguments: list[str]) -> int:
     else:
         path, stored, rest = first_run(arguments, "demo DIR|FILE")
     asked = parse_over(_Demo, stored, rest, f"demo {path}")
-    if differ := differences(stored, asked.config):
-        raise UserError(f"the run of {path} was trained otherwise:\n  " + "\n  ".join(differ))
+    refuse_other_config(stored, asked.config, f"the run of {path}")
     networks = judges(path, asked.config)
     with make_server(networks, asked.port) as server:
         log(COMPILING)

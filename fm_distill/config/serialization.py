@@ -138,6 +138,12 @@ def parse_value(text: str) -> Any:
         return text
 
 
+def refuse_other_config(stored: Config, asked: Config, run: str) -> None:
+    """Raises `UserError` where `asked` would train another student than `run` did."""
+    if differ := differences(stored, asked):
+        raise UserError(f"{run} was trained otherwise:\n  " + "\n  ".join(differ))
+
+
 def differences(stored: Config, asked: Config) -> list[str]:
     """One line for each field that changes the student and is not the same in both."""
     a, b = flatten(stored), flatten(asked)

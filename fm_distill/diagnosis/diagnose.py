@@ -9,7 +9,7 @@ import numpy as np
 
 from fm_distill.config import Config
 from fm_distill.config.regime import regime_of
-from fm_distill.config.serialization import differences
+from fm_distill.config.serialization import refuse_other_config
 from fm_distill.diagnosis.causes import Cause, causes_of
 from fm_distill.diagnosis.evidence import Evidence, Log
 from fm_distill.diagnosis.measure import measure
@@ -39,8 +39,7 @@ def diagnose(
     """
     run = open_run(workdir)
     config = config or run.config
-    if differ := differences(run.config, config):
-        raise UserError(f"the run in {workdir} was trained otherwise:\n  " + "\n  ".join(differ))
+    refuse_other_config(run.config, config, f"the run in {workdir}")
     if regime_of(config.objective.target, config.teaching).targets == "labels":
         raise UserError(
             f"the run in {workdir} learns from labels, without a teacher: diagnose examines how a "

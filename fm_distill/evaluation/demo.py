@@ -12,17 +12,15 @@ import numpy as np
 from PIL import Image
 
 from fm_distill.config import CanvasConfig, Config
-from fm_distill.config.teachers import teachers_of
 from fm_distill.data.images import CorruptImage
 from fm_distill.errors import UserError
-from fm_distill.evaluation.evaluate_file import config_in, teachers_of_file
-from fm_distill.evaluation.inference import teachers_of_run
+from fm_distill.evaluation.evaluate_file import config_of_card, teachers_of_file
+from fm_distill.evaluation.inference import most_likely, teachers_if_here, teachers_of_run
 from fm_distill.exporting.function import central_squares
 from fm_distill.exporting.load_exported import load_exported
 from fm_distill.networks.teachers import Teacher
-from fm_distill.runs.open_run import Run, open_run
+from fm_distill.runs.open_run import open_run
 from fm_distill.runs.student import Predictor, Student, canvases_of
-from fm_distill.system.console import log
 from fm_distill.views.rendering import CentralCrop
 
 TOP = 5  # classes that are shown
@@ -63,33 +61,21 @@ def judges(path: str | os.PathLike[str], config: Config | None = None) -> tuple[
     if path.is_dir():
         run = open_run(path)
         of_run = _judge("student", run.student)
-        teachers = _of_run(run, config or run.config)
+        config = config or run.config
+        teachers = teachers_if_here(lambda: teachers_of_run(run, config), run.config, config)
         return (of_run, *_teachers(teachers, of_run, run.resolved.precision))
     student = load_exported(path)
-    card, stored = student.card, config_in(os.fspath(path))
+    card, stored = student.card, config_of_card(student.card, path)
     exported = Judge(
         "student",
         f"{card.model}, {card.resolution} px, by {student.runtime.name}",
         student,
-        CentralCrop(card.central_fraction, card.central_resize),
+        card.central_crop,
         card.resolution,
         student.canvas,
     )
     teachers = teachers_of_file(path, card, stored, config or stored)
     return (exported, *_teachers(teachers, exported, card.precision))
-
-
-def _of_run(run: Run, config: Config) -> tuple[Teacher, ...]:
-    try:
-        return teachers_of_run(run, config)
-    except UserError as error:
-        if teachers_of(config) != teachers_of(run.config):
-            raise
-        log(
-            f"without the teacher, which is not here ({error}); --teacher.workdir DIR or "
-            "--teacher.weights FILE says where it is"
-        )
-        return ()
 
 
 def _teachers(
@@ -138,12 +124,10 @@ def judged(judge: Judge, image: bytes) -> Judgement:
     began = time.perf_counter()
     probabilities = judge.predictor.predict_pixels([pixels])[0]
     seconds = time.perf_counter() - began
-    names = judge.predictor.class_names
-    best = np.argsort(-probabilities, kind="stable")[:TOP]
     return Judgement(
         judge.name,
         judge.description,
-        tuple((names[i], float(probabilities[i])) for i in best),
+        most_likely(judge.predictor.class_names, probabilities, TOP),
         _view(judge, pixels),
         1000 * seconds,
     )

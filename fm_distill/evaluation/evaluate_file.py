@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool
 
 from fm_distill.config import Config, MeshConfig
-from fm_distill.config.serialization import converted, differences
+from fm_distill.config.serialization import converted, refuse_other_config
 from fm_distill.config.teachers import recording_of, teachers_of
 from fm_distill.data.batch import Batch
 from fm_distill.data.feeding import Reader, evaluation_batches
@@ -27,6 +27,7 @@ from fm_distill.evaluation.evaluate import (
     evaluation_views,
     teacher_logits,
 )
+from fm_distill.evaluation.inference import teachers_if_here
 from fm_distill.evaluation.sums import Sums, sums_of
 from fm_distill.exporting.function import in_batches
 from fm_distill.exporting.load_exported import ExportedStudent, card_of, load_exported
@@ -38,7 +39,6 @@ from fm_distill.networks.teachers import (
     refuse_other_teachers,
     teachers_here,
 )
-from fm_distill.system.console import log
 from fm_distill.system.sharding import make_layout
 from fm_distill.views.rendering import as_pixels
 from fm_distill.weights.card import Card
@@ -49,7 +49,7 @@ SMALLEST_PROBABILITY = 1e-7
 
 def config_in(path: str | os.PathLike[str]) -> Config:
     """The config of the run that `path` was exported from. Raises `UserError`."""
-    return _config_of(card_of(path), path)
+    return config_of_card(card_of(path), path)
 
 
 def evaluate_file(
@@ -62,10 +62,9 @@ def evaluate_file(
     `UserError`.
     """
     exported = load_exported(path)
-    card, stored = exported.card, _config_of(exported.card, path)
+    card, stored = exported.card, config_of_card(exported.card, path)
     config = config or stored
-    if differ := differences(stored, config):
-        raise UserError(f"the run of {path} was trained otherwise:\n  " + "\n  ".join(differ))
+    refuse_other_config(stored, config, f"the run of {path}")
     reader = Reader(open_named(config, split), config.data, card.classes)
     teachers = teachers_of_file(pathlib.Path(path), card, stored, config)
     layout = make_layout(MeshConfig(data=1), jax.local_devices()[:1])
@@ -80,7 +79,8 @@ def evaluate_file(
     return figures | {"runtime": exported.runtime.name}
 
 
-def _config_of(card: Card, path: str | os.PathLike[str]) -> Config:
+def config_of_card(card: Card, path: str | os.PathLike[str]) -> Config:
+    """The config of the run that `path` was exported from, on its `card`. Raises `UserError`."""
     try:
         return converted(card.config, Config)
     except msgspec.ValidationError as error:
@@ -99,21 +99,17 @@ def teachers_of_file(
     """
     if not teachers_of(config):
         return ()
-    try:
+
+    def load() -> tuple[Teacher, ...]:
         if recording_of(config) is not None and not teachers_here(config, path.parent):
             raise UserError("only what was recorded of it is known")
-        found = load_teachers(config, path.parent)
-        if any(x.variables is None for x in found):
+        teachers = load_teachers(config, path.parent)
+        if any(x.variables is None for x in teachers):
             raise UserError("it is a function of its owner's own")
-    except UserError as error:
-        if teachers_of(config) != teachers_of(stored):
-            raise
-        log(
-            f"without the teacher, which is not here ({error}); --teacher.workdir DIR or "
-            "--teacher.weights FILE says where it is"
-        )
-        return ()
-    if card.teacher_weights:  # older cards do not say them
+        return teachers
+
+    found = teachers_if_here(load, stored, config)
+    if found and card.teacher_weights:  # older cards do not say them
         refuse_other_teachers(found, card.teacher_weights, f"the run of {path}")
     return found
 

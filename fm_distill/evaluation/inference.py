@@ -4,16 +4,17 @@ import dataclasses
 import itertools
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from fm_distill.config import Config, MeshConfig
-from fm_distill.config.serialization import differences
-from fm_distill.config.teachers import recording_of
+from fm_distill.config.serialization import refuse_other_config
+from fm_distill.config.teachers import recording_of, teachers_of
 from fm_distill.data.feeding import Reader, evaluation_batches
 from fm_distill.data.splits import open_named
 from fm_distill.errors import UserError
@@ -33,6 +34,7 @@ from fm_distill.networks.teachers import (
 )
 from fm_distill.runs.open_run import Run, open_run
 from fm_distill.runs.student import BATCH, Predictor
+from fm_distill.system.console import log
 from fm_distill.system.sharding import Layout, make_layout, on_devices
 
 
@@ -89,8 +91,7 @@ def open_split(
     """What `evaluate` needs, checked to be the run's own. Raises `UserError`."""
     run = open_run(workdir, step)
     config = config or run.config
-    if differ := differences(run.config, config):
-        raise UserError(f"the run in {workdir} was trained otherwise:\n  " + "\n  ".join(differ))
+    refuse_other_config(run.config, config, f"the run in {workdir}")
     source = open_named(config, split)
     teachers = teachers_of_run(run, config)
     layout = _evaluation_layout(config)
@@ -125,6 +126,25 @@ def teachers_of_run(run: Run, config: Config) -> tuple[Teacher, ...]:
     return teachers
 
 
+def teachers_if_here(
+    load: Callable[[], tuple[Teacher, ...]], stored: Config, config: Config
+) -> tuple[Teacher, ...]:
+    """What `load` finds; none, and a line that says so, where it raises `UserError`.
+
+    Where `config` names other places of the teachers than `stored`, the error is raised.
+    """
+    try:
+        return load()
+    except UserError as error:
+        if teachers_of(config) != teachers_of(stored):
+            raise
+        log(
+            f"without the teacher, which is not here ({error}); --teacher.workdir DIR or "
+            "--teacher.weights FILE says where it is"
+        )
+        return ()
+
+
 def _evaluation_layout(config: Config) -> Layout:
     """All devices, whatever the run was trained on."""
     fsdp = config.mesh.fsdp
@@ -155,10 +175,17 @@ def predict(
     while part := list(itertools.islice(waiting, BATCH)):
         names, pixels = zip(*part, strict=True)
         for name, p in zip(names, asked.predict_pixels(list(pixels)), strict=True):
-            best = np.argsort(-p, kind="stable")[:top]
-            classes = tuple(asked.class_names[i] for i in best)
-            found.append(Prediction(name, classes, tuple(float(p[i]) for i in best)))
+            best = most_likely(asked.class_names, p, top)
+            found.append(Prediction(name, tuple(x for x, _ in best), tuple(y for _, y in best)))
     return found
+
+
+def most_likely(
+    names: tuple[str, ...], probabilities: Float[np.ndarray, " classes"], top: int
+) -> tuple[tuple[str, float], ...]:
+    """The `top` classes and their probabilities, the largest first."""
+    best = np.argsort(-probabilities, kind="stable")[:top]
+    return tuple((names[i], float(probabilities[i])) for i in best)
 
 
 def open_student(path: str | os.PathLike[str]) -> Predictor:

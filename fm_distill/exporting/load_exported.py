@@ -16,7 +16,6 @@ from fm_distill.exporting.function import Runtime, central_squares, in_batches
 from fm_distill.exporting.load_student import canvas_of
 from fm_distill.runs.open_run import names_of
 from fm_distill.runs.student import canvases_of
-from fm_distill.views.rendering import CentralCrop
 from fm_distill.weights.card import Card, FunctionFacts, card_from_json
 
 
@@ -44,8 +43,7 @@ class ExportedStudent:
     def predict_pixels(self, prepared: list[np.ndarray]) -> Float[np.ndarray, "batch classes"]:
         """Probabilities of images that went through `prepare`, uint8 (height, width, 3) each."""
         canvases, sizes = canvases_of(prepared, self.canvas.side, len(prepared))
-        crop = CentralCrop(self.card.central_fraction, self.card.central_resize)
-        pixels = central_squares(canvases, sizes, crop, self.card.resolution)
+        pixels = central_squares(canvases, sizes, self.card.central_crop, self.card.resolution)
         found = in_batches(self.runtime.call, pixels, self.facts.batch, self.card.classes)
         if self.facts.output == "logits":
             return np.asarray(jax.nn.softmax(found, axis=-1))

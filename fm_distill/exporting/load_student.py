@@ -9,7 +9,6 @@ from fm_distill.config.serialization import converted
 from fm_distill.errors import UserError
 from fm_distill.runs.open_run import names_of
 from fm_distill.runs.student import Student
-from fm_distill.views.rendering import CentralCrop
 from fm_distill.weights.card import Card
 from fm_distill.weights.files import read
 from fm_distill.weights.load import load_weights
@@ -34,7 +33,7 @@ def load_student(path: str | os.PathLike[str]) -> Student:
         classes=found.classes,
         class_names=names_of(found.class_names, found.classes),
         canvas=canvas,
-        central_crop=CentralCrop(card.central_fraction, card.central_resize),
+        central_crop=card.central_crop,
         precision=card.precision,
         variables=found.variables,
     )

@@ -33,7 +33,9 @@ def read_options(config: NetworkConfig, kind: type[Kind]) -> Kind:
     hints = typing.get_type_hints(kind)
     refuse_unknown(config, hints)
     values = {
-        name: (value,) if is_tuple(hints[name]) and not isinstance(value, tuple) else value
+        name: (value,)
+        if typing.get_origin(hints[name]) is tuple and not isinstance(value, tuple)
+        else value
         for name, value in config.options.items()
     }
     try:
@@ -45,10 +47,6 @@ def read_options(config: NetworkConfig, kind: type[Kind]) -> Kind:
         raise ValueError(sentence)
     # msgspec leaves defaults to the class, where `vars` does not see them.
     return dataclasses.replace(options)
-
-
-def is_tuple(hint: object) -> bool:
-    return typing.get_origin(hint) is tuple
 
 
 def refuse_unknown(config: NetworkConfig, known: Collection[str]) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from fm_distill.config import NetworkConfig, QuantisationConfig
 from fm_distill.config.serialization import before_options, converted
 from fm_distill.errors import UserError
+from fm_distill.views.rendering import CentralCrop
 
 # Where the card stands in the metadata of a safetensors file.
 CARD_KEY = "fm_distill"
@@ -110,6 +111,10 @@ class Card:
     teacher_weights: tuple[str, ...] = ()
     # Of a file with a whole function, which computes in float32; None of one with weights.
     function: FunctionFacts | None = None
+
+    @property
+    def central_crop(self) -> CentralCrop:
+        return CentralCrop(self.central_fraction, self.central_resize)
 
 
 def card_from_json(text: str, path: str) -> Card:
