@@ -4,12 +4,12 @@ import fcntl
 import os
 import pathlib
 import shutil
-import subprocess
 import sys
 import tempfile
 
 import jax
 import pytest
+from command_server import CommandServer
 from xdist.scheduler import LoadFileScheduling
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -51,14 +51,7 @@ def write_experiment(path: pathlib.Path, changes: str = "") -> pathlib.Path:
 
 def run_command(*arguments, cwd=ROOT, devices: int = 1, timeout_s: float = 300):
     """The real command in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "fm_distill", *map(str, arguments)],
-        cwd=cwd,
-        env=command_environment(devices),
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-    )
+    return SERVER.run([str(x) for x in arguments], cwd, command_environment(devices), timeout_s)
 
 
 def command_environment(devices: int = 1) -> dict[str, str]:
@@ -70,6 +63,8 @@ def command_environment(devices: int = 1) -> dict[str, str]:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
 
+
+SERVER = CommandServer(command_environment())
 
 # The tests of a file run in one process, one after another, but those of these files run wherever
 # there is room: long ones, none of which needs another.

@@ -330,3 +330,16 @@ def test_a_corrupt_image_stops_the_run_or_is_skipped(tmp_path):
         assert "train, 11 examples" in done.stdout
         last = json.loads((tmp_path / f"{feeding}2" / "metrics.jsonl").read_text().splitlines()[-1])
         assert last["corrupt_images"] >= 1
+
+
+def test_forked_command_is_like_one_started_anew(tmp_path):
+    """`run_command` forks; the same arguments in a new process say and return the same."""
+    for arguments in (["status", "nowhere"], ["--help"], ["train", "nothing.py", "--steps", "1"]):
+        forked = run_command(*arguments, cwd=tmp_path)
+        started = subprocess.run(
+            [sys.executable, "-m", "fm_distill", *arguments],
+            cwd=tmp_path, env=command_environment(), capture_output=True, text=True,
+        )  # fmt: skip
+        assert (forked.returncode, forked.stdout, forked.stderr) == (
+            started.returncode, started.stdout, started.stderr,
+        )  # fmt: skip
