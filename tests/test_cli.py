@@ -52,6 +52,7 @@ def tiny(tmp_path):
         (["--views.mixup", "cutmix"], "invalid choice"),
         (["--views.smallest-area-points", "5", "0.5", "5", "0.1"], "have to rise"),
         (["--views.smallest-area-points", "0", "0.5", "9", "0"], "a crop has an area"),
+        (["--views.resolution-points", "0", "0.5"], "a crop has pixels"),
         (["--views.smallest-area-points", "0", "2"], "expected values from 0 to 1"),
         (["--views.mixup-strength-points", "0", "0", "--views.mixup", "none"], "has none"),
         (

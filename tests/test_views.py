@@ -13,16 +13,8 @@ from fm_distill.data.images import decode, on_canvas, shrink
 from fm_distill.system.sharding import make_layout
 from fm_distill.views.crops import CROPS
 from fm_distill.views.draws import Draw, draw, mix, step_draws
-from fm_distill.views.rendering import (
-    CentralCrop,
-    InputSpec,
-    _gathered,
-    _multiplied,
-    _places,
-    _sample,
-    render,
-    render_central,
-)
+from fm_distill.views.rendering import CentralCrop, InputSpec, render, render_central
+from fm_distill.views.sampling import _gathered, _multiplied, _places, sample
 
 # Quantiles 20, 40, 60 and 80 % of 20,000 draws of tf.image.sample_distorted_bounding_box
 # (area 0.05-1, aspect 0.75-1.33), for images of (height, width): area share, aspect, and
@@ -235,7 +227,7 @@ def test_gathering_stays_on_its_device():
 
 
 def test_accelerators_multiply_and_a_cpu_gathers():
-    sampling = jax.jit(lambda *x: _sample(*x, 8))
+    sampling = jax.jit(lambda *x: sample(*x, 8))
     shapes = [(2, 9, 9, 3), (2, 4), (2, 2), (2, 2), (2,)]
     dtypes = ["uint8", "float32", "float32", "float32", "bool"]
     traced = sampling.trace(*map(jax.ShapeDtypeStruct, shapes, dtypes))
@@ -346,3 +338,63 @@ def test_no_crop_is_smaller_than_its_step_allows(crop):
         boxes = step_draws("mixed", jax.random.key(3), step, sizes, config).student.boxes
         areas = np.asarray(boxes[:, 2] * boxes[:, 3]) / 200**2
         assert smallest - 0.01 < areas.min() < smallest + 0.02
+
+
+def reduced_and_enlarged(box: np.ndarray, pixels: int, resolution: int) -> np.ndarray:
+    """In float64, an axis after the other: means of intervals, then lines between their centres."""
+    for _ in range(2):
+        size = len(box)
+        cells = min(pixels, size)
+        sums = np.concatenate([np.zeros((1, *box.shape[1:])), np.cumsum(box, axis=0)])
+        columns = sums.reshape(size + 1, -1).T
+        edges = np.arange(cells + 1) * size / cells
+        at = np.stack([np.interp(edges, np.arange(size + 1), x) for x in columns])
+        means = np.diff(at) * cells / size
+        centres = (np.arange(resolution) + 0.5) * cells / resolution - 0.5
+        lines = np.stack([np.interp(centres, np.arange(cells), x) for x in means], axis=1)
+        box = np.swapaxes(lines.reshape(resolution, *box.shape[1:]), 0, 1)
+    return box
+
+
+@pytest.mark.parametrize("resolution", [16, 24])
+def test_crops_are_reduced_to_the_pixels_of_their_step(resolution):
+    """Both networks see as many; that of 16 pixels is left alone when its own are reached."""
+    rng = np.random.Generator(np.random.Philox(4))
+    canvases = jnp.asarray(rng.integers(0, 256, (8, 40, 40, 3), dtype=np.uint8))
+    config = ViewConfig(
+        resolution_points=((0, 6.0), (10, 16.0)), flip_probability=0.5, mixup="none"
+    )
+    sizes = jnp.full((8, 2), 40)
+    seen = jax.jit(lambda step: render_of(config, step, canvases, sizes, resolution))
+    for step, pixels in ((0, 6), (5, 11), (10, 16)):
+        drawn = step_draws("mixed", jax.random.key(1), step, sizes, config).student
+        assert drawn.resolution == pixels
+        found = np.asarray(seen(jnp.int32(step)))
+        if pixels == resolution:
+            plain = dataclasses.replace(drawn, resolution=None)
+            expected = render(plain, canvases, InputSpec(resolution, "zero_one"))
+            np.testing.assert_allclose(found, expected, atol=1e-6)
+            continue
+        for i, (top, left, height, width) in enumerate(np.asarray(drawn.boxes, int)):
+            box = np.asarray(canvases)[i, top : top + height, left : left + width].astype(np.float64)
+            expected = reduced_and_enlarged(box, pixels, resolution)
+            expected = expected[:, ::-1] if drawn.flips[i] else expected
+            np.testing.assert_allclose(found[i] * 255, expected, atol=2e-3)
+
+
+def render_of(config, step, canvases, sizes, resolution):
+    drawn = step_draws("mixed", jax.random.key(1), step, sizes, config).student
+    return render(drawn, canvases, InputSpec(resolution, "zero_one"))
+
+
+def test_reduced_crops_do_not_depend_on_devices():
+    config = ViewConfig(resolution_points=((0, 6.0),))
+    rng = np.random.default_rng(0)
+    canvases = rng.integers(0, 256, (16, 20, 20, 3), np.uint8)
+    sizes = rng.integers(8, 21, (16, 2)).astype(np.int32)
+    seen = []
+    for devices in (1, 8):
+        batch = make_layout(MeshConfig(data=devices)).batch
+        view = jax.jit(lambda sizes, canvases: render_of(config, 3, canvases, sizes, 8))
+        seen.append(np.asarray(view(*jax.device_put((sizes, canvases), batch))))
+    np.testing.assert_allclose(*seen, atol=1e-6)

@@ -123,6 +123,12 @@ class ViewConfig:
     )
     crop_aspect: tuple[float, float] = (0.75, 1.33)
     """Smallest and largest width / height of a crop."""
+    resolution_points: tuple[tuple[int, float], ...] = ()
+    (
+        "Over the run: pairs of a step and the pixels a side to which crops are reduced there "
+        "before they are enlarged for each network, with straight lines between; a network of no "
+        "more pixels than that sees them as they are."
+    )
     flip_probability: Share = 0.5
     """Probability that a view is mirrored."""
     mixup: Literal["batch", "example", "none"] = "batch"

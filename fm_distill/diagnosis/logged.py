@@ -33,7 +33,9 @@ def setting_of(run: Run) -> Setting:
         failure=status.reason if status is not None and status.state == "failed" else "",
         rollbacks=len(read_rollbacks(run.workdir)),
         comparable=not any(x.points for x in curves)
-        and not (views.smallest_area_points or views.mixup_strength_points),
+        and not any(
+            (views.smallest_area_points, views.resolution_points, views.mixup_strength_points)
+        ),
     )
 
 

@@ -126,9 +126,9 @@ def _part(drawn: Draw, shown: np.ndarray, rows: int) -> Draw:
     behind = jnp.arange(rows, 2 * rows)
     boxes, flips = drawn.boxes[shown], drawn.flips[shown]
     if drawn.coefficients is None:
-        return Draw(boxes, flips, None, None)
+        return Draw(boxes, flips, None, None, drawn.resolution)
     partners = jnp.concatenate([behind, behind])
-    return Draw(boxes, flips, drawn.coefficients[shown], partners)
+    return Draw(boxes, flips, drawn.coefficients[shown], partners, drawn.resolution)
 
 
 def _mixture(drawn: Draw, row: int) -> str:

@@ -257,11 +257,14 @@ def _wrong_views(config: Config) -> Iterator[str]:
         yield f"views.crop_aspect is ({low}, {high}); expected 0 < lowest <= highest"
     for name, points, greatest in (
         ("smallest_area_points", views.smallest_area_points, views.crop_area[1]),
+        ("resolution_points", views.resolution_points, float("inf")),
         ("mixup_strength_points", views.mixup_strength_points, 1.0),
     ):
         yield from _wrong_points(f"views.{name}", points, greatest, views.period_steps)
     if any(area <= 0 for _, area in views.smallest_area_points):
         yield "views.smallest_area_points: a crop has an area; expected more than 0"
+    if any(pixels < 1 for _, pixels in views.resolution_points):
+        yield "views.resolution_points: a crop has pixels; expected 1 or more"
     if views.smallest_area_points and views.crop == "whole":
         yield "views.smallest_area_points are for crops, and views.crop=whole has none; drop one"
     if views.mixup_strength_points and views.mixup == "none":

@@ -27,6 +27,8 @@ class Draw:
     coefficients: Float[AnyArray, " batch"] | None
     # The example that each is mixed with; None: the one before it.
     partners: Int[AnyArray, " batch"] | None
+    # Pixels a side to which each crop is reduced before it is enlarged; None: it is not reduced.
+    resolution: Float[AnyArray, ""] | None = None
 
 
 class StepDraws(NamedTuple):
@@ -55,6 +57,7 @@ def draw(key: PRNGKeyArray, sizes: Sizes, config: ViewConfig, step: Step = None)
         flips=flips,
         coefficients=_coefficients(coefficient_key, batch, config, step),
         partners=partners,
+        resolution=_resolution(config, step),
     )
 
 
@@ -64,6 +67,12 @@ def _at(points: tuple[tuple[int, float], ...], step: Step, usual: float) -> Arra
         return usual
     steps, values = (jnp.asarray(x, jnp.float32) for x in zip(*points, strict=True))
     return jnp.interp(jnp.asarray(step, jnp.float32), steps, values)
+
+
+def _resolution(config: ViewConfig, step: Step) -> Float[Array, ""] | None:
+    if not config.resolution_points or step is None:
+        return None
+    return jnp.round(_at(config.resolution_points, step, 0.0))
 
 
 def _mixed(key: PRNGKeyArray, sizes: Sizes, config: ViewConfig, step: Step) -> StepDraws:

@@ -5,19 +5,11 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, UInt8
 
 from fm_distill.config import NetworkConfig, ViewConfig
-from fm_distill.views.crops import Boxes, Sizes
+from fm_distill.views.crops import Sizes
 from fm_distill.views.draws import Draw, mix
-
-Canvases = UInt8[Array, "batch side side 3"]
-
-
-Pictures = Float[Array, "batch resolution resolution 3"]
-# On the canvas, of each row or column of a picture.
-Places = Float[Array, "batch resolution"]
-
+from fm_distill.views.sampling import Canvases, Pictures, sample, sample_area, sample_reduced
 
 # (mean, deviation) of the input ranges on uint8's scale; ImageNet's are torchvision's, times 255.
 INPUT_RANGES: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
@@ -57,7 +49,19 @@ def render(draw: Draw, canvases: Canvases, input_spec: InputSpec) -> Pictures:
     """What a network with this `input_spec` sees of `draw`: cropped, flipped, normalised, mixed."""
     low = draw.boxes[:, :2]
     high = low + draw.boxes[:, 2:] - 1
-    pixels = _sample(canvases, draw.boxes, low, high, draw.flips, input_spec.resolution)
+    resolution, fewer = input_spec.resolution, draw.resolution
+
+    def whole() -> Pictures:
+        return sample(canvases, draw.boxes, low, high, draw.flips, resolution)
+
+    if fewer is None:
+        pixels = whole()
+    else:
+        pixels = jax.lax.cond(
+            fewer < resolution,
+            lambda: sample_reduced(canvases, draw.boxes, draw.flips, resolution, fewer),
+            whole,
+        )
     return mix(draw, normalise(pixels, input_spec))
 
 
@@ -87,13 +91,10 @@ def central_pixels(
     scale = size / resized
     boxes = jnp.concatenate([offsets * scale, resolution * scale], axis=1)
     if crop.resize == "area":
-        of_rows, of_columns = (
-            _covered(axis, canvases.shape[1], boxes, resolution) for axis in (0, 1)
-        )
-        return _products(canvases, of_rows, of_columns)
+        return sample_area(canvases, boxes, resolution)
     flips = jnp.zeros(size.shape[0], bool)
     # The image is resized before it is cropped, so pixels beside the square count as neighbours.
-    return _sample(canvases, boxes, jnp.zeros_like(size), size - 1, flips, resolution)
+    return sample(canvases, boxes, jnp.zeros_like(size), size - 1, flips, resolution)
 
 
 def normalise(pixels: Pictures, input_spec: InputSpec) -> Pictures:
@@ -110,89 +111,3 @@ def as_pixels(pictures: Pictures, input_spec: InputSpec) -> Canvases:
     mean, deviation = INPUT_RANGES[input_spec.input_range]
     pixels = pictures * jnp.asarray(deviation) + jnp.asarray(mean)
     return jnp.round(pixels).clip(0, 255).astype(jnp.uint8)
-
-
-def _sample(
-    canvases: Canvases,
-    boxes: Boxes,
-    low: Float[Array, "batch 2"],
-    high: Float[Array, "batch 2"],
-    flips: Bool[Array, " batch"],
-    resolution: int,
-) -> Pictures:
-    """Bilinear sampling of `boxes`, clamped to pixels `low` to `high`, in uint8's scale.
-
-    Half-pixel centres and no antialiasing, as in the released recipe (TensorFlow's resize). On
-    accelerators it is two matrix products a picture, which is what they are good at; on a CPU the
-    four neighbours of each pixel are gathered, instead of products with all rows and columns of
-    the canvas. The two differ by rounding, less than 1e-4 grey levels.
-    """
-    rows = _places(0, resolution, boxes, low, high)
-    columns = _places(1, resolution, boxes, low, high)
-    columns = jnp.where(flips[:, None], columns[:, ::-1], columns)
-    return jax.lax.platform_dependent(canvases, rows, columns, cpu=_gathered, default=_multiplied)
-
-
-def _covered(
-    axis: int, side: int, boxes: Boxes, resolution: int
-) -> Float[Array, "batch resolution side"]:
-    """The share of each row (or column) of a picture that each one of the canvas covers."""
-    scale = boxes[:, 2 + axis, None, None] / resolution
-    start = boxes[:, axis, None, None] + jnp.arange(resolution)[:, None] * scale
-    pixel = jnp.arange(side, dtype=jnp.float32)
-    overlap = jnp.minimum(start + scale, pixel + 1) - jnp.maximum(start, pixel)
-    return jnp.maximum(overlap, 0) / scale
-
-
-def _multiplied(canvases: Canvases, rows: Places, columns: Places) -> Pictures:
-    pixel = jnp.arange(canvases.shape[1], dtype=jnp.float32)
-    of_rows, of_columns = (_weights(x[..., None], pixel) for x in (rows, columns))
-    return _products(canvases, of_rows, of_columns)
-
-
-def _products(
-    canvases: Canvases,
-    of_rows: Float[Array, "batch resolution side"],
-    of_columns: Float[Array, "batch resolution side"],
-) -> Pictures:
-    """Pictures as sums over rows and columns of the canvas with these weights."""
-    # In bfloat16, a TPU's default, the weights of a pixel would not add up to 1.
-    precision = jax.lax.Precision.HIGHEST
-    pixels = canvases.astype(jnp.float32)
-    pixels = jnp.einsum("nrh,nhwc->nrwc", of_rows, pixels, precision=precision)
-    return jnp.einsum("nqw,nrwc->nrqc", of_columns, pixels, precision=precision)
-
-
-@jax.vmap
-def _gathered(canvas: Array, row: Array, column: Array) -> Array:
-    above, left, last = jnp.floor(row), jnp.floor(column), canvas.shape[0] - 1
-
-    def at(y: Array, x: Array) -> Array:
-        # Beside the last pixel lies one of weight 0.
-        y, x = (jnp.minimum(i.astype(jnp.int32), last) for i in (y, x))
-        return canvas[y[:, None], x[None, :]].astype(jnp.float32)
-
-    def mixed_rows(x: Array) -> Array:
-        upper, lower = (_weights(row, above + i)[:, None, None] for i in (0, 1))
-        return upper * at(above, x) + lower * at(above + 1, x)
-
-    near, far = (_weights(column, left + i)[None, :, None] for i in (0, 1))
-    return near * mixed_rows(left) + far * mixed_rows(left + 1)
-
-
-def _places(
-    axis: int,
-    resolution: int,
-    boxes: Boxes,
-    low: Float[Array, "batch 2"],
-    high: Float[Array, "batch 2"],
-) -> Places:
-    """Where on the canvas each row (or column) of the picture lies."""
-    centres = (jnp.arange(resolution, dtype=jnp.float32) + 0.5) / resolution
-    at = boxes[:, axis, None] + centres * boxes[:, 2 + axis, None] - 0.5
-    return jnp.clip(at, low[:, axis, None], high[:, axis, None])
-
-
-def _weights(at: Float[Array, "..."], pixel: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The weight of a row (or column) of the canvas at a place between rows."""
-    return jnp.maximum(1 - jnp.abs(at - pixel), 0)
