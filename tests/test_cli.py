@@ -44,6 +44,8 @@ def tiny(tmp_path):
         (["--mesh.data", "16"], "needs 16 devices; there are 8"),
         (["--data.source", "video"], "expected one of class_folders, digits, images, tfds"),
         (["--data.train.name", "dev"], "the digits have no split 'dev'"),
+        (["--data.train.name", "train[1:9]"], "expected e.g. train[40%:80%]"),
+        (["--data.train.name", "train[80%:40%]"], "has no image"),
         (["--data.classes", "7"], "data.classes is 7, but the labels of digits/train have 10"),
         (["--student.model", "vit"], "expected one of bit, bit_r101x1"),
         (["--student.options.groups", "3"], "does not divide the 8 channels"),

@@ -173,6 +173,11 @@ def test_digits_are_split_by_writer():
     np.testing.assert_array_equal(images[:, ::31, ::31], grey[:, ::7, ::7])  # the corners
     with pytest.raises(UserError, match="no split"):
         open_source(config, "dev")
+    owners = [open_source(config, x) for x in ("train[:40%]", "train[40%:80%]", "train[80%:]")]
+    assert [len(x) for x in owners] == [503, 504, 252]
+    assert len({x.identity for x in owners}) == 3
+    parts = [source[i].label for source in owners for i in range(len(source))]
+    assert parts == theirs.target[:1259].tolist()
 
 
 @pytest.mark.parametrize(

@@ -376,7 +376,9 @@ def test_crops_are_reduced_to_the_pixels_of_their_step(resolution):
             np.testing.assert_allclose(found, expected, atol=1e-6)
             continue
         for i, (top, left, height, width) in enumerate(np.asarray(drawn.boxes, int)):
-            box = np.asarray(canvases)[i, top : top + height, left : left + width].astype(np.float64)
+            box = np.asarray(canvases)[i, top : top + height, left : left + width].astype(
+                np.float64
+            )
             expected = reduced_and_enlarged(box, pixels, resolution)
             expected = expected[:, ::-1] if drawn.flips[i] else expected
             np.testing.assert_allclose(found[i] * 255, expected, atol=2e-3)

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import pathlib
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -86,14 +87,28 @@ def digits(config: DataConfig, name: str) -> Source:
         "validation": slice(train, train + validation),
         "test": slice(train + validation, total),
     }
-    if name not in ranges:
-        raise UserError(f"the digits have no split {name!r}; expected one of {', '.join(ranges)}")
-    pixels = table[ranges[name], :-1].reshape(-1, 8, 8)
+    split, from_percent, to_percent = _percentages(name)
+    if split not in ranges:
+        raise UserError(f"the digits have no split {split!r}; expected one of {', '.join(ranges)}")
+    rows = np.arange(total)[ranges[split]]
+    rows = rows[len(rows) * from_percent // 100 : len(rows) * to_percent // 100]
+    if not len(rows):
+        raise UserError(f"the split {name!r} of the digits has no image; take more of it")
+    pixels = table[rows, :-1].reshape(-1, 8, 8)
     grey = (pixels * (255 / 16)).round().astype(np.uint8)
     enlarged = [
         np.asarray(Image.fromarray(x).resize((32, 32), Image.Resampling.BILINEAR)) for x in grey
     ]
-    return Digits(np.stack(enlarged), labels[ranges[name]], f"digits/{name}")
+    return Digits(np.stack(enlarged), labels[rows], f"digits/{name}")
+
+
+def _percentages(name: str) -> tuple[str, int, int]:
+    """A split's name and its part in percent, written as TFDS writes it: `train[40%:80%]`."""
+    found = re.fullmatch(r"(\w+)(?:\[(?:(\d+)%)?:(?:(\d+)%)?\])?", name)
+    if not found:
+        raise UserError(f"the split {name!r} is none of the digits; expected e.g. train[40%:80%]")
+    split, start, stop = found.groups()
+    return split, min(int(start or 0), 100), min(int(stop or 100), 100)
 
 
 @dataclasses.dataclass(frozen=True)
