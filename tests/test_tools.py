@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import batch_norm_views
+import bench_peers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -193,3 +194,17 @@ def test_moments_of_other_views(tmp_path, capsys):
     figures = evaluate(tmp_path / "run", "validation")
     assert lines[0][3] == f"{100 * figures['student']['top1']:.2f}"
     assert lines[0][5] == f"{figures['kl']['one']:.4f}" != lines[1][5]
+
+
+def test_peers_are_compared_round_by_round():
+    """Quartiles of the ratios, and not the ratio of the medians."""
+    times = {"fm-distill": [1.0, 2.0, 4.0, 1.0], "pytorch": [2.0, 2.0, 2.0, 3.0]}
+    assert bench_peers.ratios(times) == {"pytorch": [0.625, 1.5, 2.75]}
+    assert bench_peers.medians(times) == {"fm-distill": 1.5, "pytorch": 2.0}
+
+
+@pytest.mark.slow
+def test_the_own_step_is_timed_where_no_peer_is():
+    done = run_tool("bench_peers.py", "mobilenet_v3", "--batch", 2, "--rounds", 2, "--cores", 1)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["step_s"]["fm-distill"] > 0
