@@ -37,6 +37,9 @@ ONLY_PARSED = {
     "runs/mine --cost": "takes a minute; tests/test_cost.py measures smaller networks",
     "--student.pruning.begin-step": "prunes after the two steps; tests/test_pruning.py has one",
     "fm-distill demo": "serves until it is interrupted; tests/test_demo.py has one",
+    "experiments/photos": "takes weights from the network; tests/test_experiments.py runs both",
+    "runs/photos": "is the run of the page's own commands, which are not run",
+    "photos.onnx": "is the export of that run",
     "--max-hours 8.5": "is the first command but for its hours",
 }
 
@@ -93,6 +96,7 @@ def place(tmp_path_factory):
     Image.new("RGB", (30, 40)).save(folder / "photo.jpg")
     run(next(x for x in LINES if "--workdir runs/mine" in x), folder)
     shutil.copytree(folder / "runs" / "mine" / "teacher", folder / "runs" / "digits_teacher")
+    (folder / "runs" / "photos").symlink_to("mine")
     return folder
 
 
