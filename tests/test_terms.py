@@ -1,6 +1,7 @@
 """The loss of several terms: each kind against float64 NumPy, schedules, labels, and a run."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ from fm_distill.config import (
     TeacherConfig,
     TermConfig,
 )
+from fm_distill.diagnosis.diagnose import over_the_run
+from fm_distill.diagnosis.logged import log_of
 from fm_distill.evaluation.inference import evaluate
 from fm_distill.objectives.curves import progress_of, value_at
 from fm_distill.objectives.distances import (
@@ -222,6 +225,7 @@ SEVERAL = ObjectiveConfig(
 def trained_by(objective, folder):
     """The config of a complete run in `folder / "run"`, and the folder."""
     config = dataclasses.replace(matching(folder, MeshConfig(data=1)), objective=objective)
+    config = dataclasses.replace(config, log=dataclasses.replace(config.log, term_gradients=True))
     assert train(config, folder / "run").complete
     return config, folder
 
@@ -253,6 +257,26 @@ def test_what_a_run_logs_is_its_loss(several):
     rates = weight_of(terms[0], config.schedule.total_steps, read_history(folder / "run"))
     assert rates.planned[0] == rates.logged[0]
     np.testing.assert_allclose(rates.planned[1], rates.logged[1], rtol=1e-6)
+
+
+def test_the_gradients_of_the_terms_add_up_to_that_of_the_loss(several):
+    config, folder = several
+    names = [x.name for x in make_terms(config.objective)]
+    lines = [x for x in lines_of(folder / "run") if x["split"] == "train"]
+    for line in lines:
+        norms = {x: line[f"gradient_norm_of_{x}"] for x in names}
+        squared = sum(x**2 for x in norms.values())
+        for a, b in itertools.combinations(names, 2):
+            cosine = line[f"gradient_cosine_of_{a}_and_{b}"]
+            assert -1 <= cosine <= 1
+            squared += 2 * cosine * norms[a] * norms[b]
+        assert squared == pytest.approx(line["gradient_norm"] ** 2, rel=1e-3)
+    # Labels have no weight at the end.
+    assert lines[0]["gradient_norm_of_labels"] > 0 == lines[-1]["gradient_norm_of_labels"]
+    log = log_of(read_history(folder / "run"), config.batch_size)
+    parts = over_the_run(log)
+    assert set(parts[0]["term_gradients"]) == set(names) and len(parts[0]["term_cosines"]) == 6
+    assert parts[0]["term_gradients"]["kl"] == pytest.approx(lines[0]["gradient_norm_of_kl"])
 
 
 def test_the_report_draws_the_weights(several, tmp_path):

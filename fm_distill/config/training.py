@@ -138,5 +138,10 @@ class LogConfig:
     """Steps between two comparisons of student and teacher on the validation split; 0 for never."""
     tensorboard: bool = True
     """Whether TensorBoard files are written too."""
+    term_gradients: bool = False
+    (
+        "Of a loss of several terms: whether each line has the norm of each term's gradient and "
+        "the cosine of each pair; every step then takes a backward pass for each term more."
+    )
     final_evaluation: bool = True
     """Evaluate the finished student on the test split; `fm-distill evaluate` does it later."""

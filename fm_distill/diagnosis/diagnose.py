@@ -105,7 +105,8 @@ def _gradients(evidence: Evidence) -> dict[str, Any] | None:
 def over_the_run(log: Log) -> list[dict[str, Any]]:
     """Means over parts of the log; of a loss of several terms, the share of each and its deviation.
 
-    Shares are of the weighted values, which is all that is logged of single terms.
+    Shares are of the weighted values; norms and cosines of the terms' gradients are there where
+    the run logged them (`log.term_gradients`).
     """
     count = len(log.step)
     total = sum((np.abs(x) for x in log.terms.values()), np.zeros(count))
@@ -123,6 +124,8 @@ def over_the_run(log: Log) -> list[dict[str, Any]]:
                     name: {"share": _mean(x), "deviation": float(x.std())}
                     for name, x in shares.items()
                 },
+                "term_gradients": {x: _mean(y[part]) for x, y in log.term_gradients.items()},
+                "term_cosines": {x: _mean(y[part]) for x, y in log.term_cosines.items()},
             }
         )
     return parts

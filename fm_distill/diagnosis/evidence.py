@@ -48,6 +48,10 @@ class Log:
     terms: Mapping[str, PerLine]
     # The norm of the gradient of each adapter's kernel, by the name of its term.
     adapter_gradients: Mapping[str, PerLine] = dataclasses.field(default_factory=dict)
+    # With `log.term_gradients`: the norm of each term's gradient, and the cosine of two of them,
+    # by `TERM` and `TERM_and_TERM`.
+    term_gradients: Mapping[str, PerLine] = dataclasses.field(default_factory=dict)
+    term_cosines: Mapping[str, PerLine] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

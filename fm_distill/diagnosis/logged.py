@@ -8,7 +8,7 @@ from fm_distill.objectives.curves import progress_of, value_at
 from fm_distill.runs.history import History
 from fm_distill.runs.open_run import Run
 from fm_distill.training.rollback import read_rollbacks
-from fm_distill.training.step import ADAPTER_GRADIENT
+from fm_distill.training.step import ADAPTER_GRADIENT, TERM_COSINE, TERM_GRADIENT
 
 
 def setting_of(run: Run) -> Setting:
@@ -61,4 +61,6 @@ def log_of(history: History, batch_size: int) -> Log:
         data_wait=column("data_wait"),
         terms={x: column(f"weight_{x}") * column(f"term_{x}") for x in named("term_")},
         adapter_gradients={x: column(ADAPTER_GRADIENT + x) for x in named(ADAPTER_GRADIENT)},
+        term_gradients={x: column(TERM_GRADIENT + x) for x in named(TERM_GRADIENT)},
+        term_cosines={x: column(TERM_COSINE + x) for x in named(TERM_COSINE)},
     )

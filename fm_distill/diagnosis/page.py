@@ -5,7 +5,7 @@ import html
 import os
 import pathlib
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -150,10 +150,18 @@ def page(found: Diagnosis) -> str:
                     for term, y in x["terms"].items()
                     if y["share"] is not None
                 ),
+                _means(x["term_gradients"]),
+                _means(x["term_cosines"]),
             )
             for x in parts_of_log
         ]
-        heads = ("steps", *(x.replace("_", " ") for x in names), "shares of the terms' values")
+        heads = (
+            "steps",
+            *(x.replace("_", " ") for x in names),
+            "shares of the terms' values",
+            "norms of the terms' gradients",
+            "their cosines",
+        )
         parts += ["<h2>Over the run</h2>", _table(heads, rows)]
     left_out = [(x.what, x.why) for x in evidence.not_examined]
     if left_out:
@@ -162,6 +170,11 @@ def page(found: Diagnosis) -> str:
         f"<!DOCTYPE html>\n<html lang='en'><head><meta charset='utf-8'><title>{title}</title>"
         f"<style>{STYLE}</style></head><body>\n" + "\n".join(parts) + "\n</body></html>\n"
     )
+
+
+def _means(found: Mapping[str, float | None]) -> str:
+    known = {x.replace("_", " "): y for x, y in found.items() if y is not None}
+    return ", ".join(f"{name} {value:.3g}" for name, value in known.items())
 
 
 def _table(heads: Row, rows: Sequence[Row]) -> str:

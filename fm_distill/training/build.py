@@ -96,6 +96,7 @@ def build(config: Config, resolved: ResolvedRun) -> Build:
         make_term_update(objective, of_adapters),
         make_example_weights(objective),
         prune,
+        config.log.term_gradients,
     )
     step = make_train_step(
         student,

@@ -5,7 +5,10 @@ student towards them. Nothing in this file reads a file or knows a device.
 """
 
 import dataclasses
-from collections.abc import Callable
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +39,8 @@ from fm_distill.training.term_state import NOTHING, TermUpdate
 Metrics = dict[str, Float[Array, ""]]
 # The metric of a term's adapter: the norm of the gradient of its kernel.
 ADAPTER_GRADIENT = "adapter_gradient_"
+# The metrics of a term's gradient, and of two terms.
+TERM_GRADIENT, TERM_COSINE = "gradient_norm_of_", "gradient_cosine_of_"
 
 TrainStep = Callable[
     [TrainState, tuple[Variables, ...], Batch, PRNGKeyArray], tuple[TrainState, Metrics]
@@ -56,6 +61,7 @@ def make_update(
     term_update: TermUpdate | None = None,
     example_weights: ExampleWeights | None = None,
     prune: Prune | None = None,
+    term_gradients: bool = False,
 ) -> Update:
     """`(state, student view, targets) -> (state, metrics)`, pure: one step of the student.
 
@@ -65,6 +71,7 @@ def make_update(
     ranges of quantised activations follow all the same.
     `memory` changes what is kept at a time, not what comes out. What the terms have of their own,
     where the state has it, changes by `term_update`, and the masks of pruned weights by `prune`.
+    With `term_gradients` the metrics of several terms have their gradients' norms and cosines.
     """
 
     def apply(variables: Variables, images: Array) -> Output:
@@ -77,7 +84,9 @@ def make_update(
         own = state.terms or NOTHING
 
         def loss_of(
-            learned: tuple[PyTree, PyTree], part: tuple[Array, Targets]
+            learned: tuple[PyTree, PyTree],
+            part: tuple[Array, Targets],
+            counted: slice = slice(None),
         ) -> tuple[
             Array, tuple[tuple[PyTree, PyTree], tuple[Array, tuple[Array, ...], Array | None]]
         ]:
@@ -92,14 +101,17 @@ def make_update(
             if example_weights is not None:
                 weights = jax.lax.stop_gradient(example_weights(outputs, expected, progress))
                 values = tuple(weights * x for x in values)
-            loss = weighted_sum(terms, values, progress).mean()
+            loss = weighted_sum(terms[counted], values[counted], progress).mean()
             observed = output.statistics, output.ranges or {}
             return loss, (observed, (output.logits, values, weights))
 
-        gradient_of = jax.value_and_grad(loss_of, has_aux=True)
-        (loss, (observed, (logits, values, weights))), (gradients, of_adapters) = accumulated(
-            gradient_of, memory.accumulate, (state.student.params, own.params), (view, targets)
-        )
+        def gradients_of(counted: slice = slice(None)) -> tuple[tuple[Array, Any], Any]:
+            gradient = jax.value_and_grad(functools.partial(loss_of, counted=counted), has_aux=True)
+            return accumulated(
+                gradient, memory.accumulate, (state.student.params, own.params), (view, targets)
+            )
+
+        (loss, (observed, (logits, values, weights))), (gradients, of_adapters) = gradients_of()
         masks = state.masks
         with jax.named_scope("update"):
             if masks is not None:
@@ -131,6 +143,11 @@ def make_update(
             for term, value in zip(terms, values, strict=True):
                 metrics[f"term_{term.name}"] = value.mean()
                 metrics[f"weight_{term.name}"] = term.weight_at(progress)
+            if term_gradients:
+                alone = [gradients_of(slice(i, i + 1))[1][0] for i in range(len(terms))]
+                if masks is not None:
+                    alone = [masked(x, masks) for x in alone]
+                metrics |= compared([x.name for x in terms], alone)
         for name, gradient in of_adapters.items():
             metrics[f"{ADAPTER_GRADIENT}{name}"] = jnp.linalg.norm(gradient["kernel"])
         if masks is not None:
@@ -143,6 +160,17 @@ def make_update(
         return TrainState(state.step + 1, new, opt_state, ema, moved, masks), metrics
 
     return update
+
+
+def compared(names: Sequence[str], gradients: Sequence[PyTree]) -> Metrics:
+    """The norm of each gradient, and the cosine of each pair; 0 where one of them is zero."""
+    norms = [optax.global_norm(x) for x in gradients]
+    metrics = {f"{TERM_GRADIENT}{x}": norm for x, norm in zip(names, norms, strict=True)}
+    for i, j in itertools.combinations(range(len(names)), 2):
+        product, size = optax.tree.vdot(gradients[i], gradients[j]), norms[i] * norms[j]
+        cosine = jnp.where(size > 0, product / jnp.where(size > 0, size, 1), 0)
+        metrics[f"{TERM_COSINE}{names[i]}_and_{names[j]}"] = cosine
+    return metrics
 
 
 def make_train_step(
