@@ -41,6 +41,7 @@ config = dataclasses.replace(
     student=StudentConfig(
         model="bit",
         resolution=16,
+        input_range={input_range!r},
         options=dict(depths=(1,), width=0.125, groups=4, stem="small", norm={norm!r}),
     ),
     objective=ObjectiveConfig(target="labels"),
@@ -52,13 +53,16 @@ config = dataclasses.replace(
 """
 
 
-def tiny_experiment(path: pathlib.Path, feeding: str, norm: str, steps: int = 600) -> pathlib.Path:
+def tiny_experiment(
+    path: pathlib.Path, feeding: str, norm: str, steps: int = 600, input_range: str = "auto"
+) -> pathlib.Path:
     """A labels run on the digits with a small student, its average, and two evaluations a while."""
     path.write_text(
         TINY.format(
             digits=str(ROOT / "experiments" / "digits_teacher.py"),
             feeding=feeding,
             norm=norm,
+            input_range=input_range,
             steps=steps,
             every=CHECKPOINT_EVERY,
             evaluate=EVALUATE_EVERY,

@@ -41,6 +41,7 @@ from fm_distill.errors import (
     EXIT_WRONG_INPUT,
 )
 from fm_distill.runs.integrity import newest_step, newest_valid, steps_in
+from fm_distill.runs.workdir import Workdir
 
 CASES = (
     ("resident", "batch"),
@@ -258,7 +259,7 @@ def processes(folder: pathlib.Path, count: int) -> Iterator[Tried]:
     """Two processes against one of as many devices; then one of the two dies."""
     folder.mkdir(parents=True)
     # Short: small differences grow with each step, in any training.
-    experiment = tiny_experiment(folder / "short.py", "streaming", "batch", steps=20)
+    experiment = tiny_experiment(folder / "short.py", "streaming", "batch", 20, "adapt")
     one = Watched(experiment, folder / "one", devices=8)
     assert one.finish() == EXIT_COMPLETE, one.text()
     two = start_two(experiment, folder / "two", folder)
@@ -266,6 +267,9 @@ def processes(folder: pathlib.Path, count: int) -> Iterator[Tried]:
         assert process.wait(timeout=TIMEOUT_S) == EXIT_COMPLETE, said.read_text()
     apart = furthest(folder / "one", folder / "two")
     assert apart < 1e-3, apart
+    # Each counted half of the images, or one all of them: the moments are the same in every bit.
+    students = [Workdir(folder / x).stored().resolved.student for x in ("one", "two")]
+    assert students[0] == students[1] and students[0].input_mean, students
     steps = [x["step"] for x in logged(folder / "two") if x["split"] == "train"]
     assert steps == sorted(set(steps))
     yield Tried("two processes instead of one", 1, f"parameters at most {apart:.1e} apart")

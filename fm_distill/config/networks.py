@@ -12,7 +12,7 @@ from fm_distill.config.quantisation import QuantisationConfig
 
 # The model of a teacher that is not a network of ours.
 FUNCTION = "function"
-InputRange = Literal["auto", "minus_one_one", "zero_one", "imagenet"]
+InputRange = Literal["auto", "minus_one_one", "zero_one", "imagenet", "adapt"]
 OptionValue = bool | int | float | str | tuple[bool | int | float | str, ...]
 
 
@@ -50,8 +50,16 @@ class NetworkConfig:
     input_range: InputRange = "auto"
     (
         "Normalisation of the input; `auto`: as the weights were trained, else as the model's "
-        "published ones were."
+        "published ones were; `adapt` (a student's): by mean and deviation of each channel over "
+        "the training images, computed once and stored with the run."
     )
+    input_mean: tuple[float, ...] = ()
+    (
+        "Of `input_range=adapt`, the mean of red, green and blue in grey levels, 0 to 255; empty: "
+        "that of the weights' run, else of the training images."
+    )
+    input_deviation: tuple[float, ...] = ()
+    """Of `input_range=adapt`, the standard deviations beside `input_mean`, in grey levels."""
     input_rounding: Literal["none", "uint8"] = "none"
     (
         "Whether a resized picture is rounded to whole grey levels before it is mixed and "

@@ -31,6 +31,7 @@ from fm_distill.diagnosis.probes import (
     RECOMPUTED,
     Found,
     central_probe,
+    ranges_to_try,
     taps_of,
     training_probe,
 )
@@ -41,7 +42,7 @@ from fm_distill.objectives.terms import make_terms
 from fm_distill.runs.history import read_history
 from fm_distill.runs.open_run import Run
 from fm_distill.views.draws import run_keys
-from fm_distill.views.rendering import INPUT_RANGES, CentralCrop
+from fm_distill.views.rendering import CentralCrop
 
 EPSILON = 1e-5  # of a variance that BatchNorm keeps
 
@@ -138,7 +139,7 @@ def _central(
     known = label >= 0
     ranges = []
     for i, branch in enumerate(branches):
-        logits = {x: _joined(rows, f"{i} {x}") for x in INPUT_RANGES}
+        logits = {x: _joined(rows, f"{i} {x}") for x in ranges_to_try(branch)}
         configured = branch.input_spec.input_range
         if i == 0:
             right = {x: y.argmax(-1) == aim.argmax(-1) for x, y in logits.items()}

@@ -42,7 +42,7 @@ from fm_distill.objectives.terms import (
 )
 from fm_distill.runs.state import TermState
 from fm_distill.views.draws import mix
-from fm_distill.views.rendering import INPUT_RANGES, CentralCrop, InputSpec
+from fm_distill.views.rendering import INPUT_RANGES, CentralCrop
 
 # Of a batch, all that is worth keeping of it.
 Found = dict[str, Any]
@@ -190,14 +190,11 @@ def central_probe(examined: Examined) -> CentralProbe:
     Keys are the place of the network, the student first, and the input range.
     """
     config, branches = examined.config, (examined.student, *examined.teachers)
-    inputs = [
-        tuple(dataclasses.replace(x, input_spec=_in_range(x, name)) for x in branches)
-        for name in INPUT_RANGES
-    ]
+    inputs = [(i, name) for i, x in enumerate(branches) for name in ranges_to_try(x)]
+    every = tuple(_in_range(branches[i], name) for i, name in inputs)
 
     @functools.partial(jax.jit, out_shardings=examined.layout.batch)
     def views(batch: Batch) -> list[Array]:
-        every = tuple(x for of_range in inputs for x in of_range)
         rendered = render_central_views(batch, every, CentralCrop.of(config.views))
         return [rendered[x.input_spec] for x in every]
 
@@ -220,17 +217,22 @@ def central_probe(examined: Examined) -> CentralProbe:
     ) -> Found:
         of_networks = [*zip(networks, (evaluated, *frozen), strict=True)]
         found: Found = {}
-        seen = iter(views(batch))
-        for name in INPUT_RANGES:
-            for i, (network, variables) in enumerate(of_networks):
-                images = next(seen)
-                found[f"{i} {name}"] = network(variables, images)
-                if recomputed and i == 0 and name == examined.student.input_spec.input_range:
-                    found[RECOMPUTED] = network(recomputed, images)
+        for (i, name), images in zip(inputs, views(batch), strict=True):
+            network, variables = of_networks[i]
+            found[f"{i} {name}"] = network(variables, images)
+            if recomputed and i == 0 and name == examined.student.input_spec.input_range:
+                found[RECOMPUTED] = network(recomputed, images)
         return found
 
     return probe
 
 
-def _in_range(branch: Branch, input_range: str) -> InputSpec:
-    return dataclasses.replace(branch.input_spec, input_range=input_range)
+def ranges_to_try(branch: Branch) -> tuple[str, ...]:
+    """The input ranges that have a name, and its own where that was adapted to data."""
+    return tuple(dict.fromkeys((*INPUT_RANGES, branch.input_spec.input_range)))
+
+
+def _in_range(branch: Branch, input_range: str) -> Branch:
+    if input_range == branch.input_spec.input_range:
+        return branch
+    return dataclasses.replace(branch, input_spec=branch.input_spec.in_range(input_range))

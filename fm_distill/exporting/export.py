@@ -27,7 +27,7 @@ from fm_distill.models import model_of, ranges_of
 from fm_distill.runs.open_run import Run, open_run
 from fm_distill.system.console import log
 from fm_distill.system.files import replacing
-from fm_distill.views.rendering import INPUT_RANGES
+from fm_distill.views.rendering import InputSpec
 from fm_distill.weights.card import CARD_KEY, Card, FunctionFacts, card_to_json, digest
 from fm_distill.weights.names import in_naming, naming_of
 
@@ -126,7 +126,7 @@ def _check_ranges(run: Run, path: pathlib.Path) -> None:
 
 def _card_of(run: Run, naming: str, tensors: dict[str, np.ndarray]) -> Card:
     network, stored = run.network, run.workdir.read("config.json")
-    mean, std = INPUT_RANGES[network.input_range]
+    mean, std = InputSpec.of(network).moments
     return Card(
         model=network.model,
         network=network,

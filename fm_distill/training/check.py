@@ -28,6 +28,7 @@ from fm_distill.networks.shrinking import pruned_network
 from fm_distill.runs.metric_table import RANKED
 from fm_distill.system.references import not_an_entry
 from fm_distill.training.check_objective import wrong_objective
+from fm_distill.training.input_moments import wrong_moments
 from fm_distill.training.memory import REMATERIALISE
 from fm_distill.training.optim import OPTIMIZERS
 from fm_distill.views.crops import CROPS
@@ -79,6 +80,7 @@ def _wrong_network(option: str, network: NetworkConfig) -> Iterator[str]:
     own = is_own(network.model)
     unknown = [] if own else list(not_a_choice(f"{option}.model", network.model, MODELS))
     yield from unknown
+    yield from wrong_moments(option, network)
     if not unknown and not any(out_of_bounds(network)):
         try:
             check_network(network)
@@ -147,6 +149,11 @@ def _wrong_teacher(option: str, teacher: TeacherConfig) -> Iterator[str]:
     if teacher.function:
         yield from _wrong_function(option, teacher)
     elif teacher.network:
+        if teacher.network.input_range == "adapt":
+            yield (
+                f"{option}.network.input_range=adapt: a teacher keeps the input range that it was "
+                "trained with; use auto (a run, or an export, with adapt brings its own moments)"
+            )
         yield from _wrong_network(f"{option}.network", teacher.network)
         if teacher.network.quantisation.quantised:
             yield (
@@ -165,7 +172,7 @@ def _wrong_teacher(option: str, teacher: TeacherConfig) -> Iterator[str]:
 
 def _wrong_function(option: str, teacher: TeacherConfig) -> Iterator[str]:
     network = teacher.network
-    if network is None or network.model != FUNCTION or network.input_range == "auto":
+    if network is None or network.model != FUNCTION or network.input_range in ("auto", "adapt"):
         yield (
             f"{option}.function needs to know its pictures: give {option}.network = "
             f"NetworkConfig(model={FUNCTION!r}, resolution=..., input_range='imagenet')"

@@ -34,7 +34,7 @@ from fm_distill.system.device import device_name
 from fm_distill.system.sharding import check_batch_size, make_layout
 from fm_distill.training.check import check
 from fm_distill.training.reporter import MOST_WAIT
-from fm_distill.training.resolve import resolve
+from fm_distill.training.resolve import resolve, with_any_moments
 from fm_distill.training.setup import Setup, prepare
 from fm_distill.training.step import Metrics
 
@@ -134,7 +134,7 @@ def _open(config: Config, workdir: pathlib.Path, folder: pathlib.Path) -> Setup:
     config = dataclasses.replace(config, steps_per_dispatch=1)
     data, _ = open_data(config)
     networks = load_networks(config, workdir, data.train.classes, data.train.class_names)
-    resolved = resolve(config, data.facts, networks.facts, layout)
+    resolved = resolve(config, data.facts, with_any_moments(networks.facts), layout)
     return prepare(config, resolved, data, networks, layout, folder / "fixed_targets.npz")[0]
 
 

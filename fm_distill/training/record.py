@@ -31,7 +31,7 @@ from fm_distill.system.sharding import check_batch_size, make_layout
 from fm_distill.training.check import check
 from fm_distill.training.recorded import make_header
 from fm_distill.training.recorder import Recorder
-from fm_distill.training.resolve import resolve
+from fm_distill.training.resolve import resolve, with_any_moments
 from fm_distill.training.train import train_teachers
 
 
@@ -71,7 +71,9 @@ def record(
             reason = stop.reason() or "its teacher is not complete"
             return RecordResult(False, None, reason)
         networks = load_networks(config, folder, data.train.classes, data.train.class_names)
-        resolved = resolve(config, data.facts, networks.facts, layout)
+        # The student's moments are those of no data: it sees nothing here.
+        facts = with_any_moments(networks.facts)
+        resolved = resolve(config, data.facts, facts, layout)
         for note in networks.notes:
             log(note)
         if top_k is not None and top_k >= resolved.classes:

@@ -7,10 +7,11 @@ from typing import Literal
 from fm_distill.config import Config, NetworkConfig
 from fm_distill.config.objective import BY_CLASS, terms_of
 from fm_distill.config.resolved import DataFacts, RecordingFacts, ResolvedRun, WeightFacts
+from fm_distill.config.serialization import differences
 from fm_distill.config.steps import total_steps
 from fm_distill.config.teachers import teachers_of
 from fm_distill.data.resident import is_resident
-from fm_distill.data.splits import open_data
+from fm_distill.data.splits import Data, open_data
 from fm_distill.errors import UserError
 from fm_distill.models import is_own, own_code
 from fm_distill.models import resolve as resolve_network
@@ -19,6 +20,7 @@ from fm_distill.networks.shrinking import pruned_network
 from fm_distill.runs.workdir import Workdir
 from fm_distill.system.references import is_reference, load_reference
 from fm_distill.system.sharding import Layout, make_layout
+from fm_distill.training.input_moments import adapted
 from fm_distill.weights.card import only_network
 from fm_distill.weights.hub import PREFIX
 
@@ -76,13 +78,26 @@ def resolve_described(
     """The run as far as descriptions of its data and networks tell: neither is there.
 
     `teachers` may hold no `auto`. Where examples are weighted by class, all classes have the same
-    number of them.
+    number of them; where an input range adapts to data, its moments are `with_any_moments`.
     """
     student = _described_student(config)
-    weights = WeightFacts(student, teachers, classes)
+    weights = with_any_moments(WeightFacts(student, teachers, classes))
     by_class = config.objective.example_weights.kind in BY_CLASS
     counts = (max(1, examples // classes),) * classes if by_class else None
     return resolve(config, DataFacts("", examples, counts), weights, layout, memory_bytes)
+
+
+def with_any_moments(weights: WeightFacts) -> WeightFacts:
+    """For what looks at shapes and times alone: moments of no data, where none were computed."""
+
+    def filled(network: NetworkConfig) -> NetworkConfig:
+        if network.input_range != "adapt" or network.input_mean:
+            return network
+        return dataclasses.replace(network, input_mean=(127.5,) * 3, input_deviation=(127.5,) * 3)
+
+    return dataclasses.replace(
+        weights, student=filled(weights.student), teachers=tuple(map(filled, weights.teachers))
+    )
 
 
 def _described_student(config: Config) -> NetworkConfig:
@@ -109,7 +124,18 @@ def resolve_here(config: Config, workdir: pathlib.Path) -> ResolvedRun:
     layout = make_layout(config.mesh)
     data, _ = open_data(config)
     networks = load_networks(config, workdir, data.train.classes, data.train.class_names)
+    networks = adapted(networks, config, data.train, _stored_student(config, workdir, data))
     return resolve(config, data.facts, networks.facts, layout)
+
+
+def _stored_student(config: Config, path: pathlib.Path, data: Data) -> NetworkConfig | None:
+    """Of the run that lies at `path`, where it is that of `config` on these data."""
+    workdir = Workdir(path)
+    if config.student.input_range != "adapt" or not workdir.has_config():
+        return None
+    stored = workdir.stored()
+    same = stored.resolved.data == data.train.identity and not differences(stored.config, config)
+    return stored.resolved.student if same else None
 
 
 def _own_code(config: Config, networks: tuple[NetworkConfig, ...]) -> tuple[str, ...]:

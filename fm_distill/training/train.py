@@ -37,6 +37,7 @@ from fm_distill.system.processes import broadcast_from_first, first_process, onl
 from fm_distill.system.sharding import check_batch_size, make_layout
 from fm_distill.training.check import check
 from fm_distill.training.experiment import check_chain, load_experiment
+from fm_distill.training.input_moments import adapted
 from fm_distill.training.loop import Loop
 from fm_distill.training.recorded import refuse_another_recording
 from fm_distill.training.reporter import Reporter, introduce, progress_bar
@@ -119,6 +120,8 @@ def train_until(
                 workdir.set_status("paused", done, steps, reason)
                 return Result(False, done, steps, workdir.path, None, reason)
         networks = load_networks(config, workdir.path, data.train.classes, data.train.class_names)
+        before = workdir.stored().resolved.student if workdir.has_config() else None
+        networks = adapted(networks, config, data.train, before)
         resolved = resolve(config, data.facts, networks.facts, layout)
         workdir.refuse_other_contents(resolved)
         _log_all([*networks.notes, *warnings_on(config, resolved)])

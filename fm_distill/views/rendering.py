@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fm_distill.config import NetworkConfig, ViewConfig
+from fm_distill.errors import UserError
 from fm_distill.views.crops import Sizes
 from fm_distill.views.draws import Draw, mix
 from fm_distill.views.sampling import Canvases, Pictures, sample, sample_area, sample_reduced
@@ -26,10 +27,36 @@ class InputSpec:
     resolution: int
     input_range: str
     input_rounding: str = "none"
+    # Of each channel, on uint8's scale; empty but where the range is `adapt`.
+    mean: tuple[float, ...] = ()
+    deviation: tuple[float, ...] = ()
 
     @classmethod
     def of(cls, network: NetworkConfig) -> "InputSpec":
-        return cls(network.resolution, network.input_range, network.input_rounding)
+        """Raises `UserError` where the range adapts to data and no moments are there yet."""
+        if network.input_range == "adapt" and not network.input_mean:
+            raise UserError(
+                "input_range=adapt has no moments yet: a run computes them of its training images "
+                "before its first step; give input_mean and input_deviation"
+            )
+        return cls(
+            network.resolution,
+            network.input_range,
+            network.input_rounding,
+            network.input_mean,
+            network.input_deviation,
+        )
+
+    @property
+    def moments(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """What `normalise` subtracts from each channel and divides it by, on uint8's scale."""
+        if self.input_range == "adapt":
+            return self.mean, self.deviation
+        return INPUT_RANGES[self.input_range]
+
+    def in_range(self, input_range: str) -> "InputSpec":
+        """The same picture, normalised in another way that has a name."""
+        return dataclasses.replace(self, input_range=input_range, mean=(), deviation=())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +126,7 @@ def central_pixels(
 
 def normalise(pixels: Pictures, input_spec: InputSpec) -> Pictures:
     """What a network gets of pixels on uint8's scale."""
-    mean, deviation = INPUT_RANGES[input_spec.input_range]
+    mean, deviation = input_spec.moments
     if input_spec.input_rounding == "uint8":
         # Bilinear weights keep it within 0 to 255. No gradient has to pass.
         pixels = jnp.round(pixels)
@@ -108,6 +135,6 @@ def normalise(pixels: Pictures, input_spec: InputSpec) -> Pictures:
 
 def as_pixels(pictures: Pictures, input_spec: InputSpec) -> Canvases:
     """The grey levels that `normalise` made `pictures` of, rounded to uint8."""
-    mean, deviation = INPUT_RANGES[input_spec.input_range]
+    mean, deviation = input_spec.moments
     pixels = pictures * jnp.asarray(deviation) + jnp.asarray(mean)
     return jnp.round(pixels).clip(0, 255).astype(jnp.uint8)

@@ -15,6 +15,8 @@ from fm_distill.weights.files import Facts, WeightFile
 
 # Fields of a network that its weights do not fix.
 FREE = ("resolution", "input_range", "input_rounding", "quantisation")
+# Those that are the stored ones unless they are given.
+STORED = ("block_widths", "input_mean", "input_deviation")
 FREE_OPTIONS = ("root_pool_padding",)  # of a model's own
 # Largest difference between a file's mean or deviation and the ones of an input range.
 TOLERANCE = 1e-3
@@ -56,7 +58,7 @@ def describe(
         requested = dataclasses.replace(
             requested,
             options={**card.network.options, **free},
-            block_widths=card.network.block_widths,
+            **{x: vars(card.network)[x] for x in STORED},
         )
     return requested, []
 
@@ -64,9 +66,8 @@ def describe(
 def differing(stored: NetworkConfig, requested: NetworkConfig) -> str:
     """The fields in which `requested` cannot be what is stored, as text; empty where it can be."""
     a, b = msgspec.to_builtins(stored), msgspec.to_builtins(only_network(requested))
-    fixed = [x for x in b if x not in ("options", *FREE)]
-    if not requested.block_widths:  # those that are stored
-        fixed.remove("block_widths")
+    free = ("options", *FREE, *(x for x in STORED if not b[x]))
+    fixed = [x for x in b if x not in free]
     pairs = [(name, a[name], b[name]) for name in fixed]
     if stored.model == requested.model:
         options = all_options(requested).items()
@@ -124,6 +125,8 @@ def without_auto(
 
 def _input_range(file: WeightFile, fields: str) -> InputRange | None:
     """The name of the file's mean and deviation; None where it does not state them."""
+    if file.facts.card and file.facts.card.network.input_range == "adapt":
+        return "adapt"
     mean, std = file.facts.mean, file.facts.std
     if mean is None or std is None:
         return None
