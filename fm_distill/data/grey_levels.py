@@ -64,8 +64,8 @@ def moments_of(counts: LevelCounts, identity: str) -> Moments:
     if not all(deviations):
         constant = [x for x, deviation in zip(CHANNELS, deviations, strict=True) if not deviation]
         raise UserError(
-            f"{' and '.join(constant)} has the same value in every pixel of {identity}, and "
-            "student.input_range=adapt divides by its deviation; use another input_range, or give "
+            f"every pixel of {identity} has the same {' and '.join(constant)}, and "
+            "student.input_range=adapt divides by the deviation; use another input_range, or give "
             "student.input_mean and student.input_deviation"
         )
     return Moments(tuple(means), tuple(deviations))
