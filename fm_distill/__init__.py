@@ -12,6 +12,7 @@
     table = sweep(config, {"seed": (0, 1, 2)}, "runs/digits_sweep")
     page = report(["runs/digits"], "digits.html")
     causes = diagnose("runs/digits").causes
+    with trusted_code(): figures = evaluate("downloads/run_with_code_inside")
 
 The fields of `Config` are in `fm_distill.config`. Wrong input raises `UserError`. The names are
 imported when they are first used, so that `fm_distill.config` comes without JAX.
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from fm_distill.reports.report import report
     from fm_distill.reports.sweep import sweep
     from fm_distill.runs.open_run import open_run
+    from fm_distill.system.foreign_code import trusted_code
     from fm_distill.training.experiment import load_experiment
     from fm_distill.training.profile import profile
     from fm_distill.training.train import train
@@ -50,6 +52,7 @@ __all__ = [
     "report",
     "sweep",
     "train",
+    "trusted_code",
 ]
 
 _MODULES = {
@@ -67,6 +70,7 @@ _MODULES = {
     "report": "fm_distill.reports.report",
     "sweep": "fm_distill.reports.sweep",
     "train": "fm_distill.training.train",
+    "trusted_code": "fm_distill.system.foreign_code",
 }
 
 

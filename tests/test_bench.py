@@ -52,12 +52,12 @@ def test_what_is_made_of_the_times(tmp_path):
     calls = np.random.default_rng(0).uniform(1, 9, 101)
     bursts = [Burst(calls[:40].tolist(), 900), Burst(calls[40:].tolist(), 800)]
     opened = Opened("bit", 16, "ONNX", "a CPU", 600)
-    row = benching._row(Subject(str(path), "file", 0, 8, 2), opened, bursts)
+    row = benching._row(Subject(str(path), "file", 0, 8, 2, False), opened, bursts)
     in_order = np.sort(calls)
     assert row.median_ms == in_order[50] and row.p95_ms == in_order[95] and row.calls == 101
     assert row.images_per_second == pytest.approx(8 * 101 / (calls.sum() / 1e3))
     assert (row.peak_bytes, row.added_bytes, row.file_bytes) == (900, 300, 7)
-    teacher = benching._row(Subject("run", "teacher", 1, 8, 2), opened, bursts)
+    teacher = benching._row(Subject("run", "teacher", 1, 8, 2, False), opened, bursts)
     assert teacher.of == "teacher 2" and teacher.file_bytes is None
 
 

@@ -22,7 +22,7 @@ from fm_distill.config import (
     ViewConfig,
     with_options,
 )
-from fm_distill.config.resolved import IDENTITY, ResolvedRun
+from fm_distill.config.resolved import IDENTITY, CodeFile, ResolvedRun
 from fm_distill.config.serialization import NOT_IDENTITY
 from fm_distill.data.batch import Batch
 from fm_distill.data.feeding import Reader
@@ -299,7 +299,7 @@ def test_the_identity_of_a_run_is_what_it_is():
         "student_weights": "other", "teacher_weights": ("other",), "total_steps": 1,
         "precision": "bfloat16", "feeding": "streaming", "steps_per_dispatch": 9,
         "mesh": {"data": 9, "fsdp": 1}, "recording": "other", "code": ("other",),
-        "period_steps": 4, "class_counts": (1,),
+        "period_steps": 4, "class_counts": (1,), "code_files": {"mine.py:x": CodeFile("a", "b")},
     }  # fmt: skip
     for field in dataclasses.fields(ResolvedRun):
         changed = dataclasses.replace(run, **{field.name: values[field.name]})

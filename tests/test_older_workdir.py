@@ -47,7 +47,7 @@ def test_a_run_without_fields_of_later_versions_is_the_same_run():
     ):  # fmt: skip
         del tree["config"][part][name]
     del tree["config"]["objective"]["example_weights"], tree["config"]["data"]["long_tail"]
-    for name in ("recording", "period_steps", "code", "class_counts"):
+    for name in ("recording", "period_steps", "code", "class_counts", "code_files"):
         del tree["resolved"][name]
     stored = stored_run(tree, pathlib.Path("config.json"))
     assert vars(stored.config.student)["seed"] is None

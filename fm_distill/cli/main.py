@@ -80,7 +80,8 @@ USAGE = """usage: fm-distill COMMAND ...
 
 `fm-distill train --help` lists every field; with an EXPERIMENT.py, with its values.
 --lr, --steps and --epochs stand for --optimizer.learning-rate, --schedule.total-steps and
---schedule.total-epochs; --verbose, with any command, shows what the libraries remark."""
+--schedule.total-epochs; --verbose, with any command, shows what the libraries remark, and
+--trust-code runs code that somebody else's run names (docs/own-parts.md)."""
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -33,6 +33,7 @@ from fm_distill.errors import (
     TrainingFailed,
     UserError,
 )
+from fm_distill.system.foreign_code import FLAG, trusted_code
 
 VERBOSE = "--verbose"
 HELP = ("-h", "--help")
@@ -58,7 +59,8 @@ Over = TypeVar("Over", bound=OverConfig)
 def guarded(command: Callable[[list[str]], int], arguments: list[str]) -> int:
     """The exit code of a command; says what went wrong."""
     try:
-        return command(arguments)
+        with trusted_code(FLAG in arguments):
+            return command(arguments)
     except UserError as error:
         print(f"fm-distill: {error}", file=sys.stderr)
         return EXIT_WRONG_INPUT
@@ -98,7 +100,7 @@ def first(arguments: list[str], usage: str) -> tuple[str, list[str]]:
 
     Help is also there without it.
     """
-    arguments = [x for x in arguments if x != VERBOSE]
+    arguments = [x for x in arguments if x not in (VERBOSE, FLAG)]
     if arguments and arguments[0] in HELP:
         return usage.split()[1], arguments
     if not arguments or arguments[0].startswith("-"):

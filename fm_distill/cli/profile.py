@@ -32,8 +32,12 @@ def profile_command(arguments: list[str]) -> int:
     place, default, rest = (first_run if is_run else first_experiment)(arguments, usage)
     asked = parse_over(_Profile, default, rest, f"profile {place}")
 
+    from fm_distill.runs.run_code import refuse_code_of_run
+    from fm_distill.runs.workdir import Workdir
     from fm_distill.training.profile import Profile, profile
 
+    if is_run:
+        refuse_code_of_run(Workdir(place).stored(), pathlib.Path(place), config=asked.config)
     workdir = place if is_run else str(pathlib.Path("runs", asked.config.name))
     found: Profile = profile(asked.config, workdir, asked.measured_steps, asked.trace)
     if asked.json:

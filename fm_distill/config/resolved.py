@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import msgspec
@@ -33,6 +34,14 @@ class DataFacts:
     examples: int
     # Of each class; None where nothing asks for them and they would have to be read.
     class_counts: tuple[int, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class CodeFile:
+    """A file of code that a run found, where it was made."""
+
+    path: str  # absolute
+    sha256: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +108,8 @@ class ResolvedRun:
     period_steps: int | None = None
     # SHA-256 of the files of parts of one's own, the student's network first.
     code: tuple[str, ...] = ()
+    # By their references, where the run found those files.
+    code_files: Mapping[str, CodeFile] = dataclasses.field(default_factory=dict)
     # Training examples of each class; None where they are not known.
     class_counts: tuple[int, ...] | None = None
 

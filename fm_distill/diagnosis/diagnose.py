@@ -15,6 +15,7 @@ from fm_distill.diagnosis.evidence import Evidence, Log
 from fm_distill.diagnosis.measure import measure
 from fm_distill.errors import UserError
 from fm_distill.runs.open_run import open_run
+from fm_distill.runs.run_code import refuse_code_of_run
 
 EXAMPLES = 1024  # of the newest steps, so many are looked at
 PARTS = 6  # in which the log is summed up
@@ -45,6 +46,7 @@ def diagnose(
             f"the run in {workdir} learns from labels, without a teacher: diagnose examines how a "
             "student matches its teacher; look at such a run with `fm-distill report`"
         )
+    refuse_code_of_run(run.stored, run.workdir.path, config=config)
     evidence = measure(run, config, examples)
     return Diagnosis(str(workdir), causes_of(evidence), evidence)
 

@@ -17,11 +17,14 @@ from typing import IO, TypeVar
 import msgspec
 import numpy as np
 
+from fm_distill.config.code import STUDENT
 from fm_distill.errors import UserError
 from fm_distill.evaluation.bench_process import Burst, Opened, Subject
 from fm_distill.exporting.formats import FORMATS
+from fm_distill.runs.run_code import refuse_code_of_run
 from fm_distill.runs.workdir import Workdir
 from fm_distill.system.console import log
+from fm_distill.system.foreign_code import is_trusted
 
 BURST_S = 0.1
 # Calls on which a 95th percentile may rest; more seconds are taken for them.
@@ -96,13 +99,18 @@ def _cores() -> int:
 
 def _subjects(path: str, batch_size: int, threads: int) -> list[Subject]:
     if pathlib.Path(path).suffix in FORMATS:
-        return [Subject(path, "file", 0, batch_size, threads)]
+        return [Subject(path, "file", 0, batch_size, threads, is_trusted())]
     if pathlib.Path(path).is_file():
         raise UserError(f"{path} is nothing to time; expected a workdir, or {', '.join(FORMATS)}")
-    teachers = Workdir(path).stored().resolved.teachers
+    stored = Workdir(path).stored()
+    refuse_code_of_run(stored, pathlib.Path(path), STUDENT)  # before a process is started
+    teachers = stored.resolved.teachers
     return [
-        Subject(path, "student", 0, batch_size, threads),
-        *(Subject(path, "teacher", i, batch_size, threads) for i in range(len(teachers))),
+        Subject(path, "student", 0, batch_size, threads, is_trusted()),
+        *(
+            Subject(path, "teacher", i, batch_size, threads, is_trusted())
+            for i in range(len(teachers))
+        ),
     ]
 
 

@@ -25,6 +25,7 @@ from fm_distill.networks.branch import Branch, make_branch
 from fm_distill.networks.cost import WARM_UP, call_ms
 from fm_distill.runs.open_run import open_run
 from fm_distill.system.device import device_name
+from fm_distill.system.foreign_code import trusted_code
 from fm_distill.views.rendering import normalise
 
 Pixels = UInt8[Array, "batch resolution resolution 3"]
@@ -39,6 +40,7 @@ class Subject:
     number: int  # of a teacher, from 0
     batch_size: int
     threads: int
+    trust_code: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +75,8 @@ def main() -> None:
     subject = msgspec.json.decode(sys.argv[1], type=Subject)
     started = _memory("VmRSS")
     try:
-        network, resolution, runtime, call = _open(subject)
+        with trusted_code(subject.trust_code):
+            network, resolution, runtime, call = _open(subject)
         shape = (subject.batch_size, resolution, resolution, 3)
         pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
         for _ in range(WARM_UP):

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool
 
 from fm_distill.config import Config, MeshConfig
+from fm_distill.config.code import IMAGES, STUDENT, TEACHERS, named_code
 from fm_distill.config.serialization import converted, refuse_other_config
 from fm_distill.config.teachers import recording_of, teachers_of
 from fm_distill.data.batch import Batch
@@ -31,7 +32,7 @@ from fm_distill.evaluation.inference import teachers_if_here
 from fm_distill.evaluation.sums import Sums, sums_of
 from fm_distill.exporting.function import in_batches
 from fm_distill.exporting.load_exported import ExportedStudent, card_of, load_exported
-from fm_distill.models import Variables
+from fm_distill.models import Variables, is_own
 from fm_distill.networks.branch import Branch, frozen_teachers, make_branch
 from fm_distill.networks.teachers import (
     Teacher,
@@ -39,6 +40,7 @@ from fm_distill.networks.teachers import (
     refuse_other_teachers,
     teachers_here,
 )
+from fm_distill.system.foreign_code import refuse_foreign_code
 from fm_distill.system.sharding import make_layout
 from fm_distill.views.rendering import as_pixels
 from fm_distill.weights.card import Card
@@ -65,6 +67,7 @@ def evaluate_file(
     card, stored = exported.card, config_of_card(exported.card, path)
     config = config or stored
     refuse_other_config(stored, config, f"the run of {path}")
+    refuse_code_of_file(path, card, stored, config, (*STUDENT, *IMAGES))
     reader = Reader(open_named(config, split), config.data, card.classes)
     teachers = teachers_of_file(pathlib.Path(path), card, stored, config)
     layout = make_layout(MeshConfig(data=1), jax.local_devices()[:1])
@@ -103,6 +106,7 @@ def teachers_of_file(
     def load() -> tuple[Teacher, ...]:
         if recording_of(config) is not None and not teachers_here(config, path.parent):
             raise UserError("only what was recorded of it is known")
+        refuse_code_of_file(path, card, stored, config, TEACHERS)
         teachers = load_teachers(config, path.parent)
         if any(x.variables is None for x in teachers):
             raise UserError("it is a function of its owner's own")
@@ -112,6 +116,24 @@ def teachers_of_file(
     if found and card.teacher_weights:  # older cards do not say them
         refuse_other_teachers(found, card.teacher_weights, f"the run of {path}")
     return found
+
+
+def refuse_code_of_file(
+    path: str | os.PathLike[str],
+    card: Card,
+    stored: Config,
+    config: Config,
+    sections: tuple[str, ...],
+) -> None:
+    """Raises `UserError` where code that the card of `path` names may not be run.
+
+    `sections` of `config` are asked; what they name otherwise than `stored` is the user's own.
+    """
+    of_run = named_code(stored)
+    asked = [x for x in named_code(config, sections) if x in of_run]
+    if "student" in sections and is_own(card.model):
+        asked.append(card.model)
+    refuse_foreign_code(dict.fromkeys(asked), card.code_files, str(path))
 
 
 def _program(

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from fm_distill.config import Config, MeshConfig
+from fm_distill.config.code import IMAGES, TEACHERS
 from fm_distill.config.serialization import refuse_other_config
 from fm_distill.config.teachers import recording_of, teachers_of
 from fm_distill.data.feeding import Reader, evaluation_batches
@@ -33,6 +34,7 @@ from fm_distill.networks.teachers import (
     teachers_here,
 )
 from fm_distill.runs.open_run import Run, open_run
+from fm_distill.runs.run_code import refuse_code_of_run
 from fm_distill.runs.student import BATCH, Predictor
 from fm_distill.system.console import log
 from fm_distill.system.sharding import Layout, make_layout, on_devices
@@ -92,6 +94,7 @@ def open_split(
     run = open_run(workdir, step)
     config = config or run.config
     refuse_other_config(run.config, config, f"the run in {workdir}")
+    refuse_code_of_run(run.stored, run.workdir.path, IMAGES, config)
     source = open_named(config, split)
     teachers = teachers_of_run(run, config)
     layout = _evaluation_layout(config)
@@ -118,6 +121,7 @@ def teachers_of_run(run: Run, config: Config) -> tuple[Teacher, ...]:
 
     `config` may name new places of theirs. Raises `UserError`.
     """
+    refuse_code_of_run(run.stored, run.workdir.path, TEACHERS, config)
     here = recording_of(config) is None or teachers_here(config, run.workdir.path)
     teachers = load_teachers(config, run.workdir.path) if here else ()
     if teachers:

@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 
 from fm_distill.config import QuantisationConfig
 from fm_distill.config.bounds import out_of_bounds
+from fm_distill.config.code import IMAGES
 from fm_distill.errors import UserError
 from fm_distill.exporting.calibration import INT8, calibrated
 from fm_distill.exporting.formats import FORMATS
@@ -25,6 +26,7 @@ from fm_distill.exporting.function import BatchSize, Output, Quantise, function_
 from fm_distill.exporting.parity import compare, examples_of, images_of, runs
 from fm_distill.models import model_of, ranges_of
 from fm_distill.runs.open_run import Run, open_run
+from fm_distill.runs.run_code import refuse_code_of_run
 from fm_distill.system.console import log
 from fm_distill.system.files import replacing
 from fm_distill.views.rendering import InputSpec
@@ -147,6 +149,7 @@ def _card_of(run: Run, naming: str, tensors: dict[str, np.ndarray]) -> Card:
         naming=naming,
         sha256=digest(tensors),
         teacher_weights=run.resolved.teacher_weights,
+        code_files=run.resolved.code_files,
     )
 
 
@@ -173,6 +176,7 @@ def _write_function(
     if data_dir is not None:
         moved = dataclasses.replace(config.data, data_dir=data_dir)
         config = dataclasses.replace(config, data=moved)
+    refuse_code_of_run(run.stored, run.workdir.path, IMAGES)
     examples = examples_of(config, run.student)
     student, calibration = run.student, None
     shown = images_of(config, run.student, "train").pixels if quantise == "int8" else None

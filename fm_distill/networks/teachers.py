@@ -5,10 +5,11 @@ import itertools
 import pathlib
 
 from fm_distill.config import Config, DataConfig, NetworkConfig, TeacherConfig
+from fm_distill.config.code import named_code
 from fm_distill.config.teachers import recording_of, teachers_of
 from fm_distill.data.class_names import named_classes
 from fm_distill.errors import UserError
-from fm_distill.models import Variables
+from fm_distill.models import Variables, is_own
 from fm_distill.networks.class_choice import (
     chosen,
     fingerprint_of,
@@ -20,6 +21,7 @@ from fm_distill.networks.class_choice import (
 from fm_distill.networks.functions import TeacherFunction, load_function
 from fm_distill.recordings.manifest import Recording
 from fm_distill.runs.open_run import open_run
+from fm_distill.system.foreign_code import refuse_foreign_code
 from fm_distill.weights.card import only_network
 from fm_distill.weights.description import FREE_OPTIONS, differing
 from fm_distill.weights.hub import PREFIX, WEIGHTS_FILE
@@ -151,6 +153,13 @@ def recorded_teachers(
         if teacher.classes:
             asked = names_asked(teacher.classes, option)
             refuse_other_recording(asked, header.class_names, header.classes, str(recording.path))
+    own = named_code(config)
+    refuse_foreign_code(
+        [x.model for x in header.teachers if is_own(x.model) and x.model not in own],
+        header.code_files,
+        str(recording.path),
+        recording.path,
+    )
     note = f"the teachers are not here: their outputs are read from {recording.path}"
     return tuple(
         Teacher(network, header.classes, header.class_names, None, weights, () if i else (note,))

@@ -19,11 +19,13 @@ from typing import Any
 
 import jax
 
+from fm_distill.config.code import IMAGES
 from fm_distill.errors import UserError
 from fm_distill.reports import plots
 from fm_distill.reports.report import rates_of
 from fm_distill.reports.view_samples import sample_views
 from fm_distill.runs.history import read_history
+from fm_distill.runs.run_code import refuse_code_of_run
 from fm_distill.runs.workdir import Workdir
 
 
@@ -143,7 +145,9 @@ class Screen:
 
         place = Workdir(self.run)
         try:
-            config = place.stored().config
+            stored = place.stored()
+            refuse_code_of_run(stored, place.path, IMAGES)
+            config = stored.config
             print("what each network sees in the first steps, and the learning rate:")
             display(SVG(plots.views(sample_views(config, place))))
         except UserError as error:

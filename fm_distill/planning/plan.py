@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from fm_distill.config import Config, NetworkConfig
+from fm_distill.config.code import STUDENT
 from fm_distill.config.regime import regime_of
 from fm_distill.config.serialization import changed, to_json
 from fm_distill.config.steps import transfer_examples
@@ -26,6 +27,7 @@ from fm_distill.models import resolve
 from fm_distill.planning.movers import Mover
 from fm_distill.planning.recording_plan import RecordingPlan, recording_plan
 from fm_distill.planning.topologies import Topology, topology
+from fm_distill.runs.run_code import refuse_code_of_run
 from fm_distill.runs.workdir import Workdir
 from fm_distill.system.console import COMPILING, log
 from fm_distill.training.check import check
@@ -277,7 +279,9 @@ def _described(teacher: NamedTeacher) -> NetworkConfig:
     if config.experiment:
         return resolve(only_network(load_experiment(config.experiment).student))
     if config.workdir:
-        return Workdir(config.workdir).stored().resolved.student
+        stored = Workdir(config.workdir).stored()
+        refuse_code_of_run(stored, pathlib.Path(config.workdir), STUDENT)
+        return stored.resolved.student
     raise UserError(
         f"the network of {option} is not known without its weights; give --{option}.network.model "
         f"and --{option}.network.resolution"

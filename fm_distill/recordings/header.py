@@ -3,12 +3,14 @@
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
 from fm_distill.config import CanvasConfig, Config, NetworkConfig, ViewConfig
 from fm_distill.config.regime import ViewLaw, regime_of
+from fm_distill.config.resolved import CodeFile
 from fm_distill.config.serialization import before_options, converted
 from fm_distill.errors import UserError
 from fm_distill.recordings.rows import RowType
@@ -51,16 +53,20 @@ class RecordingHeader:
     dtype: RowType
     top_k: int | None = None
     temperature: float | None = None  # at which the rest of the top K is lumped together
+    # By their references, where the files of teachers' networks lay that are code.
+    code_files: Mapping[str, CodeFile] = dataclasses.field(default_factory=dict)
     format: int = FORMAT
 
     @property
     def identity(self) -> str:
-        """SHA-256 of all of it but `golden`, whose last bits a device may round otherwise.
+        """SHA-256 of all of it but `golden`, whose last bits a device may round otherwise, and
+        `code_files`, which may lie elsewhere.
 
         Fields that have their default are left out, so that a field that a later version adds
         makes no other recording of an old one.
         """
         stated = _without_defaults(dataclasses.replace(self, golden=()))
+        del stated["code_files"]
         text = json.dumps(stated, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 

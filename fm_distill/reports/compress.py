@@ -31,6 +31,7 @@ from fm_distill.reports.compression_steps import (
 from fm_distill.reports.compression_table import Compression, CompressionRow, as_markdown, save
 from fm_distill.runs.metric_table import BY_NAME
 from fm_distill.runs.open_run import open_run
+from fm_distill.runs.run_code import refuse_code_of_run
 from fm_distill.runs.workdir import Workdir
 from fm_distill.system.console import log
 from fm_distill.system.preemption import Stop, stop_signals
@@ -64,6 +65,7 @@ def compress(
     """
     place = Workdir(workdir)
     stored, figures = place.stored(), place.read_evaluation()
+    refuse_code_of_run(stored, place.path, config=config)
     if not steps:
         raise UserError("compress needs what to do: --steps prune:structured:0.5 quantise:int8")
     if figures is None:

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array
 
 from fm_distill.config import Config
+from fm_distill.config.code import IMAGES, NETWORKS
 from fm_distill.errors import UserError
 from fm_distill.evaluation.inference import Opened, open_split
 from fm_distill.evaluation.predictions import (
@@ -32,6 +33,7 @@ from fm_distill.reports.compression_table import FOLDER, HEADS, caption, cells, 
 from fm_distill.reports.summary import ReportedRun, config_differences, summary, table_of
 from fm_distill.reports.view_samples import sample_views
 from fm_distill.runs.history import History, read_history
+from fm_distill.runs.run_code import refuse_code_of_run
 from fm_distill.runs.workdir import Workdir
 from fm_distill.system.files import replacing
 from fm_distill.training.optim import make_schedule
@@ -159,6 +161,7 @@ def _read(workdirs: Sequence[str | os.PathLike[str]], measure: bool) -> list[Rep
     for path, name in zip(paths, names, strict=True):
         place = Workdir(path)
         stored = place.stored()
+        refuse_code_of_run(stored, path, (*NETWORKS, *IMAGES, "objective"))
         status = place.read_status()
         history = read_history(path)
         cost = run_cost(stored.resolved, stored.config.batch_size if measure else None)

@@ -13,12 +13,14 @@ import re
 from typing import Any
 
 from fm_distill.config import Config
+from fm_distill.config.code import NETWORKS
 from fm_distill.config.serialization import changed, parse_value
 from fm_distill.config.teachers import teachers_of, with_teachers
 from fm_distill.errors import UserError
 from fm_distill.networks.cost import cost_of, run_cost
 from fm_distill.networks.teachers import teacher_workdirs
 from fm_distill.reports.sweep_table import SweptRun, as_markdown, save
+from fm_distill.runs.run_code import refuse_code_of_run
 from fm_distill.runs.workdir import Workdir
 from fm_distill.system.console import log
 from fm_distill.system.preemption import Stop, stop_signals
@@ -83,6 +85,7 @@ def _measured(runs: list[SweptRun], folder: pathlib.Path) -> list[SweptRun]:
     found = []
     for run in runs:
         stored = Workdir(folder / run.folder).stored()
+        refuse_code_of_run(stored, folder / run.folder, NETWORKS)
         figures = {"cost": run_cost(stored.resolved, stored.config.batch_size, measure)}
         found.append(dataclasses.replace(run, figures=run.figures | figures))
     return found

@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from fm_distill.config import Config, NetworkConfig
+from fm_distill.config.code import STUDENT
 from fm_distill.config.resolved import ResolvedRun
 from fm_distill.errors import UserError
 from fm_distill.models import build_network, is_own, own_code
 from fm_distill.runs.checkpoint import abstract, restore_student
 from fm_distill.runs.integrity import NewestCheckpoint, integrity_errors, newest_valid, steps_in
+from fm_distill.runs.run_code import refuse_code_of_run
 from fm_distill.runs.stored_run import StoredRun
 from fm_distill.runs.student import Student
 from fm_distill.runs.workdir import Workdir
@@ -67,7 +69,8 @@ def open_run(path: str | os.PathLike[str], step: int | None = None) -> Run:
     stored = workdir.stored()
     resolved = stored.resolved
     step = _step_to_read(workdir, step)
-    _refuse_other_code(workdir, resolved)
+    refuse_code_of_run(stored, workdir.path, STUDENT)
+    _refuse_absent_code(workdir, resolved)
     network = build_network(resolved.student, resolved.classes, jnp.dtype("float32"))
     shapes = jax.eval_shape(network.init, jax.random.key(0))
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -93,24 +96,18 @@ def open_run(path: str | os.PathLike[str], step: int | None = None) -> Run:
     )
 
 
-def _refuse_other_code(workdir: Workdir, resolved: ResolvedRun) -> None:
-    """Raises `UserError` where the student's network is code that is not here, or was changed."""
+def _refuse_absent_code(workdir: Workdir, resolved: ResolvedRun) -> None:
+    """Raises `UserError` where the student's network is code that cannot be run here."""
     model = resolved.student.model
     if not is_own(model):
         return
-    trained = resolved.code[0]
     try:
-        found = own_code(model)
+        own_code(model)
     except UserError as error:
         raise UserError(
             f"the run in {workdir.path} trained a network of its owner's own, {model} (SHA-256 "
-            f"{trained}), which cannot be run here: {error}; put that file there"
+            f"{resolved.code[0]}), which cannot be run here: {error}; put that file there"
         ) from None
-    if found != trained:
-        raise UserError(
-            f"the run in {workdir.path} trained a network of its owner's own, {model}, and that "
-            f"file was changed: its SHA-256 was {trained} and is {found}; bring the old one back"
-        )
 
 
 def _step_to_read(workdir: Workdir, requested: int | None) -> int:

@@ -46,9 +46,11 @@ def load_reference(reference: str, option: str) -> Referenced:
     if name not in names:
         have = ", ".join(x for x in names if not x.startswith("_") and callable(names[x]))
         raise UserError(f"{option}: {place} has no {name!r}; it has {have or 'no functions'}")
-    path = str(module.__file__)
+    path = vars(module).get("__file__")
+    if path is None:
+        raise UserError(f"{option}: {place} is no file of Python code; give FILE.py:NAME")
     sha256 = hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
-    return Referenced(names[name], path, sha256)
+    return Referenced(names[name], str(path), sha256)
 
 
 def is_reference(name: str) -> bool:

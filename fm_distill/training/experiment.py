@@ -7,17 +7,13 @@ import re
 import runpy
 
 from fm_distill.config import Config, TeacherConfig
+from fm_distill.config.code import code_options
 from fm_distill.config.serialization import changed, flatten, from_json, to_json
 from fm_distill.config.steps import total_steps, transfer_examples
 from fm_distill.config.teachers import teachers_of
 from fm_distill.errors import UserError
 from fm_distill.training.optim import decay_equivalent
 
-# Options that may name code, as FILE.py:NAME.
-CODE = re.compile(
-    r"data(\.transfer\.\d+)?\.source|views\.crop|optimizer\.name|student\.model"
-    r"|objective\.(distance|terms\.\d+\.kind)|(teacher|more_teachers\.\d+)\.(function|network\.model)"
-)
 # Python's words for a field that a dataclass needs, and for one that it does not have.
 LEFT_OUT = re.compile(r"(\w+)\.__init__\(\) missing \d+ required keyword-only arguments?: (.*)")
 UNKNOWN = re.compile(r"(\w+)\.__init__\(\) got an unexpected keyword argument ('\w+')")
@@ -52,7 +48,7 @@ def load_experiment(path: str | os.PathLike[str]) -> Config:
         config = from_json(to_json(config))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    named = {x: str(y) for x, y in flatten(config).items() if CODE.fullmatch(x) and y}
+    named = code_options(config)
     here = {x: _code_from_here(y, path) for x, y in named.items()}
     config = changed(config, {x: y for x, y in here.items() if y != named[x]})
     return dataclasses.replace(

@@ -132,7 +132,7 @@ def _before(folder: pathlib.Path, header: RecordingHeader) -> Recording:
         return Recording(folder, header, ())
     found = open_recording(folder)
     if found.header.identity != header.identity:
-        now = {x: y for x, y in vars(header).items() if x not in ("golden", "format")}
+        now = {x: y for x, y in vars(header).items() if x not in ("golden", "format", "code_files")}
         raise UserError(
             f"{folder} holds another recording:\n  "
             + "\n  ".join(header_differences(found.header, now))

@@ -56,6 +56,11 @@ def make_header(
         dtype=dtype,
         top_k=top_k,
         temperature=None if top_k is None else config.objective.temperature,
+        code_files={
+            x: file
+            for x, file in resolved.code_files.items()
+            if x in [network.model for network in resolved.teachers]
+        },
     )
 
 

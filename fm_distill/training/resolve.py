@@ -5,6 +5,7 @@ import pathlib
 from typing import Literal
 
 from fm_distill.config import Config, NetworkConfig
+from fm_distill.config.code import named_code
 from fm_distill.config.objective import BY_CLASS, terms_of
 from fm_distill.config.resolved import DataFacts, RecordingFacts, ResolvedRun, WeightFacts
 from fm_distill.config.serialization import differences
@@ -18,6 +19,7 @@ from fm_distill.models import resolve as resolve_network
 from fm_distill.networks.loading import load_networks
 from fm_distill.networks.shrinking import pruned_network
 from fm_distill.runs.workdir import Workdir
+from fm_distill.system.foreign_code import code_files
 from fm_distill.system.references import is_reference, load_reference
 from fm_distill.system.sharding import Layout, make_layout
 from fm_distill.training.input_moments import adapted
@@ -61,6 +63,9 @@ def resolve(
         steps_per_dispatch=dispatch,
         mesh=dict(layout.mesh.shape),
         code=_own_code(config, networks),
+        code_files=code_files(
+            (*(x.model for x in networks if is_own(x.model)), *named_code(config))
+        ),
         recording=weights.recording.identity if weights.recording else None,
         period_steps=_period_steps(config, steps, weights.recording),
         class_counts=data.class_counts,

@@ -2,12 +2,14 @@
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import msgspec
 import numpy as np
 
 from fm_distill.config import NetworkConfig, QuantisationConfig
+from fm_distill.config.resolved import CodeFile
 from fm_distill.config.serialization import before_options, converted
 from fm_distill.errors import UserError
 from fm_distill.views.rendering import CentralCrop
@@ -109,6 +111,8 @@ class Card:
     sha256: str
     # Of the run's teachers, in their order: `weights.load.fingerprint`.
     teacher_weights: tuple[str, ...] = ()
+    # By their references, where the run found the files of code that its config names.
+    code_files: Mapping[str, CodeFile] = dataclasses.field(default_factory=dict)
     # Of a file with a whole function, which computes in float32; None of one with weights.
     function: FunctionFacts | None = None
 

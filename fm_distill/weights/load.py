@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 from fm_distill.config import NetworkConfig
 from fm_distill.errors import UserError
 from fm_distill.models import HEAD, Variables, all_options, build_network, is_own
+from fm_distill.system.foreign_code import refuse_foreign_code
 from fm_distill.weights.card import only_network
 from fm_distill.weights.description import describe, without_auto
 from fm_distill.weights.files import WeightFile, read
@@ -55,6 +56,8 @@ def load_weights(path: str, network: NetworkConfig | None, option: str) -> Pretr
     """
     fields = option if option == "student" else f"{option}.network"
     file = read(path)
+    if network is None and (card := file.facts.card) and is_own(card.model):
+        refuse_foreign_code((card.model,), card.code_files, path)
     described, notes = describe(file, only_network(network) if network else None, fields)
     if file.kind == "saved_model":
         _check_bit(file, described, "bit_original", fields)
