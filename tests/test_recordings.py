@@ -436,6 +436,32 @@ def test_every_flipped_bit_is_found_before_it_teaches(taught, tmp_path):
         train(learning(config, recording), tmp_path / "run")
     # The step before it was done, and its state is there.
     assert [x[0] for x in losses(tmp_path / "run")] == [1, 2]
+    with pytest.raises(UserError, match=r"steps-00000002-00000004 of the recording is damaged"):
+        train(learning(config, recording), tmp_path / "run")  # which begins with that step
+
+
+def test_what_is_damaged_or_missing_at_the_start_is_wrong_input(taught, tmp_path):
+    """Found by the views that are checked before the first step, and before a workdir is there."""
+    config, folder = taught
+    recording = copied(folder, tmp_path)
+    first, last = recording / "steps-00000000-00000002", recording / "steps-00000004-00000006"
+    values = first / "values" / "c" / "0" / "0" / "0" / "0"
+    whole = values.read_bytes()
+    values.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+    damaged = r"the shard .*steps-00000000-00000002 of the recording is damaged: .*copy"
+    with pytest.raises(UserError, match=damaged):
+        train(learning(config, recording), tmp_path / "run")
+    values.write_bytes(whole)
+    shutil.rmtree(last)
+    with pytest.raises(
+        UserError, match=r"1 of the shards .* missing, the first one steps-00000004"
+    ):
+        train(learning(config, recording), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with pytest.MonkeyPatch.context() as patch:  # a run that ends before it needs none of it
+        stop_at(patch, 1)
+        short = dataclasses.replace(config.views, period_steps=4)
+        train(learning(config, recording, views=short), tmp_path / "short")
 
 
 def test_a_missing_shard_is_named_and_recorded_again(taught, tmp_path):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import jax
 
-from fm_distill.errors import TrainingFailed
+from fm_distill.errors import TrainingFailed, UserError
 from fm_distill.recordings.manifest import Recording, Shard
 from fm_distill.recordings.shards import RecordedSteps, read_shard
 
@@ -21,23 +21,25 @@ class RecordingReader:
     def steps(self, start_step: int) -> Iterator[RecordedSteps]:
         """Each step from `start_step` on, without end; the next shard is read in the background.
 
-        Raises `TrainingFailed` before a step whose shard is damaged.
+        Where a shard is damaged, raises `UserError` if it has `start_step`, `TrainingFailed` before
+        a later step.
         """
+        shards = self._shards(start_step)
+        block = self._read_at_start(*next(shards))
         with concurrent.futures.ThreadPoolExecutor(1, "recording") as pool:
-            waiting = (
-                pool.submit(self._read, shard, first, last)
-                for shard, first, last in self._shards(start_step)
-            )
-            ahead = next(waiting)
             while True:
-                block, ahead = ahead.result(), next(waiting)
+                ahead = pool.submit(self._read, *next(shards))
                 for i in range(block.steps):
                     yield jax.tree.map(lambda x, i=i: x[i : i + 1], block)
+                block = ahead.result()
 
     def at(self, step: int) -> RecordedSteps:
-        """One step."""
+        """One step, for whoever looks before the training, or beside it.
+
+        Raises `UserError` where its shard is damaged.
+        """
         shard, first, _ = next(self._shards(step))
-        return self._read(shard, first, first + 1)
+        return self._read_at_start(shard, first, first + 1)
 
     def _shards(self, step: int) -> Iterator[tuple[Shard, int, int]]:
         """Shards in the order of their use, each with the first and the last step of it."""
@@ -48,6 +50,12 @@ class RecordingReader:
                     first = max(at - shard.start, 0)
                     yield shard, first, min(shard.stop, self.period_steps) - shard.start
             at = 0
+
+    def _read_at_start(self, shard: Shard, first: int, last: int) -> RecordedSteps:
+        try:
+            return self._read(shard, first, last)
+        except TrainingFailed as error:  # nothing was trained
+            raise UserError(str(error)) from None
 
     def _read(self, shard: Shard, first: int, last: int) -> RecordedSteps:
         block = read_shard(self.recording.path / shard.name, first, last)

@@ -21,7 +21,7 @@ from fm_distill.recordings.header import (
     header_differences,
     rendered,
 )
-from fm_distill.recordings.manifest import Recording, open_recording
+from fm_distill.recordings.manifest import Recording, open_recording, present
 from fm_distill.recordings.reading import RecordingReader
 from fm_distill.recordings.rows import RowType
 from fm_distill.recordings.view_digest import same_views, view_digests
@@ -123,7 +123,10 @@ def _refuse_functions(config: Config) -> None:
 
 
 def check_recording(config: Config, recording: Recording, reader: Reader, period: int) -> None:
-    """Raises `UserError` where the views of this run are not those that were recorded."""
+    """Raises `UserError` where the views of this run are not those that were recorded.
+
+    Or where a shard that it needs is missing, or one of those looked into is damaged.
+    """
     header, path = recording.header, recording.path
     if (header.data, header.examples) != (reader.source.identity, len(reader)):
         raise UserError(
@@ -138,6 +141,12 @@ def check_recording(config: Config, recording: Recording, reader: Reader, period
         raise UserError(
             f"the views of the recording in {path} were drawn by another version of JAX or of "
             "fm-distill, which draws others from the same keys; its manifest names the versions"
+        )
+    there = present(recording).shards
+    if missing := [x for x in recording.shards if x.start < period and x not in there]:
+        raise UserError(
+            f"{len(missing):,} of the shards of the recording in {path} are missing, the first one "
+            f"{missing[0].name}; bring them back from a copy, or run `fm-distill record` again"
         )
     steps, digests = RecordingReader(recording, period), make_digests(config)
     for step in checked_steps(config, period):
