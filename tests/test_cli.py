@@ -279,6 +279,7 @@ def test_predict_own_images(capsys, trained, tmp_path):
         "--top", "3",
     )  # fmt: skip
     assert code == 0, error
+    assert "compiling, usually a minute" in error  # or the terminal would stand still
     lines = out.splitlines()
     assert len(lines) == 8 and lines[0].endswith("grey.png") and "%" in lines[1]
     shares = [float(x.split()[0]) for x in lines[1:4]]
