@@ -150,6 +150,11 @@ def test_the_configs_of_steps():
     assert quantised.student.pruning == PruningConfig(pattern="kept")
     again = config_after(quantised, parse_step("prune:1:4"), "c", 100)
     assert again.student.pruning.pattern == "1:4" and again.student.quantisation.quantised
+    over = config_after(config, parse_step("prune:structured:taylor:network:0.5"), "e", 100)
+    pruning = over.student.pruning
+    assert (pruning.criterion, pruning.ranking, pruning.sparsity) == ("taylor", "network", 0.5)
+    assert parse_step("prune:structured:network:0.5").pruning.criterion == "magnitude"
+    assert parse_step("prune:structured:taylor:0.5").pruning.ranking == "block"
     wider = dataclasses.replace(config, student=dataclasses.replace(NETWORK, block_widths=(8,)))
     assert config_after(wider, parse_step(PRUNED), "d", 100).student.block_widths == ()
 

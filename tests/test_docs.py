@@ -36,6 +36,7 @@ ONLY_PARSED = {
     "my_parts.py:Small": "is on the page itself; tests/test_own_parts.py trains one like it",
     "runs/mine --cost": "takes a minute; tests/test_cost.py measures smaller networks",
     "--student.pruning.begin-step": "prunes after the two steps; tests/test_pruning.py has one",
+    "--student.pruning.criterion taylor": "is long; tests/test_shrinking.py runs one like it",
     "fm-distill demo": "serves until it is interrupted; tests/test_demo.py has one",
     "experiments/photos": "takes weights from the network; tests/test_experiments.py runs both",
     "runs/photos": "is the run of the page's own commands, which are not run",

@@ -11,12 +11,18 @@ from conftest import run_command, write_experiment
 from test_train import check_resume
 from tiny import NETWORK, resolved_run, tiny_config
 
-from fm_distill.config import NetworkConfig, PruningConfig, with_options
+from fm_distill.config import MeshConfig, NetworkConfig, PruningConfig, with_options
+from fm_distill.data.splits import open_data
 from fm_distill.errors import UserError
 from fm_distill.models import Variables, build_network, parameter_count
+from fm_distill.networks.channel_scores import read_scores, weight_scores, write_scores
 from fm_distill.networks.cost import cost_of
+from fm_distill.networks.loading import load_networks
 from fm_distill.networks.shrinking import keep_channels, pruned_network
 from fm_distill.runs.open_run import open_run
+from fm_distill.runs.workdir import Workdir
+from fm_distill.system.sharding import make_layout
+from fm_distill.training.channels import decided_networks, gradient_scores
 from fm_distill.training.check import check
 from fm_distill.training.train import train
 from fm_distill.weights.card import only_network
@@ -24,6 +30,10 @@ from fm_distill.weights.load import load_weights
 
 FLOAT32 = jnp.dtype("float32")
 HALF = PruningConfig(pattern="channels", sparsity=0.5)
+OVER_NETWORK = PruningConfig(pattern="channels", sparsity=0.35, ranking="network")
+TAYLOR = PruningConfig(
+    pattern="channels", sparsity=0.5, criterion="taylor", ranking="network", taylor_batches=2
+)
 BIT = only_network(with_options(NETWORK, {"depths": (1, 1), "groups": 2}))
 # For each network, what reads inner channels, and an array with one number for each of them.
 READERS = {
@@ -83,18 +93,22 @@ def standardised(kernel: np.ndarray) -> np.ndarray:
 
 # The others share their parts.
 ALONE = ("mobilenet_v3_small", "resnet18")
+CASES = [(x, HALF) for x in READERS]
+CASES += [(x, OVER_NETWORK) for x in READERS if x.model == "bit"]
 
 
 @pytest.mark.parametrize(
-    "config",
-    [pytest.param(x, marks=[pytest.mark.slow] * (x.model in ALONE)) for x in READERS],
-    ids=lambda x: f"{x.model}-{x.options.get('norm', 'group')}",
+    ("config", "pruning"),
+    [pytest.param(x, y, marks=[pytest.mark.slow] * (x.model in ALONE)) for x, y in CASES],
+    ids=lambda x: f"{x.model}-{x.options.get('norm', 'group')}" if x in READERS else x.ranking,
 )
-def test_the_shrunk_network_equals_the_masked_one(config):
+def test_the_shrunk_network_equals_the_masked_one(config, pruning):
     """Zeros wherever a channel that went was read; BiT's kernels over what they have left."""
     network, variables = build_network(config, 10, FLOAT32), random_variables(config)
-    smaller = pruned_network(config, HALF)
-    less = keep_channels(variables, config, smaller.block_widths, "magnitude")
+    scores = weight_scores(variables, config, "magnitude")
+    smaller = pruned_network(config, pruning, scores)
+    less = keep_channels(variables, config, smaller.block_widths, scores)
+    widths = dict(zip([x.block for x in network.inner_channels], smaller.block_widths, strict=True))
     shrunk = build_network(smaller, 10, FLOAT32)
     masked = flat(network.freeze(variables).params)
     before, after = flat(variables.params), flat(less.params)
@@ -105,7 +119,8 @@ def test_the_shrunk_network_equals_the_masked_one(config):
                 continue  # a block without squeeze and excitation
             each = f"{block.block}/{one_each}"
             stays = np.isin(before[each], after[each])
-            assert 0 < stays.sum() <= 0.51 * len(before[each])
+            assert stays.sum() == widths[block.block]
+            assert pruning.ranking == "network" or stays.sum() <= 0.51 * len(before[each])
             np.testing.assert_array_equal(before[each][stays], after[each])  # in their order
             if network.zeros_stay:
                 masked[path][..., ~stays, :] = 0
@@ -132,7 +147,8 @@ def test_the_shrunk_network_equals_the_masked_one(config):
 def test_the_best_channels_stay(criterion):
     """By loops in float64; of a GroupNorm whole groups."""
     variables = random_variables(BIT)
-    found = keep_channels(variables, BIT, pruned_network(BIT, HALF).block_widths, criterion)
+    scored = weight_scores(variables, BIT, criterion)
+    found = keep_channels(variables, BIT, pruned_network(BIT, HALF).block_widths, scored)
     before, after = flat(variables.params), flat(found.params)
     for unit, width in (("block1_unit01", 8), ("block2_unit01", 16)):
         for made, read in (("a", "b"), ("b", "c")):
@@ -187,12 +203,21 @@ def test_half_of_the_channels_of_lite0_are_over_forty_percent_of_its_flops():
 
 def test_a_shrunk_run_resumes_bit_for_bit_and_is_shrunk_again(tmp_path, monkeypatch):
     train(tiny_config(), tmp_path / "start")
-    student = dataclasses.replace(NETWORK, weights=str(tmp_path / "start"), pruning=HALF)
+    student = dataclasses.replace(NETWORK, weights=str(tmp_path / "start"), pruning=TAYLOR)
     config = tiny_config(ema_decay=0.9, student=student)
+    calls = []
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return gradient_scores(*arguments)
+
+    monkeypatch.setattr("fm_distill.training.channels.gradient_scores", counted)
     check_resume(config, tmp_path, monkeypatch, (2,))
+    assert len(calls) == 2  # once for the whole run, and once for the one in pieces
     assert open_run(tmp_path / "whole").network.block_widths == (4,)
+    _other_channels_are_refused(config, tmp_path / "pieces")
     # Without widths of its own, another student takes those of its weights; a plan knows them too.
-    again = dataclasses.replace(student, weights=str(tmp_path / "whole"))
+    again = dataclasses.replace(student, weights=str(tmp_path / "whole"), pruning=HALF)
     kept = dataclasses.replace(again, pruning=PruningConfig())
     planned = [resolved_run(tiny_config(student=x)).student.block_widths for x in (kept, again)]
     assert planned == [(4,), (2,)]
@@ -200,15 +225,42 @@ def test_a_shrunk_run_resumes_bit_for_bit_and_is_shrunk_again(tmp_path, monkeypa
     assert open_run(tmp_path / "again").network.block_widths == (2,)
 
 
+def _other_channels_are_refused(config, run) -> None:
+    """Damaged scores are computed again, and have to be the same; other scores are seen."""
+    networks = load_networks(config, run, 10, None)
+    assert not networks.undecided and networks.student.block_widths == (4,)
+    resolved = Workdir(run).stored().resolved
+    assert networks.facts.student_weights == resolved.student_weights
+    data, layout = open_data(config)[0], make_layout(MeshConfig(data=1))
+    path = Workdir(run).channel_scores
+    kept = path.read_bytes()
+    path.write_bytes(kept[:100])
+    undecided = load_networks(config, run, 10, None)
+    assert undecided.undecided
+    again = decided_networks(config, undecided, data, layout, run)
+    assert again.facts.student_weights == resolved.student_weights
+    blocks = build_network(only_network(NETWORK), 10, FLOAT32).inner_channels
+    scores = read_scores(path, blocks)
+    assert scores is not None
+    write_scores(path, tuple(tuple(-x for x in places) for places in scores), blocks)
+    others = load_networks(config, run, 10, None).facts
+    with pytest.raises(UserError, match="student_weights"):
+        Workdir(run).refuse_other_contents(
+            dataclasses.replace(resolved, student_weights=others.student_weights)
+        )
+
+
 def test_the_command_shrinks_exports_and_goes_on_from_the_file(trained, tmp_path):
     experiment = write_experiment(
         tmp_path / "small.py", f'teacher=TeacherConfig(workdir="{trained}/run/teacher")'
     )
     options = ("--student.pruning.pattern", "channels", "--student.pruning.sparsity", "0.5")
+    taylor = ("--student.pruning.criterion", "taylor", "--student.pruning.ranking", "network")
     start = ("train", experiment, "--workdir", tmp_path / "run", "--student.weights")
-    done = run_command(*start, trained / "run", *options)
+    done = run_command(*start, trained / "run", *options, *taylor)
     assert done.returncode == 0, done.stderr
-    assert "inner channels: 4 of 8 stay in 1 blocks, by magnitude" in done.stderr
+    assert "chosen by the gradient of the first 6 batches" in done.stderr  # all that it has
+    assert "4 of 8 stay in 1 blocks, by taylor, ranked over the network" in done.stderr
     before = json.loads((trained / "run" / "evaluation.json").read_text())["cost"]["student"]
     after = json.loads((tmp_path / "run" / "evaluation.json").read_text())["cost"]["student"]
     assert after["parameters"] < before["parameters"] and after["flops"] < before["flops"]
@@ -237,6 +289,13 @@ def test_bad_input_is_one_sentence():
     assert "expected more than 0" in refused(pruned(sparsity=0.0))
     assert "needs weights to start from" in refused(dataclasses.replace(pruned(), weights=None))
     assert "takes no scope" in refused(pruned(scope="layer"))
+    assert "magnitude takes no taylor_batches" in refused(pruned(taylor_batches=3))
+    over = {"ranking": "network"}
+    assert "use 0.75 or less" in refused(pruned(sparsity=0.8, **over))
+    assert "leaves none of the 8 inner" in refused(pruned(multiple_of=16, **over))
+    unlike = PruningConfig(criterion="taylor")
+    idle = refused(dataclasses.replace(NETWORK, pruning=unlike))
+    assert "pattern=none takes no criterion" in idle
     other = dataclasses.replace(NETWORK, options={})
     convnext = dataclasses.replace(other, model="convnext_atto", resolution=32)
     assert "convnext_atto has no blocks" in refused(pruned(convnext))
@@ -248,6 +307,5 @@ def test_bad_input_is_one_sentence():
     assert "leave out block_widths" in refused(widths)
     vit = dataclasses.replace(other, model="vit_tiny_patch16_224", resolution=32)
     variables = random_variables(only_network(vit))
-    smaller = pruned_network(only_network(vit), HALF)
     with pytest.raises(ValueError, match="needs norms"):
-        keep_channels(variables, only_network(vit), smaller.block_widths, "norm_scale")
+        weight_scores(variables, only_network(vit), "norm_scale")

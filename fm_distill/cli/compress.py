@@ -16,8 +16,10 @@ class _Compress(OverConfig):
 
     steps: tuple[str, ...] = ()
     (
-        "What is done, in order: prune:structured:0.5, prune:unstructured:0.8, prune:2:4, "
-        "prune:1:4, quantise:int8, quantise:int8-weights or quantise:int4-weights."
+        "What is done, in order: prune:structured:0.5 (or prune:structured:taylor:0.5, "
+        "prune:structured:network:0.5, prune:structured:taylor:network:0.5), "
+        "prune:unstructured:0.8, prune:2:4, prune:1:4, quantise:int8, quantise:int8-weights or "
+        "quantise:int4-weights."
     )
     to: str = ""
     """Where the steps' runs and files lie; by default `compressed` in the run's workdir."""

@@ -246,7 +246,7 @@ def _show(arguments: list[str]) -> int:
     try:
         resolved = resolve_here(asked.config, pathlib.Path("runs", asked.config.name))
     except UserError as error:
-        print(f"\n# not resolved, since data or weights are not here: {error}")
+        print(f"\n# not resolved: {error}")
     else:
         print("\n# resolved with the data, weights and devices that are here")
         print("\n".join(resolved.lines()))

@@ -20,7 +20,7 @@ class PruningConfig:
         "inner `channels` of each block, before the first step, for a smaller network."
     )
     sparsity: Share = 0.5
-    """Share of the weights that may be pruned, or of each block's inner channels, that goes."""
+    """Share of the weights that may be pruned, or of the inner channels, that goes."""
     scope: Literal["global", "layer"] = "global"
     (
         "Of `unstructured`: the weights that are smallest in the whole network, or in each layer "
@@ -37,13 +37,29 @@ class PruningConfig:
         "Of `unstructured`: 1 - (1 - p)^power of the sparsity is reached at the share p of the "
         "way from `begin_step` to `end_step`."
     )
-    criterion: Literal["magnitude", "norm_scale"] = "magnitude"
+    criterion: Literal["magnitude", "norm_scale", "taylor"] = "magnitude"
     (
         "Of `channels`, those stay whose weights are largest: of all kernels that make or read "
-        "them (`magnitude`), or the scales of their norms."
+        "them (`magnitude`), or the scales of their norms (`norm_scale`); or those on which the "
+        "run's own loss depends most, to first order (`taylor`)."
+    )
+    ranking: Literal["block", "network"] = "block"
+    (
+        "Of `channels`: each block loses the share `sparsity` of its own (`block`), or the "
+        "`network` loses it of all together, wherever they are worth least."
+    )
+    taylor_batches: PositiveInt = 10
+    (
+        "Of `criterion=taylor`: the training batches over which the gradients are averaged, those "
+        "of the run's first steps (all of them, where it has fewer)."
     )
     multiple_of: PositiveInt = 1
     """Of `channels`: each block keeps a multiple of this; 8 suits accelerators."""
+
+    @property
+    def by_gradient(self) -> bool:
+        """Whether channels are chosen by the gradient of the run's loss."""
+        return self.pattern == "channels" and self.criterion == "taylor"
 
     @property
     def last_step(self) -> int:

@@ -3,12 +3,13 @@
 import dataclasses
 import pathlib
 
-from fm_distill.config import Config, NetworkConfig
+from fm_distill.config import Config, NetworkConfig, PruningConfig
 from fm_distill.config.resolved import RecordingFacts, WeightFacts
 from fm_distill.config.teachers import recording_of, teachers_of
 from fm_distill.data.class_names import named_classes
 from fm_distill.errors import UserError
-from fm_distill.models import resolve
+from fm_distill.models import build_network, resolve
+from fm_distill.networks.channel_scores import FLOAT32, read_scores
 from fm_distill.networks.shrinking import shrunk
 from fm_distill.networks.teachers import (
     Teacher,
@@ -18,6 +19,7 @@ from fm_distill.networks.teachers import (
     recorded_teachers,
 )
 from fm_distill.recordings.manifest import Recording, open_recording
+from fm_distill.runs.workdir import Workdir
 from fm_distill.weights.card import only_network
 from fm_distill.weights.load import Pretrained, fingerprint
 
@@ -32,6 +34,8 @@ class Networks:
     classes: int
     class_names: tuple[str, ...] | None
     recording: Recording | None = None  # of the teachers' outputs
+    # Whether the gradient of the run has yet to say which channels of the student stay.
+    undecided: bool = False
 
     @property
     def facts(self) -> WeightFacts:
@@ -66,7 +70,11 @@ def load_networks(
     data_classes: int | None,
     data_names: tuple[str, ...] | None,
 ) -> Networks:
-    """All weights of the run, read and checked. Raises `UserError`."""
+    """All weights of the run, read and checked. Raises `UserError`.
+
+    The student has the channels that stay, but where these are chosen by gradient and the run in
+    `workdir` has not chosen yet.
+    """
     recording = None
     if path := recording_of(config):
         recording = open_recording(path)
@@ -79,11 +87,10 @@ def load_networks(
         recorded = recording.header.class_names if recording else None
         some = named and recorded and len(recorded) < len(named)
         data_names = data_names or (None if some else named)
-    start = None
+    start, undecided = None, False
     if config.student.weights:
         start = load_pretrained(config.student.weights, config.student, "student")
-        if config.student.pruning.pattern == "channels":
-            start = shrunk(start, config.student.pruning)
+        start, undecided = _with_channels(start, config.student.pruning, Workdir(workdir))
     classes = agreed_classes(config.data.classes, data_classes, data_names, teachers)
     if data_names and len(data_names) != classes:
         raise UserError(
@@ -97,4 +104,21 @@ def load_networks(
         classes=classes,
         class_names=data_names or next((t.class_names for t in teachers if t.class_names), None),
         recording=recording,
+        undecided=undecided,
     )
+
+
+def _with_channels(
+    start: Pretrained, pruning: PruningConfig, workdir: Workdir
+) -> tuple[Pretrained, bool]:
+    """`start` with the channels that stay, and whether they have yet to be chosen."""
+    if pruning.pattern != "channels":
+        return start, False
+    if not pruning.by_gradient:
+        return shrunk(start, pruning), False
+    # Without a config nobody has said whose scores these are.
+    scores = None
+    if workdir.has_config():
+        blocks = build_network(start.network, 2, FLOAT32).inner_channels
+        scores = read_scores(workdir.channel_scores, blocks)
+    return (start, True) if scores is None else (shrunk(start, pruning, scores), False)

@@ -2,33 +2,36 @@
 
 What is left computes what the network would with zeros wherever a channel that goes was read: with
 norms alone at zero, act(bias) would go on. Whole groups of a GroupNorm go, and weight-standardised
-kernels are standardised over what is left. Sources of the criteria: Fang et al. 2023 (arXiv
-2301.12900) for the magnitude of all kernels that share a channel, here each relative to its mean;
-Liu et al. 2017 (arXiv 1708.06519) for the scales of norms.
+kernels are standardised over what is left. What a channel is worth: `channel_scores.py`. Source of
+the ranking over the network: Molchanov et al. 2017 (arXiv 1611.06440), where scores are divided by
+the L2 norm of their layer's.
 """
 
 import dataclasses
 import math
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from fm_distill.config import NetworkConfig
 from fm_distill.config.pruning import PruningConfig
 from fm_distill.errors import UserError
-from fm_distill.models import ChannelAxis, InnerChannels, Variables, build_network
+from fm_distill.models import InnerChannels, Variables, build_network
+from fm_distill.networks.channel_scores import FLOAT32, Scores, weight_scores
 from fm_distill.weights.load import Pretrained
 from fm_distill.weights.names import leaves_by_path
 
-FLOAT32 = jnp.dtype("float32")
-Criterion = Literal["magnitude", "norm_scale"]
 
+def pruned_network(
+    network: NetworkConfig, pruning: PruningConfig, scores: Scores | None = None
+) -> NetworkConfig:
+    """`network` as `pruning` leaves it. Raises `ValueError` where that is not possible.
 
-def pruned_network(network: NetworkConfig, pruning: PruningConfig) -> NetworkConfig:
-    """`network` as `pruning` leaves it. Raises `ValueError` where that is not possible."""
+    With `ranking=network` the `scores` of the channels decide the widths; where there are none yet,
+    the widths are those of about the same share of each block.
+    """
     if pruning.pattern != "channels":
         return network
     blocks = build_network(network, 2, FLOAT32).inner_channels
@@ -37,7 +40,11 @@ def pruned_network(network: NetworkConfig, pruning: PruningConfig) -> NetworkCon
             f"{network.model} has no blocks whose inner channels could be fewer; prune single "
             "weights (pruning.pattern=unstructured), or take another model"
         )
-    widths = tuple(width_after(x, pruning.sparsity, pruning.multiple_of) for x in blocks)
+    if pruning.ranking == "network":
+        check_ranking(blocks, pruning)
+        widths = ranked_widths(blocks, scores, pruning) if scores else _alike(blocks, pruning)
+    else:
+        widths = tuple(width_after(x, pruning.sparsity, pruning.multiple_of) for x in blocks)
     return dataclasses.replace(network, block_widths=widths)
 
 
@@ -47,8 +54,7 @@ def width_after(block: InnerChannels, sparsity: float, multiple_of: int) -> int:
     Of two as near, the larger. Raises `ValueError` where none would stay.
     """
     step = math.lcm(block.together, multiple_of)
-    kept = math.floor((1 - sparsity) * block.width / step + 0.5) * step
-    kept = min(kept, block.width // step * step)
+    kept = _nearest(block.width, sparsity, step)
     if kept < 1:
         raise ValueError(
             f"pruning.sparsity={sparsity:g} leaves none of the {block.width} inner channels of "
@@ -58,19 +64,94 @@ def width_after(block: InnerChannels, sparsity: float, multiple_of: int) -> int:
     return kept
 
 
-def shrunk(start: Pretrained, pruning: PruningConfig) -> Pretrained:
-    """`start` with the channels that stay. Raises `UserError`."""
-    try:
-        network = pruned_network(start.network, pruning)
-        variables = keep_channels(
-            start.variables, start.network, network.block_widths, pruning.criterion
+def _nearest(width: int, sparsity: float, step: int) -> int:
+    kept = math.floor((1 - sparsity) * width / step + 0.5) * step
+    return min(kept, width // step * step)
+
+
+def _steps(blocks: tuple[InnerChannels, ...], pruning: PruningConfig) -> list[int]:
+    """Channels of each block that stay or go together."""
+    return [math.lcm(x.together, pruning.multiple_of) for x in blocks]
+
+
+def _alike(blocks: tuple[InnerChannels, ...], pruning: PruningConfig) -> tuple[int, ...]:
+    """Widths after about the same share of each block; at least one step of each stays."""
+    return tuple(
+        max(step, _nearest(block.width, pruning.sparsity, step))
+        for block, step in zip(blocks, _steps(blocks, pruning), strict=True)
+    )
+
+
+def check_ranking(blocks: tuple[InnerChannels, ...], pruning: PruningConfig) -> None:
+    """Raises `ValueError` where a block has no step, or too few channels may go."""
+    steps, total = _steps(blocks, pruning), sum(x.width for x in blocks)
+    for block, step in zip(blocks, steps, strict=True):
+        if step > block.width:
+            raise ValueError(
+                f"pruning.multiple_of={pruning.multiple_of} leaves none of the {block.width} inner "
+                f"channels of {block.block}, of which a multiple of {step} stays (groups of "
+                f"{block.together}); make it smaller"
+            )
+    most = (total - sum(steps)) / total
+    if pruning.sparsity > most:
+        raise ValueError(
+            f"pruning.sparsity={pruning.sparsity:g} is more than can go of {total:,} inner "
+            f"channels, of which each block keeps some ({sum(steps):,} in all); use "
+            f"{math.floor(most * 1000) / 1000:g} or less"
         )
+
+
+def ranked_widths(
+    blocks: tuple[InnerChannels, ...], scores: Scores, pruning: PruningConfig
+) -> tuple[int, ...]:
+    """Channels that stay of each block where those that are worth least in the network go.
+
+    Scores are divided by the L2 norm of those of their place. Channels go in steps: one, a group of
+    a GroupNorm, or as many as `multiple_of` asks for; the worst of each place in the block go
+    together, and a step is worth the mean of its channels. The last step of a block stays. Steps go
+    from the worst on, the first block's first among equals, until the share that is gone is nearest
+    to the sparsity; of two as near, more channels stay.
+    """
+    steps = _steps(blocks, pruning)
+    # What no step holds goes in any case.
+    widths = [block.width // step * step for block, step in zip(blocks, steps, strict=True)]
+    order: list[tuple[float, int]] = []
+    for i, (block, places) in enumerate(zip(blocks, scores, strict=True)):
+        worth = np.mean([_ascending(x, block.together) for x in places], axis=0)
+        means = worth[block.width - widths[i] :].reshape(-1, steps[i]).mean(axis=1)
+        order += [(float(mean), i) for mean in means[:-1]]
+    order.sort(key=lambda x: x[0])
+    total = sum(x.width for x in blocks)
+    gone = total - sum(widths) + np.cumsum([0, *(steps[i] for _, i in order)])
+    count = int(np.argmin(np.abs(gone - pruning.sparsity * total)))
+    for _, i in order[:count]:
+        widths[i] -= steps[i]
+    return tuple(widths)
+
+
+def _ascending(
+    scores: Float[np.ndarray, " channels"], together: int
+) -> Float[np.ndarray, " channels"]:
+    """Over their L2 norm, from the worst on; channels that go together have their mean."""
+    norm = max(float(np.linalg.norm(scores)), np.finfo(np.float64).tiny)
+    groups = (scores / norm).reshape(-1, together).mean(axis=1)
+    return np.repeat(np.sort(groups), together)
+
+
+def shrunk(start: Pretrained, pruning: PruningConfig, scores: Scores | None = None) -> Pretrained:
+    """`start` with the channels that stay, by `scores`, or by its weights. Raises `UserError`."""
+    try:
+        if scores is None:
+            scores = weight_scores(start.variables, start.network, pruning.criterion)
+        network = pruned_network(start.network, pruning, scores)
+        variables = keep_channels(start.variables, start.network, network.block_widths, scores)
     except ValueError as error:
         raise UserError(f"student.pruning: {error}") from None
     before = build_network(start.network, 2, FLOAT32).inner_channels
+    where = ", ranked over the network" if pruning.ranking == "network" else ""
     note = (
         f"inner channels: {sum(network.block_widths):,} of {sum(x.width for x in before):,} stay "
-        f"in {len(before)} blocks, by {pruning.criterion}"
+        f"in {len(before)} blocks, by {pruning.criterion}{where}"
     )
     return dataclasses.replace(
         start, network=network, variables=variables, notes=(*start.notes, note)
@@ -78,49 +159,20 @@ def shrunk(start: Pretrained, pruning: PruningConfig) -> Pretrained:
 
 
 def keep_channels(
-    variables: Variables, network: NetworkConfig, widths: tuple[int, ...], criterion: Criterion
+    variables: Variables, network: NetworkConfig, widths: tuple[int, ...], scores: Scores
 ) -> Variables:
-    """`variables` of `network` with so many inner channels of each block, the best ones.
+    """`variables` of `network` with so many inner channels of each block, those of best `scores`.
 
-    Of channels that are equally good, the first stay. Raises `ValueError` where the network has
-    nothing that `criterion` could read.
+    Of channels that are equally good, the first stay.
     """
-    built = build_network(network, 2, FLOAT32)
-    # As kernels are multiplied: standardised, for example.
-    frozen = dict(leaves_by_path(built.freeze(variables)))
     leaves = dict(leaves_by_path(variables))
-    for block, width in zip(built.inner_channels, widths, strict=True):
-        for axes in block.places:
-            scores = channel_scores(frozen, axes, block, criterion)
-            kept = _best(scores, width, block.together)
+    blocks = build_network(network, 2, FLOAT32).inner_channels
+    for block, width, places in zip(blocks, widths, scores, strict=True):
+        for axes, scored in zip(block.places, places, strict=True):
+            kept = _best(scored, width, block.together)
             for path, axis in axes:
                 leaves[path] = jnp.take(leaves[path], kept, axis=axis)
     return jax.tree.unflatten(jax.tree.structure(variables), leaves.values())
-
-
-def channel_scores(
-    frozen: dict[str, Array],
-    axes: tuple[ChannelAxis, ...],
-    block: InnerChannels,
-    criterion: Criterion,
-) -> Float[np.ndarray, " channels"]:
-    """How much each channel is worth. Raises `ValueError` where nothing tells."""
-    if criterion == "norm_scale":
-        scales = [np.abs(frozen[path]) for path, _ in axes if path.endswith("/scale")]
-        if not scales:
-            raise ValueError(
-                "pruning.criterion=norm_scale needs norms, and the inner channels of "
-                f"{block.block} have none; use magnitude"
-            )
-        return np.asarray(scales, np.float64).sum(axis=0)
-    total = np.zeros(block.width)
-    for path, axis in axes:
-        if path.endswith("/kernel"):
-            squares = np.square(np.asarray(frozen[path], np.float64))
-            by_channel = np.moveaxis(squares, axis, 0).reshape(block.width, -1).mean(axis=1)
-            # Relative to its kernel, or the one with the largest numbers would decide alone.
-            total += by_channel / max(by_channel.mean(), np.finfo(np.float64).tiny)
-    return total
 
 
 def _best(scores: Float[np.ndarray, " channels"], width: int, together: int) -> np.ndarray:

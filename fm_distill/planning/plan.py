@@ -220,6 +220,11 @@ def _notes(config: Config, feeding: str, rate: float | None) -> Iterator[str]:
             yield f"without the training of the teacher first: {teacher.experiment}, a plan itself"
     if regime_of(config.objective.target, config.teaching).targets == "table":
         yield "without the teachers' targets, which are computed before the training"
+    pruning = config.student.pruning
+    if pruning.pattern == "channels" and pruning.ranking == "network":
+        yield "as if each block lost the same share of its channels: the weights will decide that"
+    if pruning.by_gradient:
+        yield "without the gradients of the student before it is pruned, which choose its channels"
 
 
 def _compiled(config: Config, where: Topology, examples: int) -> dict[str, Any]:

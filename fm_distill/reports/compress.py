@@ -176,18 +176,22 @@ def _check_planned(
 ) -> None:
     """Raises `UserError` where a run cannot be, or its folder is that of another one.
 
-    `network` is the student that the first one starts from.
+    `network` is the student that the first one starts from. Widths that weights decide are not
+    known yet; whatever depends on them is checked when the step begins.
     """
+    known = True
     for name, run in runs.items():
         check(run)
         pruning, quantisation = run.student.pruning, run.student.quantisation
-        try:
-            network = pruned_network(network, pruning)
-            network = dataclasses.replace(network, quantisation=quantisation)
-            built = build_network(network, 2, jnp.dtype("float32"))
-        except ValueError as error:
-            raise UserError(f"{name}: {error}") from None
-        make_prune(pruning, built, total, network.model)
+        if known:
+            try:
+                network = pruned_network(network, pruning)
+                network = dataclasses.replace(network, quantisation=quantisation)
+                built = build_network(network, 2, jnp.dtype("float32"))
+            except ValueError as error:
+                raise UserError(f"{name}: {error}") from None
+            make_prune(pruning, built, total, network.model)
+        known = known and pruning.ranking == "block"
         place = Workdir(folder / _file_name(name))
         if place.has_config() and (differ := differences(place.stored().config, run)):
             raise UserError(
@@ -200,9 +204,11 @@ def _refuse_another_start(place: Workdir, run: Config) -> None:
     if not place.has_config():
         return
     resolved = place.stored().resolved
-    here = load_networks(run, place.path, resolved.classes, resolved.class_names).facts
-    before = resolved.student_weights, resolved.teacher_weights
-    if before != (here.student_weights, here.teacher_weights):
+    networks = load_networks(run, place.path, resolved.classes, resolved.class_names)
+    here = networks.facts
+    # Where the scores of the channels are gone, the run itself compares them when they are back.
+    same_student = networks.undecided or here.student_weights == resolved.student_weights
+    if not same_student or here.teacher_weights != resolved.teacher_weights:
         raise UserError(
             f"{place.path} began with other weights or teachers than this compression; give "
             "another --to, or remove it"

@@ -27,6 +27,18 @@ def _structured(share: str) -> PruningConfig:
     return PruningConfig(pattern="channels", sparsity=float(share))
 
 
+def _by_taylor(share: str) -> PruningConfig:
+    return PruningConfig(pattern="channels", sparsity=float(share), criterion="taylor")
+
+
+def _over_network(share: str) -> PruningConfig:
+    return dataclasses.replace(_structured(share), ranking="network")
+
+
+def _by_taylor_over_network(share: str) -> PruningConfig:
+    return dataclasses.replace(_by_taylor(share), ranking="network")
+
+
 def _unstructured(share: str) -> PruningConfig:
     return PruningConfig(pattern="unstructured", sparsity=float(share))
 
@@ -34,6 +46,9 @@ def _unstructured(share: str) -> PruningConfig:
 # By what stands before the share.
 SHARED: dict[str, Callable[[str], PruningConfig]] = {
     "prune:structured": _structured,
+    "prune:structured:taylor": _by_taylor,
+    "prune:structured:network": _over_network,
+    "prune:structured:taylor:network": _by_taylor_over_network,
     "prune:unstructured": _unstructured,
 }
 FIXED: dict[str, PruningConfig | QuantisationConfig] = {

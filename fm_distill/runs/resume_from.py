@@ -11,7 +11,14 @@ from fm_distill.system.compilation_cache import COMPILED
 from fm_distill.system.console import log, progress
 
 # What a run consists of, beside its checkpoints, its figures and its teachers' runs.
-PARTS = ("config.json", "status.json", "rollbacks.json", "metrics.jsonl", "fixed_targets.npz")
+PARTS = (
+    "config.json",
+    "status.json",
+    "rollbacks.json",
+    "metrics.jsonl",
+    "fixed_targets.npz",
+    "channel_scores.npz",
+)
 
 
 def copy_run(source: str, workdir: pathlib.Path) -> None:

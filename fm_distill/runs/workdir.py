@@ -34,6 +34,7 @@ FILES = (
     "rollbacks.json",
     "metrics.jsonl",
     "fixed_targets.npz",
+    "channel_scores.npz",
 )
 LENGTH = ("schedule.total_steps:", "schedule.total_epochs:")
 
@@ -60,6 +61,10 @@ class Workdir:
     def fixed_targets(self) -> pathlib.Path:
         return self.path / "fixed_targets.npz"
 
+    @property
+    def channel_scores(self) -> pathlib.Path:
+        return self.path / "channel_scores.npz"
+
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Holds the folder for this process, the first of several.
@@ -70,8 +75,8 @@ class Workdir:
             yield
             return
         known = re.compile(
-            r"(config|status)\.json(\.tmp)?|lock|teacher(_\d+)?|recording(\.arriving)?|fixed_targets\.npz.*|"
-            + COMPILED
+            r"(config|status)\.json(\.tmp)?|lock|teacher(_\d+)?|recording(\.arriving)?|"
+            r"(fixed_targets|channel_scores)\.npz.*|" + COMPILED
         )
         try:
             self._refuse_folders()
@@ -118,8 +123,10 @@ class Workdir:
         `missing`: folders that it made, the innermost first.
         """
         with contextlib.suppress(OSError):
-            if missing and {x.name for x in self.path.iterdir()} <= {"lock", COMPILED}:
+            scores = "channel_scores.npz"
+            if missing and {x.name for x in self.path.iterdir()} <= {"lock", COMPILED, scores}:
                 (self.path / "lock").unlink()
+                (self.path / scores).unlink(missing_ok=True)
                 shutil.rmtree(self.path / COMPILED, ignore_errors=True)
                 for folder in missing:
                     folder.rmdir()

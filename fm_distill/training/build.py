@@ -59,8 +59,13 @@ class Build:
         return jax.eval_shape(self.init, jax.random.key(0))
 
 
-def build(config: Config, resolved: ResolvedRun) -> Build:
-    """Everything that the step needs. Raises `UserError`."""
+def build(
+    config: Config, resolved: ResolvedRun, optimizer: optax.GradientTransformation | None = None
+) -> Build:
+    """Everything that the step needs. Raises `UserError`.
+
+    `optimizer` takes the student's gradients instead of that of `config`.
+    """
     dtype = jnp.dtype(resolved.precision)
     student = make_branch(resolved.student, resolved.classes, dtype)
     networks = (x for x in resolved.teachers if x.model != FUNCTION)
@@ -72,7 +77,7 @@ def build(config: Config, resolved: ResolvedRun) -> Build:
     live = regime.targets == "teachers"
     live_teachers = teachers if live else ()
     schedule = make_schedule(config.schedule, resolved.total_steps)
-    optimizer = make_optimizer(config.optimizer, schedule)
+    optimizer = optimizer or make_optimizer(config.optimizer, schedule)
     of_adapters = make_optimizer(adapter_optimizer(config.optimizer), schedule)
     objective, pruning = config.objective, config.student.pruning
     prune = make_prune(pruning, student.network, resolved.total_steps, resolved.student.model)

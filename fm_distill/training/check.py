@@ -95,13 +95,19 @@ def _wrong_pruning(student: StudentConfig) -> Iterator[str]:
         "unstructured": ("sparsity", "scope", "begin_step", "end_step", "every_steps", "power"),
         "2:4": ("begin_step",),
         "1:4": ("begin_step",),
-        "channels": ("sparsity", "criterion", "multiple_of"),
+        "channels": ("sparsity", "criterion", "ranking", "multiple_of"),
     }
     used = of_patterns.get(pruning.pattern, ())
+    if pruning.by_gradient:
+        used = (*used, "taylor_batches")
     default = dataclasses.replace(PruningConfig(), pattern=pruning.pattern)
     idle = [x for x in vars(pruning) if x not in used and vars(pruning)[x] != vars(default)[x]]
     if idle:
-        yield f"{option}: pattern={pruning.pattern} takes no {', '.join(idle)}; leave that out"
+        chosen = f" with criterion={pruning.criterion}" if pruning.pattern == "channels" else ""
+        yield (
+            f"{option}: pattern={pruning.pattern}{chosen} takes no {', '.join(idle)}; leave that "
+            "out"
+        )
     if pruning.pattern in ("kept", "channels") and not student.weights:
         yield (
             f"{option}.pattern={pruning.pattern} needs weights to start from: give "

@@ -32,14 +32,14 @@ from fm_distill.runs.state import TrainState
 from fm_distill.system.console import COMPILING, log
 from fm_distill.system.device import device_name
 from fm_distill.system.sharding import check_batch_size, make_layout
+from fm_distill.training.channels import decided_networks
 from fm_distill.training.check import check
 from fm_distill.training.reporter import MOST_WAIT
 from fm_distill.training.resolve import resolve, with_any_moments
 from fm_distill.training.setup import Setup, prepare
 from fm_distill.training.step import Metrics
 
-# Images that are read and decoded to see how long it takes.
-IMAGES = 64
+IMAGES = 64  # that are read and decoded to see how long it takes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,11 +130,12 @@ def profile(
 def _open(config: Config, workdir: pathlib.Path, folder: pathlib.Path) -> Setup:
     layout = make_layout(config.mesh)
     check_batch_size(config, layout)
-    # So that each step can be timed.
-    config = dataclasses.replace(config, steps_per_dispatch=1)
+    config = dataclasses.replace(config, steps_per_dispatch=1)  # so that each step can be timed
     data, _ = open_data(config)
     networks = load_networks(config, workdir, data.train.classes, data.train.class_names)
-    resolved = resolve(config, data.facts, with_any_moments(networks.facts), layout)
+    networks = dataclasses.replace(networks, student=with_any_moments(networks.facts).student)
+    networks = decided_networks(config, networks, data, layout, folder)
+    resolved = resolve(config, data.facts, networks.facts, layout)
     return prepare(config, resolved, data, networks, layout, folder / "fixed_targets.npz")[0]
 
 

@@ -130,6 +130,11 @@ def resolve_here(config: Config, workdir: pathlib.Path) -> ResolvedRun:
     data, _ = open_data(config)
     networks = load_networks(config, workdir, data.train.classes, data.train.class_names)
     networks = adapted(networks, config, data.train, _stored_student(config, workdir, data))
+    if networks.undecided:
+        raise UserError(
+            "student.pruning.criterion=taylor chooses channels by the gradient of the first "
+            "batches, which only `train` computes; `show` does not"
+        )
     return resolve(config, data.facts, networks.facts, layout)
 
 

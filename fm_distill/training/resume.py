@@ -5,14 +5,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PRNGKeyArray
 
 from fm_distill.errors import UserError
+from fm_distill.networks.loading import Networks
 from fm_distill.runs.checkpoint import abstract, restore
 from fm_distill.runs.integrity import NewestCheckpoint
 from fm_distill.runs.state import TrainState
 from fm_distill.runs.workdir import Workdir
 from fm_distill.system.console import log
-from fm_distill.system.sharding import on_devices
+from fm_distill.system.sharding import Layout, on_devices
+from fm_distill.training.build import Build
 from fm_distill.training.pruning import masks_of_zeros
 from fm_distill.training.rollback import ROLLBACKS, Rollback, as_json
 from fm_distill.training.setup import Setup
@@ -67,19 +70,27 @@ def first_state(setup: Setup, workdir: Workdir, start: int) -> TrainState:
     shardings = setup.layout.variables(shapes)
     if start:
         return restore(workdir.checkpoints / str(start), abstract(shapes, shardings))
-    init_key = setup.keys.init
-    state = jax.jit(setup.built.init, out_shardings=shardings)(init_key)
-    networks = setup.networks
+    state, remark = new_state(setup.built, setup.networks, setup.layout, setup.keys.init)
+    if remark:
+        log(remark)
+    return state
+
+
+def new_state(
+    built: Build, networks: Networks, layout: Layout, init_key: PRNGKeyArray
+) -> tuple[TrainState, str | None]:
+    """The state before the first step, and what became of the head of the student's weights."""
+    shardings = layout.variables(built.abstract_state)
+    state = jax.jit(built.init, out_shardings=shardings)(init_key)
     if networks.pretrained is None:
-        return state
+        return state, None
     student, remark = start_from(
         state.student, networks.pretrained, networks.classes, networks.class_names
     )
-    log(remark)
     student = on_devices(student, shardings.student)
     masks = state.masks
     if masks is not None:
         masks = jax.jit(masks_of_zeros, out_shardings=shardings.masks)(masks, student.params)
     # A copy: the same buffer cannot be donated twice.
     ema = None if state.ema is None else jax.tree.map(jnp.copy, student)
-    return dataclasses.replace(state, student=student, ema=ema, masks=masks)
+    return dataclasses.replace(state, student=student, ema=ema, masks=masks), remark

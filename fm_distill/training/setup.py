@@ -131,12 +131,56 @@ class Setup:
 
     @functools.cached_property
     def keys(self) -> RunKeys:
-        """The keys of the run, on all devices."""
+        return keys_on_devices(self.config, self.layout)
 
-        def keys() -> RunKeys:
-            return run_keys(self.config.seed, self.config.student.seed)
 
-        return jax.jit(keys, out_shardings=self.layout.replicated)()
+def keys_on_devices(config: Config, layout: Layout) -> RunKeys:
+    """The keys of the run, on all devices."""
+
+    def keys() -> RunKeys:
+        return run_keys(config.seed, config.student.seed)
+
+    return jax.jit(keys, out_shardings=layout.replicated)()
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What the steps read beside their state."""
+
+    reader: Reader
+    teachers_here: tuple[Branch, ...]
+    # Of all teachers; none where only their recorded outputs are here.
+    frozen: tuple[Variables, ...]
+    recording: RecordingReader | None
+    targets: np.ndarray | None  # of each example, where the teachers are fixed
+
+
+def open_inputs(
+    config: Config,
+    resolved: ResolvedRun,
+    teachers: tuple[Branch, ...],
+    data: Data,
+    networks: Networks,
+    layout: Layout,
+    table: pathlib.Path,
+) -> Inputs:
+    """Puts the teachers on the devices and checks the recording, if there is one.
+
+    `table` is the file for the targets of fixed teachers. Raises `UserError`.
+    """
+    variables = tuple(x.variables for x in networks.teachers if x.variables)
+    here = teachers if variables else ()
+    frozen = frozen_teachers(here, variables, layout)
+    reader = Reader(data.train, config.data, resolved.classes)
+    recording = None
+    if networks.recording is not None:
+        steps = resolved.period_steps or resolved.total_steps
+        check_recording(config, networks.recording, reader, steps)
+        recording = RecordingReader(networks.recording, steps)
+    targets = None
+    if regime_of(config.objective.target, config.teaching).targets == "table":
+        targets = fixed_targets(config, resolved, teachers, frozen, reader, layout, table)
+    return Inputs(reader, here, frozen, recording, targets)
 
 
 def prepare(
@@ -159,20 +203,10 @@ def prepare(
             f"student.final_statistics={config.student.final_statistics} is for a student with "
             f"BatchNorm, and {config.student.model} as configured has none; leave it out"
         )
-    variables = tuple(x.variables for x in networks.teachers if x.variables)
-    here = built.teachers if variables else ()
-    frozen = frozen_teachers(here, variables, layout)
-    reader = Reader(data.train, config.data, resolved.classes)
+    inputs = open_inputs(config, resolved, built.teachers, data, networks, layout, table)
+    reader, frozen = inputs.reader, inputs.frozen
     notes = [f"feeding: {resolved.feeding} ({feeding_note(config.data, len(reader))})"]
-    recording = None
-    if networks.recording is not None:
-        steps = resolved.period_steps or resolved.total_steps
-        check_recording(config, networks.recording, reader, steps)
-        recording = RecordingReader(networks.recording, steps)
     notes += repeated(resolved, config.batch_size)
-    targets = None
-    if regime_of(config.objective.target, config.teaching).targets == "table":
-        targets = fixed_targets(config, resolved, built.teachers, frozen, reader, layout, table)
     feed: ResidentFeed | StreamingFeed
     if resolved.feeding == "resident":
         feed = ResidentFeed(
@@ -181,8 +215,8 @@ def prepare(
             config.batch_size,
             layout.replicated,
             layout.ids,
-            targets,
-            recording,
+            inputs.targets,
+            inputs.recording,
             resolved.period_steps,
         )
         if feed.skipped:
@@ -194,8 +228,8 @@ def prepare(
             config.batch_size,
             resolved.total_steps,
             layout.batch,
-            targets,
-            recording,
+            inputs.targets,
+            inputs.recording,
             resolved.period_steps,
         )
     live = frozen[: len(built.live_teachers)]
@@ -214,10 +248,12 @@ def prepare(
         feed=feed,
         reader=reader,
         frozen=frozen,
-        teachers_here=here,
+        teachers_here=inputs.teachers_here,
         networks=networks,
         program=program,
-        evaluator=Evaluator.make(config, built.student, here, layout, resolved.class_counts),
+        evaluator=Evaluator.make(
+            config, built.student, inputs.teachers_here, layout, resolved.class_counts
+        ),
         validation=_cached(batches(data.validation), config, data.validation)
         if data.validation
         else None,

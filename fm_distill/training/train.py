@@ -35,6 +35,7 @@ from fm_distill.system.console import log
 from fm_distill.system.preemption import Stop, Stopped, stop_signals
 from fm_distill.system.processes import broadcast_from_first, first_process, only_process
 from fm_distill.system.sharding import check_batch_size, make_layout
+from fm_distill.training.channels import decided_networks
 from fm_distill.training.check import check
 from fm_distill.training.experiment import check_chain, load_experiment
 from fm_distill.training.input_moments import adapted
@@ -122,6 +123,7 @@ def train_until(
         networks = load_networks(config, workdir.path, data.train.classes, data.train.class_names)
         before = workdir.stored().resolved.student if workdir.has_config() else None
         networks = adapted(networks, config, data.train, before)
+        networks = decided_networks(config, networks, data, layout, workdir.path)
         resolved = resolve(config, data.facts, networks.facts, layout)
         workdir.refuse_other_contents(resolved)
         _log_all([*networks.notes, *warnings_on(config, resolved)])
