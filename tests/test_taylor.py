@@ -17,6 +17,7 @@ from fm_distill.config import (
     ObjectiveConfig,
     PruningConfig,
     TeacherConfig,
+    with_options,
 )
 from fm_distill.data.batch import Batch
 from fm_distill.data.feeding import Reader, stack
@@ -89,28 +90,33 @@ def loss_of(student: np.ndarray, teacher: np.ndarray, temperature: float) -> flo
     return temperature**2 * (np.exp(a) * (a - b)).sum(axis=-1).mean()
 
 
-def test_scores_are_finite_differences_of_the_matchers_loss(tmp_path):
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_scores_are_finite_differences_of_the_matchers_loss(norm, tmp_path):
     """All weights of a channel grow and shrink by a hundredth, in the run's first two batches."""
-    networks = networks_of(MATCHER)
-    (block,), (scores,) = scores_of(MATCHER, networks, tmp_path)
+    config = dataclasses.replace(MATCHER, student=with_options(STUDENT, {"norm": norm}))
+    networks = networks_of(config)
+    (block,), (scores,) = scores_of(config, networks, tmp_path)
     branch = make_branch(networks.student, 10, FLOAT32)
     start, key = networks.pretrained.variables, run_keys(MATCHER.seed).draws
-    forward = jax.jit(lambda variables, images: branch.network.apply(variables, images, train=True))
+    apply = jax.jit(branch.network.apply, static_argnames="train")
     expected = np.zeros((2, 8))
     for step in range(2):
         batch = batch_of(MATCHER, step)
         views = step_views("mixed", MATCHER.views, branch, (branch,), batch, key, step)
-        teacher = forward(networks.teachers[0].variables, views.student).logits
+        teacher = apply(networks.teachers[0].variables, views.student, train=False).logits
 
         def loss(place, channel, share, views=views, teacher=teacher):
             params = jax.tree.map(np.array, start.params)
             for path, axis in block.places[place]:
-                _, *parents, leaf = path.split("/")
+                kind, *parents, leaf = path.split("/")
+                if kind == "statistics":
+                    continue
                 part = params
                 for name in parents:
                     part = part[name]
                 np.moveaxis(part[leaf], axis, 0)[channel] *= 1 + share
-            logits = forward(dataclasses.replace(start, params=params), views.student).logits
+            variables = dataclasses.replace(start, params=params)
+            logits = apply(variables, views.student, train=True).logits
             return loss_of(np.asarray(logits), np.asarray(teacher), 2.0)
 
         for place in range(2):
@@ -118,7 +124,7 @@ def test_scores_are_finite_differences_of_the_matchers_loss(tmp_path):
                 change = loss(place, channel, 0.01) - loss(place, channel, -0.01)
                 expected[place, channel] += (change / 0.02) ** 2 / 2
     assert np.sort(expected.ravel())[4] > 1e-7  # what is compared is more than rounding
-    np.testing.assert_allclose(np.stack(scores), expected, rtol=0.02, atol=1e-4 * expected.max())
+    np.testing.assert_allclose(np.stack(scores), expected, rtol=0.06, atol=1e-4 * expected.max())
 
 
 def test_eight_devices_in_two_parts_find_the_same_scores(tmp_path):
