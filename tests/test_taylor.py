@@ -170,12 +170,12 @@ def loss_says_nothing(networks: Networks, tmp_path, config=MATCHER) -> str:
     return str(error.value)
 
 
-def test_where_the_gradient_says_nothing_it_is_said(tmp_path, monkeypatch):
+def test_where_the_gradient_says_nothing_it_is_said(tmp_path):
     networks = networks_of(MATCHER)
     start, (teacher,) = networks.pretrained, networks.teachers
 
     def said(**changes) -> str:
-        return loss_says_nothing(dataclasses.replace(networks, **changes), tmp_path, monkeypatch)
+        return loss_says_nothing(dataclasses.replace(networks, **changes), tmp_path)
 
     own = dataclasses.replace(teacher, fingerprint=fingerprint(start.variables))
     assert "its teacher's own" in said(teachers=(own,))
