@@ -24,6 +24,7 @@ from fm_distill.config import (
     MeshConfig,
     NetworkConfig,
     ObjectiveConfig,
+    QuantisationConfig,
     StudentConfig,
     TeacherConfig,
 )
@@ -110,6 +111,26 @@ def test_the_compiled_step_is_as_it_should_be(name):
     for mover in found.movers:
         file, _, line = mover.place.rpartition(":")
         assert not file or len((ROOT / file).read_text().splitlines()) >= int(line)
+
+
+@NEEDS_COMPILER
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["v5e-8", "v6e-8"])
+def test_a_teacher_in_eight_bits_is_planned(name):
+    """Its kernels take half of bfloat16's memory, and its products half of the time."""
+    eight = QuantisationConfig(weights="int8", activations="int8")
+    config = dataclasses.replace(pair(), teacher=TeacherConfig(network=TEACHER, quantisation=eight))
+    found = plan_function(config, name, num_examples=20_000)
+    plain = plan_function(pair(), name, num_examples=20_000)
+    assert found.compiles
+    _, teacher = state_bytes(pair())
+    saved = plain.memory_bytes.arguments - found.memory_bytes.arguments
+    assert saved == pytest.approx(teacher / 2, rel=0.1)
+    assert found.flops["teacher"] == pytest.approx(plain.flops["teacher"], rel=0.1)
+    chip, total = CHIPS[name.partition("-")[0]], found.flops["total"]
+    computing = (total - found.flops["teacher"] / 2) / 8 / chip.peak_flops
+    bound = max(computing, found.hbm_bytes / chip.bandwidth)
+    assert found.step_seconds.lower_bound == pytest.approx(bound)
 
 
 @NEEDS_COMPILER

@@ -67,7 +67,7 @@ def test_the_first_hundred_steps_are_those_of_the_live_teacher(tmp_path):
     data, _ = open_data(config)
     networks = load_networks(config, tmp_path, data.train.classes, data.train.class_names)
     resolved = resolve(config, data.facts, networks.facts, layout)
-    setup, _ = prepare(config, resolved, data, networks, layout, tmp_path / "none.npz")
+    setup, _ = prepare(config, resolved, data, networks, layout, tmp_path)
     built, classes = setup.built, resolved.classes
 
     read = RecordingReader(open_recording(folder), STEPS).steps(0)

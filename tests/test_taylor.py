@@ -68,7 +68,7 @@ def scores_of(config: Config, networks: Networks, folder, mesh: int = 1):
     data, _ = open_data(config)
     layout = make_layout(MeshConfig(data=mesh))
     resolved = resolve_run(config, data.facts, networks.facts, layout)
-    return gradient_scores(config, resolved, data, networks, layout, folder / "table.npz")
+    return gradient_scores(config, resolved, data, networks, layout, folder)
 
 
 def batch_of(config: Config, step: int) -> Batch:

@@ -57,7 +57,7 @@ def prepared(config: Config, folder: pathlib.Path) -> Setup:
     data, _ = open_data(config)
     networks = load_networks(config, folder, data.train.classes, data.train.class_names)
     resolved = resolve(config, data.facts, networks.facts, layout)
-    return prepare(config, resolved, data, networks, layout, folder / "targets.npz")[0]
+    return prepare(config, resolved, data, networks, layout, folder)[0]
 
 
 def stepping(setup: Setup) -> Iterator[tuple[float, float]]:
@@ -82,9 +82,9 @@ def recording_rate(config: Config, folder: pathlib.Path, steps: int) -> tuple[fl
     networks = load_networks(config, folder, data.train.classes, data.train.class_names)
     resolved = resolve(config, data.facts, networks.facts, layout)
     header = make_header(config, resolved, "float16", None)
-    reader = Reader(data.train, config.data, resolved.classes)
-    recorder = Recorder.make(config, resolved, networks.teachers, reader, layout, header)
     folder.mkdir()
+    reader = Reader(data.train, config.data, resolved.classes)
+    recorder = Recorder.make(config, resolved, networks.teachers, reader, layout, header, folder)
     recorder.run(folder, ((0, WARM_STEPS),), Stop())  # compiles
 
     branches = build(config, resolved).teachers

@@ -21,6 +21,7 @@ from fm_distill.config.networks import (
     StudentConfig,
     TeacherConfig,
     with_options,
+    with_quantisation,
 )
 from fm_distill.config.objective import (
     BankConfig,
@@ -67,6 +68,7 @@ __all__ = [
     "TransferConfig",
     "ViewConfig",
     "with_options",
+    "with_quantisation",
 ]
 
 

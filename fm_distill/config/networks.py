@@ -2,11 +2,11 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from frozendict import frozendict
 
-from fm_distill.config.bounds import PositiveInt, Seed
+from fm_distill.config.bounds import Bounds, PositiveInt, Seed
 from fm_distill.config.pruning import PruningConfig
 from fm_distill.config.quantisation import QuantisationConfig
 
@@ -141,6 +141,12 @@ class TeacherConfig:
         "The folder (or URL) of what `fm-distill record` recorded of all teachers: the student "
         "learns from it, and needs the teachers themselves for the evaluation alone."
     )
+    quantisation: QuantisationConfig = QuantisationConfig()
+    least_agreement: Annotated[float, Bounds(least=0, most=1)] = 0.95
+    (
+        "Share of the training views on which a teacher that `teacher.quantisation` rounds has to "
+        "have the same most likely class as in floats; below it, it may not teach."
+    )
 
 
 Network = TypeVar("Network", NetworkConfig, StudentConfig)
@@ -149,3 +155,8 @@ Network = TypeVar("Network", NetworkConfig, StudentConfig)
 def with_options(network: Network, options: Mapping[str, OptionValue]) -> Network:
     """`network` with these options of its model over those that it has."""
     return dataclasses.replace(network, options={**network.options, **options})
+
+
+def with_quantisation(network: NetworkConfig, asked: QuantisationConfig) -> NetworkConfig:
+    """`network`, quantised as is `asked` where that is anything."""
+    return dataclasses.replace(network, quantisation=asked) if asked.quantised else network

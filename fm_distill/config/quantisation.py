@@ -22,7 +22,7 @@ class QuantisationConfig:
     activations: Literal["none", "int8"] = "none"
     (
         "Precision of what each convolution and dense layer reads, with a range that follows the "
-        "training batches; needs quantised weights."
+        "training batches (a teacher's: the first ones); needs quantised weights."
     )
     first_layer: Literal["int8", "none"] = "int8"
     (

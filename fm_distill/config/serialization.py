@@ -35,6 +35,8 @@ NOT_IDENTITY = (
     "teacher.function",
     # The weights that are left are the teacher's identity, by whatever names they were chosen.
     "teacher.classes",
+    # Says which quantised teacher may teach, not what it teaches.
+    "teacher.least_agreement",
     "mesh",
     # The same gradient, within float error.
     "memory",

@@ -18,7 +18,7 @@ from fm_distill.data.transfer import open_training
 from fm_distill.errors import UserError
 from fm_distill.evaluation.inference import teachers_of_run
 from fm_distill.models import Variables
-from fm_distill.networks.branch import Branch, frozen_teachers
+from fm_distill.networks.branch import Branch
 from fm_distill.recordings.manifest import open_recording
 from fm_distill.recordings.reading import RecordingReader
 from fm_distill.runs.checkpoint import abstract, restore_student, restore_terms
@@ -27,6 +27,7 @@ from fm_distill.runs.remote import is_remote, recording_in
 from fm_distill.runs.state import TermState
 from fm_distill.system.sharding import Layout, make_layout, on_devices
 from fm_distill.training.build import Build, build
+from fm_distill.training.quantised_teachers import freeze_teachers
 from fm_distill.training.targets import fixed_targets
 from fm_distill.training.teach import Teach
 from fm_distill.training.term_state import NOTHING
@@ -100,9 +101,13 @@ def examine(run: Run, config: Config) -> Examined:
             f"{run.resolved.data}, and here are {len(reader):,} of {reader.source.identity}; give "
             "the place of its data with --data.data-dir"
         )
-    loaded = [x for x in teachers_of_run(run, config) if x.variables]
-    teachers = built.teachers if loaded else ()
-    frozen = frozen_teachers(teachers, tuple(x.variables for x in loaded if x.variables), layout)
+    loaded = freeze_teachers(
+        config, run.resolved, built, teachers_of_run(run, config), reader, layout, run.workdir.path
+    )
+    live = regime.targets == "teachers"
+    teachers, frozen = loaded.branches, loaded.frozen
+    if live:
+        teachers, frozen = built.teachers, loaded.teaching
     recording = table = None
     if recorded is not None:
         path = recording_in(run.workdir.path) if is_remote(recorded) else pathlib.Path(recorded)

@@ -27,11 +27,13 @@ from fm_distill.models.contract import (
     CONVOLUTION,
     HEAD,
     UNIT,
+    Freeze,
     Network,
     Output,
     Variables,
     parameter_count,
     ranges_of,
+    with_ranges,
 )
 from fm_distill.models.inner_channels import ChannelAxis, InnerChannels
 from fm_distill.models.options import ModelOptions, as_mapping, read_options
@@ -44,6 +46,7 @@ __all__ = [
     "MODELS",
     "UNIT",
     "ChannelAxis",
+    "Freeze",
     "InnerChannels",
     "Network",
     "Output",
@@ -57,6 +60,7 @@ __all__ = [
     "parameter_count",
     "ranges_of",
     "resolve",
+    "with_ranges",
     "with_switches",
 ]
 

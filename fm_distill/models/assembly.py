@@ -12,6 +12,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from fm_distill.config import NetworkConfig
 from fm_distill.models.contract import HEAD, Images, Network, Output, Variables, select_features
 from fm_distill.models.inner_channels import InnerChannels
+from fm_distill.models.integers import whole_kernels
 from fm_distill.models.layers import PORTABLE, Kernel, identity
 from fm_distill.models.quantisation import RANGES, Quantised
 from fm_distill.models.quantisation_plan import plan_of
@@ -77,6 +78,10 @@ def make_network(
     def freeze(variables: Variables) -> Variables:
         return dataclasses.replace(variables, params=_fold(variables.params, fold, dtype))
 
+    def freeze_whole(variables: Variables) -> Variables:
+        params = whole_kernels(variables.params, dict(plan), fold)
+        return dataclasses.replace(variables, params=_fold(params, fold, dtype))
+
     def apply_frozen(
         frozen: Variables, images: Images, *, features: tuple[str, ...] = ()
     ) -> Output:
@@ -103,6 +108,7 @@ def make_network(
         shapes = jax.eval_shape(features, jax.random.key(0))
         return {name: x.shape for name, x in zip(names, shapes, strict=True)}
 
+    quantised_activations = config.quantisation.activations != "none"
     return Network(
         classes,
         init,
@@ -111,7 +117,8 @@ def make_network(
         apply_frozen,
         feature_shapes,
         apply_portable,
-        apply_observing if config.quantisation.activations != "none" else None,
+        apply_observing if quantised_activations else None,
+        freeze_whole if quantised_activations else None,
         tuple(path for path, _ in plan),
         inner_channels,
         fold is identity,
@@ -166,11 +173,16 @@ def _outputs(intermediates: PyTree, excluded: Mapping[str, Array]) -> dict[str, 
 
 
 def _fold(params: PyTree, fold: Callable[[Kernel], Kernel], dtype: jnp.dtype) -> PyTree:
-    """Every kernel but the head's, folded in float32 and stored in the compute type."""
+    """Every kernel but the head's, folded in float32 and stored in the compute type.
+
+    Those of whole numbers stay as they are.
+    """
 
     def leaf_of(path: tuple, leaf: Array) -> Array:
         *modules, name = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-        return fold(leaf).astype(dtype) if name == "kernel" and modules[0] != HEAD else leaf
+        if name != "kernel" or modules[0] == HEAD or leaf.dtype == jnp.int8:
+            return leaf
+        return fold(leaf).astype(dtype)
 
     return jax.tree_util.tree_map_with_path(leaf_of, params)
 

@@ -2,10 +2,11 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from fm_distill.models.inner_channels import InnerChannels
@@ -78,6 +79,9 @@ class Network:
     # As `apply`, where the ranges of activations follow the batch, in training mode or not; None
     # where no activation is quantised.
     apply_observing: Apply | None = None
+    # As `freeze`, with kernels of whole numbers: `apply_frozen` then multiplies in whole numbers.
+    # None where no activation is quantised.
+    freeze_whole: Freeze | None = None
     # Paths of the quantised layers, in the order of their calls.
     quantised_layers: tuple[str, ...] = ()
     # Of each block that has them, in order; none of a network that cannot do with fewer.
@@ -101,6 +105,30 @@ def ranges_of(variables: Variables) -> dict[str, tuple[float, float, float]]:
         place, _, name = jax.tree_util.keystr(path, simple=True, separator="/").rpartition("/")
         found.setdefault(place, {})[name] = float(leaf)
     return {place: (x["low"], x["high"], x["batches"]) for place, x in found.items()}
+
+
+def with_ranges(
+    network: Network, variables: Variables, found: Mapping[str, tuple[float, float, float]]
+) -> Variables:
+    """`variables` with the ranges that `ranges_of` returned; the inverse of it.
+
+    Raises `ValueError` where they are not those of `network`.
+    """
+    shapes = jax.eval_shape(network.init, jax.random.key(0)).ranges
+    left = dict.fromkeys(found)
+
+    def leaf_of(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> Array:
+        place, _, name = jax.tree_util.keystr(path, simple=True, separator="/").rpartition("/")
+        if place not in found:
+            raise ValueError(f"there is no range of {place}")
+        left.pop(place, None)
+        low, high, batches = found[place]
+        return jnp.asarray({"low": low, "high": high, "batches": batches}[name], leaf.dtype)
+
+    ranges = jax.tree_util.tree_map_with_path(leaf_of, shapes)
+    if left:
+        raise ValueError(f"no activation of the network is {next(iter(left))}")
+    return dataclasses.replace(variables, ranges=ranges)
 
 
 def select_features(available: Any, requested: tuple[str, ...]) -> dict[str, Array]:

@@ -5,11 +5,11 @@ faster: `tools/bench_convolutions.py` prints by how much.
 """
 
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int8, Int32
 
 Images = Float[Array, "batch _ _ inputs"]
 Kernel = Float[Array, "_ _ inputs outputs"]
@@ -73,7 +73,23 @@ def convolve(
     return jax.lax.platform_dependent(images, kernel, cpu=cpu, default=xla)
 
 
-def _xla(x: Array, kernel: Array, stride: int, around: Around, groups: int = 1) -> Array:
+def convolve_whole(
+    images: Int8[Array, "batch _ _ inputs"],
+    around: Int8[Array, ""],
+    kernel: Int8[Array, "_ _ inputs_of_group outputs"],
+    stride: int = 1,
+    padding: Padding = "symmetric",
+    groups: int = 1,
+) -> Int32[Array, "batch _ _ outputs"]:
+    """A convolution of whole numbers, with `around` where a padding has zeros."""
+    rows, columns = _around(images, kernel, stride, padding)
+    images = jax.lax.pad(images, around, ((0, 0, 0), (*rows, 0), (*columns, 0), (0, 0, 0)))
+    return _xla(images, kernel, stride, ((0, 0), (0, 0)), groups, jnp.int32)
+
+
+def _xla(
+    x: Array, kernel: Array, stride: int, around: Around, groups: int = 1, dtype: Any = None
+) -> Array:
     return jax.lax.conv_general_dilated(
         x,
         kernel,
@@ -81,6 +97,7 @@ def _xla(x: Array, kernel: Array, stride: int, around: Around, groups: int = 1) 
         around,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=groups,
+        preferred_element_type=dtype,
     )
 
 

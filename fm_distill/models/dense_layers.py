@@ -10,7 +10,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from fm_distill.models.contract import CONVOLUTION
-from fm_distill.models.quantisation import QuantisableLayer, quantised
+from fm_distill.models.integers import matmul_whole, multiplied
+from fm_distill.models.quantisation import QuantisableLayer
 
 Channels = Float[Array, "*places channels"]
 
@@ -36,9 +37,8 @@ class Dense(QuantisableLayer):
         initial = nn.initializers.truncated_normal(INITIAL_DEVIATION)
         kernel = self.param("kernel", initial, (x.shape[-1], self.channels), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.channels,), jnp.float32)
-        x, kernel = quantised(self, x, kernel)
-        x = x @ kernel.astype(self.dtype) + bias.astype(self.dtype)
-        return checkpoint_name(x, CONVOLUTION)
+        x = multiplied(self, x, kernel, jnp.matmul, matmul_whole, self.dtype)
+        return checkpoint_name(x + bias.astype(self.dtype), CONVOLUTION)
 
 
 class LayerNorm(nn.Module):

@@ -13,8 +13,15 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from fm_distill.models.contract import CONVOLUTION
-from fm_distill.models.convolutions import Kernel, Padding, convolve, convolve_depthwise
-from fm_distill.models.quantisation import QuantisableLayer, quantised
+from fm_distill.models.convolutions import (
+    Kernel,
+    Padding,
+    convolve,
+    convolve_depthwise,
+    convolve_whole,
+)
+from fm_distill.models.integers import matmul_whole, multiplied
+from fm_distill.models.quantisation import QuantisableLayer
 
 Activations = Float[Array, "batch _ _ channels"]
 PerChannel = Float[Array, " channels"]
@@ -83,8 +90,12 @@ class Convolution(QuantisableLayer):
     def __call__(self, x: Float[Array, "batch _ _ _"]) -> Float[Array, "batch _ _ _"]:
         shape = (self.size, self.size, x.shape[-1], self.channels)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, jnp.float32)
-        x, kernel = quantised(self, x, self.prepare(kernel))
-        x = convolve(x, kernel.astype(self.dtype), self.stride, self.padding, is_portable(self))
+        stride, padding = self.stride, self.padding
+        floats = functools.partial(
+            convolve, stride=stride, padding=padding, portable=is_portable(self)
+        )
+        whole = functools.partial(convolve_whole, stride=stride, padding=padding)
+        x = multiplied(self, x, self.prepare(kernel), floats, whole, self.dtype)
         if self.bias:
             bias = self.param("bias", nn.initializers.zeros, (self.channels,), jnp.float32)
             x = x + bias.astype(self.dtype)
@@ -104,9 +115,14 @@ class DepthwiseConvolution(QuantisableLayer):
     def __call__(self, x: Float[Array, "batch _ _ _"]) -> Float[Array, "batch _ _ _"]:
         shape = (self.size, self.size, 1, x.shape[-1])
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, jnp.float32)
-        x, kernel = quantised(self, x, kernel)
-        kernel, portable = kernel.astype(self.dtype), is_portable(self)
-        x = convolve_depthwise(x, kernel, self.stride, self.padding, portable)
+        stride, padding = self.stride, self.padding
+        floats = functools.partial(
+            convolve_depthwise, stride=stride, padding=padding, portable=is_portable(self)
+        )
+        whole = functools.partial(
+            convolve_whole, stride=stride, padding=padding, groups=x.shape[-1]
+        )
+        x = multiplied(self, x, kernel, floats, whole, self.dtype)
         if self.bias:
             bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
             x = x + bias.astype(self.dtype)
@@ -151,5 +167,5 @@ class Head(QuantisableLayer):
         shape = (pooled.shape[-1], self.classes)
         kernel = self.param("kernel", nn.initializers.zeros, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.classes,), jnp.float32)
-        x, kernel = quantised(self, pooled.astype(jnp.float32), kernel)
-        return x @ kernel + bias
+        wide = pooled.astype(jnp.float32)
+        return multiplied(self, wide, kernel, jnp.matmul, matmul_whole, jnp.float32) + bias

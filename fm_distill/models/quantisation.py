@@ -69,7 +69,7 @@ class QuantisableLayer(nn.Module):
     """A layer with a parameter `kernel` that its call passes through `quantised`."""
 
 
-def _precision_of(layer: nn.Module) -> Precision:
+def precision_of(layer: nn.Module) -> Precision:
     """Of a bound layer, by the network that it is a part of."""
     network = _network_of(layer)
     plan = dict(network.plan) if network else {}
@@ -88,7 +88,7 @@ def quantised(
     layer: nn.Module, x: Float[Array, "*places inputs"], kernel: Float[Array, "*_ outputs"]
 ) -> tuple[Float[Array, "*places inputs"], Float[Array, "*_ outputs"]]:
     """What `layer` reads, and its kernel as it was prepared, as they are to be multiplied."""
-    weights, activations = _precision_of(layer)
+    weights, activations = precision_of(layer)
     if activations != "none":
         seen = _range_of(layer, "input", x)
         x = _switched(layer, quantised_activations(x, seen, OF_ACTIVATIONS[activations]), x)
@@ -130,9 +130,16 @@ def quantised_weights(
     kernel: Float[Array, "*_ outputs"], levels: tuple[int, int]
 ) -> Float[Array, "*_ outputs"]:
     """Symmetric, with the scale of each output channel by its largest weight."""
-    largest = jnp.abs(kernel.astype(jnp.float32)).max(axis=tuple(range(kernel.ndim - 1)))
-    scale = jnp.maximum(jax.lax.stop_gradient(largest) / levels[1], SMALLEST_SCALE)
+    scale = weight_scale(kernel, levels)
     return fake_quantise(kernel, scale, jnp.zeros(()), *map(float, levels))
+
+
+def weight_scale(
+    kernel: Float[Array, "*_ outputs"], levels: tuple[int, int]
+) -> Float[Array, " outputs"]:
+    """What one of the whole numbers of each output channel stands for."""
+    largest = jnp.abs(kernel.astype(jnp.float32)).max(axis=tuple(range(kernel.ndim - 1)))
+    return jnp.maximum(jax.lax.stop_gradient(largest) / levels[1], SMALLEST_SCALE)
 
 
 def quantised_activations(

@@ -22,8 +22,9 @@ from fm_distill.models.assembly import check_resolution, make_network
 from fm_distill.models.contract import HEAD, UNIT, Images, Network
 from fm_distill.models.dense_layers import INITIAL_DEVIATION, Dense, LayerNorm, LayerScale, gelu
 from fm_distill.models.inner_channels import InnerChannels, channel_axes, narrowed
+from fm_distill.models.integers import matmul_whole, multiplied
 from fm_distill.models.layers import Convolution, Head, identity
-from fm_distill.models.quantisation import QuantisableLayer, quantised
+from fm_distill.models.quantisation import QuantisableLayer
 from fm_distill.models.vit_designs import AUGREG, FACEBOOK, Design
 
 Tokens = Float[Array, "batch _ channels"]
@@ -120,8 +121,9 @@ class DistilledHead(QuantisableLayer):
         kernel = self.param("kernel", nn.initializers.zeros, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.classes,), jnp.float32)
         second = Head(self.classes, name="dist")(pooled[:, 1])
-        first, kernel = quantised(self, pooled[:, 0], kernel)
-        return (first @ kernel + bias + second) / 2
+        x = pooled[:, 0]
+        first = multiplied(self, x, kernel, jnp.matmul, matmul_whole, jnp.float32)
+        return (first + bias + second) / 2
 
 
 def inner_channels(design: Design) -> tuple[InnerChannels, ...]:

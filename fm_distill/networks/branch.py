@@ -9,7 +9,7 @@ from jaxtyping import Array, Int, PRNGKeyArray
 from fm_distill.config import NetworkConfig, ViewConfig
 from fm_distill.config.regime import ViewLaw
 from fm_distill.data.batch import Batch
-from fm_distill.models import Network, Variables, build_network, resolve
+from fm_distill.models import Freeze, Network, Variables, build_network, resolve
 from fm_distill.system.sharding import Layout, on_devices
 from fm_distill.views.draws import Draw, step_draws
 from fm_distill.views.rendering import CentralCrop, InputSpec, render, render_central
@@ -105,11 +105,17 @@ def teacher_outputs_with_features(
     return tuple(x.logits for x in outputs), outputs[0].features if outputs else {}
 
 
+def freeze_of(network: Network) -> Freeze:
+    """How a teacher is frozen: in whole numbers, where its activations are quantised."""
+    return network.freeze_whole or network.freeze
+
+
 def freeze_on_devices(network: Network, variables: Variables, layout: Layout) -> Variables:
-    """The frozen form of `variables`, computed once, where the step wants it."""
+    """The frozen form of a teacher's `variables`, computed once, where the step wants it."""
     variables = on_devices(variables, layout.variables(variables))
-    shapes = jax.eval_shape(network.freeze, variables)
-    return jax.jit(network.freeze, out_shardings=layout.variables(shapes))(variables)
+    freeze = freeze_of(network)
+    shapes = jax.eval_shape(freeze, variables)
+    return jax.jit(freeze, out_shardings=layout.variables(shapes))(variables)
 
 
 def frozen_teachers(

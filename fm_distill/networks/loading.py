@@ -40,9 +40,11 @@ class Networks:
     @property
     def facts(self) -> WeightFacts:
         """What the run depends on of its networks."""
+        taught = tuple(teacher.teaching_network for teacher in self.teachers)
         return WeightFacts(
             student=self.student,
-            teachers=tuple(teacher.network for teacher in self.teachers),
+            # Those that were recorded, whether they are here or not.
+            teachers=self.recording.header.teachers if self.recording else taught,
             classes=self.classes,
             class_names=self.class_names,
             student_weights=fingerprint(self.pretrained.variables) if self.pretrained else None,

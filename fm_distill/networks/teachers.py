@@ -4,12 +4,13 @@ import dataclasses
 import itertools
 import pathlib
 
-from fm_distill.config import Config, DataConfig, NetworkConfig, TeacherConfig
+from fm_distill.config import Config, DataConfig, NetworkConfig, QuantisationConfig, TeacherConfig
 from fm_distill.config.code import named_code
+from fm_distill.config.networks import with_quantisation
 from fm_distill.config.teachers import recording_of, teachers_of
 from fm_distill.data.class_names import named_classes
 from fm_distill.errors import UserError
-from fm_distill.models import Variables, is_own
+from fm_distill.models import Variables, check_network, is_own
 from fm_distill.networks.class_choice import (
     chosen,
     fingerprint_of,
@@ -69,6 +70,9 @@ def load_pretrained(path: str, network: NetworkConfig | None, option: str) -> Pr
     return Pretrained(chosen, run.classes, run.resolved.class_names, run.student.variables, (note,))
 
 
+FLOATS = QuantisationConfig()
+
+
 @dataclasses.dataclass(frozen=True)
 class Teacher:
     """A frozen network with its weights."""
@@ -80,6 +84,13 @@ class Teacher:
     fingerprint: str  # SHA-256 of the weights, wherever they lie
     notes: tuple[str, ...]  # what was recognised and what was chosen
     function: TeacherFunction | None = None  # of a teacher that is no network of ours
+    # As which it teaches; `network` and `variables` are in floats, as it is evaluated.
+    quantisation: QuantisationConfig = FLOATS
+
+    @property
+    def teaching_network(self) -> NetworkConfig:
+        """The network that teaches: rounded, where it is to be."""
+        return with_quantisation(self.network, self.quantisation)
 
 
 def load_teachers(config: Config, workdir: pathlib.Path) -> tuple[Teacher, ...]:
@@ -183,9 +194,26 @@ def teacher_workdirs(config: Config, workdir: pathlib.Path) -> tuple[str, ...]:
     )
 
 
+def _quantised(teacher: Teacher, config: TeacherConfig, option: str) -> Teacher:
+    """`teacher`, to be quantised before it teaches. Raises `UserError` where it cannot be."""
+    if teacher.network.quantisation.quantised:
+        raise UserError(
+            f"{option}.quantisation: the run of this teacher was quantised in training, and "
+            "teaches with its own ranges; leave it out"
+        )
+    asked = dataclasses.replace(teacher, quantisation=config.quantisation)
+    try:
+        check_network(asked.teaching_network)
+    except ValueError as error:
+        raise UserError(f"{option}: {error}") from None
+    return asked
+
+
 def _load_teacher(teacher: TeacherConfig, option: str, where: str, data: DataConfig) -> Teacher:
     """`data` may name its classes where neither its weights nor its run do."""
     loaded = _load_all_classes(teacher, option, where)
+    if teacher.quantisation.quantised:
+        loaded = _quantised(loaded, teacher, option)
     if not teacher.classes:
         return loaded
     asked = names_asked(teacher.classes, option)

@@ -26,7 +26,7 @@ from fm_distill.config.teachers import recording_of
 from fm_distill.data.batch import Batch
 from fm_distill.data.resident import Resident, ResidentSteps, tiles_of
 from fm_distill.errors import UserError
-from fm_distill.networks.branch import step_views, teacher_outputs
+from fm_distill.networks.branch import freeze_of, step_views, teacher_outputs
 from fm_distill.networks.cost import count_flops
 from fm_distill.planning.hlo import read
 from fm_distill.planning.movers import largest_movers
@@ -116,7 +116,7 @@ def compile_step(request: Request) -> dict[str, Any]:
     built = build(config, resolved)
     state, key = built.abstract_state, jax.eval_shape(lambda: jax.random.key(0))
     frozen = tuple(
-        jax.eval_shape(branch.network.freeze, jax.eval_shape(branch.network.init, key))
+        jax.eval_shape(freeze_of(branch.network), jax.eval_shape(branch.network.init, key))
         for branch in built.live_teachers
     )
     batch = batch_of(request)

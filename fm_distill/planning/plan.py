@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-from fm_distill.config import Config, NetworkConfig
+from fm_distill.config import Config, NetworkConfig, with_quantisation
 from fm_distill.config.code import STUDENT
 from fm_distill.config.regime import regime_of
 from fm_distill.config.serialization import changed, to_json
@@ -171,7 +171,11 @@ def _planned(
     chip = where.chip
     seconds, rate, hours = StepSeconds(None, None), None, None
     if chip and analysis["compiles"]:
-        computing = analysis["flops"]["total"] / analysis["devices"] / chip.peak_flops
+        flops = analysis["flops"]
+        # Products of a teacher in eight bits, as if its other operations were as fast.
+        whole = all(x.config.quantisation.quantised for x in teachers_of(config))
+        saved = flops["teacher"] * (1 - 1 / chip.whole_speed) if whole else 0.0
+        computing = (flops["total"] - saved) / analysis["devices"] / chip.peak_flops
         bound = max(computing, analysis["hbm_bytes"] / chip.bandwidth)
         expected = bound * TIME_OVER_BOUND
         seconds = StepSeconds(bound, expected)
@@ -274,7 +278,10 @@ def described_teachers(config: Config) -> tuple[NetworkConfig, ...]:
 
     Raises `UserError` where it does not.
     """
-    return tuple(_described(teacher) for teacher in teachers_of(config))
+    return tuple(
+        with_quantisation(_described(teacher), teacher.config.quantisation)
+        for teacher in teachers_of(config)
+    )
 
 
 def _described(teacher: NamedTeacher) -> NetworkConfig:

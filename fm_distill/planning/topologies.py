@@ -18,6 +18,7 @@ class Chip:
     """One JAX device of a kind of chip."""
 
     peak_flops: float  # a second, in bfloat16
+    whole_speed: int  # of products of eight bits, over that
     bandwidth: float  # of its HBM, bytes a second
     memory_bytes: int  # that the compiler lets a program have
     counted: int  # what the number in a name counts, a device
@@ -33,14 +34,15 @@ _CORES = {2 * chips: grid for chips, grid in _SQUARES.items()}
 
 # Peak and bandwidth a chip: Jouppi et al. 2020 (v2 46 TFLOP/s and 700 GB/s, v3 123 and 900);
 # Google's Cloud TPU documentation (v4 275 and 1,200, v5e 197 and 819, v5p 459 and 2,765, v6e 918
-# and 1,640). Memory: what the compiler itself calls available when a program needs more.
+# and 1,640; in eight bits v4 275, v5e 394, v5p 918, v6e 1,836, v2 and v3 none). Memory: what the
+# compiler itself calls available when a program needs more.
 CHIPS: dict[str, Chip] = {
-    "v2": Chip(46e12 / 2, 700e9 / 2, int(7.48 * GIB), 1, _CORES),
-    "v3": Chip(123e12 / 2, 900e9 / 2, int(15.48 * GIB), 1, _CORES),
-    "v4": Chip(275e12, 1200e9, int(30.75 * GIB), 2, _CUBES, {"chip_config_name": "megacore"}),
-    "v5e": Chip(197e12, 819e9, int(15.75 * GIB), 1, {1: "1x1", 8: "2x4"} | _SQUARES),
-    "v5p": Chip(459e12, 2765e9, int(95.73 * GIB), 2, _CUBES),
-    "v6e": Chip(918e12, 1640e9, int(31.24 * GIB), 1, {1: "1x1", 8: "2x4"} | _SQUARES),
+    "v2": Chip(46e12 / 2, 1, 700e9 / 2, int(7.48 * GIB), 1, _CORES),
+    "v3": Chip(123e12 / 2, 1, 900e9 / 2, int(15.48 * GIB), 1, _CORES),
+    "v4": Chip(275e12, 1, 1200e9, int(30.75 * GIB), 2, _CUBES, {"chip_config_name": "megacore"}),
+    "v5e": Chip(197e12, 2, 819e9, int(15.75 * GIB), 1, {1: "1x1", 8: "2x4"} | _SQUARES),
+    "v5p": Chip(459e12, 2, 2765e9, int(95.73 * GIB), 2, _CUBES),
+    "v6e": Chip(918e12, 2, 1640e9, int(31.24 * GIB), 1, {1: "1x1", 8: "2x4"} | _SQUARES),
 }
 # Chips of one host: the compiler would take two hosts for eight of them.
 _ONE_HOST = {"1x1": (1, 1, 1), "2x2": (2, 2, 1), "2x4": (2, 4, 1)}

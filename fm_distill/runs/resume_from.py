@@ -18,6 +18,7 @@ PARTS = (
     "metrics.jsonl",
     "fixed_targets.npz",
     "channel_scores.npz",
+    "quantised_teachers.json",
 )
 
 

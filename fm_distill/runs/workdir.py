@@ -35,6 +35,7 @@ FILES = (
     "metrics.jsonl",
     "fixed_targets.npz",
     "channel_scores.npz",
+    "quantised_teachers.json",
 )
 LENGTH = ("schedule.total_steps:", "schedule.total_epochs:")
 
@@ -75,8 +76,8 @@ class Workdir:
             yield
             return
         known = re.compile(
-            r"(config|status)\.json(\.tmp)?|lock|teacher(_\d+)?|recording(\.arriving)?|"
-            r"(fixed_targets|channel_scores)\.npz.*|" + COMPILED
+            r"(config|status|quantised_teachers)\.json(\.tmp)?|lock|teacher(_\d+)?|"
+            r"recording(\.arriving)?|(fixed_targets|channel_scores)\.npz.*|" + COMPILED
         )
         try:
             self._refuse_folders()
@@ -123,10 +124,10 @@ class Workdir:
         `missing`: folders that it made, the innermost first.
         """
         with contextlib.suppress(OSError):
-            scores = "channel_scores.npz"
-            if missing and {x.name for x in self.path.iterdir()} <= {"lock", COMPILED, scores}:
-                (self.path / "lock").unlink()
-                (self.path / scores).unlink(missing_ok=True)
+            first = {"lock", "channel_scores.npz", "quantised_teachers.json"}
+            if missing and {x.name for x in self.path.iterdir()} <= {*first, COMPILED}:
+                for name in first:
+                    (self.path / name).unlink(missing_ok=True)
                 shutil.rmtree(self.path / COMPILED, ignore_errors=True)
                 for folder in missing:
                     folder.rmdir()

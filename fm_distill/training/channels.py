@@ -61,11 +61,10 @@ def decided_networks(
         return networks
     _refuse_own_teacher(config, networks)
     resolved = resolve(config, data.facts, networks.facts, layout)
-    place = Workdir(folder)
-    blocks, scores = gradient_scores(config, resolved, data, networks, layout, place.fixed_targets)
+    blocks, scores = gradient_scores(config, resolved, data, networks, layout, folder)
     pretrained = shrunk(start, config.student.pruning, scores)
     if first_process():
-        write_scores(place.channel_scores, scores, blocks)
+        write_scores(Workdir(folder).channel_scores, scores, blocks)
     widths = pretrained.network.block_widths
     student = dataclasses.replace(networks.student, block_widths=widths)
     return dataclasses.replace(networks, student=student, pretrained=pretrained, undecided=False)
@@ -91,12 +90,12 @@ def gradient_scores(
     data: Data,
     networks: Networks,
     layout: Layout,
-    table: pathlib.Path,
+    folder: pathlib.Path,
 ) -> tuple[tuple[InnerChannels, ...], Scores]:
     """The blocks of the student as it starts, and what their channels are worth to its loss.
 
     The mean over the first batches of the run, without a step between them; see `taylor_scores`.
-    `table` is the file for the targets of fixed teachers. Raises `UserError` where the gradient
+    What is computed of the teachers is kept in `folder`. Raises `UserError` where the gradient
     says nothing.
     """
     config = dataclasses.replace(config, ema_decay=None)
@@ -109,7 +108,7 @@ def gradient_scores(
 
     summing = optax.GradientTransformation(lambda params: (), instead_of_a_step)
     built = build(config, resolved, summing)
-    inputs = open_inputs(config, resolved, built.teachers, data, networks, layout, table)
+    inputs = open_inputs(config, resolved, built, data, networks, layout, folder)
     keys = keys_on_devices(config, layout)
     state, _ = new_state(built, networks, layout, keys.init)
     head = state.student.params.get(HEAD)
@@ -133,7 +132,7 @@ def gradient_scores(
         inputs.reader, config.seed, config.batch_size, count, layout.batch, inputs.targets,
         inputs.recording, resolved.period_steps,
     )  # fmt: skip
-    frozen = inputs.frozen[: len(built.live_teachers)]
+    frozen = inputs.teachers.teaching[: len(built.live_teachers)]
     log(f"channels are chosen by the gradient of the first {count:,} batches")
     sums: list[TaylorSums] = []
     for step, batch in enumerate(feed.feed(0, itertools.repeat(1, count))):

@@ -11,24 +11,20 @@ import jax.numpy as jnp
 from fm_distill.config import (
     Config,
     DataConfig,
-    NetworkConfig,
     PruningConfig,
     StudentConfig,
-    TeacherConfig,
 )
 from fm_distill.config.bounds import out_of_bounds
 from fm_distill.config.choices import not_a_choice
-from fm_distill.config.networks import FUNCTION
 from fm_distill.config.pruning import OF_WEIGHTS
-from fm_distill.config.teachers import recording_of, teachers_of
 from fm_distill.data.sources import SOURCES
 from fm_distill.errors import UserError
-from fm_distill.models import MODELS, build_network, check_network, is_own, resolve
+from fm_distill.models import build_network, resolve
 from fm_distill.networks.shrinking import pruned_network
 from fm_distill.runs.metric_table import RANKED
 from fm_distill.system.references import not_an_entry
+from fm_distill.training.check_networks import wrong_network, wrong_teachers
 from fm_distill.training.check_objective import wrong_objective
-from fm_distill.training.input_moments import wrong_moments
 from fm_distill.training.memory import REMATERIALISE
 from fm_distill.training.optim import OPTIMIZERS
 from fm_distill.views.crops import CROPS
@@ -53,9 +49,9 @@ def problems(config: Config) -> Iterator[str]:
     yield from not_an_entry(CROPS, config.views.crop, "views.crop")
     yield from not_an_entry(OPTIMIZERS, config.optimizer.name, "optimizer.name")
     yield from not_a_choice("memory.rematerialise", config.memory.rematerialise, REMATERIALISE)
-    wrong_student = list(_wrong_network("student", config.student))
+    wrong_student = list(wrong_network("student", config.student))
     yield from wrong_student or _wrong_pruning(config.student)
-    yield from _wrong_teachers(config)
+    yield from wrong_teachers(config)
     yield from _wrong_teaching(config)
     yield from _wrong_long_tail(config.data)
     yield from wrong_objective(config)
@@ -74,18 +70,6 @@ def problems(config: Config) -> Iterator[str]:
             f"steps_per_dispatch={config.steps_per_dispatch} needs data.feeding=resident: "
             "in streaming each step waits for its own batch; use auto or 1"
         )
-
-
-def _wrong_network(option: str, network: NetworkConfig) -> Iterator[str]:
-    own = is_own(network.model)
-    unknown = [] if own else list(not_a_choice(f"{option}.model", network.model, MODELS))
-    yield from unknown
-    yield from wrong_moments(option, network)
-    if not unknown and not any(out_of_bounds(network)):
-        try:
-            check_network(network)
-        except (ValueError, UserError) as error:
-            yield f"{option}: {error}"
 
 
 def _wrong_pruning(student: StudentConfig) -> Iterator[str]:
@@ -135,77 +119,6 @@ def _wrong_pruning(student: StudentConfig) -> Iterator[str]:
 
 def _zeros_stay(student: StudentConfig) -> bool:
     return build_network(student, 2, jnp.dtype("float32")).zeros_stay
-
-
-def _wrong_teachers(config: Config) -> Iterator[str]:
-    if config.objective.target == "teacher" and config.teacher is None:
-        yield (
-            "objective.target=teacher needs a teacher: give teacher.weights, teacher.experiment, "
-            "teacher.workdir or teacher.recording, or use objective.target=labels"
-        )
-    if config.more_teachers and config.teacher is None:
-        yield "more_teachers come beside a teacher; give the first one as teacher"
-    for option, teacher in teachers_of(config):
-        yield from _wrong_teacher(option, teacher)
-    if recording_of(config) is not None:
-        yield from _wrong_with_recording(config)
-
-
-def _wrong_teacher(option: str, teacher: TeacherConfig) -> Iterator[str]:
-    if teacher.function:
-        yield from _wrong_function(option, teacher)
-    elif teacher.network:
-        if teacher.network.input_range == "adapt":
-            yield (
-                f"{option}.network.input_range=adapt: a teacher keeps the input range that it was "
-                "trained with; use auto (a run, or an export, with adapt brings its own moments)"
-            )
-        yield from _wrong_network(f"{option}.network", teacher.network)
-        if teacher.network.quantisation.quantised:
-            yield (
-                f"{option}.network.quantisation: a network of weights alone has no ranges to be "
-                f"quantised with; leave it out, or give the run of a quantised student as "
-                f"{option}.workdir"
-            )
-    if teacher.recording and option != "teacher":
-        yield f"{option}.recording: a recording holds all teachers; give it as teacher.recording"
-    if teacher.weights and (teacher.experiment or teacher.workdir):
-        yield (
-            f"{option}.weights and a teacher's run ({option}.experiment, {option}.workdir) exclude "
-            f"each other; keep one (`--{option}.experiment None` drops the file's)"
-        )
-
-
-def _wrong_function(option: str, teacher: TeacherConfig) -> Iterator[str]:
-    network = teacher.network
-    if network is None or network.model != FUNCTION or network.input_range in ("auto", "adapt"):
-        yield (
-            f"{option}.function needs to know its pictures: give {option}.network = "
-            f"NetworkConfig(model={FUNCTION!r}, resolution=..., input_range='imagenet')"
-        )
-    if teacher.weights or teacher.experiment or teacher.workdir:
-        yield (
-            f"{option}.function and the teacher's weights or run ({option}.weights, "
-            f"{option}.experiment, {option}.workdir) exclude each other; keep one"
-        )
-
-
-def _wrong_with_recording(config: Config) -> Iterator[str]:
-    if config.objective.target == "labels":
-        yield (
-            "teacher.recording teaches, and objective.target=labels learns from labels; leave out "
-            "one of them (`--teacher.recording None`)"
-        )
-    if config.teaching == "fixed":
-        yield (
-            "teaching=fixed computes its targets once by itself, and needs no teacher.recording; "
-            "leave it out"
-        )
-    if config.divergence.action == "skip":
-        yield (
-            "divergence.action=skip leaves out batches, and a recording holds those of each step; "
-            "use stop or slow"
-        )
 
 
 def _wrong_teaching(config: Config) -> Iterator[str]:

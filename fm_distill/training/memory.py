@@ -27,7 +27,7 @@ def rematerialised(function: Callable[..., Any], what: str) -> Callable[..., Any
     return function if policy is None else jax.checkpoint(function, policy=policy)
 
 
-def _split(batch: PyTree, parts: int) -> PyTree:
+def split(batch: PyTree, parts: int) -> PyTree:
     """(batch, ...) to (parts, batch / parts, ...).
 
     Part i has every `parts`-th example from i on, so each device works on rows that it has.
@@ -38,7 +38,7 @@ def _split(batch: PyTree, parts: int) -> PyTree:
 
 
 def _join(parts: PyTree) -> PyTree:
-    """The inverse of `_split`."""
+    """The inverse of `split`."""
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), parts)
 
 
@@ -46,7 +46,7 @@ def in_parts(function: Callable[[PyTree], PyTree], parts: int, batch: PyTree) ->
     """`function(batch)`, where each example's output depends on that example alone."""
     if parts == 1:
         return function(batch)
-    return _join(jax.lax.map(function, _split(batch, parts)))
+    return _join(jax.lax.map(function, split(batch, parts)))
 
 
 def accumulated(
@@ -68,6 +68,6 @@ def accumulated(
         return jax.tree.map(jnp.add, total, (loss, gradients)), auxiliary
 
     zeros = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), params))
-    total, (statistics, of_examples) = jax.lax.scan(add, zeros, _split(batch, parts))
+    total, (statistics, of_examples) = jax.lax.scan(add, zeros, split(batch, parts))
     loss, gradients = jax.tree.map(lambda x: x / parts, total)
     return (loss, (jax.tree.map(lambda x: x[-1], statistics), _join(of_examples))), gradients

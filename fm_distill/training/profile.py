@@ -136,7 +136,7 @@ def _open(config: Config, workdir: pathlib.Path, folder: pathlib.Path) -> Setup:
     networks = dataclasses.replace(networks, student=with_any_moments(networks.facts).student)
     networks = decided_networks(config, networks, data, layout, folder)
     resolved = resolve(config, data.facts, networks.facts, layout)
-    return prepare(config, resolved, data, networks, layout, folder / "fixed_targets.npz")[0]
+    return prepare(config, resolved, data, networks, layout, folder)[0]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -94,7 +94,8 @@ def record(
         if not missing:
             return RecordResult(True, before)
         reader = Reader(data.train, config.data, resolved.classes)
-        recorder = Recorder.make(config, resolved, networks.teachers, reader, layout, header)
+        teachers = networks.teachers
+        recorder = Recorder.make(config, resolved, teachers, reader, layout, header, folder)
         recorder.check(before)
         reason, left = recorder.run(folder, missing, stop)
     return RecordResult(not reason, open_recording(folder), reason, left)

@@ -26,7 +26,6 @@ from fm_distill.models import Variables
 from fm_distill.networks.branch import (
     Branch,
     Views,
-    frozen_teachers,
     teacher_outputs,
 )
 from fm_distill.networks.teachers import Teacher
@@ -43,6 +42,7 @@ from fm_distill.system.sharding import Layout
 from fm_distill.training.build import build
 from fm_distill.training.dispatch import dispatch_sizes
 from fm_distill.training.memory import in_parts
+from fm_distill.training.quantised_teachers import freeze_teachers
 from fm_distill.training.recorded import digests_of_draw
 from fm_distill.views.draws import Draw, run_keys, step_draws
 from fm_distill.views.rendering import InputSpec, render
@@ -145,12 +145,17 @@ class Recorder:
         reader: Reader,
         layout: Layout,
         header: RecordingHeader,
+        folder: pathlib.Path,
     ) -> "Recorder":
-        """Puts the teachers, and resident data, on the devices."""
-        branches = build(config, resolved).teachers
-        frozen = frozen_teachers(
-            branches, tuple(x.variables for x in teachers if x.variables), layout
-        )
+        """Puts the teachers, and resident data, on the devices.
+
+        The ranges of quantised teachers are kept in `folder`.
+        """
+        built = build(config, resolved)
+        branches = built.teachers
+        found = freeze_teachers(config, resolved, built, teachers, reader, layout, folder)
+        for note in found.notes:
+            log(note)
         feed = None
         if resolved.feeding == "resident":
             feed = ResidentFeed(
@@ -159,7 +164,9 @@ class Recorder:
         law = regime_of(config.objective.target, config.teaching).views
         shown = tuple(sorted({InputSpec.of(x.network) for x in teachers if x.function}))
         program = make_record_program(config, law, branches, layout, shown)
-        return cls(config, resolved, header, program, frozen, teachers, reader, feed, layout)
+        return cls(
+            config, resolved, header, program, found.teaching, teachers, reader, feed, layout
+        )
 
     def run(
         self, folder: pathlib.Path, missing: tuple[tuple[int, int], ...], stop: Stop

@@ -25,13 +25,14 @@ from fm_distill.errors import UserError
 from fm_distill.evaluation.evaluate import Evaluator
 from fm_distill.models import Variables
 from fm_distill.networks.batch_statistics import with_central_statistics
-from fm_distill.networks.branch import Branch, frozen_teachers
+from fm_distill.networks.branch import Branch
 from fm_distill.networks.loading import Networks
 from fm_distill.recordings.reading import RecordingReader
 from fm_distill.runs.state import TrainState
 from fm_distill.system.sharding import Layout
 from fm_distill.training.build import Build, build
 from fm_distill.training.program import make_program
+from fm_distill.training.quantised_teachers import FrozenTeachers, freeze_teachers
 from fm_distill.training.recorded import check_recording, repeated
 from fm_distill.training.targets import fixed_targets
 from fm_distill.views.draws import RunKeys, run_keys
@@ -76,8 +77,10 @@ class Setup:
     layout: Layout
     feed: ResidentFeed | StreamingFeed
     reader: Reader
-    # Of all teachers; none where only their recorded outputs are here.
+    # Of all teachers, in floats; none where only their recorded outputs are here.
     frozen: tuple[Variables, ...]
+    # The same as they teach: those that are quantised in whole numbers.
+    teaching: tuple[Variables, ...]
     teachers_here: tuple[Branch, ...]
     networks: Networks
     program: jax.stages.Wrapped
@@ -110,7 +113,7 @@ class Setup:
     @property
     def live_teachers(self) -> tuple[Variables, ...]:
         """The frozen teachers that the step runs."""
-        return self.frozen[: len(self.built.live_teachers)]
+        return self.teaching[: len(self.built.live_teachers)]
 
     def with_final_statistics(self, state: TrainState) -> TrainState:
         """The state after the last step, with the statistics that it is to be used with."""
@@ -148,9 +151,7 @@ class Inputs:
     """What the steps read beside their state."""
 
     reader: Reader
-    teachers_here: tuple[Branch, ...]
-    # Of all teachers; none where only their recorded outputs are here.
-    frozen: tuple[Variables, ...]
+    teachers: FrozenTeachers  # none where only their recorded outputs are here
     recording: RecordingReader | None
     targets: np.ndarray | None  # of each example, where the teachers are fixed
 
@@ -158,29 +159,30 @@ class Inputs:
 def open_inputs(
     config: Config,
     resolved: ResolvedRun,
-    teachers: tuple[Branch, ...],
+    built: Build,
     data: Data,
     networks: Networks,
     layout: Layout,
-    table: pathlib.Path,
+    folder: pathlib.Path,
 ) -> Inputs:
     """Puts the teachers on the devices and checks the recording, if there is one.
 
-    `table` is the file for the targets of fixed teachers. Raises `UserError`.
+    The targets of fixed teachers and the ranges of quantised ones are kept in `folder`. Raises
+    `UserError`.
     """
-    variables = tuple(x.variables for x in networks.teachers if x.variables)
-    here = teachers if variables else ()
-    frozen = frozen_teachers(here, variables, layout)
     reader = Reader(data.train, config.data, resolved.classes)
     recording = None
     if networks.recording is not None:
         steps = resolved.period_steps or resolved.total_steps
         check_recording(config, networks.recording, reader, steps)
         recording = RecordingReader(networks.recording, steps)
+    teachers = freeze_teachers(config, resolved, built, networks.teachers, reader, layout, folder)
     targets = None
     if regime_of(config.objective.target, config.teaching).targets == "table":
-        targets = fixed_targets(config, resolved, teachers, frozen, reader, layout, table)
-    return Inputs(reader, here, frozen, recording, targets)
+        here, frozen = teachers.branches, teachers.frozen
+        table = folder / "fixed_targets.npz"
+        targets = fixed_targets(config, resolved, here, frozen, reader, layout, table)
+    return Inputs(reader, teachers, recording, targets)
 
 
 def prepare(
@@ -189,11 +191,12 @@ def prepare(
     data: Data,
     networks: Networks,
     layout: Layout,
-    table: pathlib.Path,
+    folder: pathlib.Path,
 ) -> tuple[Setup, list[str]]:
     """Decodes or starts to read the data, puts the teachers on the devices, makes the programs.
 
-    `table` is the file for the targets of fixed teachers. Also returns what is worth saying.
+    The targets of fixed teachers and the ranges of quantised ones are kept in `folder`. Also
+    returns what is worth saying.
     """
     built = build(config, resolved)
     if config.student.final_statistics != "kept" and not jax.tree.leaves(
@@ -203,10 +206,11 @@ def prepare(
             f"student.final_statistics={config.student.final_statistics} is for a student with "
             f"BatchNorm, and {config.student.model} as configured has none; leave it out"
         )
-    inputs = open_inputs(config, resolved, built.teachers, data, networks, layout, table)
-    reader, frozen = inputs.reader, inputs.frozen
+    inputs = open_inputs(config, resolved, built, data, networks, layout, folder)
+    reader, teachers = inputs.reader, inputs.teachers
     notes = [f"feeding: {resolved.feeding} ({feeding_note(config.data, len(reader))})"]
     notes += repeated(resolved, config.batch_size)
+    notes += teachers.notes
     feed: ResidentFeed | StreamingFeed
     if resolved.feeding == "resident":
         feed = ResidentFeed(
@@ -232,7 +236,7 @@ def prepare(
             inputs.recording,
             resolved.period_steps,
         )
-    live = frozen[: len(built.live_teachers)]
+    live = teachers.teaching[: len(built.live_teachers)]
     program = make_program(built.train_step, built.abstract_state, live, feed.data, layout)
 
     def batches(source: Source) -> Callable[[], Iterator[tuple[Batch, np.ndarray]]]:
@@ -247,12 +251,13 @@ def prepare(
         layout=layout,
         feed=feed,
         reader=reader,
-        frozen=frozen,
-        teachers_here=inputs.teachers_here,
+        frozen=teachers.frozen,
+        teaching=teachers.teaching,
+        teachers_here=teachers.branches,
         networks=networks,
         program=program,
         evaluator=Evaluator.make(
-            config, built.student, inputs.teachers_here, layout, resolved.class_counts
+            config, built.student, teachers.branches, layout, resolved.class_counts
         ),
         validation=_cached(batches(data.validation), config, data.validation)
         if data.validation

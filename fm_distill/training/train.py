@@ -127,7 +127,7 @@ def train_until(
         resolved = resolve(config, data.facts, networks.facts, layout)
         workdir.refuse_other_contents(resolved)
         _log_all([*networks.notes, *warnings_on(config, resolved)])
-        setup, notes = prepare(config, resolved, data, networks, layout, workdir.fixed_targets)
+        setup, notes = prepare(config, resolved, data, networks, layout, workdir.path)
         keep = workdir.claim(config, resolved, lengthened)
         _log_all(notes)
         metadata = {

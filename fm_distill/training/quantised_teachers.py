@@ -1,0 +1,274 @@
+"""Teachers in eight bits: ranges on the run's own training views, and whether they may teach.
+
+Before the first step. The ranges follow the first views of the run; on the next ones, the float
+teacher's outputs say what the rounding costs. Sources: Krishnamoorthi 2018 (arXiv 1806.08342),
+section 3.1, for ranges from some batches alone.
+"""
+
+import dataclasses
+import functools
+import itertools
+import pathlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import msgspec
+import numpy as np
+from jaxtyping import Array, PRNGKeyArray, PyTree
+
+from fm_distill.config import Config, NetworkConfig
+from fm_distill.config.regime import regime_of
+from fm_distill.config.resolved import ResolvedRun
+from fm_distill.config.serialization import converted
+from fm_distill.config.teachers import NamedTeacher, teachers_of
+from fm_distill.data.batch import Batch
+from fm_distill.data.feeding import Reader, TrainingStream, host_batch, read_stream
+from fm_distill.errors import UserError
+from fm_distill.models import Variables, ranges_of, with_ranges
+from fm_distill.networks.branch import (
+    Branch,
+    freeze_on_devices,
+    frozen_teachers,
+    make_branch,
+    step_views,
+)
+from fm_distill.networks.teachers import Teacher
+from fm_distill.objectives.distances import kl_divergence
+from fm_distill.runs.workdir import Workdir
+from fm_distill.system.sharding import Layout, on_devices
+from fm_distill.training.build import Build
+from fm_distill.training.memory import in_parts, split
+from fm_distill.views.draws import run_keys
+
+NAME = "quantised_teachers.json"
+# Views that the ranges are taken from, and as many others that the teacher is judged on, in whole
+# batches.
+VIEWS = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Fidelity:
+    """A rounded teacher's outputs beside the float one's, on training views."""
+
+    views: int
+    # Share of the views with the same most likely class.
+    agreement: float
+    # Mean KL(float || rounded) in nats, at temperature 1 and at the run's.
+    kl: float
+    temperature: float
+    kl_at_temperature: float
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibratedTeacher:
+    """What makes a float teacher the one that teaches: its ranges, and what they are of."""
+
+    weights: str  # SHA-256 of the float ones
+    network: NetworkConfig
+    calibration_views: int
+    # As `models.ranges_of` has them.
+    ranges: dict[str, tuple[float, float, float]]
+    fidelity: Fidelity
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibratedTeachers:
+    """The contents of the file, in the order of the teachers that are quantised."""
+
+    teachers: tuple[CalibratedTeacher, ...]
+
+
+class FrozenTeachers(NamedTuple):
+    """The teachers that are networks and lie here, on the devices."""
+
+    # In floats, as the student is evaluated by them.
+    branches: tuple[Branch, ...]
+    frozen: tuple[Variables, ...]
+    # As they teach, by the teachers of `Build`: those that are quantised in whole numbers.
+    teaching: tuple[Variables, ...]
+    notes: list[str]
+
+
+def freeze_teachers(
+    config: Config,
+    resolved: ResolvedRun,
+    built: Build,
+    teachers: tuple[Teacher, ...],
+    reader: Reader,
+    layout: Layout,
+    folder: pathlib.Path,
+) -> FrozenTeachers:
+    """Puts `teachers`, all of the run or none, on the devices.
+
+    Those that are to be quantised are calibrated, judged, and stored in `folder`; what is stored
+    there is taken as it is. Raises `UserError` where one is too far from its float self, or the
+    file is another run's, damaged, or lost.
+    """
+    # Of recorded teachers that are not here, the config may name fewer.
+    loaded = teachers if any(x.variables for x in teachers) else ()
+    pairs = zip(teachers_of(config)[: len(loaded)], loaded, strict=True)
+    here = [(named, x, x.variables) for named, x in pairs if x.variables]
+    dtype = jnp.dtype(resolved.precision)
+    branches = tuple(make_branch(x.network, resolved.classes, dtype) for _, x, _ in here)
+    frozen = frozen_teachers(branches, tuple(x for _, _, x in here), layout)
+    places = [i for i, (_, x, _) in enumerate(here) if x.quantisation.quantised]
+    if not places:
+        return FrozenTeachers(branches, frozen, frozen, [])
+    found = _stored(folder, [here[i][1] for i in places])
+    calibrate = functools.partial(_calibrated, config, built.student)
+    calibrated = found or tuple(
+        calibrate(built.teachers[i], branches[i], here[i][1], frozen[i], reader, layout)
+        for i in places
+    )
+    teaching, notes = list(frozen), []
+    for i, ranges in zip(places, calibrated, strict=True):
+        named, _, variables = here[i]
+        _refuse_unlike(named, ranges.fidelity)
+        notes.append(_said(named.option, ranges))
+        network = built.teachers[i].network
+        whole = with_ranges(network, variables, ranges.ranges)
+        teaching[i] = freeze_on_devices(network, whole, layout)
+    if found is None:
+        contents = msgspec.to_builtins(CalibratedTeachers(calibrated))
+        Workdir(folder).write_from_first(NAME, contents)
+    return FrozenTeachers(branches, frozen, tuple(teaching), notes)
+
+
+def _stored(folder: pathlib.Path, teachers: list[Teacher]) -> tuple[CalibratedTeacher, ...] | None:
+    """What is in the file, of these very teachers; None where they are to be calibrated."""
+    workdir, path = Workdir(folder), folder / NAME
+    tree = workdir.read(NAME)
+    if tree is None:
+        if workdir.has_config():
+            raise UserError(
+                f"{path} with the ranges of the run's quantised teacher is lost, and without it "
+                "another function would teach; bring it back, or choose another --workdir"
+            )
+        return None
+    try:
+        found = converted(tree, CalibratedTeachers).teachers
+    except msgspec.ValidationError as error:
+        raise UserError(
+            f"{path} is damaged ({error}); bring it back, or choose another --workdir"
+        ) from None
+    expected = [(x.fingerprint, x.teaching_network) for x in teachers]
+    if [(x.weights, x.network) for x in found] != expected:
+        raise UserError(
+            f"{path} holds the ranges of other teachers than the run's; remove it, so that they "
+            "are taken again, or choose another --workdir"
+        )
+    return found
+
+
+def _calibrated(
+    config: Config,
+    student: Branch,
+    rounded: Branch,
+    plain: Branch,
+    teacher: Teacher,
+    frozen: Variables,
+    reader: Reader,
+    layout: Layout,
+) -> CalibratedTeacher:
+    """Ranges and fidelity of `teacher`, whose float form is `plain` with `frozen`."""
+    parts, temperature = config.memory.teacher_parts, config.objective.temperature
+    law = regime_of(config.objective.target, config.teaching).views
+    observing = rounded.network.apply_observing
+    assert observing is not None and teacher.variables is not None
+
+    def images_of(batch: Batch, key: PRNGKeyArray, step: Array) -> Array:
+        found = step_views(law, config.views, student, (rounded,), batch, key, step)
+        return found.teachers[rounded.input_spec]
+
+    def observed(variables: Variables, batch: Batch, key: PRNGKeyArray, step: Array) -> PyTree:
+        images = images_of(batch, key, step)
+        for part in split(images, parts) if parts > 1 else (images,):
+            ranges = observing(variables, part, train=False).ranges
+            variables = dataclasses.replace(variables, ranges=ranges)
+        return variables.ranges
+
+    def compared(
+        frozen: Variables, whole: Variables, batch: Batch, key: PRNGKeyArray, step: Array
+    ) -> tuple[Array, Array, Array]:
+        def both(part: Array) -> tuple[Array, Array]:
+            expected = plain.network.apply_frozen(frozen, part).logits
+            return expected, rounded.network.apply_frozen(whole, part).logits
+
+        expected, found = in_parts(both, parts, images_of(batch, key, step))
+        same = expected.argmax(-1) == found.argmax(-1)
+        kl = (kl_divergence(found, expected, x) for x in (1.0, temperature))
+        return same, *kl
+
+    count = -(-VIEWS // config.batch_size)
+    batches = _batches(config, reader, layout, 2 * count)
+    key = run_keys(config.seed).draws
+    shapes = jax.eval_shape(rounded.network.init, jax.random.key(0)).ranges
+    unseen = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    variables = dataclasses.replace(teacher.variables, ranges=unseen)
+    variables = on_devices(variables, layout.variables(variables))
+    observe = jax.jit(observed, out_shardings=layout.replicated)
+    for step, batch in itertools.islice(batches, count):
+        ranges = observe(variables, batch, key, jnp.int32(step))
+        variables = dataclasses.replace(variables, ranges=ranges)
+    ranges = ranges_of(jax.device_get(variables))
+    whole = freeze_on_devices(rounded.network, variables, layout)
+    compare = jax.jit(compared, out_shardings=layout.replicated)
+    rows = [
+        jax.device_get(compare(frozen, whole, batch, key, jnp.int32(step)))
+        for step, batch in batches
+    ]
+    columns = zip(*rows, strict=True)
+    same, kl, kl_at_temperature = (np.concatenate(x).astype(np.float64) for x in columns)
+    return CalibratedTeacher(
+        weights=teacher.fingerprint,
+        network=teacher.teaching_network,
+        calibration_views=count * config.batch_size,
+        ranges=ranges,
+        fidelity=Fidelity(
+            views=len(same),
+            agreement=float(same.mean()),
+            kl=float(kl.mean()),
+            temperature=temperature,
+            kl_at_temperature=float(kl_at_temperature.mean()),
+        ),
+    )
+
+
+def _batches(
+    config: Config, reader: Reader, layout: Layout, count: int
+) -> Iterator[tuple[int, Batch]]:
+    """The first steps of the run, and their batches."""
+    size = config.batch_size
+    stream = TrainingStream(reader, config.seed, count, size, 0, size)
+    for step, item in enumerate(read_stream(stream, 0)):
+        yield step, jax.device_put(host_batch(item), layout.batch)
+
+
+def _refuse_unlike(teacher: NamedTeacher, fidelity: Fidelity) -> None:
+    option, least = teacher.option, teacher.config.least_agreement
+    if not np.isfinite([fidelity.kl, fidelity.kl_at_temperature]).all():
+        raise UserError(
+            f"{option}: its outputs, in floats or quantised, are not finite numbers on the "
+            "training views; are its weights and input_range right?"
+        )
+    if fidelity.agreement < least:
+        raise UserError(
+            f"{option}.quantisation changes the most likely class on "
+            f"{1 - fidelity.agreement:.1%} of {fidelity.views:,} training views (KL "
+            f"{fidelity.kl:.3g} nats), and {option}.least_agreement={least:g} allows "
+            f"{1 - least:.1%}: keep layers in floats ({option}.quantisation.float_layers), clip "
+            f"ranges ({option}.quantisation.range_percentile), or allow more"
+        )
+
+
+def _said(option: str, calibrated: CalibratedTeacher) -> str:
+    found = calibrated.fidelity
+    return (
+        f"{option} teaches in {calibrated.network.quantisation.weights} weights and "
+        f"{calibrated.network.quantisation.activations} activations, ranges of "
+        f"{calibrated.calibration_views:,} training views; on {found.views:,} others it has the "
+        f"float teacher's class in {found.agreement:.2%}, KL {found.kl:.3g} nats at T=1 and "
+        f"{found.kl_at_temperature:.3g} at T={found.temperature:g}"
+    )
