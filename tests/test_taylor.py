@@ -24,7 +24,7 @@ from fm_distill.data.feeding import Reader, stack
 from fm_distill.data.order import example_ids
 from fm_distill.data.splits import open_data
 from fm_distill.errors import UserError
-from fm_distill.models import InnerChannels, resolve
+from fm_distill.models import InnerChannels, build_network, resolve
 from fm_distill.networks.branch import make_branch, step_views
 from fm_distill.networks.channel_scores import read_scores, write_scores
 from fm_distill.networks.loading import Networks, load_networks
@@ -32,6 +32,7 @@ from fm_distill.networks.shrinking import check_ranking, ranked_widths
 from fm_distill.networks.teachers import Teacher
 from fm_distill.system.preemption import Stop
 from fm_distill.system.sharding import make_layout
+from fm_distill.training import channels
 from fm_distill.training.channels import decided_networks, gradient_scores
 from fm_distill.training.record import record
 from fm_distill.training.resolve import resolve as resolve_run
@@ -170,7 +171,7 @@ def loss_says_nothing(networks: Networks, tmp_path, config=MATCHER) -> str:
     return str(error.value)
 
 
-def test_where_the_gradient_says_nothing_it_is_said(tmp_path):
+def test_where_the_gradient_says_nothing_it_is_said(tmp_path, monkeypatch):
     networks = networks_of(MATCHER)
     start, (teacher,) = networks.pretrained, networks.teachers
 
@@ -189,6 +190,15 @@ def test_where_the_gradient_says_nothing_it_is_said(tmp_path):
     )
     broken = jax.tree.map(lambda x: x * jnp.nan, teacher.variables)
     assert "is not finite" in said(teachers=(dataclasses.replace(teacher, variables=broken),))
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    blocks = build_network(networks.student, 10, FLOAT32).inner_channels
+    scores = (tuple(np.arange(1.0, 9.0) for _ in range(2)),)
+    monkeypatch.setattr(channels, "gradient_scores", lambda *_: (blocks, scores))
+    monkeypatch.setattr(channels, "write_scores", full)
+    assert "channel_scores.npz cannot be written" in said()
 
 
 def in_numpy(widths, together, scores, sparsity, multiple_of) -> list[int]:

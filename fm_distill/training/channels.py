@@ -64,7 +64,13 @@ def decided_networks(
     blocks, scores = gradient_scores(config, resolved, data, networks, layout, folder)
     pretrained = shrunk(start, config.student.pruning, scores)
     if first_process():
-        write_scores(Workdir(folder).channel_scores, scores, blocks)
+        path = Workdir(folder).channel_scores
+        try:
+            write_scores(path, scores, blocks)
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be written: {error}; make room, or choose another --workdir"
+            ) from None
     widths = pretrained.network.block_widths
     student = dataclasses.replace(networks.student, block_widths=widths)
     return dataclasses.replace(networks, student=student, pretrained=pretrained, undecided=False)
