@@ -393,8 +393,16 @@ def test_another_teacher_than_the_recorded_is_refused(taught, tmp_path):
 
 
 def test_a_top_k_recording_teaches_at_its_temperature_alone(taught, tmp_path):
-    config, _ = taught
-    record_now(config, tmp_path / "top", top_k=3)
+    config, folder = taught
+    recorded = record_now(config, tmp_path / "top", top_k=3)
+    checked = recordings.status(recorded)
+    live = open_recording(folder / "recording")
+    logits = np.concatenate([read_shard(live.path / x.name).rows.values for x in live.shards])
+    assert checked.unseen == pytest.approx(unseen(logits, 3, 2.0), rel=1e-4)
+    share, nats = checked.unseen
+    said = f"the rest has {share:.2%} of the probability, and the KL misses {nats:.2g} nats"
+    assert said in recordings.status_text(recorded, checked)
+    assert recordings.status(live).unseen is None
     student = learning(config, tmp_path / "top")
     assert train(student, tmp_path / "run").complete
     for change, said in (

@@ -29,6 +29,8 @@ class Shard:
     start: int
     stop: int
     files: dict[str, str] = dataclasses.field(compare=False)  # SHA-256 of each
+    # Of a top-K recording, by `rows.unseen`: the share of the others, and nats that the KL misses.
+    unseen: tuple[float, float] | None = dataclasses.field(default=None, compare=False)
 
     @property
     def name(self) -> str:
@@ -58,6 +60,16 @@ class Recording:
     def steps(self) -> int:
         """How many steps there are from the first one of the run without a hole."""
         return self.ranges[0][1] if self.ranges and self.ranges[0][0] == 0 else 0
+
+    @property
+    def unseen(self) -> tuple[float, float] | None:
+        """What the KL to a top-K recording does not see, over all steps; None where not known."""
+        known = [(x.stop - x.start, *x.unseen) for x in self.shards if x.unseen is not None]
+        if not known or len(known) < len(self.shards):
+            return None
+        steps = sum(count for count, _, _ in known)
+        share = sum(count * share for count, share, _ in known) / steps
+        return share, sum(count * nats for count, _, nats in known) / steps
 
     def missing(self, start: int, stop: int) -> tuple[tuple[int, int], ...]:
         """Ranges of `start` to `stop` that are not there."""

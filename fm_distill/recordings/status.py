@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from fm_distill.recordings.header import RecordingHeader
 from fm_distill.recordings.manifest import Recording, Shard
 from fm_distill.recordings.shards import digests_of
 from fm_distill.system.console import progress
@@ -17,6 +18,8 @@ class RecordingStatus:
     bytes: int
     identity: str
     damaged: dict[str, str]  # name of a shard -> what is wrong
+    # Of a top-K recording: the share of the other classes, and nats that the KL misses.
+    unseen: tuple[float, float] | None
 
 
 def status(recording: Recording) -> RecordingStatus:
@@ -31,6 +34,7 @@ def status(recording: Recording) -> RecordingStatus:
         bytes=sum(x.stat().st_size for x in recording.path.glob("steps-*/**/*") if x.is_file()),
         identity=recording.header.identity,
         damaged=damaged,
+        unseen=recording.unseen,
     )
 
 
@@ -46,6 +50,15 @@ def _wrong(recording: Recording, shard: Shard) -> str:
     return f"{changed[0]} is damaged" if changed else ""
 
 
+def unseen_text(header: RecordingHeader, share: float, nats: float) -> str:
+    """How a top-K recording is biased; see `rows.unseen`."""
+    return (
+        f"the top {header.top_k} of {header.classes:,} classes at temperature "
+        f"{header.temperature:g}: the rest has {share:.2%} of the probability, and the KL "
+        f"misses {nats:.2g} nats of a student that spreads it evenly"
+    )
+
+
 def status_text(recording: Recording, checked: RecordingStatus | None = None) -> str:
     """The same for people; without `checked`, of the manifests alone."""
     header = recording.header
@@ -56,6 +69,8 @@ def status_text(recording: Recording, checked: RecordingStatus | None = None) ->
         f"{header.data}, {header.examples:,} examples, batches of {header.batch_size}, "
         f"seed {header.seed}",
     ]
+    if recording.unseen is not None:
+        lines.append(unseen_text(header, *recording.unseen))
     for first, last in recording.ranges:
         epochs = (last - first) * header.batch_size / header.examples
         lines.append(f"steps {first:,} to {last:,}, {epochs:,.1f} epochs")

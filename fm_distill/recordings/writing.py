@@ -37,17 +37,24 @@ class ShardWriter:
         least, most = SHARD_STEPS
         self.limit = min(most, max(least, SHARD_BYTES // step_bytes(header)))
         self.parts: list[RecordedSteps] = []
+        self.unseen: list[tuple[float, float]] = []  # of each step; of top-K recordings alone
         self.start = 0
         self.began = time.monotonic()
         self.pool = concurrent.futures.ThreadPoolExecutor(1, "shards")
         self.pending: concurrent.futures.Future[None] | None = None
 
-    def add(self, step: int, steps: RecordedSteps) -> None:
-        """Steps from `step` on, right behind those before. Raises `UserError` as `close` does."""
+    def add(
+        self, step: int, steps: RecordedSteps, unseen: tuple[float, float] | None = None
+    ) -> None:
+        """Steps from `step` on, right behind those before, and what the top K of them do not see.
+
+        Raises `UserError` as `close` does.
+        """
         if not self.parts:
             self.start, self.began = step, time.monotonic()
             self.stop.busy()
         self.parts.append(steps)
+        self.unseen += [unseen] * steps.steps if unseen else []
         if step + steps.steps - self.start >= self.limit or time.monotonic() - self.began > SHARD_S:
             self._flush()
 
@@ -61,13 +68,17 @@ class ShardWriter:
         self._wait()
         if self.parts:
             block: RecordedSteps = jax.tree.map(lambda *x: np.concatenate(x), *self.parts)
-            self.parts = []
-            self.pending = self.pool.submit(self._write, self.start, block)
+            unseen = None
+            if self.unseen:
+                share, nats = np.mean(self.unseen, axis=0)
+                unseen = float(share), float(nats)
+            self.parts, self.unseen = [], []
+            self.pending = self.pool.submit(self._write, self.start, block, unseen)
 
-    def _write(self, start: int, block: RecordedSteps) -> None:
+    def _write(self, start: int, block: RecordedSteps, unseen: tuple[float, float] | None) -> None:
         stop = start + block.steps
         files = write_shard(self.folder / shard_name(start, stop), block)
-        self.manifest.add(Shard(start, stop, files))
+        self.manifest.add(Shard(start, stop, files, unseen))
 
     def _wait(self) -> None:
         pending, self.pending = self.pending, None

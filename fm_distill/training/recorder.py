@@ -34,6 +34,7 @@ from fm_distill.recordings.manifest import ManifestWriter, Recording
 from fm_distill.recordings.reading import RecordingReader
 from fm_distill.recordings.rows import encode, unseen
 from fm_distill.recordings.shards import RecordedSteps
+from fm_distill.recordings.status import unseen_text
 from fm_distill.recordings.writing import ShardWriter
 from fm_distill.runs.stored_run import versions
 from fm_distill.system.console import COMPILING, log, steps_progress
@@ -193,14 +194,14 @@ class Recorder:
                     outputs = self._outputs(step, fed)
                     # The host encodes a pass while the devices compute the next one.
                     if late is not None:
-                        writer.add(late[0], self._encoded(*late, hidden))
+                        self._add(writer, late, hidden)
                         bar.update(len(late[1]))
                     late = step, examples, outputs
                     done += len(examples)
                     began = began or time.monotonic()
                     stop.progressed()
                 if late is not None:
-                    writer.add(late[0], self._encoded(*late, hidden))
+                    self._add(writer, late, hidden)
                 writer.close()
                 if reason:
                     break
@@ -209,6 +210,15 @@ class Recorder:
             rate = self.config.batch_size / pace_s
             log(f"recorded {done:,} steps at {rate:,.0f} images a second; {self._kept(hidden)}")
         return reason, None if pace_s is None else (count - done) * pace_s / 3600
+
+    def _add(
+        self,
+        writer: ShardWriter,
+        late: tuple[int, Int32[np.ndarray, "steps batch"], PassOutputs],
+        hidden: list[tuple[float, float]],
+    ) -> None:
+        steps = self._encoded(*late, hidden)
+        writer.add(late[0], steps, hidden[-1] if hidden else None)
 
     def check(self, before: Recording) -> None:
         """Raises `UserError` where the teachers do not answer as when `before` was recorded."""
@@ -273,11 +283,7 @@ class Recorder:
         if header.top_k is None:
             return f"all {header.classes:,} classes in {header.dtype}"
         mass, nats = np.mean(hidden, axis=0)
-        return (
-            f"the top {header.top_k} of {header.classes:,} classes at temperature "
-            f"{header.temperature:g}: the rest has {mass:.2%} of the probability, and the KL "
-            f"misses {nats:.2g} nats of a student that spreads it evenly"
-        )
+        return unseen_text(header, float(mass), float(nats))
 
     def _passes(self, first: int, last: int) -> Passes:
         if self.feed is None:
