@@ -215,7 +215,7 @@ def test_an_export_that_names_code_knows_where_it_lay(made, tmp_path):
     moved = text.replace(f"{made}/student.py:", f"{tmp_path}/student.py:")
     save_file(load_file(path), tmp_path / "moved.safetensors", {"fm_distill": moved})
     for file in (path, tmp_path / "moved.safetensors"):
-        with pytest.raises(UserError, match=r"of which it does not say where it lay.*--trust-code"):
+        with pytest.raises(UserError, match=r"whose path and contents it did not record.*--trust-code"):
             load_student(file)
     assert not [*tmp_path.rglob("*.ran")]
     with trusted_code():

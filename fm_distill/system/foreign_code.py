@@ -110,7 +110,7 @@ def _why_foreign(
     if folder is not None and file.is_relative_to(folder.resolve()):
         return f"which came with it in {folder}"
     if found is None:
-        return "of which it does not say where it lay and what it said"
+        return "whose path and contents it did not record"
     if str(file) != found.path:
         return f"where it found {found.path}"
     return None
