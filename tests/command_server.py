@@ -45,13 +45,13 @@ class CommandServer:
                 env=self.environment | {"PYTHONPATH": path},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                text=True,
-                bufsize=1,
+                # A buffer would hold the exit code back from `select`.
+                bufsize=0,
             )
         with tempfile.TemporaryDirectory() as kept:
             out, err = pathlib.Path(kept, "out"), pathlib.Path(kept, "err")
             request = [arguments, str(folder), environment, str(out), str(err)]
-            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.write(json.dumps(request).encode() + b"\n")
             child = int(self.process.stdout.readline())
             with selectors.DefaultSelector() as ready:
                 ready.register(self.process.stdout, selectors.EVENT_READ)

@@ -98,7 +98,7 @@ def named(folder: pathlib.Path, part: str) -> str:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """The complete run of a student with a part of its owner's own at every place."""
+    """The complete run of a student with a custom part at every place."""
     folder = tmp_path_factory.mktemp("made")
     for part, (_, text) in PARTS.items():
         (folder / f"{part}.py").write_text(MARKED + text)
@@ -158,7 +158,7 @@ def test_code_at_its_place_runs_and_is_named(made, capsys):
     for mark in made.glob("*.ran"):
         mark.unlink()
     assert len(predict(made / "run", [made / "image.npy"])) == 1
-    assert f"runs code of its owner's own: {made / 'student.py'}" in capsys.readouterr().err
+    assert f"runs custom code: {made / 'student.py'}" in capsys.readouterr().err
     assert not [x for x in made.glob("*.ran") if x.stem != "student"]
 
 
@@ -175,7 +175,7 @@ def test_code_at_another_place_runs_with_the_flag_alone(made, tmp_path, capsys, 
     with pytest.raises(SystemExit) as done:
         main([*asked, "--trust-code"])
     assert done.value.code == 0 and (tmp_path / "student.ran").is_file()
-    assert f"code of its owner's own: {tmp_path / 'student.py'}" in capsys.readouterr().err
+    assert f"custom code: {tmp_path / 'student.py'}" in capsys.readouterr().err
     (tmp_path / "student.ran").unlink()
     with (tmp_path / "student.py").open("a") as file:  # the flag is about places, not contents
         file.write("# other\n")
@@ -215,7 +215,9 @@ def test_an_export_that_names_code_knows_where_it_lay(made, tmp_path):
     moved = text.replace(f"{made}/student.py:", f"{tmp_path}/student.py:")
     save_file(load_file(path), tmp_path / "moved.safetensors", {"fm_distill": moved})
     for file in (path, tmp_path / "moved.safetensors"):
-        with pytest.raises(UserError, match=r"whose path and contents it did not record.*--trust-code"):
+        with pytest.raises(
+            UserError, match=r"whose path and contents it did not record.*--trust-code"
+        ):
             load_student(file)
     assert not [*tmp_path.rglob("*.ran")]
     with trusted_code():

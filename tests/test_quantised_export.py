@@ -1,4 +1,4 @@
-"""Quantised students as files: what ONNX Runtime computes in whole numbers is what was trained."""
+"""Quantised students as files: what ONNX Runtime computes in integers is what was trained."""
 
 import dataclasses
 import json
@@ -68,7 +68,7 @@ def test_the_int8_file_computes_what_was_trained(runs, tmp_path, norm):
     assert (np.abs(found - expected) <= step).mean() >= 0.99 and step > 1e-4
     parity = card.function.parity
     assert parity.within_bound >= 0.99 and parity.images == 128
-    # Every kernel is there once, as whole numbers, and nothing of its size in float.
+    # Every kernel is there once, as integers, and nothing of its size in float.
     weights = stored(onnx.load(path))
     params = open_run(runs / norm).student.variables.params
     kernels = [x for x in jax.tree.leaves(params) if x.ndim > 1]
@@ -79,7 +79,7 @@ def test_the_int8_file_computes_what_was_trained(runs, tmp_path, norm):
     assert card.function.float32_bytes > sum(4 * x.size for x in kernels)
 
 
-def test_runtimes_compute_in_whole_numbers(runs, tmp_path):
+def test_runtimes_compute_in_integers(runs, tmp_path):
     """The convolutions behind which a norm was folded, and each with an int32 bias."""
     function = function_of(open_run(runs / "batch").student, "logits")
     data = onnx_file.to_onnx(function, 16, 1, "bit")
@@ -133,7 +133,7 @@ def test_what_is_folded_against_numpy(activation):
         assert (np.dtype(np.int32) in types) == (offset.max() < 1e8)
 
 
-def test_four_bits_are_whole_numbers_up_to_seven(runs, tmp_path):
+def test_four_bits_are_random_integers_up_to_seven(runs, tmp_path):
     student = dataclasses.replace(STUDENT, quantisation=dataclasses.replace(
         STUDENT.quantisation, weights="int4", activations="none",
     ))  # fmt: skip

@@ -1,4 +1,4 @@
-"""Teachers in eight bits: whole numbers against NumPy, what is judged, stored and refused."""
+"""Teachers in eight bits: integers against NumPy, what is judged, stored and refused."""
 
 import dataclasses
 import json
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_accelerator_paths import matching
+from test_distances import log_softmax
 from test_quantisation import INT8, STUDENT, random_array, with_head
 from test_recordings import QUIET, losses, record_now
 from test_train import lines_of, same_bits, stop_at
@@ -21,11 +22,17 @@ from fm_distill.config import (
     with_options,
 )
 from fm_distill.config.serialization import converted
+from fm_distill.data.feeding import Reader
+from fm_distill.data.order import example_ids
+from fm_distill.data.resident import Resident, load_split
+from fm_distill.data.splits import open_data
 from fm_distill.errors import UserError
 from fm_distill.models import build_network, ranges_of, with_ranges
-from fm_distill.models.convolutions import convolve, convolve_depthwise, convolve_whole
-from fm_distill.models.integers import SCALE, matmul_whole, whole_kernels
+from fm_distill.models.convolutions import convolve, convolve_depthwise, convolve_integer
+from fm_distill.models.integers import SCALE, integer_kernels, matmul_integer
 from fm_distill.models.quantisation import Precision
+from fm_distill.networks.branch import make_branch, step_views
+from fm_distill.networks.loading import load_networks
 from fm_distill.runs.open_run import open_run
 from fm_distill.system.preemption import Stop
 from fm_distill.training import quantised_teachers
@@ -33,13 +40,14 @@ from fm_distill.training.check import check
 from fm_distill.training.quantised_teachers import NAME, CalibratedTeachers
 from fm_distill.training.record import record
 from fm_distill.training.train import train
+from fm_distill.views.draws import run_keys
 from fm_distill.weights.card import only_network
 
 FLOAT32 = jnp.dtype("float32")
 
 
-def whole_sums(x: np.ndarray, around: int, kernel: np.ndarray, stride: int) -> np.ndarray:
-    """A symmetric convolution by loops, in Python's whole numbers."""
+def integer_sums(x: np.ndarray, around: int, kernel: np.ndarray, stride: int) -> np.ndarray:
+    """A symmetric convolution by loops, in Python's integers."""
     size, groups = kernel.shape[0], x.shape[-1] // kernel.shape[2]
     pad = size // 2
     padded = np.pad(
@@ -60,21 +68,21 @@ def whole_sums(x: np.ndarray, around: int, kernel: np.ndarray, stride: int) -> n
     return out
 
 
-def whole_numbers(*shape: int, seed: int = 0) -> np.ndarray:
+def random_integers(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(-128, 128, shape).astype(np.int8)
 
 
 @pytest.mark.parametrize(("inputs", "outputs", "stride"), [(3, 4, 1), (3, 4, 2), (1, 5, 1)])
-def test_sums_of_whole_numbers_against_numpy(inputs, outputs, stride):
+def test_sums_of_random_integers_against_numpy(inputs, outputs, stride):
     """And those in floats are the same in every bit; with one input a group, depthwise."""
     channels = inputs if inputs > 1 else outputs
-    x, kernel = whole_numbers(2, 5, 5, channels), whole_numbers(3, 3, inputs, outputs, seed=1)
+    x, kernel = random_integers(2, 5, 5, channels), random_integers(3, 3, inputs, outputs, seed=1)
     zero = -7
-    found = convolve_whole(
+    found = convolve_integer(
         jnp.asarray(x), jnp.int8(zero), jnp.asarray(kernel), stride, groups=channels // inputs
     )
     assert found.dtype == jnp.int32
-    np.testing.assert_array_equal(found, whole_sums(x, zero, kernel, stride))
+    np.testing.assert_array_equal(found, integer_sums(x, zero, kernel, stride))
     floats = convolve if inputs > 1 else convolve_depthwise
     shifted = jnp.asarray(x, jnp.float32) - zero
     expected = floats(shifted, jnp.asarray(kernel, jnp.float32), stride)
@@ -82,18 +90,20 @@ def test_sums_of_whole_numbers_against_numpy(inputs, outputs, stride):
     np.testing.assert_array_equal(sums, expected)
 
 
-def test_a_product_of_whole_numbers_against_numpy():
-    x, kernel = whole_numbers(4, 3, 9), whole_numbers(9, 5, seed=1)
-    found = matmul_whole(jnp.asarray(x), jnp.int8(3), jnp.asarray(kernel))
+def test_a_product_of_random_integers_against_numpy():
+    x, kernel = random_integers(4, 3, 9), random_integers(9, 5, seed=1)
+    found = matmul_integer(jnp.asarray(x), jnp.int8(3), jnp.asarray(kernel))
     assert found.dtype == jnp.int32
     np.testing.assert_array_equal(found, x.astype(np.int64) @ kernel.astype(np.int64))
 
 
-def test_kernels_of_whole_numbers_against_numpy():
+def test_kernels_of_random_integers_against_numpy():
     kernel = jnp.asarray(random_array(3, 3, 4, 6) * np.geomspace(1e-3, 10, 6, dtype=np.float32))
     params = {"a": {"kernel": kernel, "bias": np.ones(6)}, "b": {"kernel": kernel}}
     precision = Precision("int8", "int8")
-    found = whole_kernels(params, {"a": precision, "b": Precision("int8", "none")}, lambda x: 2 * x)
+    found = integer_kernels(
+        params, {"a": precision, "b": Precision("int8", "none")}, lambda x: 2 * x
+    )
     assert found["b"]["kernel"] is kernel and set(found["a"]) == {"kernel", "bias", SCALE}
     wide = 2 * np.asarray(kernel, np.float64)
     scale = np.abs(wide).max((0, 1, 2)) / 127
@@ -108,14 +118,14 @@ def observed(network, variables, x):
 
 
 @pytest.mark.parametrize("norm", ["group", "batch"])
-def test_whole_numbers_are_the_fake_quantised_function(norm, monkeypatch):
+def test_random_integers_are_the_fake_quantised_function(norm, monkeypatch):
     """To rounding of the scales; and a TPU's form is that of a CPU in every bit."""
     network = build_network(with_options(STUDENT, {"norm": norm}), 10, FLOAT32)
     x = jnp.asarray(random_array(4, 16, 16, 3))
     variables = with_head(network.init(jax.random.key(0)))
     variables = dataclasses.replace(variables, ranges=observed(network, variables, x))
-    assert network.freeze_whole is not None
-    whole = network.freeze_whole(variables)
+    assert network.freeze_integer is not None
+    whole = network.freeze_integer(variables)
     kernels = [y for y in jax.tree.leaves(whole.params) if y.dtype == jnp.int8]
     assert len(kernels) == len(network.quantised_layers)
 
@@ -232,14 +242,54 @@ def test_a_run_goes_on_with_the_ranges_that_it_began_with(taught, tmp_path, monk
 def test_the_stored_figures_are_those_of_numpy(taught):
     """Ranges of the first layer: means of the extremes of batches. Fidelity, by float64."""
     config, folder = taught
+    networks = load_networks(config, folder / "whole", 10, None)
+    (teacher,) = networks.teachers
+    student, plain, rounded = (
+        make_branch(x, 10, FLOAT32)
+        for x in (networks.student, teacher.network, teacher.teaching_network)
+    )
     stored = json.loads((folder / "whole" / NAME).read_text())["teachers"][0]
+    whole = with_ranges(rounded.network, teacher.variables, stored["ranges"])
+    views = jax.jit(
+        lambda batch, step: step_views(
+            "mixed", config.views, student, (plain,), batch, run_keys(config.seed).draws, step
+        ).teachers[plain.input_spec]
+    )
+    logits = jax.jit(
+        lambda x: (
+            plain.network.apply(teacher.variables, x, train=False).logits,
+            rounded.network.apply(whole, x, train=False).logits,
+        )
+    )
+    data = open_data(config)[0].train
+    images = Resident.of(load_split(Reader(data, config.data, 10))[0])
+    count, size = 512 // config.batch_size, config.batch_size
+    lows, highs, rows = [], [], []
+    for step in range(2 * count):
+        positions = np.arange(step * size, (step + 1) * size)
+        seen = views(images.at(example_ids(config.seed, positions, len(data))), jnp.int32(step))
+        if step < count:
+            lows.append(float(seen.min()))
+            highs.append(float(seen.max()))
+        else:
+            rows.append([np.asarray(x, np.float64) for x in logits(seen)])
+    expected, found = (np.concatenate(x) for x in zip(*rows, strict=True))
+
+    def kl(temperature):
+        p, q = (log_softmax(x / temperature) for x in (expected, found))
+        return (np.exp(p) * (p - q)).sum(1).mean()
+
     assert stored["network"]["quantisation"]["activations"] == "int8"
     fidelity = stored["fidelity"]
     assert stored["calibration_views"] == fidelity["views"] == 512
-    assert 0.9 < fidelity["agreement"] <= 1 and 0 < fidelity["kl_at_temperature"] < fidelity["kl"]
+    same = expected.argmax(1) == found.argmax(1)
+    assert fidelity["agreement"] == pytest.approx(same.mean(), abs=1 / 512)
+    assert fidelity["kl"] == pytest.approx(kl(1.0), rel=0.02)
+    assert fidelity["kl_at_temperature"] == pytest.approx(kl(2.0), rel=0.02)
     assert fidelity["temperature"] == config.objective.temperature == 2.0
     low, high, batches = stored["ranges"]["root/input"]
-    assert batches == 512 / config.batch_size and -1 <= low < -0.5 < 0.5 < high <= 1
+    assert batches == count
+    assert (low, high) == pytest.approx((np.mean(lows), np.mean(highs)), rel=1e-5)
     resolved = open_run(folder / "whole").resolved
     assert resolved.teachers[0].quantisation == INT8
 

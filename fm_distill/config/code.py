@@ -1,4 +1,4 @@
-"""Which options of a config may name code of its owner's own, as `FILE.py:NAME`."""
+"""Which options of a config may refer to custom code, as `FILE.py:NAME`."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Which numbers of a network are whole numbers of few bits, in training and in its files.
+"""Which numbers of a network are integers of few bits, in training and in its files.
 
 At eight bits every layer is quantised, first and last ones too (Jacob et al. 2018, arXiv
 1712.05877); below, those two keep eight bits (Esser et al. 2020, arXiv 1902.08153, section 3).

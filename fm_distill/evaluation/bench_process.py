@@ -112,7 +112,7 @@ def _open(subject: Subject) -> tuple[str, int, str, Callable[[np.ndarray], Any]]
             raise UserError("only what was recorded of it is here")
         teacher = teachers[subject.number]
         if teacher.variables is None:
-            raise UserError("it is a function of its owner's own")
+            raise UserError("it is a custom function")
         network, variables = teacher.network, teacher.variables
     precision = run.resolved.precision
     branch = make_branch(network, run.classes, jnp.dtype(precision))

@@ -109,7 +109,7 @@ def teachers_of_file(
         refuse_code_of_file(path, card, stored, config, TEACHERS)
         teachers = load_teachers(config, path.parent)
         if any(x.variables is None for x in teachers):
-            raise UserError("it is a function of its owner's own")
+            raise UserError("it is a custom function")
         return teachers
 
     found = teachers_if_here(load, stored, config)

@@ -88,8 +88,7 @@ def read_model(path: pathlib.Path) -> tuple[bytes, str]:
         )
     if broken := _broken_scale(onnx, model):
         raise UserError(
-            f"{path} has a scale of whole numbers that is no positive number, {broken}; export it "
-            "again"
+            f"{path} has a scale of integers that is no positive number, {broken}; export it again"
         )
     return data, stated[CARD_KEY]
 

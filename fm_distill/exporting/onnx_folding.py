@@ -2,7 +2,7 @@
 
 A factor for each channel, such as a BatchNorm's, multiplies the scales of its weights, and what is
 added becomes its bias: int32, with the scale of input times weight (Jacob et al. 2018, arXiv
-1712.05877, section 2.4). Only then runtimes compute the whole layer in whole numbers.
+1712.05877, section 2.4). Only then runtimes compute the whole layer in integers.
 """
 
 import dataclasses
@@ -85,7 +85,7 @@ def fold(model: onnx.ModelProto) -> None:
 
 
 def _is_quantised(model: _Model, name: str) -> bool:
-    """Whether these are weights that are stored as whole numbers."""
+    """Whether these are weights that are stored as integers."""
     maker = model.maker.get(name)
     return (
         maker is not None

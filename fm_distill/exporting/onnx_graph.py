@@ -35,7 +35,7 @@ class Unsupported(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Quantised:
-    """Weights as whole numbers, int8, with the scale of each along the last axis."""
+    """Weights as integers, int8, with the scale of each along the last axis."""
 
     integers: np.ndarray
     scales: np.ndarray

@@ -21,7 +21,7 @@ NHWC_TO_NCHW, NCHW_TO_NHWC = (0, 3, 1, 2), (0, 2, 3, 1)
 
 
 def dequantised(graph: Graph, weights: Quantised, order: Sequence[int]) -> str:
-    """Weights that are stored as whole numbers, with their axes in another `order`."""
+    """Weights that are stored as integers, with their axes in another `order`."""
     shifted = weights.integers.transpose(order).astype(np.int16) + SHIFT
     stored = graph.constant(shifted, np.uint8)
     scales = graph.constant(weights.scales, np.float32)

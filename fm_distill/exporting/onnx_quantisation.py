@@ -1,6 +1,6 @@
 """Fake quantisation as ONNX's pairs of QuantizeLinear and DequantizeLinear.
 
-Runtimes know such pairs, and compute a layer between them in whole numbers. Source: ONNX Runtime's
+Runtimes know such pairs, and compute a layer between them in integers. Source: ONNX Runtime's
 "Quantize ONNX models", the QDQ format.
 """
 
@@ -24,7 +24,7 @@ SIGNED = np.iinfo(np.int8)
 
 
 def fake_quantise(graph: Graph, inputs: Values, params: Params, outputs: list[Any]) -> Values:
-    """Weights become whole numbers here; activations, in the graph."""
+    """Weights become integers here; activations, in the graph."""
     x, scale, zero_point, *levels = inputs
     known = [scale, zero_point, *levels]
     if any(isinstance(value.content, str) for value in known):

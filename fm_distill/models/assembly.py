@@ -12,7 +12,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from fm_distill.config import NetworkConfig
 from fm_distill.models.contract import HEAD, Images, Network, Output, Variables, select_features
 from fm_distill.models.inner_channels import InnerChannels
-from fm_distill.models.integers import whole_kernels
+from fm_distill.models.integers import integer_kernels
 from fm_distill.models.layers import PORTABLE, Kernel, identity
 from fm_distill.models.quantisation import RANGES, Quantised
 from fm_distill.models.quantisation_plan import plan_of
@@ -78,8 +78,8 @@ def make_network(
     def freeze(variables: Variables) -> Variables:
         return dataclasses.replace(variables, params=_fold(variables.params, fold, dtype))
 
-    def freeze_whole(variables: Variables) -> Variables:
-        params = whole_kernels(variables.params, dict(plan), fold)
+    def freeze_integer(variables: Variables) -> Variables:
+        params = integer_kernels(variables.params, dict(plan), fold)
         return dataclasses.replace(variables, params=_fold(params, fold, dtype))
 
     def apply_frozen(
@@ -118,7 +118,7 @@ def make_network(
         feature_shapes,
         apply_portable,
         apply_observing if quantised_activations else None,
-        freeze_whole if quantised_activations else None,
+        freeze_integer if quantised_activations else None,
         tuple(path for path, _ in plan),
         inner_channels,
         fold is identity,
@@ -175,7 +175,7 @@ def _outputs(intermediates: PyTree, excluded: Mapping[str, Array]) -> dict[str, 
 def _fold(params: PyTree, fold: Callable[[Kernel], Kernel], dtype: jnp.dtype) -> PyTree:
     """Every kernel but the head's, folded in float32 and stored in the compute type.
 
-    Those of whole numbers stay as they are.
+    Those of integers stay as they are.
     """
 
     def leaf_of(path: tuple, leaf: Array) -> Array:

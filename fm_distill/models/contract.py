@@ -79,9 +79,9 @@ class Network:
     # As `apply`, where the ranges of activations follow the batch, in training mode or not; None
     # where no activation is quantised.
     apply_observing: Apply | None = None
-    # As `freeze`, with kernels of whole numbers: `apply_frozen` then multiplies in whole numbers.
+    # As `freeze`, with kernels of integers: `apply_frozen` then multiplies in integers.
     # None where no activation is quantised.
-    freeze_whole: Freeze | None = None
+    freeze_integer: Freeze | None = None
     # Paths of the quantised layers, in the order of their calls.
     quantised_layers: tuple[str, ...] = ()
     # Of each block that has them, in order; none of a network that cannot do with fewer.

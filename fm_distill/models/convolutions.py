@@ -73,7 +73,7 @@ def convolve(
     return jax.lax.platform_dependent(images, kernel, cpu=cpu, default=xla)
 
 
-def convolve_whole(
+def convolve_integer(
     images: Int8[Array, "batch _ _ inputs"],
     around: Int8[Array, ""],
     kernel: Int8[Array, "_ _ inputs_of_group outputs"],
@@ -81,7 +81,7 @@ def convolve_whole(
     padding: Padding = "symmetric",
     groups: int = 1,
 ) -> Int32[Array, "batch _ _ outputs"]:
-    """A convolution of whole numbers, with `around` where a padding has zeros."""
+    """A convolution of integers, with `around` where a padding has zeros."""
     rows, columns = _around(images, kernel, stride, padding)
     images = jax.lax.pad(images, around, ((0, 0, 0), (*rows, 0), (*columns, 0), (0, 0, 0)))
     return _xla(images, kernel, stride, ((0, 0), (0, 0)), groups, jnp.int32)

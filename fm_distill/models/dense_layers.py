@@ -10,7 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from fm_distill.models.contract import CONVOLUTION
-from fm_distill.models.integers import matmul_whole, multiplied
+from fm_distill.models.integers import matmul_integer, multiplied
 from fm_distill.models.quantisation import QuantisableLayer
 
 Channels = Float[Array, "*places channels"]
@@ -37,7 +37,7 @@ class Dense(QuantisableLayer):
         initial = nn.initializers.truncated_normal(INITIAL_DEVIATION)
         kernel = self.param("kernel", initial, (x.shape[-1], self.channels), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.channels,), jnp.float32)
-        x = multiplied(self, x, kernel, jnp.matmul, matmul_whole, self.dtype)
+        x = multiplied(self, x, kernel, jnp.matmul, matmul_integer, self.dtype)
         return checkpoint_name(x + bias.astype(self.dtype), CONVOLUTION)
 
 

@@ -1,11 +1,11 @@
-"""Products in whole numbers: what a frozen layer of eight bits computes.
+"""Products in integers: what a frozen layer of eight bits computes.
 
-With x = s (q - z) and w = t u, where q, z and u are whole numbers of eight bits, a product is
+With x = s (q - z) and w = t u, where q, z and u are 8-bit integers, a product is
 
     sum x w = s t (sum q u - z sum u)
 
 (Jacob et al. 2018, arXiv 1712.05877, section 2.3). A TPU computes both sums from eight bits into
-32. Elsewhere q - z and u are multiplied in float32, which holds every whole number up to 2^24:
+32. Elsewhere q - z and u are multiplied in float32, which holds every integer up to 2^24:
 below it, the sums are the same in every bit, in whatever order they are added.
 """
 
@@ -31,13 +31,13 @@ from fm_distill.models.quantisation import (
     weight_scale,
 )
 
-# Beside a kernel of whole numbers: what one of them stands for, by output channel.
+# Beside a kernel of integers: what one of them stands for, by output channel.
 SCALE = "kernel_scale"
 
 # `(x, kernel) -> product`, in their type.
 Product = Callable[[Array, Array], Array]
 # `(x, what stands around it, kernel) -> product` of eight bits, in 32.
-WholeProduct = Callable[[Array, Array, Array], Array]
+IntegerProduct = Callable[[Array, Array, Array], Array]
 
 
 def multiplied(
@@ -45,12 +45,12 @@ def multiplied(
     x: Float[Array, "*places inputs"],
     kernel: Array,
     floats: Product,
-    whole: WholeProduct,
+    whole: IntegerProduct,
     dtype: Any,
 ) -> Float[Array, "*_ outputs"]:
     """`floats(x, kernel)` in `dtype`, of rounded numbers where `layer` is quantised.
 
-    In whole numbers, by `whole`, where the kernel is one of `whole_kernels`.
+    In integers, by `whole`, where the kernel is one of `integer_kernels`.
     """
     if kernel.dtype != jnp.int8:
         x, kernel = quantised(layer, x, kernel)
@@ -63,7 +63,7 @@ def multiplied(
     def by_floats(numbers: Array, zero_point: Array, kernel: Array) -> Array:
         return floats(numbers - zero_point, kernel.astype(jnp.float32))
 
-    def in_whole_numbers(numbers: Array, zero_point: Array, kernel: Array) -> Array:
+    def in_integers(numbers: Array, zero_point: Array, kernel: Array) -> Array:
         zero = zero_point.astype(jnp.int8)
         sums = whole(numbers.astype(jnp.int8), zero, kernel)
         of_kernel = kernel.astype(jnp.int32).sum(axis=tuple(range(kernel.ndim - 1)))
@@ -71,12 +71,12 @@ def multiplied(
 
     # On GPUs in floats: cuDNN has these convolutions in eight bits for some shapes alone.
     sums = jax.lax.platform_dependent(
-        numbers, zero_point, kernel, tpu=in_whole_numbers, default=by_floats
+        numbers, zero_point, kernel, tpu=in_integers, default=by_floats
     )
     return (sums * (scale * layer.get_variable("params", SCALE))).astype(dtype)
 
 
-def matmul_whole(
+def matmul_integer(
     x: Int8[Array, "*places inputs"], around: Array, kernel: Int8[Array, "inputs outputs"]
 ) -> Int32[Array, "*places outputs"]:
     """The product of a dense layer; nothing stands around `x`."""
@@ -84,10 +84,10 @@ def matmul_whole(
     return jax.lax.dot_general(x, kernel, dimensions, preferred_element_type=jnp.int32)
 
 
-def whole_kernels(
+def integer_kernels(
     params: PyTree, plan: Mapping[str, Precision], fold: Callable[[Array], Array]
 ) -> PyTree:
-    """`params` with the kernels of the layers in `plan` in whole numbers, their scales beside them.
+    """`params` with the kernels of the layers in `plan` in integers, their scales beside them.
 
     A kernel is prepared by `fold` first, in float32, the head's excepted. Layers of which weights
     alone are quantised stay as they are.

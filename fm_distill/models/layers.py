@@ -18,9 +18,9 @@ from fm_distill.models.convolutions import (
     Padding,
     convolve,
     convolve_depthwise,
-    convolve_whole,
+    convolve_integer,
 )
-from fm_distill.models.integers import matmul_whole, multiplied
+from fm_distill.models.integers import matmul_integer, multiplied
 from fm_distill.models.quantisation import QuantisableLayer
 
 Activations = Float[Array, "batch _ _ channels"]
@@ -94,7 +94,7 @@ class Convolution(QuantisableLayer):
         floats = functools.partial(
             convolve, stride=stride, padding=padding, portable=is_portable(self)
         )
-        whole = functools.partial(convolve_whole, stride=stride, padding=padding)
+        whole = functools.partial(convolve_integer, stride=stride, padding=padding)
         x = multiplied(self, x, self.prepare(kernel), floats, whole, self.dtype)
         if self.bias:
             bias = self.param("bias", nn.initializers.zeros, (self.channels,), jnp.float32)
@@ -120,7 +120,7 @@ class DepthwiseConvolution(QuantisableLayer):
             convolve_depthwise, stride=stride, padding=padding, portable=is_portable(self)
         )
         whole = functools.partial(
-            convolve_whole, stride=stride, padding=padding, groups=x.shape[-1]
+            convolve_integer, stride=stride, padding=padding, groups=x.shape[-1]
         )
         x = multiplied(self, x, kernel, floats, whole, self.dtype)
         if self.bias:
@@ -168,4 +168,4 @@ class Head(QuantisableLayer):
         kernel = self.param("kernel", nn.initializers.zeros, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.classes,), jnp.float32)
         wide = pooled.astype(jnp.float32)
-        return multiplied(self, wide, kernel, jnp.matmul, matmul_whole, jnp.float32) + bias
+        return multiplied(self, wide, kernel, jnp.matmul, matmul_integer, jnp.float32) + bias

@@ -1,4 +1,4 @@
-"""Fake quantisation: layers compute, in floats, what a file of whole numbers will compute.
+"""Fake quantisation: layers compute, in floats, what a file of integers will compute.
 
 Source: Jacob et al. 2018 (arXiv 1712.05877, sections 2 and 3) and Krishnamoorthi 2018
 (arXiv 1806.08342, sections 2 and 3). A number x becomes
@@ -6,7 +6,7 @@ Source: Jacob et al. 2018 (arXiv 1712.05877, sections 2 and 3) and Krishnamoorth
     scale * (clip(round(x / scale) + zero_point, lowest, highest) - zero_point),
 
 rounded half to even. Weights are symmetric, with a scale for each output channel: what multiplies
-a channel later, such as a BatchNorm, multiplies its scale and leaves the whole numbers as they are,
+a channel later, such as a BatchNorm, multiplies its scale and leaves the integers as they are,
 so it is folded when a file is written, and never before. Activations are affine, with one range for
 all channels: after a ReLU, a symmetric range would waste one of the eight bits.
 """
@@ -28,7 +28,7 @@ SWITCH = "rounded"
 RANGE_MOMENTUM = 0.99
 # Of channels and activations that are zero throughout.
 SMALLEST_SCALE = 1e-12
-# Lowest and highest whole number. Those of weights are symmetric, as integer kernels want them.
+# Lowest and highest integer. Those of weights are symmetric, as integer kernels want them.
 OF_WEIGHTS = {"int8": (-127, 127), "int4": (-7, 7)}
 OF_ACTIVATIONS = {"int8": (-128, 127)}
 
@@ -117,7 +117,7 @@ def quantised_branch(
     block: nn.Module, x: Float[Array, "batch _ _ channels"]
 ) -> Float[Array, "batch _ _ channels"]:
     """What `block` adds to its shortcut: without a range of it, its last convolution has no output
-    of whole numbers, and runtimes compute it in floats."""
+    of integers, and runtimes compute it in floats."""
     network = _network_of(block)
     if network is None or network.branches == "none":
         return x
@@ -137,7 +137,7 @@ def quantised_weights(
 def weight_scale(
     kernel: Float[Array, "*_ outputs"], levels: tuple[int, int]
 ) -> Float[Array, " outputs"]:
-    """What one of the whole numbers of each output channel stands for."""
+    """What one of the integers of each output channel stands for."""
     largest = jnp.abs(kernel.astype(jnp.float32)).max(axis=tuple(range(kernel.ndim - 1)))
     return jnp.maximum(jax.lax.stop_gradient(largest) / levels[1], SMALLEST_SCALE)
 
@@ -151,7 +151,7 @@ def quantised_activations(
 
 
 def affine(seen: Range, levels: tuple[int, int]) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Scale and zero point of the whole numbers that cover what was seen, and zero.
+    """Scale and zero point of the integers that cover what was seen, and zero.
 
     Where zero lies inside, one number less: its rounding moves the others by up to a half, and both
     ends stay covered. (And pixels from -1 to 1 would all lie midway between two numbers.)

@@ -22,7 +22,7 @@ from fm_distill.models.assembly import check_resolution, make_network
 from fm_distill.models.contract import HEAD, UNIT, Images, Network
 from fm_distill.models.dense_layers import INITIAL_DEVIATION, Dense, LayerNorm, LayerScale, gelu
 from fm_distill.models.inner_channels import InnerChannels, channel_axes, narrowed
-from fm_distill.models.integers import matmul_whole, multiplied
+from fm_distill.models.integers import matmul_integer, multiplied
 from fm_distill.models.layers import Convolution, Head, identity
 from fm_distill.models.quantisation import QuantisableLayer
 from fm_distill.models.vit_designs import AUGREG, FACEBOOK, Design
@@ -122,7 +122,7 @@ class DistilledHead(QuantisableLayer):
         bias = self.param("bias", nn.initializers.zeros, (self.classes,), jnp.float32)
         second = Head(self.classes, name="dist")(pooled[:, 1])
         x = pooled[:, 0]
-        first = multiplied(self, x, kernel, jnp.matmul, matmul_whole, jnp.float32)
+        first = multiplied(self, x, kernel, jnp.matmul, matmul_integer, jnp.float32)
         return (first + bias + second) / 2
 
 

@@ -106,8 +106,8 @@ def teacher_outputs_with_features(
 
 
 def freeze_of(network: Network) -> Freeze:
-    """How a teacher is frozen: in whole numbers, where its activations are quantised."""
-    return network.freeze_whole or network.freeze
+    """How a teacher is frozen: in integers, where its activations are quantised."""
+    return network.freeze_integer or network.freeze
 
 
 def freeze_on_devices(network: Network, variables: Variables, layout: Layout) -> Variables:

@@ -83,7 +83,7 @@ def cost_of(
     if any(x.model == FUNCTION for x in networks):
         return Cost(None, None)
     code = tuple(own_code(x.model) if is_own(x.model) else "" for x in networks)
-    # Roundings in training are no operations of a file of whole numbers.
+    # Roundings in training are no operations of a file of integers.
     floats = tuple(dataclasses.replace(x, quantisation=QuantisationConfig()) for x in networks)
     cost = _counted(floats, code, classes, precision)
     if batch_size is None:

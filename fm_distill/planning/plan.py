@@ -174,7 +174,7 @@ def _planned(
         flops = analysis["flops"]
         # Products of a teacher in eight bits, as if its other operations were as fast.
         whole = all(x.config.quantisation.quantised for x in teachers_of(config))
-        saved = flops["teacher"] * (1 - 1 / chip.whole_speed) if whole else 0.0
+        saved = flops["teacher"] * (1 - 1 / chip.int8_speed) if whole else 0.0
         computing = (flops["total"] - saved) / analysis["devices"] / chip.peak_flops
         bound = max(computing, analysis["hbm_bytes"] / chip.bandwidth)
         expected = bound * TIME_OVER_BOUND

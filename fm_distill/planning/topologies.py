@@ -18,7 +18,7 @@ class Chip:
     """One JAX device of a kind of chip."""
 
     peak_flops: float  # a second, in bfloat16
-    whole_speed: int  # of products of eight bits, over that
+    int8_speed: int  # of products of eight bits, over that
     bandwidth: float  # of its HBM, bytes a second
     memory_bytes: int  # that the compiler lets a program have
     counted: int  # what the number in a name counts, a device

@@ -105,7 +105,7 @@ def _refuse_absent_code(workdir: Workdir, resolved: ResolvedRun) -> None:
         own_code(model)
     except UserError as error:
         raise UserError(
-            f"the run in {workdir.path} trained a network of its owner's own, {model} (SHA-256 "
+            f"the run in {workdir.path} trained a custom network, {model} (SHA-256 "
             f"{resolved.code[0]}), which cannot be run here: {error}; put that file there"
         ) from None
 

@@ -27,15 +27,15 @@ from fm_distill.system.processes import first_process
 Contents = TypeVar("Contents")
 
 # Its files; each of them a run may have or not have yet.
+# What a run may compute before it writes its config.
+COMPUTED_FIRST = ("fixed_targets.npz", "channel_scores.npz", "quantised_teachers.json")
 FILES = (
     "config.json",
     "status.json",
     "evaluation.json",
     "rollbacks.json",
     "metrics.jsonl",
-    "fixed_targets.npz",
-    "channel_scores.npz",
-    "quantised_teachers.json",
+    *COMPUTED_FIRST,
 )
 LENGTH = ("schedule.total_steps:", "schedule.total_epochs:")
 
@@ -124,7 +124,7 @@ class Workdir:
         `missing`: folders that it made, the innermost first.
         """
         with contextlib.suppress(OSError):
-            first = {"lock", "channel_scores.npz", "quantised_teachers.json"}
+            first = {"lock", *COMPUTED_FIRST}
             if missing and {x.name for x in self.path.iterdir()} <= {*first, COMPILED}:
                 for name in first:
                     (self.path / name).unlink(missing_ok=True)

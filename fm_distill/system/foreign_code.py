@@ -85,22 +85,22 @@ def refuse_foreign_code(
             if reference.rpartition(":")[0].endswith(".py"):
                 continue
             raise UserError(
-                f"{whose} names code of its owner's own, {reference}, which cannot be run here: "
+                f"{whose} refers to custom code, {reference}, which cannot be run here: "
                 "there is no such module in a file; install it"
             )
         found = known.get(reference)
         if found is not None and (sha256 := _sha256(file)) != found.sha256:
             raise UserError(
-                f"{whose} names code of its owner's own, {reference}, and that file was changed: "
+                f"{whose} refers to custom code, {reference}, and that file was changed: "
                 f"its SHA-256 was {found.sha256} and is {sha256} ({file}); bring the old one back"
             )
         why = _why_foreign(file, found, folder)
         if why and not is_trusted():
             raise UserError(
-                f"{whose} names code of its owner's own, {reference}, and would run {file}, {why}: "
+                f"{whose} refers to custom code, {reference}, and would run {file}, {why}: "
                 f"read that file, and give {FLAG} if it may run"
             )
-        _say(f"{whose} runs code of its owner's own: {file}")
+        _say(f"{whose} runs custom code: {file}")
 
 
 def _why_foreign(

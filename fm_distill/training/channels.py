@@ -63,8 +63,13 @@ def decided_networks(
     resolved = resolve(config, data.facts, networks.facts, layout)
     blocks, scores = gradient_scores(config, resolved, data, networks, layout, folder)
     pretrained = shrunk(start, config.student.pruning, scores)
-    if first_process():
-        path = Workdir(folder).channel_scores
+    workdir = Workdir(folder)
+    # Other scores of a run that has begun are refused, and would be read by the next try.
+    same = not workdir.has_config() or (
+        workdir.stored().resolved.student_weights == fingerprint(pretrained.variables)
+    )
+    if first_process() and same:
+        path = workdir.channel_scores
         try:
             write_scores(path, scores, blocks)
         except OSError as error:
@@ -85,7 +90,7 @@ def _refuse_own_teacher(config: Config, networks: Networks) -> None:
     own = fingerprint(networks.pretrained.variables)
     if {x.fingerprint for x in networks.teachers} == {own} and not needs_labels(config.objective):
         raise UserError(
-            "student.pruning.criterion=taylor needs a loss that is not zero, and the student's "
+            "student.pruning.criterion=taylor needs a loss that says something, and the student's "
             f"weights are its teacher's own: {INSTEAD}, or the teacher that taught them"
         )
 
@@ -114,7 +119,6 @@ def gradient_scores(
 
     summing = optax.GradientTransformation(lambda params: (), instead_of_a_step)
     built = build(config, resolved, summing)
-    inputs = open_inputs(config, resolved, built, data, networks, layout, folder)
     keys = keys_on_devices(config, layout)
     state, _ = new_state(built, networks, layout, keys.init)
     head = state.student.params.get(HEAD)
@@ -123,6 +127,7 @@ def gradient_scores(
             "student.pruning.criterion=taylor needs a head that was trained: this one is new and "
             f"zero, and no gradient passes through it; {INSTEAD}, or train the student first"
         )
+    inputs = open_inputs(config, resolved, built, data, networks, layout, folder)
 
     def of_batch(
         state: TrainState, frozen: tuple[Variables, ...], batch: Batch, draws_key: PRNGKeyArray

@@ -81,7 +81,10 @@ def _wrong_quantisation(option: str, teacher: TeacherConfig) -> Iterator[str]:
             f"{option}.quantisation has weights={asked.weights} and "
             f"activations={asked.activations}, which makes no teacher faster: give both, or neither"
         )
-    elif teacher.network and not any(out_of_bounds(teacher.network)):
+    elif teacher.network and not (
+        any(out_of_bounds(teacher.network))
+        or any(wrong_network(f"{option}.network", teacher.network))
+    ):
         yield from wrong_network(option, with_quantisation(teacher.network, asked))
 
 

@@ -75,7 +75,7 @@ def _of_first(stored: NetworkConfig | None) -> Moments:
 
 
 def _summed(own: LevelCounts) -> LevelCounts:
-    """Over all processes; whole numbers."""
+    """Over all processes; integers."""
     parts = [np.frombuffer(x, np.int64).reshape(own.shape) for x in gathered(own.tobytes())]
     return np.sum(parts, axis=0)
 

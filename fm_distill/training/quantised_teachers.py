@@ -36,10 +36,11 @@ from fm_distill.networks.branch import (
 )
 from fm_distill.networks.teachers import Teacher
 from fm_distill.objectives.distances import kl_divergence
+from fm_distill.recordings.manifest import is_recording
 from fm_distill.runs.workdir import Workdir
 from fm_distill.system.sharding import Layout, on_devices
 from fm_distill.training.build import Build
-from fm_distill.training.memory import in_parts, split
+from fm_distill.training.memory import in_parts
 from fm_distill.views.draws import run_keys
 
 NAME = "quantised_teachers.json"
@@ -86,7 +87,7 @@ class FrozenTeachers(NamedTuple):
     # In floats, as the student is evaluated by them.
     branches: tuple[Branch, ...]
     frozen: tuple[Variables, ...]
-    # As they teach, by the teachers of `Build`: those that are quantised in whole numbers.
+    # As they teach, by the teachers of `Build`: those that are quantised in integers.
     teaching: tuple[Variables, ...]
     notes: list[str]
 
@@ -139,6 +140,9 @@ def freeze_teachers(
 def _stored(folder: pathlib.Path, teachers: list[Teacher]) -> tuple[CalibratedTeacher, ...] | None:
     """What is in the file, of these very teachers; None where they are to be calibrated."""
     workdir, path = Workdir(folder), folder / NAME
+    # Without a config or a recording nobody has said whose ranges these are.
+    if not (workdir.has_config() or is_recording(folder)):
+        return None
     tree = workdir.read(NAME)
     if tree is None:
         if workdir.has_config():
@@ -175,6 +179,7 @@ def _calibrated(
     """Ranges and fidelity of `teacher`, whose float form is `plain` with `frozen`."""
     parts, temperature = config.memory.teacher_parts, config.objective.temperature
     law = regime_of(config.objective.target, config.teaching).views
+    # Of whole batches: parts of them would have other ranges.
     observing = rounded.network.apply_observing
     assert observing is not None and teacher.variables is not None
 
@@ -183,11 +188,7 @@ def _calibrated(
         return found.teachers[rounded.input_spec]
 
     def observed(variables: Variables, batch: Batch, key: PRNGKeyArray, step: Array) -> PyTree:
-        images = images_of(batch, key, step)
-        for part in split(images, parts) if parts > 1 else (images,):
-            ranges = observing(variables, part, train=False).ranges
-            variables = dataclasses.replace(variables, ranges=ranges)
-        return variables.ranges
+        return observing(variables, images_of(batch, key, step), train=False).ranges
 
     def compared(
         frozen: Variables, whole: Variables, batch: Batch, key: PRNGKeyArray, step: Array

@@ -23,11 +23,7 @@ from fm_distill.data.feeding import Reader, TrainingStream, host_batch, read_str
 from fm_distill.data.resident import Resident, ResidentFeed, ResidentSteps
 from fm_distill.errors import UserError
 from fm_distill.models import Variables
-from fm_distill.networks.branch import (
-    Branch,
-    Views,
-    teacher_outputs,
-)
+from fm_distill.networks.branch import Branch, Views, teacher_outputs
 from fm_distill.networks.teachers import Teacher
 from fm_distill.recordings.header import RecordingHeader
 from fm_distill.recordings.manifest import ManifestWriter, Recording
@@ -153,7 +149,6 @@ class Recorder:
         The ranges of quantised teachers are kept in `folder`.
         """
         built = build(config, resolved)
-        branches = built.teachers
         found = freeze_teachers(config, resolved, built, teachers, reader, layout, folder)
         for note in found.notes:
             log(note)
@@ -164,7 +159,7 @@ class Recorder:
             )
         law = regime_of(config.objective.target, config.teaching).views
         shown = tuple(sorted({InputSpec.of(x.network) for x in teachers if x.function}))
-        program = make_record_program(config, law, branches, layout, shown)
+        program = make_record_program(config, law, built.teachers, layout, shown)
         return cls(
             config, resolved, header, program, found.teaching, teachers, reader, feed, layout
         )
@@ -279,11 +274,10 @@ class Recorder:
         return np.stack(found, axis=2)
 
     def _kept(self, hidden: list[tuple[float, float]]) -> str:
-        header = self.header
-        if header.top_k is None:
-            return f"all {header.classes:,} classes in {header.dtype}"
+        if self.header.top_k is None:
+            return f"all {self.header.classes:,} classes in {self.header.dtype}"
         mass, nats = np.mean(hidden, axis=0)
-        return unseen_text(header, float(mass), float(nats))
+        return unseen_text(self.header, float(mass), float(nats))
 
     def _passes(self, first: int, last: int) -> Passes:
         if self.feed is None:

@@ -129,12 +129,12 @@ def resolve_here(config: Config, workdir: pathlib.Path) -> ResolvedRun:
     layout = make_layout(config.mesh)
     data, _ = open_data(config)
     networks = load_networks(config, workdir, data.train.classes, data.train.class_names)
-    networks = adapted(networks, config, data.train, _stored_student(config, workdir, data))
     if networks.undecided:
         raise UserError(
             "student.pruning.criterion=taylor chooses channels by the gradient of the first "
             "batches, which only `train` computes; `show` does not"
         )
+    networks = adapted(networks, config, data.train, _stored_student(config, workdir, data))
     return resolve(config, data.facts, networks.facts, layout)
 
 

@@ -29,6 +29,7 @@ from fm_distill.networks.branch import Branch
 from fm_distill.networks.loading import Networks
 from fm_distill.recordings.reading import RecordingReader
 from fm_distill.runs.state import TrainState
+from fm_distill.runs.workdir import Workdir
 from fm_distill.system.sharding import Layout
 from fm_distill.training.build import Build, build
 from fm_distill.training.program import make_program
@@ -79,7 +80,7 @@ class Setup:
     reader: Reader
     # Of all teachers, in floats; none where only their recorded outputs are here.
     frozen: tuple[Variables, ...]
-    # The same as they teach: those that are quantised in whole numbers.
+    # The same as they teach: those that are quantised in integers.
     teaching: tuple[Variables, ...]
     teachers_here: tuple[Branch, ...]
     networks: Networks
@@ -180,7 +181,7 @@ def open_inputs(
     targets = None
     if regime_of(config.objective.target, config.teaching).targets == "table":
         here, frozen = teachers.branches, teachers.frozen
-        table = folder / "fixed_targets.npz"
+        table = Workdir(folder).fixed_targets
         targets = fixed_targets(config, resolved, here, frozen, reader, layout, table)
     return Inputs(reader, teachers, recording, targets)
 
