@@ -73,7 +73,7 @@ def random_integers(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("inputs", "outputs", "stride"), [(3, 4, 1), (3, 4, 2), (1, 5, 1)])
-def test_sums_of_random_integers_against_numpy(inputs, outputs, stride):
+def test_sums_of_integers_against_numpy(inputs, outputs, stride):
     """And those in floats are the same in every bit; with one input a group, depthwise."""
     channels = inputs if inputs > 1 else outputs
     x, kernel = random_integers(2, 5, 5, channels), random_integers(3, 3, inputs, outputs, seed=1)
@@ -90,14 +90,14 @@ def test_sums_of_random_integers_against_numpy(inputs, outputs, stride):
     np.testing.assert_array_equal(sums, expected)
 
 
-def test_a_product_of_random_integers_against_numpy():
+def test_a_product_of_integers_against_numpy():
     x, kernel = random_integers(4, 3, 9), random_integers(9, 5, seed=1)
     found = matmul_integer(jnp.asarray(x), jnp.int8(3), jnp.asarray(kernel))
     assert found.dtype == jnp.int32
     np.testing.assert_array_equal(found, x.astype(np.int64) @ kernel.astype(np.int64))
 
 
-def test_kernels_of_random_integers_against_numpy():
+def test_kernels_of_integers_against_numpy():
     kernel = jnp.asarray(random_array(3, 3, 4, 6) * np.geomspace(1e-3, 10, 6, dtype=np.float32))
     params = {"a": {"kernel": kernel, "bias": np.ones(6)}, "b": {"kernel": kernel}}
     precision = Precision("int8", "int8")
@@ -118,7 +118,7 @@ def observed(network, variables, x):
 
 
 @pytest.mark.parametrize("norm", ["group", "batch"])
-def test_random_integers_are_the_fake_quantised_function(norm, monkeypatch):
+def test_integers_are_the_fake_quantised_function(norm, monkeypatch):
     """To rounding of the scales; and a TPU's form is that of a CPU in every bit."""
     network = build_network(with_options(STUDENT, {"norm": norm}), 10, FLOAT32)
     x = jnp.asarray(random_array(4, 16, 16, 3))
@@ -249,7 +249,8 @@ def test_the_stored_figures_are_those_of_numpy(taught):
         for x in (networks.student, teacher.network, teacher.teaching_network)
     )
     stored = json.loads((folder / "whole" / NAME).read_text())["teachers"][0]
-    whole = with_ranges(rounded.network, teacher.variables, stored["ranges"])
+    ranges = {x: tuple(y) for x, y in stored["ranges"].items()}
+    whole = with_ranges(rounded.network, teacher.variables, ranges)
     views = jax.jit(
         lambda batch, step: step_views(
             "mixed", config.views, student, (plain,), batch, run_keys(config.seed).draws, step
@@ -267,7 +268,8 @@ def test_the_stored_figures_are_those_of_numpy(taught):
     lows, highs, rows = [], [], []
     for step in range(2 * count):
         positions = np.arange(step * size, (step + 1) * size)
-        seen = views(images.at(example_ids(config.seed, positions, len(data))), jnp.int32(step))
+        ids = jnp.asarray(example_ids(config.seed, positions, len(data)))
+        seen = views(images.at(ids), jnp.int32(step))
         if step < count:
             lows.append(float(seen.min()))
             highs.append(float(seen.max()))
@@ -292,6 +294,15 @@ def test_the_stored_figures_are_those_of_numpy(taught):
     assert (low, high) == pytest.approx((np.mean(lows), np.mean(highs)), rel=1e-5)
     resolved = open_run(folder / "whole").resolved
     assert resolved.teachers[0].quantisation == INT8
+
+
+def test_ranges_of_a_run_that_never_began_are_taken_again(taught, tmp_path):
+    """They may be of other settings: only a config, or a recording, says whose they are."""
+    config, folder = taught
+    (tmp_path / NAME).write_bytes((folder / "whole" / NAME).read_bytes())
+    teachers = list(load_networks(config, folder / "whole", 10, None).teachers)
+    assert quantised_teachers._stored(tmp_path, teachers) is None
+    assert quantised_teachers._stored(folder / "whole", teachers) is not None
 
 
 @pytest.mark.parametrize(
