@@ -28,9 +28,9 @@ BOTH = f"{PRUNED} + quantise:int8"
 
 
 @pytest.fixture(scope="module")
-def compressed(trained) -> pathlib.Path:
+def compressed(trained, tmp_path_factory) -> pathlib.Path:
     """The workdir of the trained run after the real command, of six steps each."""
-    run = trained / "run"
+    run = shutil.copytree(trained / "run", tmp_path_factory.mktemp("compressed") / "run")
     done = run_command(
         "compress", run, "--steps", PRUNED, "quantise:int8", "--seconds", "0.2",
         "--schedule.total-steps", "4",

@@ -205,7 +205,7 @@ OWN_LOOP = re.findall(r"```python\n(.*?)```", TEXTS["docs/own-loop.md"], flags=r
 # What blocks do here instead: few steps, one seed, and no TPU compiler.
 SHORTER = {"2500": "2", "(0, 1, 2)": "(0,)", '"v3-8"': '"cpu:1"'}
 BLOCKS = [
-    pytest.param(block, id=f"{name}-{i}")
+    pytest.param(block, id=f"{name}-{i}", marks=[pytest.mark.slow] if "sweep(" in block else [])
     for name, text in TEXTS.items()
     for i, block in enumerate(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL))
     if block != OWN_LOOP  # has a test of its own

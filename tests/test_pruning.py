@@ -199,7 +199,7 @@ def test_eight_devices_remove_the_weights_that_one_does():
     assert sum((a != b).sum() for a, b in pairs) <= 2  # two weights as large, to a rounding
 
 
-@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+@pytest.mark.parametrize("pattern", ["unstructured", pytest.param("2:4", marks=pytest.mark.slow)])
 def test_a_pruned_run_resumes_bit_for_bit(tmp_path, monkeypatch, pattern):
     pruning = GRADUAL if pattern == "unstructured" else PruningConfig(pattern="2:4", begin_step=2)
     config = tiny_config(ema_decay=0.9, student=dataclasses.replace(STUDENT, pruning=pruning))

@@ -287,7 +287,7 @@ def test_reading_a_run_leaves_alone_what_another_process_writes(trained):
 def test_public_api(trained):
     import fm_distill
 
-    assert len(fm_distill.__all__) == 14
+    assert len(fm_distill.__all__) == 15
     assert all(callable(fm_distill.__getattr__(name)) for name in fm_distill.__all__)
     config = fm_distill.load_experiment(trained / "student.py")
     assert isinstance(config, fm_distill.Config) and isinstance(config.data, DataConfig)

@@ -142,6 +142,7 @@ class TeacherConfig:
         "learns from it, and needs the teachers themselves for the evaluation alone."
     )
     quantisation: QuantisationConfig = QuantisationConfig()
+    """How the teacher is rounded before it teaches, with ranges of the run's training views."""
     least_agreement: Annotated[float, Bounds(least=0, most=1)] = 0.95
     (
         "Share of the training views on which a teacher that `teacher.quantisation` rounds has to "
