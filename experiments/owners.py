@@ -9,7 +9,7 @@ Command:  fm-distill train experiments/owners.py
           --more-teachers.0.experiment None --more-teachers.0.workdir DIR_B
 Source:   Lin et al. 2020, "Ensemble Distillation for Robust Model Fusion in Federated Learning"
           (FedDF, arXiv 2006.07242), one round of it: the mean of the logits, on unlabelled images.
-Expected: see LOG.md.
+Expected: not measured yet; LOG.md says how far it was run.
 """
 
 import dataclasses
