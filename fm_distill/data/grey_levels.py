@@ -1,6 +1,6 @@
 """How often each grey level occurs in the images of a split, and the moments that follow, exact.
 
-Whole numbers are counted, so that neither the order of the images nor who counted which of them
+Counts are integers, so that neither the order of the images nor who counted which of them
 changes a bit.
 """
 
