@@ -6,20 +6,12 @@ import shutil
 from fm_distill.errors import UserError
 from fm_distill.runs.integrity import DIGESTS, integrity_errors, newest_step, steps_in
 from fm_distill.runs.remote import fetched, is_remote, progress_in
-from fm_distill.runs.workdir import Workdir
+from fm_distill.runs.workdir import COMPUTED_FIRST, Workdir
 from fm_distill.system.compilation_cache import COMPILED
 from fm_distill.system.console import log, progress
 
 # What a run consists of, beside its checkpoints, its figures and its teachers' runs.
-PARTS = (
-    "config.json",
-    "status.json",
-    "rollbacks.json",
-    "metrics.jsonl",
-    "fixed_targets.npz",
-    "channel_scores.npz",
-    "quantised_teachers.json",
-)
+PARTS = ("config.json", "status.json", "rollbacks.json", "metrics.jsonl", *COMPUTED_FIRST)
 
 
 def copy_run(source: str, workdir: pathlib.Path) -> None:

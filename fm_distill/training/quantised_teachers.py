@@ -24,7 +24,7 @@ from fm_distill.config.resolved import ResolvedRun
 from fm_distill.config.serialization import converted
 from fm_distill.config.teachers import NamedTeacher, teachers_of
 from fm_distill.data.batch import Batch
-from fm_distill.data.feeding import Reader, TrainingStream, host_batch, read_stream
+from fm_distill.data.feeding import Reader, TrainingStream, host_batch, read_stream, send
 from fm_distill.errors import UserError
 from fm_distill.models import Variables, ranges_of, with_ranges
 from fm_distill.networks.branch import (
@@ -244,7 +244,7 @@ def _batches(
     size = config.batch_size
     stream = TrainingStream(reader, config.seed, count, size, 0, size)
     for step, item in enumerate(read_stream(stream, 0)):
-        yield step, jax.device_put(host_batch(item), layout.batch)
+        yield step, jax.tree.map(lambda x: send(x, layout.batch, 0), host_batch(item))
 
 
 def _refuse_unlike(teacher: NamedTeacher, fidelity: Fidelity) -> None:
