@@ -62,12 +62,21 @@ def test_curves_are_drawn(tmp_path):
 
 
 def test_finished_runs_are_compared(trained, tmp_path):
-    found = run_tool("compare_runs.py", f"one={trained / 'run'}", f"two={trained / 'run'}")
+    runs = (f"one={trained / 'run'}", f"two={trained / 'run'}")
+    kept = tmp_path / "kept.json"
+    found = run_tool("compare_runs.py", "--save", kept, *runs)
     assert found.returncode == 0, found.stderr
-    lines = found.stdout.splitlines()
-    assert len(lines) == 4 and lines[2].startswith("| one | 1 |")
+    figures, speed = found.stdout.split("\n\n")
+    assert len(figures.splitlines()) == 4 and figures.splitlines()[2].startswith("| one | 1 |")
+    logged = [json.loads(x) for x in (trained / "run/metrics.jsonl").read_text().splitlines()]
+    speeds = [x["images_per_second"] for x in logged if x["split"] == "train"]
+    assert speed.splitlines()[2] == f"| one | run | {np.median(speeds):,.0f} |"
+    assert run_tool("compare_runs.py", kept).stdout == found.stdout
     wrong = run_tool("compare_runs.py", f"x={tmp_path}")
-    assert wrong.returncode == 1 and "not complete" in wrong.stderr
+    assert wrong.returncode == 2 and "not complete" in wrong.stderr
+    kept.write_text("[{}]")
+    wrong = run_tool("compare_runs.py", kept)
+    assert wrong.returncode == 2 and "is not a file of compare_runs.py --save" in wrong.stderr
 
 
 def test_the_table_of_a_compression_is_printed_again(tmp_path):
