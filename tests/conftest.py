@@ -9,7 +9,7 @@ import tempfile
 
 import jax
 import pytest
-from command_server import CommandServer
+from command_server import CommandServer, rare_collections
 from xdist.scheduler import LoadFileScheduling
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -21,7 +21,10 @@ jax.config.update("jax_num_cpu_devices", 8)
 # Most of the time goes into compiling programs that then run for milliseconds: XLA does as little
 # as it can. And one folder for all processes of a session, which compile the same programs and need
 # the same trained run. Both are inherited by the workers and commands that are started.
-QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+QUICK = (
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+    "--xla_cpu_parallel_codegen_split_count=1"
+)
 SESSION_VARIABLE = "FM_DISTILL_TESTS_SESSION"
 if SESSION_VARIABLE not in os.environ:
     KEPT_UNTIL_EXIT = tempfile.TemporaryDirectory(prefix="fm_distill_tests_")
@@ -88,6 +91,10 @@ class Spreading(LoadFileScheduling):
 
 def pytest_xdist_make_scheduler(config, log):
     return Spreading(config, log) if config.getoption("dist") == "loadfile" else None
+
+
+def pytest_collection_finish(session):
+    rare_collections()
 
 
 @pytest.fixture(scope="session")
