@@ -31,6 +31,9 @@ from fm_distill.runs.state import TermState, TrainState
 from fm_distill.system.processes import broadcast_from_first, first_process
 
 ASIDE = "unfinished"  # where Orbax writes
+# Of a replicated array each device writes a part, by a program that takes it out. For small arrays
+# hundreds of such programs are compiled while the first checkpoint holds training up.
+SMALLEST_PART_BYTES = 2**24
 DELETING = "deleting-"
 
 
@@ -75,9 +78,10 @@ class CheckpointWriter:
             return
         try:
             (self.directory / ASIDE).mkdir(parents=True, exist_ok=True)
-            writing = ocp.save_checkpointables_async(
-                self.directory / ASIDE / str(step), _parts(state)
-            )
+            with _saving():
+                writing = ocp.save_checkpointables_async(
+                    self.directory / ASIDE / str(step), _parts(state)
+                )
         except (OSError, ValueError) as error:
             raise self._failed(error) from error
         self._thread = threading.Thread(target=self._finish, args=(writing, step, metadata, began))
@@ -212,6 +216,13 @@ def abstract(tree: PyTree, shardings: PyTree) -> PyTree:
 def bytes_of(state: TrainState) -> int:
     """What a checkpoint of `state` (or its shapes) needs on disk, nearly."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
+def _saving() -> ocp.Context:
+    saving = ocp.options.ArrayOptions.Saving(
+        min_slice_bytes_for_replica_parallel=SMALLEST_PART_BYTES
+    )
+    return ocp.Context(array_options=ocp.options.ArrayOptions(saving=saving))
 
 
 def _load(checkpoint: pathlib.Path, parts: dict[str, PyTree]) -> dict[str, Any]:
