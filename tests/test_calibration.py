@@ -11,7 +11,7 @@ from test_cli import command
 from test_export_functions import pixels_of, run_elsewhere
 from test_export_onnx import READ_ONNX
 from test_quantisation import STUDENT, WITH_BATCH_NORM
-from tiny import NETWORK, tiny_config
+from tiny import NETWORK, logits_of, tiny_config
 
 from fm_distill.config import with_options
 from fm_distill.errors import UserError
@@ -62,7 +62,7 @@ def test_effects_are_those_of_a_network_with_one_rounded_layer(run):
 
     def logits(network, variables):
         built = build_network(network, 10, jnp.dtype("float32"))
-        return np.asarray(built.apply(variables, images, train=False).logits, np.float64)
+        return np.asarray(logits_of(built, variables, images), np.float64)
 
     plain = logits(student.network, student.variables)
     for layer in layers[:: len(layers) - 1]:  # what a block adds is rounded in neither
@@ -140,7 +140,7 @@ def test_the_file_computes_the_calibrated_student(run, tmp_path):
     student, errors, effects, _ = calibrated(opened.student, shown)
     network = build_network(student.network, 10, jnp.dtype("float32"))
     images = jnp.asarray((pixels.astype(np.float32) - 127.5) / 127.5)
-    expected = np.asarray(network.apply(student.variables, images, train=False).logits)
+    expected = np.asarray(logits_of(network, student.variables, images))
     found, _ = run_elsewhere(READ_ONNX, path, pixels, tmp_path)
     assert (np.abs(found - expected) <= np.ptp(expected) / 255).mean() >= 0.99
     assert card.function.quantise == "int8" and card.function.layer_errors == errors

@@ -82,7 +82,7 @@ def test_zero_value_and_gradient_at_equality(name, logits):
     def total(student):
         return DISTANCES[name](student, x, 2.0).sum()
 
-    value, gradient = jax.value_and_grad(total)(x)
+    value, gradient = jax.jit(jax.value_and_grad(total))(x)
     assert abs(value) < 1e-5
     np.testing.assert_allclose(gradient, 0, atol=1e-5)
 

@@ -9,6 +9,7 @@ import pytest
 from conftest import run_command
 from test_cli import command
 from test_export_functions import expected_logits, softmax, workdir
+from tiny import logits_of
 
 from fm_distill.data.feeding import Reader, stack
 from fm_distill.data.splits import open_named
@@ -45,7 +46,7 @@ def test_by_the_same_command_with_figures_of_numpy(workdir, exported):
     teacher = open_run(workdir / "teacher").student
     built = build_network(teacher.network, 10, jnp.dtype("float32"))
     images = jnp.asarray((central_pixels(batch) - 127.5) / 127.5)
-    aim = np.asarray(built.apply(teacher.variables, images, train=False).logits, np.float64)
+    aim = np.asarray(logits_of(built, teacher.variables, images), np.float64)
     order = np.argsort(-logits, axis=1, kind="stable")[:, :5]
     assert found["examples"] == 359 and found["step"] == 6 and found["split"] == "test"
     assert found["student"]["top1"] == pytest.approx((order[:, 0] == labels).mean(), abs=3 / 359)

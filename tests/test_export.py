@@ -11,7 +11,7 @@ from conftest import run_command, write_experiment
 from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from tiny import tiny_config
+from tiny import logits_of, tiny_config
 
 from fm_distill.config import (
     LogConfig,
@@ -67,7 +67,7 @@ def exported(workdir):
 def logits(network, variables: Variables, classes: int = 10):
     images = np.random.default_rng(0).uniform(0, 1, (2, 32, 32, 3)).astype(np.float32)
     built = build_network(network, classes, jnp.dtype("float32"))
-    return built.apply(variables, jnp.asarray(images), train=False).logits
+    return logits_of(built, variables, jnp.asarray(images))
 
 
 def test_an_export_is_loaded_back_in_every_bit(workdir, exported):
@@ -308,7 +308,7 @@ def test_a_student_predicts_as_its_files_are_predicted(workdir, exported, tmp_pa
         canvas[0, : pixels.shape[0], : pixels.shape[1]] = pixels
         size = jnp.array([pixels.shape[:2]])
         view = render_central(jnp.asarray(canvas), size, CentralCrop(1.0), InputSpec.of(network))
-        expected.append(built.apply(run.student.variables, view, train=False).logits[0])
+        expected.append(logits_of(built, run.student.variables, view)[0])
     np.testing.assert_allclose(run.student.logits(images), expected, atol=1e-5)
     probabilities = run.student.predict(images)
     assert probabilities.shape == (5, 10) and np.ptp(probabilities, axis=0).max() > 1e-4

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import command_environment
 from test_cli import command
+from tiny import logits_of
 
 from fm_distill.config import CanvasConfig, NetworkConfig
 from fm_distill.errors import UserError
@@ -63,7 +64,7 @@ def expected_logits(workdir, pixels: np.ndarray) -> np.ndarray:
     student = open_run(workdir).student
     network = build_network(student.network, 10, jnp.dtype("float32"))
     images = (pixels.astype(np.float32) - 127.5) / 127.5
-    return np.asarray(network.apply(student.variables, jnp.asarray(images), train=False).logits)
+    return np.asarray(logits_of(network, student.variables, jnp.asarray(images)))
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import NETWORK, tiny_config
+from tiny import NETWORK, logits_of, tiny_config
 
 from fm_distill.config import MeshConfig, with_options
 from fm_distill.data.batch import Batch
@@ -83,9 +83,9 @@ def test_with_the_moments_of_one_batch_evaluation_is_training_mode():
         branch, variables, [batch], CentralCrop(1.0), make_layout(MeshConfig(data=1))
     )
     images = jnp.asarray(central_by_hand(batch.canvases) / 127.5 - 1, jnp.float32)
-    trained = branch.network.apply(variables, images, train=True).logits
-    evaluated = branch.network.apply(found, images, train=False).logits
-    kept = branch.network.apply(variables, images, train=False).logits
+    trained = logits_of(branch.network, variables, images, train=True)
+    evaluated = logits_of(branch.network, found, images)
+    kept = logits_of(branch.network, variables, images)
     assert np.abs(trained - evaluated).max() < 1e-3
     assert np.abs(trained - kept).max() > 0.1
 

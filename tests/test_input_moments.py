@@ -13,7 +13,7 @@ from conftest import write_experiment
 from PIL import Image
 from test_cli import command
 from test_train import stop_at
-from tiny import NETWORK, resolved_run, tiny_config
+from tiny import NETWORK, logits_of, resolved_run, tiny_config
 
 from fm_distill.config import (
     CanvasConfig,
@@ -195,7 +195,7 @@ def test_whoever_uses_the_student_uses_them(folder, run, tmp_path, monkeypatch):
     network = opened.network
     images = (picture - np.array(network.input_mean)) / np.array(network.input_deviation)
     built = build_network(network, 2, jnp.dtype("float32"))
-    logits = built.apply(opened.student.variables, jnp.float32(images), train=False).logits
+    logits = logits_of(built, opened.student.variables, jnp.float32(images))
     expected = np.asarray(jax.nn.softmax(logits))
     np.testing.assert_allclose(opened.student.predict(picture), expected, atol=1e-5)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, SHARED
 from formula import formula_variables
-from tiny import LARGER, NETWORK, smallest
+from tiny import LARGER, NETWORK, logits_of, smallest
 
 from fm_distill.config import NetworkConfig, with_options
 from fm_distill.models import (
@@ -214,7 +214,7 @@ def test_bfloat16_computes_close_to_float32():
     head = {"kernel": jnp.ones((32, 5)), "bias": jnp.zeros(5)}
     variables = Variables(variables.params | {"head": head}, {})
     images = jax.random.normal(jax.random.key(1), (4, 16, 16, 3))
-    a = wide.apply(variables, images, train=False).logits
-    b = narrow.apply(variables, images, train=False).logits
+    a = logits_of(wide, variables, images)
+    b = logits_of(narrow, variables, images)
     assert b.dtype == jnp.float32
     np.testing.assert_allclose(a, b, rtol=0.05)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import run_command, write_experiment
 from test_train import check_resume
-from tiny import NETWORK, resolved_run, tiny_config
+from tiny import NETWORK, logits_of, resolved_run, tiny_config
 
 from fm_distill.config import (
     MemoryConfig,
@@ -219,12 +219,12 @@ def test_the_three_forms_of_a_quantised_network_agree():
     start = with_head(network.init(jax.random.key(0)))
     seen = network.apply_observing(start, x, train=False)
     variables = dataclasses.replace(start, ranges=seen.ranges)
-    live = network.apply(variables, x, train=False).logits
+    live = logits_of(network, variables, x)
     frozen = network.freeze(variables)
     step = float(np.ptp(live)) / 255
     for logits in (network.apply_frozen(frozen, x).logits, network.apply_portable(frozen, x)):
         assert np.abs(logits - live).max() < step
-    floats = plain.apply(dataclasses.replace(variables, ranges={}), x, train=False).logits
+    floats = logits_of(plain, dataclasses.replace(variables, ranges={}), x)
     difference = np.abs(floats - live).max()
     assert 1e-3 * step < difference < 0.1 * np.ptp(floats)
 

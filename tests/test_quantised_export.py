@@ -11,7 +11,7 @@ from test_cli import command
 from test_export_functions import pixels_of, run_elsewhere
 from test_export_onnx import READ_ONNX, of_pixels
 from test_quantisation import STUDENT, WITH_BATCH_NORM, rounded_activations, rounded_weights
-from tiny import tiny_config
+from tiny import logits_of, tiny_config
 
 from fm_distill.errors import UserError
 from fm_distill.evaluation.inference import open_student
@@ -46,12 +46,12 @@ def runs(tmp_path_factory):
     return folder
 
 
-def logits_of(workdir, pixels: np.ndarray) -> np.ndarray:
+def trained_logits(workdir, pixels: np.ndarray) -> np.ndarray:
     """By the run's own fake-quantised network, in training's form."""
     student = open_run(workdir).student
     network = build_network(student.network, 10, jnp.dtype("float32"))
     images = (pixels.astype(np.float32) - 127.5) / 127.5
-    return np.asarray(network.apply(student.variables, jnp.asarray(images), train=False).logits)
+    return np.asarray(logits_of(network, student.variables, jnp.asarray(images)))
 
 
 def stored(model) -> dict[str, np.ndarray]:
@@ -63,7 +63,7 @@ def test_the_int8_file_computes_what_was_trained(runs, tmp_path, norm):
     path, pixels = tmp_path / "x.onnx", pixels_of(64)
     card = export(runs / norm, path, batch="dynamic", output="logits")
     found, _ = run_elsewhere(READ_ONNX, path, pixels, tmp_path)
-    expected = logits_of(runs / norm, pixels)
+    expected = trained_logits(runs / norm, pixels)
     step = np.ptp(expected) / 255
     assert (np.abs(found - expected) <= step).mean() >= 0.99 and step > 1e-4
     parity = card.function.parity

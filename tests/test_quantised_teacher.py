@@ -12,7 +12,7 @@ from test_distances import log_softmax
 from test_quantisation import INT8, STUDENT, random_array, with_head
 from test_recordings import QUIET, losses, record_now
 from test_train import lines_of, same_bits, stop_at
-from tiny import NETWORK, tiny_config
+from tiny import NETWORK, logits_of, tiny_config
 
 from fm_distill.config import (
     MeshConfig,
@@ -258,8 +258,8 @@ def test_the_stored_figures_are_those_of_numpy(taught):
     )
     logits = jax.jit(
         lambda x: (
-            plain.network.apply(teacher.variables, x, train=False).logits,
-            rounded.network.apply(whole, x, train=False).logits,
+            logits_of(plain.network, teacher.variables, x),
+            logits_of(rounded.network, whole, x),
         )
     )
     data = open_data(config)[0].train

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny import NETWORK, resolved_run, tiny_config, train_step_of
+from tiny import NETWORK, logits_of, resolved_run, tiny_config, train_step_of
 
 from fm_distill.config import MemoryConfig, MeshConfig, ObjectiveConfig, ViewConfig, with_options
 from fm_distill.data.batch import Batch
@@ -129,7 +129,7 @@ def test_both_see_the_same_region_flip_and_mixture_at_different_resolutions():
         images = render(
             draw(jax.random.key(seed), sizes, config.views), canvases, branch.input_spec
         )
-        logits.append(network.apply(variables, images, train=False).logits)
+        logits.append(logits_of(network, variables, images))
     assert kl_divergence(*logits, 2.0).mean() > 0.05
 
 
@@ -241,7 +241,7 @@ def test_labels_need_no_teacher_and_are_mixed_with_the_images():
     _, metrics = jax.jit(built.train_step)(state, (), batch, KEY)
     drawn = draw(jax.random.fold_in(KEY, 0), jnp.asarray(batch.sizes), config.views)
     images = render(drawn, jnp.asarray(batch.canvases), built.student.input_spec)
-    logits = np.float64(built.student.network.apply(state.student, images, train=True).logits)
+    logits = np.float64(logits_of(built.student.network, state.student, images, train=True))
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     a = float(drawn.coefficients[0])
     own, other = log_p[np.arange(16), batch.labels], log_p[np.arange(16), np.roll(batch.labels, 1)]

@@ -11,7 +11,7 @@ from test_accelerator_paths import matching
 from test_distances import log_softmax, loss_of, numpy_kl, pearson
 from test_step import KEY, matching_config, random_batch, with_random_head
 from test_train import lines_of, same_bits, stop_at
-from tiny import NETWORK, resolved_run, tiny_config
+from tiny import NETWORK, logits_of, resolved_run, tiny_config
 
 from fm_distill.config import (
     CurveConfig,
@@ -107,7 +107,7 @@ def test_dkd_where_every_class_is_named(logits):
     def total(student):
         return (dkd_target(student, teacher, labels) + dkd_others(student, teacher, labels)).sum()
 
-    value, gradient = jax.value_and_grad(total)(student)
+    value, gradient = jax.jit(jax.value_and_grad(total))(student)
     np.testing.assert_allclose(value, numpy_kl(*logits[:, :, :2], 1.0).sum(), rtol=1e-5)
     assert jnp.isfinite(gradient).all() and jnp.abs(gradient).max() > 1e-3
 
@@ -375,7 +375,7 @@ def test_labels_are_mixed_as_the_students_view_is():
     _, metrics = jax.jit(built.train_step)(state, frozen, batch, KEY)
     drawn = draw(jax.random.fold_in(KEY, 0), batch.sizes, config.views)
     images = render(drawn, batch.canvases, built.student.input_spec)
-    logits = built.student.network.apply(state.student, images, train=True).logits
+    logits = logits_of(built.student.network, state.student, images, train=True)
     coefficient = np.asarray(drawn.coefficients)[:, None]
     one_hot = np.eye(10)[np.asarray(batch.labels)]
     # The partner is the example before, as no other is drawn.

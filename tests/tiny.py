@@ -3,6 +3,7 @@
 import dataclasses
 import re
 
+import jax
 import optax
 
 from fm_distill.config import (
@@ -22,6 +23,7 @@ from fm_distill.config import (
 )
 from fm_distill.config.regime import regime_of
 from fm_distill.config.resolved import ResolvedRun
+from fm_distill.models import Network, Variables
 from fm_distill.networks.branch import Branch
 from fm_distill.objectives.example_weights import make_example_weights
 from fm_distill.objectives.terms import features_of, make_terms
@@ -72,6 +74,11 @@ def tiny_config(**changes) -> Config:
         log=LogConfig(every_steps=1, evaluate_every_steps=3, tensorboard=False),
     )
     return dataclasses.replace(config, **changes)
+
+
+def logits_of(network: Network, variables: Variables, images, train: bool = False) -> jax.Array:
+    """In one program: layer by layer, each operation of each shape is compiled by itself."""
+    return jax.jit(lambda x, y: network.apply(x, y, train=train).logits)(variables, images)
 
 
 def train_step_of(

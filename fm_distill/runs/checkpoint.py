@@ -219,10 +219,9 @@ def bytes_of(state: TrainState) -> int:
 
 
 def _saving() -> ocp.Context:
-    saving = ocp.options.ArrayOptions.Saving(
-        min_slice_bytes_for_replica_parallel=SMALLEST_PART_BYTES
-    )
-    return ocp.Context(array_options=ocp.options.ArrayOptions(saving=saving))
+    context = ocp.Context()
+    context.array.saving.min_slice_bytes_for_replica_parallel = SMALLEST_PART_BYTES
+    return context
 
 
 def _load(checkpoint: pathlib.Path, parts: dict[str, PyTree]) -> dict[str, Any]:
