@@ -105,6 +105,23 @@ def test_what_is_done_is_not_done_again_and_the_report_shows_it(compressed, tmp_
     assert "alt='compressed'" in page
 
 
+def test_without_litert_nothing_is_trained(trained, tmp_path, capsys, monkeypatch):
+    """The extra is named before the first step."""
+    from fm_distill.cli.main import main
+    from fm_distill.exporting import litert_file
+
+    find = litert_file.importlib.util.find_spec
+    extra = ("tensorflow", "ai_edge_litert")
+    monkeypatch.setattr(
+        litert_file.importlib.util, "find_spec", lambda name: None if name in extra else find(name)
+    )
+    options = ("--steps", PRUNED, "--format", "tflite", "--to", str(tmp_path / "out"))
+    with pytest.raises(SystemExit) as error:
+        main(["compress", str(trained / "run"), *options])
+    assert error.value.code == 2 and "pip install -e '.[litert]'" in capsys.readouterr().err
+    assert not [*(tmp_path / "out").iterdir()]
+
+
 def test_stopped_it_goes_on(tmp_path, monkeypatch):
     config = tiny_config(student=BATCH_NORM)
     train(config, tmp_path / "run")

@@ -151,13 +151,18 @@ def test_what_is_refused(workdir, exported, tmp_path, capsys, monkeypatch):
         ("has no card of fm-distill, or was damaged", "evaluate", tmp_path / "cut.tflite"),
         ("has no card of fm-distill", "evaluate", tmp_path / "other.tflite"),
         ("takes a fixed number of images", "export", workdir, out, "--batch", "dynamic"),
-        ("--quantise int8 is for .tflite", "export", workdir, tmp_path / "x.onnx",
-         "--quantise", "int8"),
+        ("--quantise dynamic is for .tflite", "export", workdir, tmp_path / "x.onnx",
+         "--quantise", "dynamic"),
     ):  # fmt: skip
         code, _, error = command(capsys, *arguments)
         assert code == 2 and said in error, error
         assert len(error.strip().splitlines()) == 1, error
-    monkeypatch.setattr(litert_file.importlib.util, "find_spec", lambda name: None)
+    find = litert_file.importlib.util.find_spec
+    monkeypatch.setattr(
+        litert_file.importlib.util,
+        "find_spec",
+        lambda name: None if name == "tensorflow" else find(name),
+    )
     code, _, error = command(capsys, "export", workdir, out)
     assert code == 2 and "pip install -e '.[litert]'" in error and not out.exists()
 

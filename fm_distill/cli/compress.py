@@ -23,7 +23,7 @@ class _Compress(OverConfig):
     )
     to: str = ""
     """Where the steps' runs and files lie; by default `compressed` in the run's workdir."""
-    format: Literal["onnx", "stablehlo"] = "onnx"
+    format: Literal["onnx", "stablehlo", "tflite"] = "onnx"
     """The files whose bytes and latency are measured."""
     seconds: float = 2.0
     """Time for which each file is called, beside its warm-up."""

@@ -1,7 +1,8 @@
-"""StableHLO to LiteRT, by TensorFlow: a process of its own, as TensorFlow shares much with JAX.
+"""Steps of a function to LiteRT, by TensorFlow, in a process of its own: it shares much with JAX.
 
-Its argument is a folder, which has `function.jax_export`, `kind.json` and for int8 `pixels.npy`;
-`function.tflite` is written there.
+Its argument is a folder, which has `steps.json` and `kind.json`, and for int8 after training
+`pixels.npy`; `function.tflite` is written there. The steps are those of `litert_quantisation`,
+whose arrays and functions lie beside.
 """
 
 import json
@@ -11,30 +12,91 @@ from typing import Any
 
 import numpy as np
 
-FUNCTION, PIXELS, KIND, RESULT = (
-    "function.jax_export", "pixels.npy", "kind.json", "function.tflite"
-)  # fmt: skip
+STEPS, PIXELS, KIND, RESULT = "steps.json", "pixels.npy", "kind.json", "function.tflite"
+# The kind of a function that has ranges of training.
+TRAINED = "trained"
+# Of the range of activations; that of weights is symmetric.
+LOWEST, HIGHEST = -128, 127
 
 
 def main(folder: pathlib.Path) -> None:
     """Converts what lies in `folder`."""
     import tensorflow as tf
-    from jax import export
-    from jax.experimental import jax2tf
 
-    exported = export.deserialize(bytearray((folder / FUNCTION).read_bytes()))
-    (pixels,) = exported.in_avals
-    converted = tf.function(
-        jax2tf.convert(
-            exported.call, with_gradient=False, native_serialization_platforms=exported.platforms
-        ),
-        input_signature=[tf.TensorSpec(pixels.shape, pixels.dtype, name="pixels")],
-        autograph=False,
-    )
+    described = json.loads((folder / STEPS).read_text())
+
+    def function(pixels: Any) -> Any:
+        known = {0: pixels}
+        for step in described["steps"]:
+            found = MAKERS[step["kind"]](tf, folder, step, *(known[x] for x in step["reads"]))
+            known.update(zip(step["makes"], found, strict=True))
+        return known[described["result"]]
+
+    spec = tf.TensorSpec(described["shape"], tf.as_dtype(described["dtype"]), name="pixels")
+    converted = tf.function(function, input_signature=[spec], autograph=False)
     found = [converted.get_concrete_function()]
     converter = tf.lite.TFLiteConverter.from_concrete_functions(found, converted)
     _quantise(tf, converter, json.loads((folder / KIND).read_text()), folder)
     (folder / RESULT).write_bytes(converter.convert())
+
+
+def _called(tf: Any, folder: pathlib.Path, step: dict[str, Any], *inputs: Any) -> Any:
+    from jax import export
+    from jax.experimental import jax2tf
+
+    exported = export.deserialize(bytearray((folder / step["function"]).read_bytes()))
+    found = jax2tf.convert(
+        exported.call, with_gradient=False, native_serialization_platforms=exported.platforms
+    )(*inputs)
+    return found if isinstance(found, list | tuple) else (found,)
+
+
+def _rounded(tf: Any, folder: pathlib.Path, step: dict[str, Any], x: Any) -> Any:
+    scale, zero = step["scale"], step["zero_point"]
+    low, high = (np.float32(scale * (end - zero)) for end in (LOWEST, HIGHEST))
+    return (tf.quantization.fake_quant_with_min_max_vars(x, low, high),)
+
+
+def _kernel(tf: Any, folder: pathlib.Path, step: dict[str, Any]) -> Any:
+    weights, scales = (np.load(folder / step[x]) for x in ("weights", "scales"))
+    highest = np.float32(step["highest"])
+    ends = -highest * scales, highest * scales  # constants, or the converter does not see them
+    bits = step["highest"].bit_length() + 1
+    return (
+        tf.quantization.fake_quant_with_min_max_vars_per_channel(
+            weights, *ends, num_bits=bits, narrow_range=True
+        ),
+    )
+
+
+def _convolved(tf: Any, folder: pathlib.Path, step: dict[str, Any], x: Any, kernel: Any) -> Any:
+    strides, padding, dilations = (step[k] for k in ("strides", "padding", "dilations"))
+    name = "VALID"
+    if any(zeros != [0, 0] for zeros in padding):
+        same = [
+            _same(int(x.shape[1 + i]), (int(kernel.shape[i]) - 1) * dilations[i] + 1, strides[i])
+            for i in range(2)
+        ]
+        if same == padding:
+            name = "SAME"
+        else:
+            x = tf.pad(x, [[0, 0], *padding, [0, 0]])
+    out = tf.nn.conv2d(x, kernel, strides, name, dilations=dilations)
+    return (tf.nn.bias_add(out, np.load(folder / step["offset"])),)
+
+
+def _same(size: int, kernel: int, stride: int) -> list[int]:
+    """Zeros before and after a side, as TensorFlow's SAME has them."""
+    total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+    return [total // 2, total - total // 2]
+
+
+MAKERS: dict[str, Any] = {
+    "call": _called,
+    "round": _rounded,
+    "kernel": _kernel,
+    "convolution": _convolved,
+}
 
 
 def _quantise(tf: Any, converter: Any, kind: str, folder: pathlib.Path) -> None:

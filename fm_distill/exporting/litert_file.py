@@ -19,12 +19,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax import export
 
 from fm_distill.errors import UserError
 from fm_distill.exporting import litert_conversion
 from fm_distill.exporting.function import BatchSize, Function, Pixels, Quantise, Runtime
-from fm_distill.exporting.stablehlo import ANYWHERE, PLATFORM
+from fm_distill.exporting.litert_quantisation import steps_of
+from fm_distill.exporting.litert_steps import Step
 
 SUFFIX = ".tflite"
 CARD, LABELS, DIGEST = "card.json", "labels.txt", "flatbuffer.sha256"
@@ -56,12 +56,18 @@ def to_quantised(
     # int8's own input is the uint8 pixels: a float of scale 1 before it is quantised.
     dtype = np.float32 if quantise == "int8" else np.uint8
     pixels = jax.ShapeDtypeStruct((batch, resolution, resolution, 3), dtype)
-    checks = (ANYWHERE,)
-    exported = export.export(jax.jit(function), platforms=(PLATFORM,), disabled_checks=checks)
+    steps = steps_of(function, pixels)
+    rounded = any(step.kind == "round" for step in steps)
+    if rounded and quantise != "none":
+        raise UserError(
+            "the student was quantised in training and leaves with its own ranges; leave out "
+            "--quantise"
+        )
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
-        (folder / litert_conversion.FUNCTION).write_bytes(exported(pixels).serialize())
-        (folder / litert_conversion.KIND).write_text(json.dumps(quantise))
+        _write_steps(folder, steps, pixels)
+        kind = litert_conversion.TRAINED if rounded else quantise
+        (folder / litert_conversion.KIND).write_text(json.dumps(kind))
         if shown is not None:
             np.save(folder / litert_conversion.PIXELS, _calibration(shown, batch))
         done = subprocess.run(
@@ -72,6 +78,25 @@ def to_quantised(
         if done.returncode:
             raise UserError(f"{model} cannot be converted to LiteRT: {_reason(done.stderr)}")
         return (folder / litert_conversion.RESULT).read_bytes()
+
+
+def _write_steps(folder: pathlib.Path, steps: list[Step], pixels: jax.ShapeDtypeStruct) -> None:
+    """What `litert_conversion` reads: a list, and a file for each array and function in it."""
+    lines = []
+    for i, step in enumerate(steps):
+        line: dict[str, Any] = {"kind": step.kind, "reads": step.reads, "makes": step.makes}
+        for key, value in step.values.items():
+            line[key] = value
+            if isinstance(value, np.ndarray):
+                line[key] = f"{i}_{key}.npy"
+                np.save(folder / line[key], value)
+            elif isinstance(value, bytes):
+                line[key] = f"{i}_{key}"
+                (folder / line[key]).write_bytes(value)
+        lines.append(line)
+    shape, dtype = pixels.shape, pixels.dtype.name
+    described = {"steps": lines, "shape": shape, "dtype": dtype, "result": steps[-1].makes[0]}
+    (folder / litert_conversion.STEPS).write_text(json.dumps(described))
 
 
 def _calibration(shown: Pixels, batch: int) -> np.ndarray:

@@ -42,7 +42,7 @@ from fm_distill.views.rendering import CentralCrop
 
 # Name of the run itself in the table, and of its file.
 START = "the run"
-Format = Literal["onnx", "stablehlo"]
+Format = Literal["onnx", "stablehlo", "tflite"]
 
 
 def compress(

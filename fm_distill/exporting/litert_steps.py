@@ -1,0 +1,234 @@
+"""The steps that LiteRT's converter gets of a fake-quantised function.
+
+The converter takes ranges from TensorFlow's operations FakeQuant alone, so `litert_conversion`
+makes one of each rounding, and reads StableHLO of what lies between them.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax import export
+from jax.extend.core import JaxprEqn
+from jaxtyping import Float, Int8
+
+from fm_distill.exporting.stablehlo import ANYWHERE, PLATFORM
+
+# A factor this near to zero leaves nothing of its channel.
+SMALLEST_SCALE = 1e-30
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One of the four; numbers name what is read and made, and 0 is the pixels.
+
+    round: to int8, affine, with `scale` and `zero_point`. kernel: the constant `weights`, which are
+    integers up to `highest` times `scales` of the last axis. convolution: of pictures with such a
+    kernel (height, width, inputs, outputs), and `offset` added. call: `function`, by `jax.export`.
+    """
+
+    kind: Literal["round", "kernel", "convolution", "call"]
+    reads: tuple[int, ...]
+    makes: tuple[int, ...]
+    values: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Unknown:
+    """A tensor that depends on the pixels."""
+
+    number: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """A kernel that is rounded: its integers, and what one of each output channel stands for."""
+
+    integers: Int8[np.ndarray, "*_ outputs"]
+    scales: Float[np.ndarray, " outputs"]
+    highest: int
+
+    @property
+    def floats(self) -> np.ndarray:
+        return (self.integers * self.scales).astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A convolution or matrix product with rounded weights, and what follows: x * factor + offset.
+
+    It is a step when somebody reads it.
+    """
+
+    equation: JaxprEqn
+    images: Unknown
+    weights: Weights
+    factor: Float[np.ndarray, " outputs"]
+    offset: Float[np.ndarray, " outputs"]
+
+
+class Steps:
+    """The steps as they come in; those of a call with a function that is not exported yet."""
+
+    def __init__(self) -> None:
+        self.found: list[Step] = []
+        self.done: dict[int, Unknown] = {}  # products, by their identity
+        self.kept: list[Product] = []  # so that no identity is given twice
+        self._count = itertools.count(1)
+
+    def new(self, shape: tuple[int, ...], dtype: Any = np.float32) -> Unknown:
+        return Unknown(next(self._count), tuple(shape), np.dtype(dtype))
+
+    def add(self, kind: Any, reads: list[Unknown], make: Unknown, **values: Any) -> Unknown:
+        numbers = tuple(x.number for x in reads)
+        self.found.append(Step(kind, numbers, (make.number,), values))
+        return make
+
+    def call(self, function: Callable[..., Any], inputs: list[Any]) -> list[Unknown]:
+        """`function`, of tensors and of arrays that are known."""
+        given = [self.tensor(x) for x in inputs]
+        unknown = [x for x in given if isinstance(x, Unknown)]
+
+        def of_unknown(*values: Any) -> tuple[Any, ...]:
+            rest = iter(values)
+            found = function(
+                *(next(rest) if isinstance(x, Unknown) else _repeated(x) for x in given)
+            )
+            return tuple(found) if isinstance(found, list | tuple) else (found,)
+
+        shapes = jax.eval_shape(of_unknown, *map(_spec, unknown))
+        makes = [self.new(x.shape, x.dtype) for x in shapes]
+        names = tuple(x.number for x in unknown), tuple(x.number for x in makes)
+        values = {"python": of_unknown, "specs": [*map(_spec, unknown)]}
+        self.found.append(Step("call", *names, values))
+        return makes
+
+    def tensor(self, value: Any) -> Any:
+        """`value` as others read it: a tensor, or an array."""
+        if isinstance(value, Weights):
+            return value.floats
+        if not isinstance(value, Product):
+            return value
+        if id(value) not in self.done:
+            self.done[id(value)] = self._product(value)
+            self.kept.append(value)
+        return self.done[id(value)]
+
+    def _product(self, product: Product) -> Unknown:
+        equation, images = product.equation, product.images
+        scales = product.weights.scales * np.abs(product.factor)
+        none = scales < SMALLEST_SCALE
+        signs = np.where(none, 0, np.sign(product.factor))
+        scales = np.where(none, 1.0, scales).astype(np.float32)
+        kernel = (product.weights.integers * signs * scales).astype(np.float32)
+        offset, shape = product.offset.astype(np.float32), equation.outvars[0].aval.shape  # type: ignore[attr-defined]
+        rounded = {"scales": scales, "highest": product.weights.highest}
+        if equation.primitive.name == "dot_general":
+            (images,) = self.call(lambda x: x[:, None, None], [images])
+            out = self._convolution(
+                images, kernel[None, None], rounded, offset, (shape[0], 1, 1, shape[1])
+            )
+            return self.call(lambda x: x[:, 0, 0], [out])[0]
+        params = equation.params
+        if params["feature_group_count"] == 1:
+            return self._convolution(images, kernel, rounded, offset, shape, params)
+        # The order of axes that LiteRT has: what turned them would stand behind the rounding.
+        weights = kernel.transpose(2, 0, 1, 3)
+        made = self.add("kernel", [], self.new(weights.shape), weights=weights, **rounded)
+
+        def depthwise(x: Any, kernel: Any) -> Any:
+            out = jax.lax.conv_general_dilated(
+                x,
+                kernel,
+                params["window_strides"],
+                params["padding"],
+                rhs_dilation=params["rhs_dilation"],
+                dimension_numbers=("NHWC", "IHWO", "NHWC"),
+                feature_group_count=params["feature_group_count"],
+            )
+            return out + offset
+
+        return self.call(depthwise, [images, made])[0]
+
+    def _convolution(
+        self,
+        images: Unknown,
+        kernel: np.ndarray,
+        rounded: dict[str, Any],
+        offset: np.ndarray,
+        shape: tuple[int, ...],
+        params: dict[str, Any] | None = None,
+    ) -> Unknown:
+        made = self.add("kernel", [], self.new(kernel.shape), weights=kernel, **rounded)
+        p = params or {}
+        return self.add(
+            "convolution",
+            [images, made],
+            self.new(shape),
+            offset=offset,
+            strides=tuple(p.get("window_strides", (1, 1))),
+            padding=tuple(map(tuple, p.get("padding", ((0, 0), (0, 0))))),
+            dilations=tuple(p.get("rhs_dilation", (1, 1))),
+        )
+
+
+def joined(steps: list[Step], result: int) -> Iterator[Step]:
+    """With one exported function instead of several that follow each other."""
+    read_by = {result: {len(steps)}}
+    for i, step in enumerate(steps):
+        for number in step.reads:
+            read_by.setdefault(number, set()).add(i)
+    for is_call, group in itertools.groupby(enumerate(steps), lambda x: x[1].kind == "call"):
+        members = [*group]
+        if not is_call:
+            yield from (step for _, step in members)
+            continue
+        places, calls = {i for i, _ in members}, [step for _, step in members]
+        made = {number for step in calls for number in step.makes}
+        reads = {
+            number: spec
+            for step in calls
+            for number, spec in zip(step.reads, step.values["specs"], strict=True)
+            if number not in made
+        }
+        makes = tuple(x for x in sorted(made) if read_by.get(x, set()) - places)
+        of_all = functools.partial(_in_turn, calls, tuple(reads), makes)
+        data = exported(of_all, [*reads.values()])
+        yield Step("call", tuple(reads), makes, {"function": data})
+
+
+def _in_turn(
+    calls: list[Step], reads: tuple[int, ...], makes: tuple[int, ...], *values: Any
+) -> tuple[Any, ...]:
+    known = dict(zip(reads, values, strict=True))
+    for step in calls:
+        found = step.values["python"](*(known[x] for x in step.reads))
+        known.update(zip(step.makes, found, strict=True))
+    return tuple(known[x] for x in makes)
+
+
+def exported(function: Callable[..., Any], specs: Sequence[jax.ShapeDtypeStruct]) -> bytes:
+    """`function` of arrays of `specs`, serialised by `jax.export`."""
+    checks = (ANYWHERE,)
+    made = export.export(jax.jit(function), platforms=(PLATFORM,), disabled_checks=checks)
+    return bytes(made(*specs).serialize())
+
+
+def once(array: np.ndarray) -> np.ndarray:
+    """What NumPy repeats, once."""
+    return array[(..., *(slice(0, 1) if x == 0 else slice(None) for x in array.strides))]
+
+
+def _repeated(array: Any) -> Any:
+    """Not written out, as `array` may be large where it is repeated."""
+    return jax.lax.broadcast_in_dim(once(array), array.shape, range(array.ndim))
+
+
+def _spec(x: Unknown) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
