@@ -13,9 +13,10 @@ import pytest
 from conftest import run_command, write_experiment
 from tiny import tiny_config
 
+from fm_distill.cli.options import guarded
 from fm_distill.config import LogConfig, ScheduleConfig
 from fm_distill.config.serialization import changed
-from fm_distill.errors import UserError
+from fm_distill.errors import EXIT_WRONG_INPUT, UserError
 from fm_distill.reports import plots
 from fm_distill.reports.pareto import front, pareto
 from fm_distill.reports.sweep import parse_over, sweep
@@ -65,6 +66,16 @@ def test_every_combination_runs_once_and_the_table_has_mean_and_spread(tmp_path,
     capsys.readouterr()
     assert sweep(quick_config(), over, tmp_path) == table
     assert capsys.readouterr().err.count("is complete") == 4
+    # On a full disk the old table stays.
+    before = (tmp_path / "sweep.csv").read_bytes()
+    (tmp_path / "sweep.csv.tmp").symlink_to("/dev/full")
+
+    def again(arguments: list[str]) -> int:
+        return len(sweep(quick_config(), over, tmp_path))
+
+    assert guarded(again, []) == EXIT_WRONG_INPUT
+    assert "the disk or its quota is full; make room" in capsys.readouterr().err
+    assert (tmp_path / "sweep.csv").read_bytes() == before
     # What is measured on request stands in columns of its own; equal networks are measured once.
     assert "latency" not in table and "Pareto" not in table
     assert "latency at full batch, ms | " in sweep(quick_config(), over, tmp_path, cost=True)

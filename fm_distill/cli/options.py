@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import errno
 import itertools
 import logging
 import os
@@ -37,6 +38,7 @@ from fm_distill.system.foreign_code import FLAG, trusted_code
 
 VERBOSE = "--verbose"
 HELP = ("-h", "--help")
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 # Other names of options that are typed often.
 ALIASES = {
     "lr": "optimizer.learning_rate",
@@ -73,7 +75,15 @@ def guarded(command: Callable[[list[str]], int], arguments: list[str]) -> int:
         os._exit(EXIT_INTERRUPTED_TWICE)
     except BrokenPipeError:
         os._exit(EXIT_OUR_FAULT)
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            place = "" if error.filename is None else f" for {error.filename}"
+            print(
+                f"fm-distill: the disk or its quota is full{place}; make room, and run the same "
+                "command again",
+                file=sys.stderr,
+            )
+            return EXIT_WRONG_INPUT
         print("fm-distill: a fault of ours; please report it with the lines below", file=sys.stderr)
         raise
 
