@@ -155,7 +155,6 @@ class _Predict:
 
 def _predict(arguments: list[str]) -> int:
     from fm_distill.evaluation.inference import predict
-    from fm_distill.exporting.formats import FORMATS
 
     student, rest = first(arguments, "predict DIR IMAGE...")
     asked = parse(_Predict, None, rest, f"predict {student}")
@@ -163,8 +162,6 @@ def _predict(arguments: list[str]) -> int:
         raise UserError("predict needs at least one image: fm-distill predict DIR IMAGE...")
     if asked.top < 1:
         raise UserError(f"--top is {asked.top}; expected 1 or more")
-    if pathlib.Path(student).suffix not in FORMATS:  # those are ready at once
-        print(COMPILING, file=sys.stderr)
     predictions = predict(student, asked.images, asked.top)
     if asked.json:
         print(json.dumps([dataclasses.asdict(x) for x in predictions]))

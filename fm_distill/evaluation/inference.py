@@ -36,7 +36,7 @@ from fm_distill.networks.teachers import (
 from fm_distill.runs.open_run import Run, open_run
 from fm_distill.runs.run_code import refuse_code_of_run
 from fm_distill.runs.student import BATCH, Predictor
-from fm_distill.system.console import log
+from fm_distill.system.console import COMPILING, log
 from fm_distill.system.sharding import Layout, make_layout, on_devices
 
 
@@ -176,7 +176,11 @@ def predict(
     asked = open_student(student)
     found = []
     waiting = prepared(asked, images)
+    compiled = pathlib.Path(student).suffix in FORMATS
     while part := list(itertools.islice(waiting, BATCH)):
+        if not compiled:
+            log(COMPILING)
+        compiled = True
         names, pixels = zip(*part, strict=True)
         for name, p in zip(names, asked.predict_pixels(list(pixels)), strict=True):
             best = most_likely(asked.class_names, p, top)
