@@ -33,7 +33,7 @@ def compressed(trained, tmp_path_factory) -> pathlib.Path:
     run = shutil.copytree(trained / "run", tmp_path_factory.mktemp("compressed") / "run")
     done = run_command(
         "compress", run, "--steps", PRUNED, "quantise:int8", "--seconds", "0.2",
-        "--schedule.total-steps", "4",
+        "--schedule.total-steps", "4", "--format", "onnx", "stablehlo",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (run / "table.md").write_text(done.stdout)
@@ -60,27 +60,35 @@ def test_the_table_is_what_runs_and_files_say(compressed):
         folder / "prune-structured-0.5",
         folder / "prune-structured-0.5+quantise-int8",
     )
-    files = ("the_run", *(x.name for x in places[1:]))
-    for row, place, file in zip(found.rows, places, files, strict=True):
+    for row, place in zip(found.rows, places, strict=True):
         figures = json.loads((place / "evaluation.json").read_text())
         assert row.top1 == figures["student"]["top1"] and row.kl_one == figures["kl"]["one"]
         assert row.agreement == figures["agreement"]["top1"]
         params = open_run(place).student.variables.params
         sizes = [np.size(x) for block in params.values() for x in _leaves(block)]
         assert row.parameters == sum(sizes)
-        data = (folder / f"{file}.onnx").read_bytes()
-        assert row.file_bytes == len(data)
-        assert row.zipped_bytes == len(zlib.compress(data, 9)) < row.file_bytes
-        assert 0 < row.median_ms <= row.p95_ms
-        assert load_exported(str(folder / f"{file}.onnx")).card.network.block_widths == (
-            open_run(place).network.block_widths
-        )
+    names = ("the_run", *(x.name for x in places[1:]))
+    for files, format in zip(found.files, ("onnx", "stablehlo"), strict=True):
+        assert [x.name for x in files.rows] == [x.name for x in found.rows]
+        for row, place, name in zip(files.rows, places, names, strict=True):
+            data = (folder / f"{name}.{format}").read_bytes()
+            assert row.file_bytes == len(data)
+            assert row.zipped_bytes == len(zlib.compress(data, 9)) < row.file_bytes
+            assert 0 < row.median_ms <= row.p95_ms
+            assert load_exported(str(folder / f"{name}.{format}")).card.network.block_widths == (
+                open_run(place).network.block_widths
+            )
     flops = [x.flops for x in found.rows]
     assert flops[0] > flops[1] == flops[2]  # a rounding in training is no operation of a file
-    assert found.rows[1].file_bytes < found.rows[0].file_bytes
+    onnx = found.files[0].rows
+    assert onnx[1].file_bytes < onnx[0].file_bytes
     table = (compressed / "table.md").read_text()
     assert table.strip() == as_markdown(found).strip()
-    assert f"| {100 * found.rows[2].top1:.2f} |" in table and "ONNX Runtime" in table
+    assert f"| {100 * found.rows[2].top1:.2f} |" in table
+    for files in found.files:  # whose columns are told apart
+        assert f"p50, ms, {files.runtime}" in table
+        assert f" | {files.rows[1].median_ms:.3f} | " in table
+    assert "ONNX Runtime" in found.files[0].runtime and "XLA" in found.files[1].runtime
 
 
 def _leaves(tree):
@@ -130,10 +138,10 @@ def test_stopped_it_goes_on(tmp_path, monkeypatch):
     arguments = (tmp_path / "run", steps, stored, tmp_path / "out")
     with monkeypatch.context() as patch:
         stop_at(patch, 1)
-        assert compress(*arguments, format="stablehlo", seconds=0.1) is None
+        assert compress(*arguments, formats=("stablehlo",), seconds=0.1) is None
     status = Workdir(tmp_path / "out" / "prune-2-4").read_status()
     assert status is not None and (status.state, status.step) == ("paused", 2)
-    table = compress(*arguments, format="stablehlo", seconds=0.1)
+    table = compress(*arguments, formats=("stablehlo",), seconds=0.1)
     schedule = Workdir(tmp_path / "out" / "prune-2-4").stored().config.schedule
     assert schedule.total_steps == 3  # half of the run's, since nothing was said
     assert table is not None and "prune:2:4 + quantise:int8-weights" in table

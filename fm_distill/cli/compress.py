@@ -23,8 +23,8 @@ class _Compress(OverConfig):
     )
     to: str = ""
     """Where the steps' runs and files lie; by default `compressed` in the run's workdir."""
-    format: Literal["onnx", "stablehlo", "tflite"] = "onnx"
-    """The files whose bytes and latency are measured."""
+    format: tuple[Literal["onnx", "stablehlo", "tflite"], ...] = ("onnx",)
+    """The files whose bytes and latency are measured: one format, or several side by side."""
     seconds: float = 2.0
     """Time for which each file is called, beside its warm-up."""
     max_hours: float | None = None
@@ -47,7 +47,7 @@ def compress_command(arguments: list[str]) -> int:
         asked.steps,
         asked.config,
         folder,
-        format=asked.format,
+        formats=asked.format,
         seconds=asked.seconds,
         max_hours=asked.max_hours,
     )

@@ -28,7 +28,14 @@ from fm_distill.reports.compression_steps import (
     parse_step,
     recovery_schedule,
 )
-from fm_distill.reports.compression_table import Compression, CompressionRow, as_markdown, save
+from fm_distill.reports.compression_table import (
+    Compression,
+    CompressionRow,
+    FileFigures,
+    Files,
+    as_markdown,
+    save,
+)
 from fm_distill.runs.metric_table import BY_NAME
 from fm_distill.runs.open_run import open_run
 from fm_distill.runs.run_code import refuse_code_of_run
@@ -51,7 +58,7 @@ def compress(
     config: Config,
     folder: pathlib.Path,
     *,
-    format: Format = "onnx",
+    formats: tuple[Format, ...] = ("onnx",),
     seconds: float = 2.0,
     max_hours: float | None = None,
 ) -> str | None:
@@ -59,15 +66,17 @@ def compress(
 
     `config` is that of the run, with what is to be otherwise; where its length is the run's own,
     each step takes half of it. Each step is a run in `folder`, whose name has all steps before
-    it, and starts from the step before. The students are exported as `format` and timed for
-    `seconds` each, and the figures written to `folder`. Raises `UserError` before the first step
-    where a step is wrong.
+    it, and starts from the step before. The students are exported as each of `formats` and timed
+    for `seconds` each, and the figures written to `folder`. Raises `UserError` before the first
+    step where a step is wrong.
     """
     place = Workdir(workdir)
     stored, figures = place.stored(), place.read_evaluation()
     refuse_code_of_run(stored, place.path, config=config)
     if not steps:
         raise UserError("compress needs what to do: --steps prune:structured:0.5 quantise:int8")
+    if not formats or len({*formats}) != len(formats):
+        raise UserError(f"--format is {' '.join(formats)!r}; expected each format once")
     if figures is None:
         raise UserError(
             f"the run in {workdir} is not complete, or was not evaluated: finish it with "
@@ -90,9 +99,9 @@ def compress(
         raise UserError(f"{folder} cannot be written: {error}; give another --to") from None
     # Before the first step, since whatever is not installed is missed here.
     data_dir = config.data.data_dir
-    start = folder / f"{_file_name(START)}.{format}"
     moved = data_dir if data_dir != stored.config.data.data_dir else None
-    export(place.path, start, overwrite=True, data_dir=moved)
+    for format in formats:
+        export(place.path, _file(folder, START, format), overwrite=True, data_dir=moved)
     rows = {START: (place.path, figures)}
     with stop_signals(Stop(max_hours)) as stop:
         for i, (name, run) in enumerate(runs.items(), 1):
@@ -104,19 +113,23 @@ def compress(
                 return None
             assert result.evaluation is not None
             rows[name] = (result.workdir, result.evaluation)
-    files: dict[str, pathlib.Path | None] = {START: start}
+    files = {(START, format): _file(folder, START, format) for format in formats}
     for name in runs:
-        files[name] = _exported(name, rows[name][0], folder, format)
-    timed = bench([x for x in files.values() if x is not None], seconds=seconds)
-    times = {x.name: x for x in timed.rows}
-    found = Compression(
-        times[str(start)].runtime,
-        timed.device,
-        tuple(
-            _row(name, path, figures, times.get(str(files[name])))
-            for name, (path, figures) in rows.items()
-        ),
-    )
+        for format in formats:
+            path = _file(folder, name, format)
+            if _is_exported(name, rows[name][0], path):
+                files[name, format] = path
+    timed = bench([*files.values()], seconds=seconds)
+    times = dict(zip(files, timed.rows, strict=True))
+    by_format = [
+        Files(
+            times[START, format].runtime,
+            tuple(_file_figures(name, times.get((name, format))) for name in rows),
+        )
+        for format in formats
+    ]
+    students = tuple(_row(name, path, figures) for name, (path, figures) in rows.items())
+    found = Compression(timed.device, students, tuple(by_format))
     save(found, folder)
     return as_markdown(found)
 
@@ -219,22 +232,29 @@ def _file_name(name: str) -> str:
     return name.replace(" + ", "+").replace(":", "-").replace(" ", "_")
 
 
-def _exported(
-    name: str, workdir: pathlib.Path, folder: pathlib.Path, format: Format
-) -> pathlib.Path | None:
-    """The file; None, and why, where it does not compute what the run computes."""
-    path = folder / f"{_file_name(name)}.{format}"
+def _file(folder: pathlib.Path, name: str, format: Format) -> pathlib.Path:
+    return folder / f"{_file_name(name)}.{format}"
+
+
+def _is_exported(name: str, workdir: pathlib.Path, path: pathlib.Path) -> bool:
+    """False, and why, where the file would not compute what the run computes."""
     try:
         export(workdir, path, overwrite=True)
     except UserError as error:
-        log(f"WARNING: {name} has no file: {error}")
-        return None
-    return path
+        log(f"WARNING: {name} has no {path.suffix} file: {error}")
+        return False
+    return True
 
 
-def _row(
-    name: str, workdir: pathlib.Path, figures: dict[str, Any], timed: Row | None
-) -> CompressionRow:
+def _file_figures(name: str, timed: Row | None) -> FileFigures:
+    if timed is None:
+        return FileFigures(name)
+    data = pathlib.Path(timed.name).read_bytes()
+    zipped = len(zlib.compress(data, 9))
+    return FileFigures(name, len(data), zipped, timed.median_ms, timed.p95_ms)
+
+
+def _row(name: str, workdir: pathlib.Path, figures: dict[str, Any]) -> CompressionRow:
     params = open_run(workdir).student.variables.params
     zeros = sum(int((np.asarray(x) == 0).sum()) for x in jax.tree.leaves(params))
 
@@ -245,7 +265,6 @@ def _row(
         of(x) for x in ("agreement_top1", "kl_one", "training_view_agreement_top1")
     )
     flops = of("student_flops")
-    data = None if timed is None else pathlib.Path(timed.name).read_bytes()
     return CompressionRow(
         name=name,
         split=figures["split"],
@@ -257,8 +276,4 @@ def _row(
         parameters=parameter_count(params),
         zero_weights=zeros,
         flops=None if flops is None else int(flops),
-        file_bytes=None if data is None else len(data),
-        zipped_bytes=None if data is None else len(zlib.compress(data, 9)),
-        median_ms=None if timed is None else timed.median_ms,
-        p95_ms=None if timed is None else timed.p95_ms,
     )

@@ -33,54 +33,91 @@ class CompressionRow:
     parameters: int
     zero_weights: int  # of the parameters
     flops: int | None  # of an image
-    # Of the exported file, its card included; None where it could not be written.
-    file_bytes: int | None
-    zipped_bytes: int | None
-    # At batch 1; 95th percentile.
-    median_ms: float | None
-    p95_ms: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class FileFigures:
+    """The exported file of a student, its card included; None where it could not be written."""
+
+    name: str  # of the student
+    file_bytes: int | None = None
+    zipped_bytes: int | None = None
+    median_ms: float | None = None  # at batch 1
+    p95_ms: float | None = None  # the 95th percentile
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """The files of one format, a line for each student, run by their own runtime."""
+
+    runtime: str
+    rows: tuple[FileFigures, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Compression:
-    """The rows of a run and its steps, whose files were timed in one go."""
+    """A run and its steps, whose files of all formats were timed in one go."""
 
-    runtime: str
     device: str
     rows: tuple[CompressionRow, ...]
+    files: tuple[Files, ...]
 
 
 HEADS = (
     "student", "top-1, %", "agreement, %", "KL, nats", "agreement, training view, %", "parameters",
-    "of them zero, %", "MFLOPs", "file, kB", "zipped, kB", "p50, ms", "p95, ms",
+    "of them zero, %", "MFLOPs",
 )  # fmt: skip
+FILE_HEADS = ("file, kB", "zipped, kB", "p50, ms", "p95, ms")
 
 
-def cells(row: CompressionRow) -> list[str]:
-    """Under `HEADS`."""
+def heads(found: Compression) -> list[str]:
+    """With those of the files, by runtime where there are several."""
+    several = len(found.files) > 1
+    of_files = (
+        f"{head}, {files.runtime}" if several else head
+        for files in found.files
+        for head in FILE_HEADS
+    )
+    return [*HEADS, *of_files]
 
-    def scaled(value: float | int | None, factor: float | int, digits: int) -> str:
-        return "-" if value is None else f"{value * factor:,.{digits}f}"
 
+def table_rows(found: Compression) -> list[list[str]]:
+    """A line for each student, under `heads`."""
+    return [
+        [*_quality_cells(row), *(x for files in found.files for x in _file_cells(files.rows[i]))]
+        for i, row in enumerate(found.rows)
+    ]
+
+
+def _scaled(value: float | int | None, factor: float | int, digits: int) -> str:
+    return "-" if value is None else f"{value * factor:,.{digits}f}"
+
+
+def _file_cells(file: FileFigures) -> list[str]:
+    return [
+        _scaled(file.file_bytes, 1e-3, 1),
+        _scaled(file.zipped_bytes, 1e-3, 1),
+        _scaled(file.median_ms, 1, 3),
+        _scaled(file.p95_ms, 1, 3),
+    ]
+
+
+def _quality_cells(row: CompressionRow) -> list[str]:
     return [
         row.name,
-        scaled(row.top1, 100, 2),
-        scaled(row.agreement, 100, 2),
-        scaled(row.kl_one, 1, 4),
-        scaled(row.training_view_agreement, 100, 2),
+        _scaled(row.top1, 100, 2),
+        _scaled(row.agreement, 100, 2),
+        _scaled(row.kl_one, 1, 4),
+        _scaled(row.training_view_agreement, 100, 2),
         f"{row.parameters:,}",
-        scaled(row.zero_weights / row.parameters, 100, 1),
-        scaled(row.flops, 1e-6, 2),
-        scaled(row.file_bytes, 1e-3, 1),
-        scaled(row.zipped_bytes, 1e-3, 1),
-        scaled(row.median_ms, 1, 3),
-        scaled(row.p95_ms, 1, 3),
+        _scaled(row.zero_weights / row.parameters, 100, 1),
+        _scaled(row.flops, 1e-6, 2),
     ]
 
 
 def as_markdown(found: Compression) -> str:
     """A line for each student."""
-    return "\n".join([*markdown_lines(HEADS, [*map(cells, found.rows)]), "", caption(found)])
+    return "\n".join([*markdown_lines(heads(found), table_rows(found)), "", caption(found)])
 
 
 def caption(found: Compression) -> str:
@@ -89,18 +126,19 @@ def caption(found: Compression) -> str:
     teacher = (
         "" if row.teacher_top1 is None else f"; the teacher has {100 * row.teacher_top1:.2f} %"
     )
-    return f"On the {row.split} split{teacher}. Latency: {found.runtime}, batch 1, {found.device}."
+    runtimes = ", ".join(x.runtime for x in found.files)
+    return f"On the {row.split} split{teacher}. Latency: {runtimes}, batch 1, {found.device}."
 
 
 def picture(found: Compression) -> bytes:
-    """SVG: accuracy, without labels agreement, against bytes and latency of the files."""
+    """SVG: accuracy, without labels agreement, against bytes and latency of the first files."""
     labelled = all(x.top1 is not None for x in found.rows)
     drawn = [
-        (x.name, 100 * quality, x.file_bytes / 1e3, x.median_ms)
-        for x in found.rows
+        (x.name, 100 * quality, file.file_bytes / 1e3, file.median_ms)
+        for x, file in zip(found.rows, found.files[0].rows, strict=True)
         if (quality := x.top1 if labelled else x.agreement) is not None
-        and x.file_bytes is not None
-        and x.median_ms is not None
+        and file.file_bytes is not None
+        and file.median_ms is not None
     ]
     if not drawn:
         raise UserError("no student has both a file and a quality")

@@ -29,7 +29,14 @@ from fm_distill.networks.cost import run_cost
 from fm_distill.objectives.curves import progress_of
 from fm_distill.objectives.terms import Term, make_terms
 from fm_distill.reports import plots
-from fm_distill.reports.compression_table import FOLDER, HEADS, caption, cells, load, picture
+from fm_distill.reports.compression_table import (
+    FOLDER,
+    caption,
+    heads,
+    load,
+    picture,
+    table_rows,
+)
 from fm_distill.reports.summary import ReportedRun, config_differences, summary, table_of
 from fm_distill.reports.view_samples import sample_views
 from fm_distill.runs.history import History, read_history
@@ -197,7 +204,7 @@ def _compressed(run: ReportedRun) -> Iterator[str]:
         return
     if found is None:
         return
-    yield f"<h3>Compressed</h3>\n{table_of(list(HEADS), [cells(x) for x in found.rows])}"
+    yield f"<h3>Compressed</h3>\n{table_of(heads(found), table_rows(found))}"
     with contextlib.suppress(UserError):
         yield _image("compressed", picture(found), caption(found))
 
