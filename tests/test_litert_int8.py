@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_export_functions import pixels_of, run_elsewhere
 from test_quantisation import STUDENT, WITH_BATCH_NORM
-from test_quantised_export import logits_of
+from test_quantised_export import trained_logits
 from tiny import tiny_config
 
 from fm_distill.errors import UserError
@@ -45,7 +45,7 @@ def test_the_file_has_the_ranges_of_training_and_computes_its_function(runs, tmp
     assert card.function.parity.within_bound >= 0.99 and card.function.parity.images == 128
     pixels = pixels_of(1)
     found, _ = run_elsewhere(READ_LITERT, path, pixels, tmp_path)
-    expected = logits_of(runs / norm, pixels)
+    expected = trained_logits(runs / norm, pixels)
     np.testing.assert_allclose(found, expected, atol=3 * card.function.parity.bound)
     # Without what merges operations, so that all of them are told.
     interpreter = Interpreter(
