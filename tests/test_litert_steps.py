@@ -19,6 +19,7 @@ from fm_distill.models.quantisation import (
 )
 
 FACTOR = np.float32([1.5, -0.7, 0.0, 1e-3, 2.0, -1.0])
+BIAS = np.float32([0.5, 1, -1, 2, -0.5, 0.3])
 OFFSET = np.float32([0.1, 0.2, 0.3, -0.4, 0, 1])
 
 
@@ -49,7 +50,7 @@ def computed(steps: list[Step], pixels: np.ndarray) -> np.ndarray:
 
 
 def layer(kernel: np.ndarray, depthwise: bool):
-    """Rounded pixels and weights, a norm's factor and offset behind a name, and a ReLU."""
+    """Rounded pixels and weights; behind a name a bias, a norm's factor and offset; a ReLU."""
 
     def function(pixels):
         x = quantised_activations(
@@ -67,7 +68,7 @@ def layer(kernel: np.ndarray, depthwise: bool):
             feature_group_count=6 if depthwise else 1,
         )
         out = jax.ad_checkpoint.checkpoint_name(out, "convolution")
-        return jax.nn.relu(out * FACTOR + OFFSET)
+        return jax.nn.relu((out + BIAS) * FACTOR + OFFSET)
 
     return function
 
@@ -83,7 +84,7 @@ def test_the_steps_are_the_function_by_numpy(depthwise):
     images = rounded_activations(pixels.astype(np.float64) / 127.5 - 1, -1, 1)
     weights = rounded_weights(kernel, 8)[0, 0]
     out = images[..., [0, 1, 2, 0, 1, 2]] * weights[0] if depthwise else images @ weights
-    expected = np.maximum(out * FACTOR + OFFSET, 0)
+    expected = np.maximum((out + BIAS) * FACTOR + OFFSET, 0)
     found = computed(steps, pixels)
     # Pixels lie midway between two numbers nowhere, but float32 may move one to the next.
     np.testing.assert_allclose(found, expected, atol=2e-2)
