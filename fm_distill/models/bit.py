@@ -7,11 +7,13 @@ convolutions.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Literal
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
@@ -72,6 +74,7 @@ class BitOptions(MemberOptions):
         return dataclasses.replace(self, groups=groups, root_pool_padding=padding)
 
 
+@functools.partial(jax.jit, inline=True)
 def standardise(kernel: Kernel) -> Kernel:
     """Zero mean and unit variance over each output channel's inputs (arXiv 1903.10520)."""
     mean = kernel.mean(axis=(0, 1, 2), keepdims=True)

@@ -7,9 +7,11 @@ stochastic depth: function matching regularises by its views.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
@@ -57,6 +59,17 @@ LAYER_SCALE = 1e-6
 GRN_EPSILON = 1e-6
 
 
+@functools.partial(jax.jit, inline=True)
+def _response_norm(
+    x: Activations, scale: Float[Array, " channels"], bias: Float[Array, " channels"]
+) -> Activations:
+    squares = jnp.square(x.astype(jnp.float32)).sum(axis=(1, 2), keepdims=True)
+    # Where a channel is zero, so is its gradient; a square root's is infinite.
+    norms = jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1.0)), 0.0)
+    factor = 1 + scale * norms / (norms.mean(axis=-1, keepdims=True) + GRN_EPSILON)
+    return x * factor.astype(x.dtype) + bias.astype(x.dtype)
+
+
 class GlobalResponseNorm(nn.Module):
     """Weighs each channel by its norm over the picture against the mean of all norms."""
 
@@ -65,11 +78,7 @@ class GlobalResponseNorm(nn.Module):
         shape = (x.shape[-1],)
         scale = self.param("scale", nn.initializers.zeros, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
-        squares = jnp.square(x.astype(jnp.float32)).sum(axis=(1, 2), keepdims=True)
-        # Where a channel is zero, so is its gradient; a square root's is infinite.
-        norms = jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1.0)), 0.0)
-        factor = 1 + scale * norms / (norms.mean(axis=-1, keepdims=True) + GRN_EPSILON)
-        return x * factor.astype(x.dtype) + bias.astype(x.dtype)
+        return _response_norm(x, scale, bias)
 
 
 class Mlp(nn.Module):

@@ -45,6 +45,7 @@ def _around(x: Array, kernel: Array, stride: int, padding: Padding) -> Around:
     return height, width
 
 
+@functools.partial(jax.jit, static_argnames=("stride", "padding", "portable"), inline=True)
 def convolve(
     images: Images,
     kernel: Kernel,
@@ -125,6 +126,7 @@ def _by_columns(x: Array, kernel: Array, stride: int, around: Around) -> Array:
     return out.reshape(*met.shape[:-1], kernel.shape[-1])
 
 
+@functools.partial(jax.jit, static_argnames=("stride", "padding", "portable"), inline=True)
 def convolve_depthwise(
     images: Float[Array, "batch _ _ channels"],
     kernel: Float[Array, "_ _ 1 channels"],
@@ -163,6 +165,7 @@ def _forward_of_shifts(
     return _sum_of_shifts(stride, around, x, kernel), (x, kernel)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
 def _backward_of_shifts(
     stride: int, around: Around, saved: tuple[Array, Array], out: Array
 ) -> tuple[Array, Array]:

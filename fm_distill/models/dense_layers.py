@@ -3,6 +3,8 @@
 Parameters are float32; a layer computes in `dtype`, with moments in float32.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -14,16 +16,30 @@ from fm_distill.models.integers import matmul_integer, multiplied
 from fm_distill.models.quantisation import QuantisableLayer
 
 Channels = Float[Array, "*places channels"]
+Channel = Float[Array, " channels"]
 
 # Inside the square root, in timm's ViT and ConvNeXt.
 LAYER_NORM_EPSILON = 1e-6
 # Of the truncated normal that dense kernels, tokens and positions start from, as in timm.
 INITIAL_DEVIATION = 0.02
+truncated_normal = jax.jit(
+    nn.initializers.truncated_normal(INITIAL_DEVIATION), static_argnums=(1, 2), inline=True
+)
 
 
+@functools.partial(jax.jit, inline=True)
 def gelu(x: Channels) -> Channels:
     """With the error function, not its usual approximation."""
     return nn.gelu(x, approximate=False)
+
+
+@functools.partial(jax.jit, inline=True)
+def layer_norm(x: Channels, scale: Channel, bias: Channel) -> Channels:
+    wide = x.astype(jnp.float32)
+    wide = wide - wide.mean(axis=-1, keepdims=True)
+    variance = jnp.square(wide).mean(axis=-1, keepdims=True)
+    wide = wide * jax.lax.rsqrt(variance + LAYER_NORM_EPSILON)
+    return (wide * scale + bias).astype(x.dtype)
 
 
 class Dense(QuantisableLayer):
@@ -34,8 +50,7 @@ class Dense(QuantisableLayer):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*places _"]) -> Float[Array, "*places _"]:
-        initial = nn.initializers.truncated_normal(INITIAL_DEVIATION)
-        kernel = self.param("kernel", initial, (x.shape[-1], self.channels), jnp.float32)
+        kernel = self.param("kernel", truncated_normal, (x.shape[-1], self.channels), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.channels,), jnp.float32)
         x = multiplied(self, x, kernel, jnp.matmul, matmul_integer, self.dtype)
         return checkpoint_name(x + bias.astype(self.dtype), CONVOLUTION)
@@ -49,11 +64,7 @@ class LayerNorm(nn.Module):
         shape = (x.shape[-1],)
         scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
-        wide = x.astype(jnp.float32)
-        wide = wide - wide.mean(axis=-1, keepdims=True)
-        variance = jnp.square(wide).mean(axis=-1, keepdims=True)
-        wide = wide * jax.lax.rsqrt(variance + LAYER_NORM_EPSILON)
-        return (wide * scale + bias).astype(x.dtype)
+        return layer_norm(x, scale, bias)
 
 
 class LayerScale(nn.Module):

@@ -38,6 +38,7 @@ def is_portable(module: nn.Module) -> bool:
     return module.scope is not None and bool(module.scope.get_flag(PORTABLE, False))
 
 
+@functools.partial(jax.jit, static_argnames=("groups", "epsilon"), inline=True)
 def group_norm(
     x: Activations, scale: PerChannel, bias: PerChannel, groups: int, epsilon: float
 ) -> Activations:
@@ -60,6 +61,7 @@ def group_norm(
     return (wide * factor[:, None, None] + offset[:, None, None]).astype(x.dtype)
 
 
+@functools.partial(jax.jit, inline=True)
 def channel_moments(x: Activations) -> tuple[PerChannel, PerChannel]:
     """Mean and variance over the batch and the picture, in float32.
 
@@ -68,6 +70,25 @@ def channel_moments(x: Activations) -> tuple[PerChannel, PerChannel]:
     wide = x.astype(jnp.float32)
     mean = wide.mean(axis=(0, 1, 2))
     return mean, jnp.maximum(jnp.square(wide).mean(axis=(0, 1, 2)) - jnp.square(mean), 0)
+
+
+# Functions with `inline=True` are traced once for each shape, not once for each layer and each time
+# that a network is traced; the program is the same.
+initial_kernel = jax.jit(nn.initializers.lecun_normal(), static_argnums=(1, 2), inline=True)
+
+
+@functools.partial(jax.jit, static_argnames="epsilon", inline=True)
+def batch_norm(
+    x: Activations,
+    scale: PerChannel,
+    bias: PerChannel,
+    moments: tuple[PerChannel, PerChannel],
+    epsilon: float,
+) -> Activations:
+    """As one multiply-add in float32, by mean and variance of each channel."""
+    factor = scale * jax.lax.rsqrt(moments[1] + epsilon)
+    offset = bias - moments[0] * factor
+    return (x.astype(jnp.float32) * factor + offset).astype(x.dtype)
 
 
 def identity(kernel: Array) -> Array:
@@ -89,7 +110,7 @@ class Convolution(QuantisableLayer):
     @nn.compact
     def __call__(self, x: Float[Array, "batch _ _ _"]) -> Float[Array, "batch _ _ _"]:
         shape = (self.size, self.size, x.shape[-1], self.channels)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, jnp.float32)
+        kernel = self.param("kernel", initial_kernel, shape, jnp.float32)
         stride, padding = self.stride, self.padding
         floats = functools.partial(
             convolve, stride=stride, padding=padding, portable=is_portable(self)
@@ -114,7 +135,7 @@ class DepthwiseConvolution(QuantisableLayer):
     @nn.compact
     def __call__(self, x: Float[Array, "batch _ _ _"]) -> Float[Array, "batch _ _ _"]:
         shape = (self.size, self.size, 1, x.shape[-1])
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, jnp.float32)
+        kernel = self.param("kernel", initial_kernel, shape, jnp.float32)
         stride, padding = self.stride, self.padding
         floats = functools.partial(
             convolve_depthwise, stride=stride, padding=padding, portable=is_portable(self)
@@ -152,9 +173,7 @@ class Norm(nn.Module):
                 average.value = kept + (1 - BATCH_NORM_MOMENTUM) * moment
         else:
             moments = mean.value, variance.value
-        factor = scale * jax.lax.rsqrt(moments[1] + self.epsilon)
-        offset = bias - moments[0] * factor
-        return (x.astype(jnp.float32) * factor + offset).astype(x.dtype)
+        return batch_norm(x, scale, bias, moments, self.epsilon)
 
 
 class Head(QuantisableLayer):

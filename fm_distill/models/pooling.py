@@ -1,5 +1,7 @@
 """The 3x3 maximum with stride 2 behind a root, and its gradient; the mean of 2x2 pixels."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -40,6 +42,7 @@ def _backward(saved: tuple[Activations, Activations], gradient: Activations) -> 
 max_pool.defvjp(_forward, _backward)
 
 
+@functools.partial(jax.jit, inline=True)
 def _by_shifts(x: Activations, out: Activations, gradient: Activations) -> Activations:
     """The gradient as a sum over the places in a window."""
     minus_infinity, zero = jnp.array(-jnp.inf, x.dtype), jnp.zeros((), gradient.dtype)

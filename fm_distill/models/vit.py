@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from fm_distill.config import NetworkConfig
 from fm_distill.models.assembly import check_resolution, make_network
 from fm_distill.models.contract import HEAD, UNIT, Images, Network
-from fm_distill.models.dense_layers import INITIAL_DEVIATION, Dense, LayerNorm, LayerScale, gelu
+from fm_distill.models.dense_layers import Dense, LayerNorm, LayerScale, gelu, truncated_normal
 from fm_distill.models.inner_channels import InnerChannels, channel_axes, narrowed
 from fm_distill.models.integers import matmul_integer, multiplied
 from fm_distill.models.layers import Convolution, Head, identity
@@ -175,15 +175,15 @@ class VisionTransformer(nn.Module):
         """With their positions, behind class token, distillation token and registers."""
         d = self.design
         batch, rows, columns, channels = patches.shape
-        initial = nn.initializers.truncated_normal(INITIAL_DEVIATION)
         prefix = 0 if d.bare_prefix else d.prefix
         shape = (1, (d.resolution // d.patch) ** 2 + prefix, channels)
-        positions = self.param("pos_embed", initial, shape, jnp.float32)
+        positions = self.param("pos_embed", truncated_normal, shape, jnp.float32)
         positions = resample_positions(positions, prefix, rows, columns).astype(self.dtype)
         x = patches.reshape(batch, -1, channels) + positions[:, prefix:]
         before = []
         for name, count in d.tokens:
-            start = initial if name == "dist_token" else nn.initializers.normal(TOKEN_DEVIATION)
+            normal = nn.initializers.normal(TOKEN_DEVIATION)
+            start = truncated_normal if name == "dist_token" else normal
             before.append(self.param(name, start, (1, count, channels), jnp.float32))
         if not before:
             return x
