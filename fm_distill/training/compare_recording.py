@@ -14,8 +14,8 @@ from fm_distill.objectives.distances import kl_divergence
 from fm_distill.recordings.reading import RecordingReader
 from fm_distill.recordings.rows import TargetRows, decode
 from fm_distill.system.sharding import Layout
+from fm_distill.training.record_program import make_record_program
 from fm_distill.training.recorded import checked_steps
-from fm_distill.training.recorder import make_record_program
 from fm_distill.views.draws import run_keys
 
 

@@ -1,29 +1,27 @@
-"""The teachers' forward passes over a run's views, and the shards that they fill.
+"""A session of recording: passes of the teachers over a run's views, and the shards they fill.
 
-The same order, draws and rendering as in `step.py`, without a student.
+What a pass computes is in `record_program.py`.
 """
 
 import contextlib
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Int32, PRNGKeyArray
+from jaxtyping import Float, Int32
 
 from fm_distill.config import Config
-from fm_distill.config.regime import ViewLaw, regime_of
+from fm_distill.config.regime import regime_of
 from fm_distill.config.resolved import ResolvedRun
 from fm_distill.data.batch import Batch
 from fm_distill.data.feeding import Reader, TrainingStream, host_batch, read_stream, send
-from fm_distill.data.resident import Resident, ResidentFeed, ResidentSteps
+from fm_distill.data.resident import ResidentFeed, ResidentSteps
 from fm_distill.errors import UserError
 from fm_distill.models import Variables
-from fm_distill.networks.branch import Branch, Views, teacher_outputs
 from fm_distill.networks.teachers import Teacher
 from fm_distill.recordings.header import RecordingHeader
 from fm_distill.recordings.manifest import ManifestWriter, Recording
@@ -38,11 +36,16 @@ from fm_distill.system.preemption import Stop
 from fm_distill.system.sharding import Layout
 from fm_distill.training.build import build
 from fm_distill.training.dispatch import dispatch_sizes
-from fm_distill.training.memory import in_parts
 from fm_distill.training.quantised_teachers import freeze_teachers
+from fm_distill.training.record_program import (
+    PassOutputs,
+    RecordProgram,
+    by_step,
+    make_record_program,
+)
 from fm_distill.training.recorded import digests_of_draw
-from fm_distill.views.draws import Draw, run_keys, step_draws
-from fm_distill.views.rendering import InputSpec, render
+from fm_distill.views.draws import run_keys
+from fm_distill.views.rendering import InputSpec
 
 # Images of each device in one forward pass; a batch that has fewer is joined with the next ones.
 PASS_IMAGES = 256
@@ -50,73 +53,8 @@ RESERVE_S = 5.0
 # Mean difference of logits over their mean size, up to which they are the same on another device.
 SAME = 0.02
 
-# `(frozen teachers, resident data, fed, draws_key, first step) -> outputs`; `fed` is a batch, of
-# one step, or `ResidentSteps`.
-RecordProgram = Callable[..., "PassOutputs"]
-Rows = TypeVar("Rows", Array, np.ndarray)
 # For each pass its first step, its examples on the host, and what the program gets.
 Passes = Iterator[tuple[int, Int32[np.ndarray, "steps batch"], Batch | ResidentSteps]]
-
-
-class PassOutputs(NamedTuple):
-    """What the devices return for some steps."""
-
-    # Of the teachers that are networks; None where there is none.
-    logits: Float[Array, "steps batch teachers classes"] | None
-    draws: Draw
-    # What the teachers that are functions see, all steps in one batch.
-    views: Views
-
-
-def make_record_program(
-    config: Config,
-    law: ViewLaw,
-    teachers: tuple[Branch, ...],
-    layout: Layout,
-    shown: tuple[InputSpec, ...] = (),
-) -> RecordProgram:
-    """The compiled outputs of all teachers for some steps, which share one forward pass.
-
-    `shown` is what the teachers want to see that are functions.
-    """
-
-    def program(
-        frozen: tuple[Variables, ...],
-        data: Resident | None,
-        fed: Any,
-        draws_key: PRNGKeyArray,
-        first: Int[Array, ""],
-    ) -> PassOutputs:
-        def outputs(views: Views) -> tuple[Array, ...]:
-            return teacher_outputs(teachers, frozen, views)
-
-        batches = [fed] if data is None else [data.at(ids) for ids in fed.ids]
-        draws, rendered = [], []
-        for i, batch in enumerate(batches):
-            batch = jax.lax.with_sharding_constraint(batch, layout.batch)
-            drawn = step_draws(law, draws_key, first + i, batch.sizes, config.views).teacher
-            draws.append(drawn)
-            specs = {*shown, *(x.input_spec for x in teachers)}
-            rendered.append({x: render(drawn, batch.canvases, x) for x in sorted(specs)})
-        views = jax.tree.map(_joined, *rendered)
-        logits = None
-        if teachers:
-            rows = jnp.stack(in_parts(outputs, config.memory.teacher_parts, views), axis=1)
-            logits = _by_step(rows, len(batches))
-        draws = jax.tree.map(lambda *x: jnp.stack(x), *draws)
-        return PassOutputs(logits, draws, {x: views[x] for x in shown})
-
-    return jax.jit(program, out_shardings=layout.replicated)
-
-
-def _joined(*steps: Array) -> Array:
-    """Batches of several steps as one, so that each device keeps the rows that it has."""
-    return jnp.stack(steps, axis=1).reshape(-1, *steps[0].shape[1:])
-
-
-def _by_step(rows: Rows, steps: int) -> Rows:
-    """The inverse of `_joined`, with steps first."""
-    return rows.reshape(-1, steps, *rows.shape[1:]).swapaxes(0, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,7 +208,7 @@ class Recorder:
                 found.append(next(columns))
                 continue
             images = np.asarray(outputs.views[InputSpec.of(teacher.network)])
-            found.append(_by_step(teacher.function(images), steps))
+            found.append(by_step(teacher.function(images), steps))
         return np.stack(found, axis=2)
 
     def _kept(self, hidden: list[tuple[float, float]]) -> str:
