@@ -132,6 +132,7 @@ LONG = (
     "fm-distill compress",
     "fm-distill plan",
     "mine_int8.onnx",
+    "runs/features",
     "runs/half",
     "runs/int8",
     "fm-distill bench runs/mine",

@@ -257,7 +257,10 @@ def test_features_that_cannot_be_compared_are_refused(reading, tmp_path, objecti
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"teacher": TeacherConfig(recording="r")}, "teacher.recording holds its logits alone"),
+        (
+            {"teacher": TeacherConfig(recording="r")},
+            "attention compares maps, and teacher.recording",
+        ),
         ({"teacher": TeacherConfig(function="f.py:g")}, "teacher.function returns logits alone"),
         ({"teaching": "fixed"}, "teaching=fixed keeps its logits alone"),
         ({"more_teachers": (TeacherConfig(weights="w"),)}, "reads the features of one teacher"),

@@ -22,7 +22,7 @@ from fm_distill.config import (
     with_options,
 )
 from fm_distill.config.serialization import converted
-from fm_distill.data.feeding import Reader
+from fm_distill.data.feeding import Reader, stack
 from fm_distill.data.order import example_ids
 from fm_distill.data.resident import Resident, load_split
 from fm_distill.data.splits import open_data
@@ -33,6 +33,7 @@ from fm_distill.models.integers import SCALE, integer_kernels, matmul_integer
 from fm_distill.models.quantisation import Precision
 from fm_distill.networks.branch import make_branch, step_views
 from fm_distill.networks.loading import load_networks
+from fm_distill.recordings.reading import RecordingReader
 from fm_distill.runs.open_run import open_run
 from fm_distill.system.preemption import Stop
 from fm_distill.training import quantised_teachers
@@ -334,15 +335,53 @@ def test_float_and_quantised_teachers_are_two_runs(taught):
         train(dataclasses.replace(config, teacher=plain), folder / "whole")
 
 
+def first_features(config, workdir, examples):
+    """The mean over the places of `block1` in step 0, of the teacher in integers and in floats."""
+    networks = load_networks(config, workdir, 10, None)
+    (teacher,) = networks.teachers
+    plain, rounded = (
+        make_branch(x, 10, FLOAT32) for x in (teacher.network, teacher.teaching_network)
+    )
+    stored = json.loads((workdir / NAME).read_text())["teachers"][0]
+    ranges = {x: tuple(y) for x, y in stored["ranges"].items()}
+    whole = with_ranges(rounded.network, teacher.variables, ranges)
+    reader = Reader(open_data(config)[0].train, config.data, 10)
+    batch = jax.device_put(stack([reader[int(i)] for i in examples]))
+
+    @jax.jit
+    def features(batch, variables, whole):
+        key = run_keys(config.seed).draws
+        seen = step_views("mixed", config.views, plain, (plain,), batch, key, 0)
+        return [
+            network.apply_frozen(frozen, seen.student, features=("block1",)).features["block1"]
+            for network, frozen in (
+                (rounded.network, rounded.network.freeze_integer(whole)),
+                (plain.network, plain.network.freeze(variables)),
+            )
+        ]
+
+    return [np.asarray(x).mean((1, 2)) for x in features(batch, teacher.variables, whole)]
+
+
 def test_its_recording_is_its_own_and_teaches_as_it_does(taught, tmp_path, monkeypatch):
     config, folder = taught
     recorded = tmp_path / "recorded"
     assert config.teacher is not None
-    record_now(config, recorded, dtype="float32")
+    made = record_now(config, recorded, dtype="float32", taps=("block1",))
     assert (recorded / NAME).read_text() == (folder / "whole" / NAME).read_text()
+    found = RecordingReader(made, 6, ("block1",)).at(0)
+    rounded, floats = first_features(config, folder / "whole", found.examples[0])
+    np.testing.assert_allclose(found.rows.features["block1"][0], rounded, rtol=1e-4, atol=1e-5)
+    assert np.abs(rounded - floats).max() > 1e-3
     plain = dataclasses.replace(config.teacher, quantisation=QuantisationConfig())
     with pytest.raises(UserError, match="another recording"):
-        record(dataclasses.replace(config, teacher=plain), recorded, Stop(), dtype="float32")
+        record(
+            dataclasses.replace(config, teacher=plain),
+            recorded,
+            Stop(),
+            dtype="float32",
+            taps=("block1",),
+        )
     away = dataclasses.replace(plain, weights=None, recording=str(recorded))
     with monkeypatch.context() as patch:
         stop_at(patch, 2)

@@ -24,6 +24,8 @@ class _Record(OverConfig):
     """Type of the stored logits; float16 holds them less the largest of the row."""
     top_k: int | None = None
     """Store the K largest logits alone, and what the others weigh together."""
+    taps: tuple[str, ...] = ()
+    """Features of the teacher to store too, each in the mean over its places; `show --taps`."""
     max_hours: float | None = None
     """Stop inside this many hours, all safe on disk."""
 
@@ -45,7 +47,15 @@ def record_command(arguments: list[str]) -> int:
         from fm_distill.training.record import record
 
         log(use_compilation_cache(pathlib.Path(to)))
-        found = record(asked.config, to, stop, steps=steps, dtype=asked.dtype, top_k=asked.top_k)
+        found = record(
+            asked.config,
+            to,
+            stop,
+            steps=steps,
+            dtype=asked.dtype,
+            top_k=asked.top_k,
+            taps=asked.taps,
+        )
         if found.recording:
             print(status_text(found.recording))
         if found.complete:

@@ -65,6 +65,11 @@ class TermConfig:
     """The student's feature that a distance of features reads; `show --taps` lists them."""
     teacher_tap: str | None = None
     """The teacher's feature that a distance of features reads."""
+    pool: Literal["none", "mean"] = "none"
+    (
+        "What is read of both features: all of them, or their `mean` over the places, in float32; "
+        "of a recorded teacher the mean alone is there."
+    )
     adapter: Literal["convolution", "batch_norm", "none"] = "convolution"
     (
         "What `hint`, `hint_normalised`, `cosine` and `bank_similarity` put on the student's "

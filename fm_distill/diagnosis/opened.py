@@ -19,6 +19,7 @@ from fm_distill.errors import UserError
 from fm_distill.evaluation.inference import teachers_of_run
 from fm_distill.models import Variables
 from fm_distill.networks.branch import Branch
+from fm_distill.objectives.terms import features_of
 from fm_distill.recordings.manifest import open_recording
 from fm_distill.recordings.reading import RecordingReader
 from fm_distill.runs.checkpoint import abstract, restore_student, restore_terms
@@ -112,7 +113,8 @@ def examine(run: Run, config: Config) -> Examined:
     if recorded is not None:
         path = recording_in(run.workdir.path) if is_remote(recorded) else pathlib.Path(recorded)
         steps = run.resolved.period_steps or run.resolved.total_steps
-        recording = RecordingReader(open_recording(path), steps)
+        taps = features_of(config.objective)[1]
+        recording = RecordingReader(open_recording(path), steps, taps)
     if regime.targets == "table":
         kept = run.workdir.fixed_targets
         if not kept.is_file():

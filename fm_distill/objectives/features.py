@@ -120,6 +120,12 @@ def cosine(student: Features, teacher: Features) -> PerExample:
     return away.reshape(len(away), -1).mean(axis=-1)
 
 
+def pooled(x: Features) -> Vectors:
+    """The mean over all places, in float32: of a map's pixels, of tokens; vectors as they are."""
+    x = x.astype(jnp.float32)
+    return x if x.ndim == 2 else x.mean(axis=tuple(range(1, x.ndim - 1)))
+
+
 def of_one_size(student: Features, teacher: Features) -> tuple[Features, Features]:
     """Maps, of which the larger is shrunk with antialiasing to the smaller; vectors as they are."""
     if student.ndim != 4:

@@ -34,7 +34,9 @@ from fm_distill.objectives.features import (
     ADAPTED_DISTANCES,
     FEATURE_DISTANCES,
     OF_FEATURES,
+    Features,
     of_one_size,
+    pooled,
 )
 from fm_distill.system.references import entry
 
@@ -126,21 +128,28 @@ def needs_labels(objective: ObjectiveConfig) -> bool:
     return any(x.kind == LABELS or x.kind in LABELLED_DISTANCES for x in terms_of(objective))
 
 
-def bank_taps(objective: ObjectiveConfig) -> dict[str, str]:
-    """The teacher's feature that each bank keeps, by the name of its term."""
-    return {
-        name: str(term.teacher_tap)
-        for name, term in named_terms(objective)
-        if term.kind == BANK_SIMILARITY
-    }
-
-
 def features_of(objective: ObjectiveConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The names of the student's and of the teacher's features that the terms read."""
     terms = [x for x in terms_of(objective) if x.kind in OF_FEATURES]
     student = {x.student_tap for x in terms if x.student_tap}
     teacher = {x.teacher_tap for x in terms if x.teacher_tap}
     return tuple(sorted(student)), tuple(sorted(teacher))
+
+
+def student_feature(term: TermConfig, features: Mapping[str, Array]) -> Features:
+    """What `term` reads of the student's features."""
+    assert term.student_tap
+    return _read(term, features[term.student_tap])
+
+
+def teacher_feature(term: TermConfig, features: Mapping[str, Array]) -> Features:
+    """What `term` reads of the teacher's, those of a recording being means already."""
+    assert term.teacher_tap
+    return _read(term, features[term.teacher_tap])
+
+
+def _read(term: TermConfig, feature: Features) -> Features:
+    return pooled(feature) if term.pool == "mean" else feature
 
 
 def _value(name: str, config: TermConfig) -> Value:
@@ -182,9 +191,8 @@ def _to_features(
     name: str, config: TermConfig, student: Outputs, targets: Targets, temperature: Temperature
 ) -> PerExample:
     """Between the two features of a term; those of `ADAPTED` on one size, through its adapter."""
-    assert config.student_tap and config.teacher_tap
-    one = student.features[config.student_tap]
-    other = targets.teacher_features[config.teacher_tap]
+    one = student_feature(config, student.features)
+    other = teacher_feature(config, targets.teacher_features)
     if config.kind in FEATURE_DISTANCES:
         return FEATURE_DISTANCES[config.kind](one, other)
     one, other = of_one_size(one, other)

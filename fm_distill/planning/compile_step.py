@@ -26,8 +26,10 @@ from fm_distill.config.teachers import recording_of
 from fm_distill.data.batch import Batch
 from fm_distill.data.resident import Resident, ResidentSteps, tiles_of
 from fm_distill.errors import UserError
+from fm_distill.models import build_network
 from fm_distill.networks.branch import freeze_of, step_views, teacher_outputs
 from fm_distill.networks.cost import count_flops
+from fm_distill.objectives.terms import features_of
 from fm_distill.planning.hlo import read
 from fm_distill.planning.movers import largest_movers
 from fm_distill.planning.topologies import Topology, topology
@@ -35,6 +37,7 @@ from fm_distill.recordings.rows import TargetRows
 from fm_distill.runs.checkpoint import bytes_of
 from fm_distill.system.sharding import check_batch_size, make_layout
 from fm_distill.training.build import build
+from fm_distill.training.check_features import feature_shape
 from fm_distill.training.program import make_program
 from fm_distill.training.reporter import disk_use
 from fm_distill.training.resolve import resolve_described
@@ -94,11 +97,19 @@ def _zeros(request: Request, count: int) -> Batch:
 
 
 def _recorded(request: Request) -> TargetRows | None:
-    """What comes with each batch where a recording teaches: all classes, in float16."""
+    """What comes with each batch where a recording teaches: all in float16, and all classes."""
     if recording_of(request.config) is None:
         return None
     rows = request.config.batch_size, len(request.teachers)
-    return TargetRows(jnp.zeros((*rows, request.classes), jnp.float16), jnp.zeros(rows))
+    features = {}
+    if taps := features_of(request.config.objective)[1]:
+        dtype = jnp.dtype("float32")
+        teacher = build_network(request.teachers[0], request.classes, dtype)
+        for tap in taps:
+            channels = feature_shape("teacher_tap", "teacher", teacher, tap)[-1]
+            features[tap] = jnp.zeros((rows[0], channels), jnp.float16)
+    logits = jnp.zeros((*rows, request.classes), jnp.float16)
+    return TargetRows(logits, jnp.zeros(rows), features=features)
 
 
 def compile_step(request: Request) -> dict[str, Any]:

@@ -26,7 +26,16 @@ OPTIONS = {
     "canvas": "data.canvas",
     "view_law": "the views of `teaching`",
     "teacher_weights": "the teachers' weights",
+    "taps": "--taps",
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordedTap:
+    """A feature of the teacher of which a recording holds the mean over the places."""
+
+    name: str
+    channels: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,9 +62,15 @@ class RecordingHeader:
     dtype: RowType
     top_k: int | None = None
     temperature: float | None = None  # at which the rest of the top K is lumped together
+    # The teacher's features that are stored too, by name.
+    taps: tuple[RecordedTap, ...] = ()
     # By their references, where the files of teachers' networks lay that are code.
     code_files: Mapping[str, CodeFile] = dataclasses.field(default_factory=dict)
     format: int = FORMAT
+
+    @property
+    def tap_names(self) -> tuple[str, ...]:
+        return tuple(x.name for x in self.taps)
 
     @property
     def identity(self) -> str:
@@ -122,8 +137,16 @@ def header_differences(recorded: RecordingHeader, now: dict[str, Any]) -> list[s
                 if vars(before[name])[x] != y
             ]
         else:
-            lines.append(f"{called}: {before[name]} in the recording, {value} in this run")
+            there, here = _shown(before[name]), _shown(value)
+            lines.append(f"{called}: {there} in the recording, {here} in this run")
     return lines
+
+
+def _shown(value: Any) -> Any:
+    """Taps by their names."""
+    if isinstance(value, tuple) and all(isinstance(x, RecordedTap) for x in value):
+        return " ".join(x.name for x in value) or "none"
+    return value
 
 
 def parse_header(tree: Any, where: str) -> RecordingHeader:

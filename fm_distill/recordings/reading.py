@@ -17,6 +17,8 @@ class RecordingReader:
 
     recording: Recording
     period_steps: int
+    # Whose features are read; the others stay on the disk.
+    taps: tuple[str, ...] = ()
 
     def steps(self, start_step: int) -> Iterator[RecordedSteps]:
         """Each step from `start_step` on, without end; the next shard is read in the background.
@@ -58,7 +60,7 @@ class RecordingReader:
             raise UserError(str(error)) from None
 
     def _read(self, shard: Shard, first: int, last: int) -> RecordedSteps:
-        block = read_shard(self.recording.path / shard.name, first, last)
+        block = read_shard(self.recording.path / shard.name, first, last, self.taps)
         if block.steps != last - first:
             raise TrainingFailed(
                 f"the shard {self.recording.path / shard.name} is shorter than its manifest says; "

@@ -1,6 +1,8 @@
 """Teacher logits as they are stored and sent to the devices, and how they become logits again."""
 
 import dataclasses
+import urllib.parse
+from collections.abc import Mapping
 from typing import Literal
 
 import jax.numpy as jnp
@@ -8,8 +10,13 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Integer
 
 from fm_distill.array_tree import AnyArray, array_tree
+from fm_distill.errors import UserError
 
 RowType = Literal["float16", "float32"]
+
+
+# In front of the name of a tap, in the names of arrays.
+FEATURE = "feature."
 
 
 @array_tree
@@ -27,11 +34,21 @@ class TargetRows:
     indices: Integer[AnyArray, "*steps batch teachers kept"] | None = None
     # T log of the sum of exp(logit / T) over the other classes, less `offset`.
     rest: Float32[AnyArray, "*steps batch teachers"] | None = None
+    # The teacher's features by their taps, each its mean over the places.
+    features: Mapping[str, Float[AnyArray, "*steps batch _"]] = dataclasses.field(
+        default_factory=dict
+    )
 
     @property
     def arrays(self) -> dict[str, AnyArray]:
         """Those that are there, by name."""
-        return {name: value for name, value in vars(self).items() if value is not None}
+        own = {x: y for x, y in vars(self).items() if y is not None and x != "features"}
+        return own | {feature_name(x): y for x, y in self.features.items()}
+
+
+def feature_name(tap: str) -> str:
+    """The name of a tap's array; that of a module is a path, whose `/` is no folder here."""
+    return FEATURE + urllib.parse.quote(tap, safe="")
 
 
 def encode(
@@ -63,6 +80,29 @@ def encode(
         kept.astype(index_type(logits.shape[-1])),
         (temperature * total).astype(np.float32),
     )
+
+
+def encode_features(
+    features: Mapping[str, Float32[np.ndarray, "steps batch _"]], dtype: RowType, step: int
+) -> dict[str, Float[np.ndarray, "steps batch _"]]:
+    """As they are stored: in float16 to 2^-11 of a number's size, and to 2^-25 near zero.
+
+    Raises `UserError` where one, from `step` on, is not finite or larger than `dtype` holds.
+    """
+    most = float(np.finfo(dtype).max)
+    for name, x in features.items():
+        largest = float(np.abs(x).max())
+        if not np.isfinite(largest):
+            raise UserError(
+                f"the teacher's feature {name} for step {step:,} is not a finite number: are its "
+                "weights and input_range right, and does --precision float32 help?"
+            )
+        if largest > most:
+            raise UserError(
+                f"the teacher's feature {name} is up to {largest:,.0f} for step {step:,}, and "
+                f"{dtype} holds {most:,.0f} at most; use --dtype float32, or another tap"
+            )
+    return {name: x.astype(dtype) for name, x in features.items()}
 
 
 def unseen(
@@ -103,6 +143,11 @@ def indices_of(rows: TargetRows) -> tuple[Integer[Array, "batch kept"], ...]:
     if rows.indices is None:
         return ()
     return tuple(jnp.moveaxis(rows.indices.astype(jnp.int32), -2, 0))
+
+
+def decode_features(rows: TargetRows) -> dict[str, Float32[Array, "batch _"]]:
+    """The teacher's features by their taps."""
+    return {name: x.astype(jnp.float32) for name, x in rows.features.items()}
 
 
 def row_bytes(classes: int, teachers: int, dtype: RowType, top_k: int | None) -> int:

@@ -17,9 +17,7 @@ from jaxtyping import Int32, UInt64
 
 from fm_distill.array_tree import array_tree
 from fm_distill.errors import TrainingFailed
-from fm_distill.recordings.rows import TargetRows
-
-FLOATS = ("values", "offset", "rest")
+from fm_distill.recordings.rows import FEATURE, TargetRows, feature_name
 
 
 @array_tree
@@ -59,26 +57,32 @@ def write_shard(folder: pathlib.Path, steps: RecordedSteps) -> dict[str, str]:
     return digests_of(folder)
 
 
-def read_shard(folder: pathlib.Path, first: int = 0, last: int | None = None) -> RecordedSteps:
+def read_shard(
+    folder: pathlib.Path,
+    first: int = 0,
+    last: int | None = None,
+    taps: tuple[str, ...] = (),
+) -> RecordedSteps:
     """The steps `first` to `last` of a shard, each checked against its checksum.
 
-    Raises `TrainingFailed` where a file is damaged or missing.
+    Of the features those of `taps`. Raises `TrainingFailed` where a file is damaged or missing.
     """
     try:
-        arrays = asyncio.run(_read(folder, slice(first, last)))
+        arrays = asyncio.run(_read(folder, slice(first, last), taps))
     except (ValueError, OSError, KeyError) as error:
         raise TrainingFailed(
             f"the shard {folder} of the recording is damaged: {_short(error)}; bring it back from "
             "a copy, or remove it and run `fm-distill record` again"
         ) from None
-    for name in FLOATS:
-        if name in arrays and not np.isfinite(arrays[name]).all():
+    for name, array in arrays.items():
+        if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
             raise TrainingFailed(
                 f"the shard {folder} of the recording is damaged: {name} holds numbers that are "
                 "not finite; remove it and run `fm-distill record` again"
             )
     examples, views = arrays.pop("examples"), arrays.pop("views")
-    return RecordedSteps(TargetRows(**arrays), examples, views)
+    features = {x: arrays.pop(feature_name(x)) for x in taps}
+    return RecordedSteps(TargetRows(**arrays, features=features), examples, views)
 
 
 def digests_of(folder: pathlib.Path) -> dict[str, str]:
@@ -95,7 +99,7 @@ async def _write(folder: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
         metadata = {
             "shape": array.shape,
             "data_type": array.dtype.name,
-            "fill_value": "NaN" if name in FLOATS else 0,
+            "fill_value": "NaN" if np.issubdtype(array.dtype, np.floating) else 0,
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": array.shape}},
             "codecs": [
                 {
@@ -113,8 +117,9 @@ async def _write(folder: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
         await store.write(array)
 
 
-async def _read(folder: pathlib.Path, steps: slice) -> dict[str, np.ndarray]:
-    names = [x.name for x in folder.iterdir() if x.is_dir()]
+async def _read(folder: pathlib.Path, steps: slice, taps: tuple[str, ...]) -> dict[str, np.ndarray]:
+    names = [x.name for x in folder.iterdir() if x.is_dir() and not x.name.startswith(FEATURE)]
+    names += map(feature_name, taps)
     stores = await asyncio.gather(*(ts.open(_spec(folder / x), open=True) for x in names))
     arrays = await asyncio.gather(*(store[steps].read() for store in stores))
     return dict(zip(names, arrays, strict=True))

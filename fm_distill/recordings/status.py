@@ -20,6 +20,7 @@ class RecordingStatus:
     damaged: dict[str, str]  # name of a shard -> what is wrong
     # Of a top-K recording: the share of the other classes, and nats that the KL misses.
     unseen: tuple[float, float] | None
+    taps: tuple[str, ...]  # whose pooled features it holds
 
 
 def status(recording: Recording) -> RecordingStatus:
@@ -35,6 +36,7 @@ def status(recording: Recording) -> RecordingStatus:
         identity=recording.header.identity,
         damaged=damaged,
         unseen=recording.unseen,
+        taps=recording.header.tap_names,
     )
 
 
@@ -71,6 +73,9 @@ def status_text(recording: Recording, checked: RecordingStatus | None = None) ->
     ]
     if recording.unseen is not None:
         lines.append(unseen_text(header, *recording.unseen))
+    if header.taps:
+        taps = ", ".join(f"{x.name} ({x.channels:,} channels)" for x in header.taps)
+        lines.append(f"features in the mean over their places: {taps}")
     for first, last in recording.ranges:
         epochs = (last - first) * header.batch_size / header.examples
         lines.append(f"steps {first:,} to {last:,}, {epochs:,.1f} epochs")

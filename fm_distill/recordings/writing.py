@@ -24,7 +24,8 @@ IDENTITY_BYTES = 12  # of a row: its example and the digest of its view
 def step_bytes(header: RecordingHeader) -> int:
     """What one step of a recording needs on disk."""
     of_row = row_bytes(header.classes, len(header.teachers), header.dtype, header.top_k)
-    return header.batch_size * (of_row + IDENTITY_BYTES)
+    of_features = sum(x.channels for x in header.taps) * np.dtype(header.dtype).itemsize
+    return header.batch_size * (of_row + of_features + IDENTITY_BYTES)
 
 
 class ShardWriter:

@@ -4,7 +4,9 @@ import difflib
 
 from fm_distill.config import Config, TermConfig
 from fm_distill.config.objective import BANK_SIMILARITY
+from fm_distill.config.teachers import recording_of
 from fm_distill.errors import UserError
+from fm_distill.models import Network
 from fm_distill.networks.branch import Branch
 from fm_distill.objectives.adapters import AdapterShape
 from fm_distill.objectives.features import ADAPTED, OF_FEATURES, OF_MAPS
@@ -29,6 +31,11 @@ def check_features(
         option = f"objective.terms.{i}"
         of_student = _shape(f"{option}.student_tap", "student", student, term, term.student_tap)
         of_teacher = _shape(f"{option}.teacher_tap", "teacher", teachers[0], term, term.teacher_tap)
+        if recording_of(config) is not None and len(of_teacher) > 1:
+            raise UserError(
+                f"{option}: {term.teacher_tap} is of shape {of_teacher} for an image, and "
+                f"teacher.recording holds its mean over the places; give {option}.pool=mean"
+            )
         if term.kind in ADAPTED:
             _check_pair(option, term, of_student, of_teacher)
             if term.adapter != "none":
@@ -41,33 +48,40 @@ def check_features(
 
 
 def _shape(option: str, side: str, branch: Branch, term: TermConfig, name: str | None) -> Shape:
-    """That of the feature called `name`, without the batch."""
+    """That of what `term` reads of the feature called `name`, without the batch."""
     assert name is not None
+    shape = feature_shape(option, side, branch.network, name)
+    if term.pool == "mean":
+        return shape[-1:]
     named = branch.network.feature_shapes()
-    found = named if name in named else branch.network.feature_shapes(modules=True)
-    shapes = {x: shape[1:] for x, shape in found.items()}
-    if name not in shapes:
-        near = difflib.get_close_matches(name, shapes, 1) or [*shapes][-1:]
-        raise UserError(
-            f"{option} is {name!r}, which the {side} does not have; did you mean "
-            f"{near[0]!r}? It has {', '.join(named)}, and its modules (`fm-distill show "
-            "--taps --modules`)"
-            if shapes
-            else f"{option} is {name!r}, and the {side} names no features"
-        )
-    if term.kind == BANK_SIMILARITY and len(shapes[name]) != 1:
+    if term.kind == BANK_SIMILARITY and len(shape) != 1:
         vectors = [x for x, shape in named.items() if len(shape) == 2]
         raise UserError(
-            f"{option}: {term.kind} compares vectors, and {name} is of shape {shapes[name]} for an "
-            f"image; use one of {', '.join(vectors)}"
+            f"{option}: {term.kind} compares vectors, and {name} is of shape {shape} for an "
+            f"image; use one of {', '.join(vectors)}, or the term's pool=mean"
         )
-    if term.kind in OF_MAPS and len(shapes[name]) != 3:
+    if term.kind in OF_MAPS and len(shape) != 3:
         maps = [x for x, shape in named.items() if len(shape) == 4]
         raise UserError(
-            f"{option}: {term.kind} compares maps, and {name} is of shape {shapes[name]} for an "
+            f"{option}: {term.kind} compares maps, and {name} is of shape {shape} for an "
             f"image; use one of {', '.join(maps)}"
         )
-    return shapes[name]
+    return shape
+
+
+def feature_shape(option: str, side: str, network: Network, name: str) -> Shape:
+    """That of the feature called `name`, without the batch. Raises `UserError` where it is not."""
+    named = network.feature_shapes()
+    shapes = named if name in named else network.feature_shapes(modules=True)
+    if name in shapes:
+        return shapes[name][1:]
+    if not shapes:
+        raise UserError(f"{option} is {name!r}, and the {side} names no features")
+    near = difflib.get_close_matches(name, shapes, 1) or [*shapes][-1:]
+    raise UserError(
+        f"{option} is {name!r}, which the {side} does not have; did you mean {near[0]!r}? It has "
+        f"{', '.join(named)}, and its modules (`fm-distill show --taps --modules`)"
+    )
 
 
 def _check_bank(option: str, rows: int, batch_size: int, examples: int) -> None:
@@ -88,7 +102,8 @@ def _check_pair(option: str, term: TermConfig, of_student: Shape, of_teacher: Sh
     if len(of_student) != len(of_teacher):
         raise UserError(
             f"{option}: no adapter joins {term.student_tap} of shape {of_student} and "
-            f"{term.teacher_tap} of shape {of_teacher}; use two maps, or two vectors"
+            f"{term.teacher_tap} of shape {of_teacher}; use two maps, two vectors, or "
+            f"{option}.pool=mean"
         )
     if term.adapter == "none" and of_student[-1] != of_teacher[-1]:
         raise UserError(

@@ -19,7 +19,7 @@ from fm_distill.config.objective import (
 )
 from fm_distill.config.teachers import recording_of, teachers_of
 from fm_distill.objectives.distances import BATCH_DISTANCES, DISTANCES, LABELLED_DISTANCES
-from fm_distill.objectives.features import ADAPTED, OF_FEATURES, OVER_BATCH
+from fm_distill.objectives.features import ADAPTED, OF_FEATURES, OF_MAPS, OVER_BATCH
 from fm_distill.objectives.terms import needs_labels
 from fm_distill.system.references import not_an_entry
 
@@ -138,6 +138,16 @@ def _wrong_feature_names(objective: ObjectiveConfig) -> Iterator[str]:
                 f"{option}.kind={term.kind} compares outputs, and reads no features: leave out "
                 f"{option}.student_tap and {option}.teacher_tap"
             )
+        if term.kind not in OF_FEATURES and term.pool != "none":
+            yield (
+                f"{option}.kind={term.kind} compares outputs, which have no places: leave out "
+                f"{option}.pool={term.pool}"
+            )
+        if term.kind in OF_MAPS and term.pool != "none":
+            yield (
+                f"{option}.kind={term.kind} compares places, and {option}.pool={term.pool} leaves "
+                "none: leave it out, or use another kind"
+            )
         if term.kind not in ADAPTED and term.adapter != "convolution":
             yield (
                 f"{option}.kind={term.kind} takes no adapter: leave out "
@@ -156,14 +166,15 @@ def _wrong_feature_names(objective: ObjectiveConfig) -> Iterator[str]:
 
 
 def _wrong_features(config: Config) -> Iterator[str]:
-    """Features are those of one teacher that runs in the step."""
+    """Features are those of one teacher, which runs in the step or was recorded with them."""
     kinds = [x.kind for x in config.objective.terms if x.kind in OF_FEATURES]
     if not kinds:
         return
-    if recording_of(config) is not None:
+    of_maps = [x for x in kinds if x in OF_MAPS]
+    if of_maps and recording_of(config) is not None:
         yield (
-            f"the term {kinds[0]} reads the teacher's features, and teacher.recording holds its "
-            "logits alone; leave out one of them"
+            f"the term {of_maps[0]} compares maps, and teacher.recording holds logits and, of "
+            "`fm-distill record --taps`, features pooled over their places; leave out one of them"
         )
     if any(teacher.function for _, teacher in teachers_of(config)):
         yield (

@@ -29,10 +29,10 @@ def compare_with_teachers(
 ) -> str:
     """How far the recorded outputs of some steps are from those of the teachers here and now."""
     law = regime_of(config.objective.target, config.teaching).views
-    program = make_record_program(config, law, teachers, layout)
+    program = make_record_program(config, law, teachers, layout, taps=recording.taps)
     key = run_keys(config.seed).draws
     steps = checked_steps(config, recording.period_steps)
-    found = []
+    found, apart = [], list[float]()
     for step in steps:
         recorded = jax.tree.map(lambda x: x[0], recording.at(step))
         batch = stack([reader[i] for i in recorded.examples.tolist()])
@@ -40,12 +40,18 @@ def compare_with_teachers(
         outputs = program(frozen, None, batch, key, jnp.int32(step))
         assert outputs.logits is not None
         found.append(compared(recorded.rows, tuple(jnp.moveaxis(outputs.logits[0], 1, 0))))
+        pairs = [(x, outputs.features[name][0]) for name, x in recorded.rows.features.items()]
+        apart += [float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in pairs]
     difference, kl, same = np.array(found).T
     numbers = ", ".join(f"{x:,}" for x in steps)
-    return (
+    said = (
         f"the recording against the teachers here, in the steps {numbers}: logits differ by at "
         f"most {difference.max():.2g}, KL {kl.mean():.2g} nats, agreement {same.mean():.2%}"
     )
+    if not recording.taps:
+        return said
+    taps = ", ".join(recording.taps)
+    return f"{said}; features of {taps} by at most {max(apart):.2g} of their largest number"
 
 
 def compared(found: TargetRows, logits: tuple[AnyArray, ...]) -> tuple[float, float, float]:

@@ -12,15 +12,18 @@ import shutil
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 
-from fm_distill.config import Config
+from fm_distill.config import Config, NetworkConfig
 from fm_distill.config.resolved import ResolvedRun
-from fm_distill.config.teachers import recording_of
+from fm_distill.config.teachers import recording_of, teachers_of
 from fm_distill.data.feeding import Reader
 from fm_distill.data.splits import open_data
 from fm_distill.errors import UserError
+from fm_distill.models import build_network
+from fm_distill.models import resolve as resolve_network
 from fm_distill.networks.loading import load_networks
-from fm_distill.recordings.header import RecordingHeader, header_differences
+from fm_distill.recordings.header import RecordedTap, RecordingHeader, header_differences
 from fm_distill.recordings.manifest import Recording, is_recording, open_recording, present
 from fm_distill.recordings.rows import RowType
 from fm_distill.recordings.writing import step_bytes
@@ -29,10 +32,13 @@ from fm_distill.system.files import lock
 from fm_distill.system.preemption import Stop
 from fm_distill.system.sharding import check_batch_size, make_layout
 from fm_distill.training.check import check
+from fm_distill.training.check_features import feature_shape
+from fm_distill.training.experiment import load_experiment
 from fm_distill.training.recorded import make_header
 from fm_distill.training.recorder import Recorder
 from fm_distill.training.resolve import resolve, with_any_moments
 from fm_distill.training.train import train_teachers
+from fm_distill.weights.card import only_network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,13 +59,15 @@ def record(
     steps: tuple[int, int | None] = (0, None),
     dtype: RowType = "float16",
     top_k: int | None = None,
+    taps: tuple[str, ...] = (),
 ) -> RecordResult:
     """Records what the teachers of `config` answer in `steps` of its run into the folder `to`.
 
+    Of the features of the teacher that `taps` name, the means over the places are recorded too.
     Steps that are there are not done again. Teachers that are experiments are trained first, in
     `to`. Raises `UserError`, also where the folder belongs to another recording.
     """
-    _check(config, top_k)
+    _check(config, top_k, taps)
     folder = pathlib.Path(to)
     layout = make_layout(config.mesh)
     check_batch_size(config, layout)
@@ -80,7 +88,8 @@ def record(
             raise UserError(
                 f"--top-k is {top_k}; expected less than the {resolved.classes} classes"
             )
-        header = make_header(config, resolved, dtype, top_k)
+        features = _taps(resolved.teachers[0], taps)
+        header = make_header(config, resolved, dtype, top_k, features)
         first, last = _range(steps, resolved)
         before = _before(folder, header)
         missing = before.missing(first, last)
@@ -101,8 +110,10 @@ def record(
     return RecordResult(not reason, open_recording(folder), reason, left)
 
 
-def _check(config: Config, top_k: int | None) -> None:
+def _check(config: Config, top_k: int | None, taps: tuple[str, ...]) -> None:
     check(config)
+    if taps:
+        _check_taps(config, taps)
     if recording_of(config) is not None:
         raise UserError("teacher.recording is what `record` writes; leave it out and give --to")
     if config.objective.target == "labels" or config.teaching == "fixed":
@@ -117,6 +128,35 @@ def _check(config: Config, top_k: int | None) -> None:
             "record runs in one process; give each its own --steps and --to, and move all files "
             "into one folder"
         )
+
+
+def _check_taps(config: Config, taps: tuple[str, ...]) -> None:
+    """Features are those of one teacher, which is a network. Of an experiment it is known here."""
+    for option, teacher in teachers_of(config):
+        if teacher.function:
+            raise UserError(
+                f"--taps names features of a network, and {option}.function returns logits alone; "
+                "leave out one of them"
+            )
+        if teacher.experiment:
+            _taps(resolve_network(only_network(load_experiment(teacher.experiment).student)), taps)
+    if config.more_teachers:
+        raise UserError(
+            "--taps names features of one teacher, and there are more_teachers; leave out one of "
+            "them"
+        )
+
+
+def _taps(teacher: NetworkConfig, taps: tuple[str, ...]) -> tuple[RecordedTap, ...]:
+    """Those that are asked for, each once. Raises `UserError` where the teacher has not one."""
+    if not taps:
+        return ()
+    network = build_network(teacher, 2, jnp.dtype("float32"))
+
+    def channels(name: str) -> int:
+        return feature_shape("--taps", "teacher", network, name)[-1]
+
+    return tuple(RecordedTap(x, channels(x)) for x in sorted({*taps}))
 
 
 def _range(steps: tuple[int, int | None], resolved: ResolvedRun) -> tuple[int, int]:

@@ -15,7 +15,8 @@ from fm_distill.config import Config
 from fm_distill.config.regime import ViewLaw
 from fm_distill.data.resident import Resident
 from fm_distill.models import Variables
-from fm_distill.networks.branch import Branch, Views, teacher_outputs
+from fm_distill.networks.branch import Branch, Views, teacher_outputs_with_features
+from fm_distill.objectives.features import pooled
 from fm_distill.system.sharding import Layout
 from fm_distill.training.memory import in_parts
 from fm_distill.views.draws import Draw, step_draws
@@ -35,6 +36,8 @@ class PassOutputs(NamedTuple):
     draws: Draw
     # What the teachers that are functions see, all steps in one batch.
     views: Views
+    # Of the first teacher, each its mean over the places.
+    features: dict[str, Float[Array, "steps batch _"]]
 
 
 def make_record_program(
@@ -43,10 +46,12 @@ def make_record_program(
     teachers: tuple[Branch, ...],
     layout: Layout,
     shown: tuple[InputSpec, ...] = (),
+    taps: tuple[str, ...] = (),
 ) -> RecordProgram:
     """The compiled outputs of all teachers for some steps, which share one forward pass.
 
-    `shown` is what the teachers want to see that are functions.
+    `shown` is what the teachers want to see that are functions; `taps` are features of the first
+    one.
     """
 
     def program(
@@ -56,8 +61,9 @@ def make_record_program(
         draws_key: PRNGKeyArray,
         first: Int[Array, ""],
     ) -> PassOutputs:
-        def outputs(views: Views) -> tuple[Array, ...]:
-            return teacher_outputs(teachers, frozen, views)
+        def outputs(views: Views) -> tuple[tuple[Array, ...], dict[str, Array]]:
+            logits, features = teacher_outputs_with_features(teachers, frozen, views, taps)
+            return logits, {name: pooled(x) for name, x in features.items()}
 
         batches = [fed] if data is None else [data.at(ids) for ids in fed.ids]
         draws, rendered = [], []
@@ -68,12 +74,13 @@ def make_record_program(
             specs = {*shown, *(x.input_spec for x in teachers)}
             rendered.append({x: render(drawn, batch.canvases, x) for x in sorted(specs)})
         views = jax.tree.map(_joined, *rendered)
-        logits = None
+        logits, features = None, {}
         if teachers:
-            rows = jnp.stack(in_parts(outputs, config.memory.teacher_parts, views), axis=1)
-            logits = by_step(rows, len(batches))
+            rows, features = in_parts(outputs, config.memory.teacher_parts, views)
+            logits = by_step(jnp.stack(rows, axis=1), len(batches))
+        features = {name: by_step(x, len(batches)) for name, x in features.items()}
         draws = jax.tree.map(lambda *x: jnp.stack(x), *draws)
-        return PassOutputs(logits, draws, {x: views[x] for x in shown})
+        return PassOutputs(logits, draws, {x: views[x] for x in shown}, features)
 
     return jax.jit(program, out_shardings=layout.replicated)
 

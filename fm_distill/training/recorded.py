@@ -7,15 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int, Int32, UInt64
 
-from fm_distill.config import Config
+from fm_distill.config import Config, ObjectiveConfig
 from fm_distill.config.objective import LABELS, terms_of
 from fm_distill.config.regime import regime_of
 from fm_distill.config.resolved import ResolvedRun
 from fm_distill.config.teachers import recording_of, teachers_of
 from fm_distill.data.feeding import Reader
 from fm_distill.errors import UserError
+from fm_distill.objectives.features import OF_FEATURES
+from fm_distill.objectives.terms import features_of
 from fm_distill.recordings.header import (
     VIEW_VERSION,
+    RecordedTap,
     RecordingHeader,
     drawn_views,
     header_differences,
@@ -35,7 +38,11 @@ Digests = Callable[[int, Int32[np.ndarray, "batch 2"]], UInt64[np.ndarray, " bat
 
 
 def make_header(
-    config: Config, resolved: ResolvedRun, dtype: RowType, top_k: int | None
+    config: Config,
+    resolved: ResolvedRun,
+    dtype: RowType,
+    top_k: int | None,
+    taps: tuple[RecordedTap, ...] = (),
 ) -> RecordingHeader:
     """What a recording of the run of `config` depends on."""
     return RecordingHeader(
@@ -56,6 +63,7 @@ def make_header(
         dtype=dtype,
         top_k=top_k,
         temperature=None if top_k is None else config.objective.temperature,
+        taps=taps,
         code_files={
             x: file
             for x, file in resolved.code_files.items()
@@ -85,7 +93,8 @@ def refuse_another_recording(config: Config) -> None:
                 f"{header.top_k}, whose rest is lumped together at it, "
                 f"{', '.join(map(str, sorted(others))) or 'a schedule'} in this run"
             )
-        if unknown := [x.kind for x in terms_of(objective) if x.kind not in ("kl", LABELS)]:
+        known = {"kl", LABELS, *OF_FEATURES}
+        if unknown := [x.kind for x in terms_of(objective) if x.kind not in known]:
             differ.append(
                 f"objective: {', '.join(unknown)}, and a recording of the top {header.top_k} "
                 "knows kl alone"
@@ -104,12 +113,25 @@ def refuse_another_recording(config: Config) -> None:
         differ.append(
             f"the version of the views: {header.view_version} in the recording, {VIEW_VERSION} now"
         )
+    differ += _missing_taps(objective, header)
     if differ:
         raise UserError(
             f"the recording in {path} is of another run:\n  "
             + "\n  ".join(differ)
             + "\ngive these values, or record this run with `fm-distill record`"
         )
+
+
+def _missing_taps(objective: ObjectiveConfig, header: RecordingHeader) -> list[str]:
+    """A line for each of the teacher's features that a term reads and the recording lacks."""
+    there = header.tap_names
+    held = f"its features of {', '.join(there)}" if there else "no features"
+    return [
+        f"objective: a term reads the teacher's {tap}, and the recording has {held}; record it "
+        f"with `fm-distill record --taps {' '.join(sorted({*there, tap}))}` to another folder"
+        for tap in features_of(objective)[1]
+        if tap not in there
+    ]
 
 
 def _refuse_functions(config: Config) -> None:
@@ -148,7 +170,8 @@ def check_recording(config: Config, recording: Recording, reader: Reader, period
             f"{len(missing):,} of the shards of the recording in {path} are missing, the first one "
             f"{missing[0].name}; bring them back from a copy, or run `fm-distill record` again"
         )
-    steps, digests = RecordingReader(recording, period), make_digests(config)
+    taps = features_of(config.objective)[1]
+    steps, digests = RecordingReader(recording, period, taps), make_digests(config)
     for step in checked_steps(config, period):
         found = steps.at(step)
         sizes = np.stack([reader[int(i)]["size"] for i in found.examples[0]])

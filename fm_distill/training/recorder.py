@@ -26,7 +26,7 @@ from fm_distill.networks.teachers import Teacher
 from fm_distill.recordings.header import RecordingHeader
 from fm_distill.recordings.manifest import ManifestWriter, Recording
 from fm_distill.recordings.reading import RecordingReader
-from fm_distill.recordings.rows import encode, unseen
+from fm_distill.recordings.rows import encode, encode_features, unseen
 from fm_distill.recordings.shards import RecordedSteps
 from fm_distill.recordings.status import unseen_text
 from fm_distill.recordings.writing import ShardWriter
@@ -97,7 +97,7 @@ class Recorder:
             )
         law = regime_of(config.objective.target, config.teaching).views
         shown = tuple(sorted({InputSpec.of(x.network) for x in teachers if x.function}))
-        program = make_record_program(config, law, built.teachers, layout, shown)
+        program = make_record_program(config, law, built.teachers, layout, shown, header.tap_names)
         return cls(
             config, resolved, header, program, found.teaching, teachers, reader, feed, layout
         )
@@ -161,15 +161,19 @@ class Recorder:
         _, examples, fed = next(iter(self._passes(step, step + 1)))
         outputs = self._outputs(step, fed)
         now = self._encoded(step, examples, outputs, []).rows
-        recorded = RecordingReader(before, step + 1).at(step).rows
-        a, b = (np.asarray(x.values, np.float32) for x in (recorded, now))
-        difference = float(np.abs(a - b).mean() / np.abs(a).mean())
-        if difference > SAME:
-            raise UserError(
-                f"the teachers answer otherwise than when {before.path} was recorded: in step "
-                f"{step:,} the logits differ by {difference:.1%} of their size; use the same "
-                "weights, or another --to"
-            )
+        recorded = RecordingReader(before, step + 1, self.header.tap_names).at(step).rows
+        pairs = {"the logits": (recorded.values, now.values)}
+        pairs |= {x: (y, now.features[x]) for x, y in recorded.features.items()}
+        for name, pair in pairs.items():
+            a, b = (np.asarray(x, np.float32) for x in pair)
+            difference, size = float(np.abs(a - b).mean()), float(np.abs(a).mean())
+            if difference > SAME * size:
+                raise UserError(
+                    f"the teachers answer otherwise than when {before.path} was recorded: in step "
+                    f"{step:,} {name} differ by {difference:.3g} in the mean, where they are "
+                    f"{size:.3g}; use the same "
+                    "weights, or another --to"
+                )
 
     def _outputs(self, step: int, fed: Batch | ResidentSteps) -> PassOutputs:
         data = self.feed.data if self.feed else None
@@ -194,6 +198,8 @@ class Recorder:
         if header.top_k is not None:
             hidden.append(unseen(logits, header.top_k, temperature))
         rows = encode(logits, header.dtype, header.top_k, temperature)
+        features = encode_features(jax.device_get(outputs.features), header.dtype, step)
+        rows = dataclasses.replace(rows, features=features)
         return RecordedSteps(rows, examples, digests_of_draw(jax.device_get(outputs.draws)))
 
     def _logits(

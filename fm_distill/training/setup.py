@@ -27,6 +27,7 @@ from fm_distill.models import Variables
 from fm_distill.networks.batch_statistics import with_central_statistics
 from fm_distill.networks.branch import Branch
 from fm_distill.networks.loading import Networks
+from fm_distill.objectives.terms import features_of
 from fm_distill.recordings.reading import RecordingReader
 from fm_distill.runs.state import TrainState
 from fm_distill.runs.workdir import Workdir
@@ -176,7 +177,8 @@ def open_inputs(
     if networks.recording is not None:
         steps = resolved.period_steps or resolved.total_steps
         check_recording(config, networks.recording, reader, steps)
-        recording = RecordingReader(networks.recording, steps)
+        taps = features_of(config.objective)[1]
+        recording = RecordingReader(networks.recording, steps, taps)
     teachers = freeze_teachers(config, resolved, built, networks.teachers, reader, layout, folder)
     targets = None
     if regime_of(config.objective.target, config.teaching).targets == "table":

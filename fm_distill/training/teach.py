@@ -18,7 +18,7 @@ from fm_distill.objectives.distances import smooth
 from fm_distill.objectives.ensemble import combine
 from fm_distill.objectives.example_weights import class_weights
 from fm_distill.objectives.terms import Targets, features_of, needs_labels
-from fm_distill.recordings.rows import decode, indices_of
+from fm_distill.recordings.rows import decode, decode_features, indices_of
 from fm_distill.training.memory import in_parts
 from fm_distill.views.draws import mix
 
@@ -76,10 +76,11 @@ def teach_recorded(
 
     def teach(frozen: tuple[Variables, ...], batch: Batch, views: StepViews) -> Targets:
         assert batch.recorded is not None
-        logits = decode(batch.recorded)
-        if indices := indices_of(batch.recorded):
-            return Targets(logits, indices=indices)
-        return Targets(combine(logits, objective.ensemble, objective.temperature))
+        logits, features = decode(batch.recorded), decode_features(batch.recorded)
+        indices = indices_of(batch.recorded)
+        if not indices:
+            logits = combine(logits, objective.ensemble, objective.temperature)
+        return Targets(logits, teacher_features=features, indices=indices)
 
     return teach
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 from fm_distill.config import ObjectiveConfig
 from fm_distill.objectives.adapters import AdapterShape, init_adapters
 from fm_distill.objectives.bank import init_bank, replaced
-from fm_distill.objectives.terms import Targets, bank_taps
+from fm_distill.objectives.terms import Targets, named_terms, teacher_feature
 from fm_distill.runs.state import TermState
 
 NOTHING = TermState({}, (), {})
@@ -46,7 +46,7 @@ def make_term_update(
     objective: ObjectiveConfig, optimizer: optax.GradientTransformation
 ) -> TermUpdate:
     """Adapters move by `optimizer`; banks take in the teacher's features of the batch."""
-    taps = bank_taps(objective)
+    terms = dict(named_terms(objective))
 
     def update(
         state: TermState, gradients: PyTree, targets: Targets, step: Int[Array, ""]
@@ -55,7 +55,8 @@ def make_term_update(
         params = optax.apply_updates(state.params, updates)
         features = targets.teacher_features
         banks = {
-            name: replaced(bank, features[taps[name]], step) for name, bank in state.banks.items()
+            name: replaced(bank, teacher_feature(terms[name], features), step)
+            for name, bank in state.banks.items()
         }
         return TermState(params, opt_state, banks)
 

@@ -1,0 +1,354 @@
+"""Pooled features of a teacher in its recording: what is stored, and that terms learn from it."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import re
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_accelerator_paths import matching
+from test_recordings import QUIET, learning, nearly_the_same, record_now
+from test_train import lines_of, same_bits, stop_at
+
+from fm_distill.config import (
+    BankConfig,
+    MeshConfig,
+    ObjectiveConfig,
+    TeacherConfig,
+    TermConfig,
+)
+from fm_distill.config.regime import regime_of
+from fm_distill.data.batch import Batch
+from fm_distill.data.feeding import Reader, stack
+from fm_distill.data.splits import open_data
+from fm_distill.errors import UserError
+from fm_distill.networks.branch import StepViews, make_branch, step_views
+from fm_distill.networks.loading import load_networks
+from fm_distill.objectives.features import pooled
+from fm_distill.recordings import status as recordings
+from fm_distill.recordings import writing
+from fm_distill.recordings.header import RecordedTap
+from fm_distill.recordings.manifest import open_recording
+from fm_distill.recordings.reading import RecordingReader
+from fm_distill.recordings.rows import encode_features
+from fm_distill.system.preemption import Stop
+from fm_distill.training.check import problems
+from fm_distill.training.record import record
+from fm_distill.training.recorded import refuse_another_recording
+from fm_distill.training.teach import make_teach
+from fm_distill.training.train import train
+from fm_distill.views.draws import run_keys, step_draws
+from fm_distill.weights.card import only_network
+
+# A map, a vector, and the output of a module.
+MODULE = "block1_unit01/b"
+TAPS = ("block1", MODULE, "pre_logits")
+CHANNELS = {"block1": 32, MODULE: 8, "pre_logits": 32}
+OBJECTIVE = ObjectiveConfig(
+    temperature=2.0,
+    terms=(
+        TermConfig(kind="kl"),
+        TermConfig(kind="similarity", student_tap="root", teacher_tap="block1", pool="mean"),
+        TermConfig(kind="hint", student_tap="root", teacher_tap=MODULE, pool="mean"),
+        TermConfig(kind="rkd_distance", student_tap="pre_logits", teacher_tap="pre_logits"),
+        TermConfig(
+            kind="bank_similarity",
+            student_tap="block1",
+            teacher_tap="block1",
+            pool="mean",
+            bank=BankConfig(rows=32),
+        ),
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory):
+    """A run with a live teacher whose features terms read, and its recording in float32."""
+    folder = tmp_path_factory.mktemp("tapped")
+    config = matching(folder, MeshConfig(data=1), log=QUIET)
+    config = dataclasses.replace(config, objective=OBJECTIVE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writing, "SHARD_STEPS", (2, 2))
+        record_now(config, folder / "recording", dtype="float32", taps=TAPS)
+    assert train(config, folder / "live").complete
+    return config, folder
+
+
+def test_the_mean_over_places():
+    x = np.random.default_rng(0).standard_normal((3, 4, 5, 6)).astype(np.float32)
+    np.testing.assert_allclose(pooled(jnp.asarray(x)), x.mean((1, 2)), rtol=1e-5, atol=1e-6)
+    tokens = x.reshape(3, 20, 6)
+    np.testing.assert_allclose(pooled(jnp.asarray(tokens)), x.mean((1, 2)), rtol=1e-5, atol=1e-6)
+    half = jnp.asarray(tokens[:, 0], jnp.bfloat16)
+    assert pooled(half).dtype == jnp.float32
+    np.testing.assert_array_equal(pooled(half), half.astype(jnp.float32))
+
+
+def features_of_the_teacher(config, folder, step):
+    """By another path: a batch read by its ids, the views of the training step, not frozen."""
+    data, _ = open_data(config)
+    networks = load_networks(config, folder, data.train.classes, data.train.class_names)
+    (teacher,) = networks.teachers
+    branch = make_branch(teacher.network, 10, jnp.dtype("float32"))
+    reader = Reader(data.train, config.data, 10)
+    examples = RecordingReader(open_recording(folder / "recording"), 6).at(step).examples[0]
+    batch = jax.device_put(stack([reader[int(i)] for i in examples]))
+    law = regime_of("teacher", config.teaching).views
+
+    @jax.jit
+    def features(variables, batch, step):
+        key = run_keys(config.seed).draws
+        seen = step_views(law, config.views, branch, (branch,), batch, key, step)
+        images = seen.teachers[branch.input_spec]
+        return branch.network.apply(variables, images, train=False, features=TAPS).features
+
+    found = jax.device_get(features(teacher.variables, batch, step))
+    return {
+        name: x.astype(np.float64).reshape(len(x), -1, x.shape[-1]).mean(1)
+        for name, x in found.items()
+    }
+
+
+def test_what_is_stored_is_the_mean_of_what_the_teacher_computes(taught, tmp_path):
+    config, folder = taught
+    expected = features_of_the_teacher(config, folder, 3)
+    whole = open_recording(folder / "recording")
+    half = record_now(config, tmp_path / "half", taps=TAPS, steps=(3, 4))
+    for recording, dtype, within in ((whole, "float32", 2e-5), (half, "float16", 2.0**-11)):
+        assert recording.header.taps == tuple(RecordedTap(x, CHANNELS[x]) for x in TAPS)
+        steps = RecordingReader(recording, 6, TAPS)
+        found = steps.at(3).rows.features
+        for name in TAPS:
+            assert found[name].dtype == dtype and found[name].shape == (1, 16, CHANNELS[name])
+            size = np.abs(expected[name]).max()
+            assert size > 0.1 and np.ptp(expected[name], axis=0).max() > 0.01
+            np.testing.assert_allclose(
+                found[name][0].astype(np.float64),
+                expected[name],
+                rtol=within,
+                atol=2e-5 * size,
+                err_msg=name,
+            )
+        # Only what is asked for is read.
+        assert RecordingReader(recording, 6).at(3).rows.features == {}
+    assert "block1 (32 channels)" in recordings.status_text(half)
+    # A row of float16: ten logits and 72 channels, an offset, and the identity.
+    assert writing.step_bytes(half.header) == 16 * (2 * (10 + 72) + 4 + 12)
+
+
+def test_float16_says_what_it_cannot_hold():
+    rows = {"stem": np.array([[[1.0, -7e4]]], np.float32)}
+    with pytest.raises(UserError, match=r"stem is up to 70,000 for step 5, and float16 holds 65,"):
+        encode_features(rows, "float16", 5)
+    np.testing.assert_array_equal(encode_features(rows, "float32", 5)["stem"], rows["stem"])
+    with pytest.raises(UserError, match=r"feature stem for step 5 is not a finite number"):
+        encode_features({"stem": rows["stem"] * np.nan}, "float32", 5)
+
+
+@pytest.fixture(scope="module")
+def learned(taught, tmp_path_factory):
+    """The run of the recording where the teacher is there too, and what it said."""
+    config, folder = taught
+    teacher = dataclasses.replace(config.teacher, recording=str(folder / "recording"))
+    workdir, said = tmp_path_factory.mktemp("learned") / "run", io.StringIO()
+    with contextlib.redirect_stderr(said):
+        assert train(dataclasses.replace(config, teacher=teacher), workdir).complete
+    return workdir, said.getvalue()
+
+
+def test_terms_learn_from_the_recording_as_from_the_live_teacher(taught, learned):
+    live, (workdir, _) = taught[1] / "live", learned
+    nearly_the_same(live, workdir)
+    one, other = ([x for x in lines_of(y) if x["split"] == "train"] for y in (live, workdir))
+    for term in OBJECTIVE.terms:
+        values = [[x[f"term_{term.kind}"] for x in lines] for lines in (one, other)]
+        assert min(values[0]) > 0
+        np.testing.assert_allclose(*values, rtol=1e-5, err_msg=term.kind)
+
+
+def test_where_the_teacher_is_there_its_features_are_compared(learned):
+    _, said = learned
+    found = re.search(r"features of block1, block1_unit01/b, pre_logits by at most (\S+) of", said)
+    assert found and float(found[1]) < 1e-5
+
+
+def test_stopped_and_continued_it_ends_in_the_same_bits(taught, learned, tmp_path, monkeypatch):
+    """And without the teacher."""
+    (config, folder), (whole, _) = taught, learned
+    config = learning(config, folder / "recording")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        assert train(config, tmp_path / "run").step == 3
+    assert train(config, tmp_path / "run").complete
+    same_bits(whole, tmp_path / "run")
+    assert lines_of(tmp_path / "run") == lines_of(whole)
+
+
+def test_going_on_remembers_the_taps(taught, tmp_path):
+    config, folder = taught
+    options = {"dtype": "float32", "taps": ("pre_logits", MODULE, "block1")}  # in any order
+    record_now(config, tmp_path / "a", steps=(4, None), **options)
+    joined = record_now(config, tmp_path / "a", **options)
+    assert joined.ranges == ((0, 6),)
+    whole = open_recording(folder / "recording")
+    assert joined.header.identity == whole.header.identity
+    one, other = (RecordingReader(x, 6, TAPS) for x in (whole, joined))
+    for step in range(6):
+        a, b = one.at(step).rows.features, other.at(step).rows.features
+        for name in TAPS:
+            np.testing.assert_allclose(a[name], b[name], rtol=1e-4, atol=1e-5)
+    for taps, said in (
+        (("block1",), r"--taps: block1 block1_unit01/b pre_logits in the recording, block1 in"),
+        ((), r"--taps: block1 block1_unit01/b pre_logits in the recording, none in this run"),
+    ):
+        with pytest.raises(UserError, match=said):
+            record(config, tmp_path / "a", Stop(), dtype="float32", taps=taps)
+
+
+def test_a_damaged_or_missing_feature_is_found(taught, tmp_path):
+    config, folder = taught
+    shutil.copytree(folder / "recording", tmp_path / "recording")
+    shard = tmp_path / "recording" / "steps-00000000-00000002"
+    feature = shard / "feature.block1_unit01%2Fb"
+    path = next(x for x in feature.rglob("*") if x.is_file() and x.name != "zarr.json")
+    whole = path.read_bytes()
+    path.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+    damaged = recordings.status(open_recording(tmp_path / "recording")).damaged
+    assert f"{path.relative_to(shard)} is damaged" in str(damaged)
+    student = learning(config, tmp_path / "recording")
+    with pytest.raises(UserError, match="steps-00000000-00000002 of the recording is damaged"):
+        train(student, tmp_path / "run")
+    shutil.rmtree(feature)
+    with pytest.raises(UserError, match="steps-00000000-00000002 of the recording is damaged"):
+        train(student, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    recording = open_recording(tmp_path / "recording")
+    assert RecordingReader(recording, 6).at(0).rows.features == {}  # for those who read none
+
+
+def reading(**term):
+    given = {"kind": "similarity", "student_tap": "root", "teacher_tap": "block1"}
+    return ObjectiveConfig(terms=(TermConfig(kind="kl"), TermConfig(**given | term)))
+
+
+@pytest.mark.parametrize(
+    ("objective", "said"),
+    [
+        (
+            reading(kind="attention"),
+            r"attention compares maps, and teacher.recording holds logits and, of `fm-distill "
+            r"record --taps`, features pooled over their places; leave out one",
+        ),
+        (
+            reading(),
+            r"objective.terms.1: block1 is of shape \(16, 16, 32\) for an image, and "
+            r"teacher.recording holds its mean over the places; give objective.terms.1.pool=mean",
+        ),
+        (
+            reading(teacher_tap="root", pool="mean"),
+            r"a term reads the teacher's root, and the recording has its features of block1, "
+            r"block1_unit01/b, pre_logits; record it with `fm-distill record --taps block1 "
+            r"block1_unit01/b pre_logits root`",
+        ),
+    ],
+)
+def test_what_a_recording_does_not_hold_is_refused(taught, tmp_path, objective, said):
+    config, folder = taught
+    student = learning(config, folder / "recording", objective=objective)
+    with pytest.raises(UserError, match=said):
+        train(student, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_recording_from_before_is_the_same_and_has_no_features(taught, tmp_path):
+    config, folder = taught
+    manifest = next((folder / "recording").glob("manifest-*"))
+    tree = json.loads(manifest.read_text().splitlines()[0])
+    del tree["taps"]
+    (tmp_path / manifest.name).write_text(json.dumps(tree) + "\n")
+    header = open_recording(tmp_path).header
+    plain = dataclasses.replace(open_recording(folder / "recording").header, taps=())
+    assert header == plain and header.identity == plain.identity
+    student = learning(config, tmp_path, objective=reading(pool="mean"))
+    with pytest.raises(UserError, match=r"the recording has no features; record it with .* block1"):
+        train(student, tmp_path / "run")
+
+
+def test_a_top_k_recording_may_have_features(taught, tmp_path):
+    config, _ = taught
+    config = dataclasses.replace(config, objective=reading(pool="mean"))
+    recorded = record_now(config, tmp_path / "top", top_k=3, taps=("block1",), steps=(0, 1))
+    student = learning(config, tmp_path / "top")
+    refuse_another_recording(student)
+    rows = jax.tree.map(lambda x: x[0], RecordingReader(recorded, 1, ("block1",)).at(0).rows)
+    teach = make_teach("recording", (), 10, student.objective)
+
+    @jax.jit
+    def taught_by(rows):
+        sizes, pictures = jnp.full((16, 2), 8), jnp.zeros((16, 8, 8, 3), jnp.uint8)
+        batch = Batch(pictures, sizes, jnp.zeros(16, jnp.int32), recorded=rows)
+        draw = step_draws("mixed", jax.random.key(0), 0, sizes, student.views).student
+        return teach((), batch, StepViews(draw, pictures, {}))
+
+    targets = taught_by(rows)
+    assert targets.indices[0].shape == (16, 3)
+    np.testing.assert_array_equal(targets.teacher_features["block1"], rows.features["block1"])
+    assert targets.teacher_features["block1"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("changes", "taps", "said"),
+    [
+        (
+            {},
+            ("blok1",),
+            "--taps is 'blok1', which the teacher does not have; did you mean 'block1",
+        ),
+        (
+            {"teacher": TeacherConfig(function="f.py:g")},
+            ("block1",),
+            "teacher.function returns logits alone",
+        ),
+        (
+            {"more_teachers": (TeacherConfig(weights="w"),), "objective": ObjectiveConfig()},
+            ("block1",),
+            "--taps names features of one teacher, and there are more_teachers",
+        ),
+    ],
+)
+def test_taps_that_cannot_be_recorded_are_refused(
+    taught, tmp_path, monkeypatch, changes, taps, said
+):
+    config, _ = taught
+    monkeypatch.setattr("fm_distill.training.record.make_header", None)  # compiles the first draw
+    config = dataclasses.replace(config, **{"objective": ObjectiveConfig()} | changes)
+    if config.teacher.function:
+        network = dataclasses.replace(
+            only_network(config.student), model="function", input_range="zero_one", options={}
+        )
+        config = dataclasses.replace(
+            config, teacher=dataclasses.replace(config.teacher, network=network)
+        )
+    with pytest.raises(UserError, match=said):
+        record(config, tmp_path / "recording", Stop(), taps=taps)
+
+
+@pytest.mark.parametrize(
+    ("term", "said"),
+    [
+        ({"kind": "attention", "pool": "mean"}, "attention compares places, and"),
+        (
+            {"kind": "l2", "pool": "mean", "student_tap": None, "teacher_tap": None},
+            "l2 compares outputs, which have no places: leave out objective.terms.1.pool=mean",
+        ),
+    ],
+)
+def test_pool_where_there_is_nothing_to_pool(taught, term, said):
+    config, _ = taught
+    assert said in "\n".join(problems(dataclasses.replace(config, objective=reading(**term))))
