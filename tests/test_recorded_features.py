@@ -9,8 +9,10 @@ import shutil
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 import pytest
+from conftest import write_experiment
 from test_accelerator_paths import matching
 from test_recordings import QUIET, learning, nearly_the_same, record_now
 from test_train import lines_of, same_bits, stop_at
@@ -30,16 +32,20 @@ from fm_distill.errors import UserError
 from fm_distill.networks.branch import StepViews, make_branch, step_views
 from fm_distill.networks.loading import load_networks
 from fm_distill.objectives.features import pooled
+from fm_distill.planning.compile_step import Request, batch_of
+from fm_distill.planning.topologies import topology
 from fm_distill.recordings import status as recordings
 from fm_distill.recordings import writing
-from fm_distill.recordings.header import RecordedTap
+from fm_distill.recordings.header import RecordedTap, header_differences
 from fm_distill.recordings.manifest import open_recording
 from fm_distill.recordings.reading import RecordingReader
-from fm_distill.recordings.rows import encode_features
+from fm_distill.recordings.rows import encode, encode_features
+from fm_distill.recordings.shards import read_shard, write_shard
 from fm_distill.system.preemption import Stop
 from fm_distill.training.check import problems
+from fm_distill.training.check_features import check_features
 from fm_distill.training.record import record
-from fm_distill.training.recorded import refuse_another_recording
+from fm_distill.training.recorded import check_recording, refuse_another_recording
 from fm_distill.training.teach import make_teach
 from fm_distill.training.train import train
 from fm_distill.views.draws import run_keys, step_draws
@@ -193,22 +199,32 @@ def test_stopped_and_continued_it_ends_in_the_same_bits(taught, learned, tmp_pat
 def test_going_on_remembers_the_taps(taught, tmp_path):
     config, folder = taught
     options = {"dtype": "float32", "taps": ("pre_logits", MODULE, "block1")}  # in any order
-    record_now(config, tmp_path / "a", steps=(4, None), **options)
+    shutil.copytree(folder / "recording", tmp_path / "a")
+    (manifest,) = (tmp_path / "a").glob("manifest-*")
+    lines = manifest.read_text().splitlines(keepends=True)
+    manifest.write_text(lines[0] + lines[-1])
+    shard = tmp_path / "a" / "steps-00000004-00000006"
+    block = read_shard(shard, taps=TAPS)
+    others = block.rows.features | {"block1": 1.1 * block.rows.features["block1"]}
+    rows = dataclasses.replace(block.rows, features=others)
+    write_shard(shard, dataclasses.replace(block, rows=rows))
+    with pytest.raises(UserError, match=r"answer otherwise than when .* step 5 block1 differ by"):
+        record(config, tmp_path / "a", Stop(), **options)
+    write_shard(shard, block)
+    # Another session, with four steps in one pass.
+    config = dataclasses.replace(config, steps_per_dispatch=4)
     joined = record_now(config, tmp_path / "a", **options)
-    assert joined.ranges == ((0, 6),)
+    assert joined.ranges == ((0, 6),) and len([*joined.path.glob("manifest-*")]) == 2
     whole = open_recording(folder / "recording")
-    assert joined.header.identity == whole.header.identity
     one, other = (RecordingReader(x, 6, TAPS) for x in (whole, joined))
     for step in range(6):
         a, b = one.at(step).rows.features, other.at(step).rows.features
         for name in TAPS:
             np.testing.assert_allclose(a[name], b[name], rtol=1e-4, atol=1e-5)
-    for taps, said in (
-        (("block1",), r"--taps: block1 block1_unit01/b pre_logits in the recording, block1 in"),
-        ((), r"--taps: block1 block1_unit01/b pre_logits in the recording, none in this run"),
-    ):
-        with pytest.raises(UserError, match=said):
-            record(config, tmp_path / "a", Stop(), dtype="float32", taps=taps)
+    said = "--taps: block1 block1_unit01/b pre_logits in the recording, %s in this run"
+    with pytest.raises(UserError, match=said % "block1"):
+        record(config, tmp_path / "a", Stop(), dtype="float32", taps=("block1",))
+    assert header_differences(whole.header, {"taps": ()}) == [said % "none"]
 
 
 def test_a_damaged_or_missing_feature_is_found(taught, tmp_path):
@@ -278,15 +294,47 @@ def test_a_recording_from_before_is_the_same_and_has_no_features(taught, tmp_pat
     student = learning(config, tmp_path, objective=reading(pool="mean"))
     with pytest.raises(UserError, match=r"the recording has no features; record it with .* block1"):
         train(student, tmp_path / "run")
+    # `profile` opens a recording without the checks of a run.
+    reader = Reader(open_data(config)[0].train, config.data, 10)
+    with pytest.raises(UserError, match=r"lacks a feature: .* reads the teacher's block1, and the"):
+        check_recording(student, open_recording(tmp_path), reader, 6)
+    with pytest.raises(UserError, match=r"teacher_tap is 'block1', and the teacher is a function"):
+        check_features(student, 1259, make_branch(config.student, 10, jnp.dtype("float32")), ())
+
+
+def test_a_plan_knows_the_features_of_a_batch(taught):
+    config, folder = taught
+    network = config.teacher.network
+    for student, expected in (
+        (learning(config, folder / "recording"), CHANNELS),
+        (learning(config, folder / "recording", objective=ObjectiveConfig()), {}),
+    ):
+        recorded = batch_of(Request(student, (network,), 10, 160, topology("cpu:1"))).recorded
+        shapes = {name: x.shape for name, x in recorded.features.items()}
+        assert shapes == {name: (16, channels) for name, channels in expected.items()}
+
+
+def test_a_tap_is_missed_before_the_teacher_is_trained(taught, tmp_path, monkeypatch):
+    config, _ = taught
+    teacher = TeacherConfig(experiment=str(write_experiment(tmp_path / "teacher.py")))
+    config = dataclasses.replace(config, teacher=teacher, objective=ObjectiveConfig())
+    monkeypatch.setattr("fm_distill.training.record.train_teachers", None)
+    with pytest.raises(UserError, match=r"--taps is 'blok1', .* did you mean 'block1'"):
+        record(config, tmp_path / "recording", Stop(), taps=("blok1",))
 
 
 def test_a_top_k_recording_may_have_features(taught, tmp_path):
-    config, _ = taught
-    config = dataclasses.replace(config, objective=reading(pool="mean"))
-    recorded = record_now(config, tmp_path / "top", top_k=3, taps=("block1",), steps=(0, 1))
-    student = learning(config, tmp_path / "top")
+    config, folder = taught
+    whole = open_recording(folder / "recording")
+    header = dataclasses.replace(whole.header, top_k=3, temperature=2.0)
+    (tmp_path / "manifest-0.jsonl").write_text(json.dumps(msgspec.to_builtins(header)) + "\n")
+    objective = dataclasses.replace(reading(pool="mean"), temperature=2.0)
+    student = learning(config, tmp_path, objective=objective)
     refuse_another_recording(student)
-    rows = jax.tree.map(lambda x: x[0], RecordingReader(recorded, 1, ("block1",)).at(0).rows)
+    rows = RecordingReader(whole, 6, ("block1",)).at(0).rows
+    features = encode_features(rows.features, "float16", 0)
+    rows = dataclasses.replace(encode(rows.values, "float16", 3, 2.0), features=features)
+    rows = jax.tree.map(lambda x: x[0], rows)
     teach = make_teach("recording", (), 10, student.objective)
 
     @jax.jit

@@ -625,7 +625,8 @@ def test_the_command_killed_goes_on_and_is_known_to_status(taught, tmp_path):
     schedule = ", schedule=ScheduleConfig(total_steps=40000, warmup_steps=1)"
     experiment = write_experiment(tmp_path / "run.py", changes + schedule)
     recording = tmp_path / "recording"
-    arguments = [sys.executable, "-m", "fm_distill", "record", experiment, "--to", recording]
+    taps = ["--taps", "block1", "block1_unit01/b"]
+    arguments = [sys.executable, "-m", "fm_distill", "record", experiment, "--to", recording, *taps]
     process = subprocess.Popen(
         arguments, cwd=ROOT, env=command_environment(), stderr=subprocess.PIPE, text=True
     )
@@ -638,15 +639,19 @@ def test_the_command_killed_goes_on_and_is_known_to_status(taught, tmp_path):
     done = open_recording(recording).steps
     assert done >= 512
     options = ["--schedule.total-steps", str(done + 20)]
-    finished = run_command("record", experiment, "--to", recording, *options)
+    finished = run_command("record", experiment, "--to", recording, *taps, *options)
     assert finished.returncode == 0, finished.stderr
     assert "20 to do" in finished.stderr
     known = json.loads(run_command("status", recording, "--json").stdout)
     assert known["ranges"] == [[0, done + 20]]
     assert known["damaged"] == {}
+    assert known["taps"] == taps[1:]
     student = ["--teacher.recording", recording, "--teacher.weights", "None", "--steps", "3"]
     trained = run_command("train", experiment, "--workdir", tmp_path / "student", *student)
     assert trained.returncode == 0, trained.stderr
     wrong = run_command("record", experiment, "--to", tmp_path / "x", "--steps", "seven")
     assert wrong.returncode == 2
     assert "--steps is 'seven'; expected A:B" in wrong.stderr
+    wrong = run_command("record", experiment, "--to", tmp_path / "x", "--taps", "blok1")
+    assert wrong.returncode == 2
+    assert "--taps is 'blok1', which the teacher does not have; did you mean" in wrong.stderr

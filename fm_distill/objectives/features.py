@@ -121,7 +121,7 @@ def cosine(student: Features, teacher: Features) -> PerExample:
 
 
 def pooled(x: Features) -> Vectors:
-    """The mean over all places, in float32: of a map's pixels, of tokens; vectors as they are."""
+    """The mean over all places, in float32: pixels of a map, or tokens; vectors as they are."""
     x = x.astype(jnp.float32)
     return x if x.ndim == 2 else x.mean(axis=tuple(range(1, x.ndim - 1)))
 

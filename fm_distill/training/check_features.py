@@ -29,6 +29,11 @@ def check_features(
         if term.kind not in OF_FEATURES:
             continue
         option = f"objective.terms.{i}"
+        if not teachers:
+            raise UserError(
+                f"{option}.teacher_tap is {term.teacher_tap!r}, and the teacher is a function, "
+                "which returns logits alone; leave the term out"
+            )
         of_student = _shape(f"{option}.student_tap", "student", student, term, term.student_tap)
         of_teacher = _shape(f"{option}.teacher_tap", "teacher", teachers[0], term, term.teacher_tap)
         if recording_of(config) is not None and len(of_teacher) > 1:

@@ -150,6 +150,8 @@ def check_recording(config: Config, recording: Recording, reader: Reader, period
     Or where a shard that it needs is missing, or one of those looked into is damaged.
     """
     header, path = recording.header, recording.path
+    if lacking := _missing_taps(config.objective, header):
+        raise UserError(f"the recording in {path} lacks a feature: {lacking[0]}")
     if (header.data, header.examples) != (reader.source.identity, len(reader)):
         raise UserError(
             f"the recording in {path} answered to {header.examples:,} examples of {header.data}, "
