@@ -15,7 +15,7 @@ from test_accelerator_paths import matching
 from test_cli import refused
 from test_distances import log_softmax, numpy_kl
 from test_evaluate import evaluate as evaluated
-from test_step import KEY, pooled_network, random_batch
+from test_step import DRAWS, KEY, pooled_network, random_batch
 from test_terms import curve, stop_and_continue
 from test_train import lines_of, same_bits
 from tiny import resolved_run, tiny_config, train_step_of
@@ -147,7 +147,7 @@ def test_loss_and_gradient_of_a_step_against_numpy(kind, devices, accumulate):
     host = random_batch(classes=5)
     state = TrainState(jnp.int32(0), student, (), None)
     put = jax.device_put((state, (teacher,)), layout.replicated)
-    with_gradient, metrics = jax.jit(step)(*put, jax.device_put(host, layout.batch), KEY)
+    with_gradient, metrics = jax.jit(step)(*put, jax.device_put(host, layout.batch), DRAWS)
 
     drawn = draw(jax.random.fold_in(KEY, 0), jnp.asarray(host.sizes), views)
     images = np.float64(render(drawn, jnp.asarray(host.canvases), branch.input_spec))
@@ -195,7 +195,7 @@ def test_equal_classes_change_no_bit_and_without_weights_nothing_is_logged():
         changed = dataclasses.replace(config, objective=objective)
         built = build(changed, resolved_run(changed))
         batch = jax.tree.map(jnp.asarray, random_batch())
-        state, metrics = jax.jit(built.train_step)(built.init(jax.random.key(0)), (), batch, KEY)
+        state, metrics = jax.jit(built.train_step)(built.init(jax.random.key(0)), (), batch, DRAWS)
         assert metrics.get("effective_sample_share") == (None if kind == "none" else 1)
         states.append(state)
     jax.tree.map(np.testing.assert_array_equal, *states)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import run_command, write_experiment
-from test_step import KEY, gradients_of, matching_config, random_batch, with_random_head
+from test_step import DRAWS, gradients_of, matching_config, random_batch, with_random_head
 from tiny import LARGER, NETWORK, resolved_run, smallest, tiny_config
 
 from fm_distill.config import MemoryConfig, MeshConfig, NetworkConfig, ObjectiveConfig, with_options
@@ -80,9 +80,9 @@ def test_eight_devices_accumulate_what_one_does_at_once(memory):
         data = jax.device_put(Resident.of(batch), layout.replicated)
         program = make_program(built.train_step, shapes, frozen, data, layout)
         fed = jax.device_put(ResidentSteps(np.arange(64, dtype=np.int32)[None]), layout.ids)
-        key = jax.device_put(KEY, layout.replicated)
+        root = jax.device_put(DRAWS, layout.replicated)
         for _ in range(2):  # the schedule's first step is zero
-            state, metrics = program(state, frozen, data, fed, key)
+            state, metrics = program(state, frozen, data, fed, root)
         states.append(jax.device_get((state.student, state.opt_state, metrics)))
     moved = np.abs(states[0][0].params["head"]["kernel"]).max()
     assert moved > 1e-4
@@ -124,7 +124,7 @@ def test_batch_norm_learns_the_same_statistics_with_the_levers_that_it_has():
         state = built.init(jax.random.key(0))
         frozen = (built.teachers[0].network.init(jax.random.key(5)),)
         frozen = (built.teachers[0].network.freeze(frozen[0]),)
-        state, _ = jax.jit(built.train_step)(state, frozen, random_batch(), KEY)
+        state, _ = jax.jit(built.train_step)(state, frozen, random_batch(), DRAWS)
         states.append(state.student.statistics)
     assert np.abs(states[0]["norm"]["mean"]).max() > 1e-3
     same(*states)
@@ -156,7 +156,7 @@ def convolutions(memory: MemoryConfig) -> int:
     def gradient(state, batch):
         config_labels = dataclasses.replace(config, objective=ObjectiveConfig(target="labels"))
         step = build(config_labels, resolved_run(config_labels, ())).train_step
-        return step(state, (), batch, KEY)[0]
+        return step(state, (), batch, DRAWS)[0]
 
     text = str(jax.make_jaxpr(gradient)(built.abstract_state, random_batch()))
     return text.count("conv_general_dilated")

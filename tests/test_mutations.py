@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_evaluate import lookup_network
-from test_step import KEY, random_batch, with_random_head
+from test_step import DRAWS, KEY, random_batch, with_random_head
 from tiny import resolved_run, tiny_config
 
 from fm_distill.config import (
@@ -98,7 +98,7 @@ def test_kernels_start_as_lecun_s_truncated_normal():
 
 
 def test_the_metrics_of_a_dispatch_are_those_of_its_last_step():
-    def train_step(state, teachers, batch, key):
+    def train_step(state, teachers, batch, root):
         now = state.step.astype(jnp.float32)
         metrics = dict.fromkeys(("loss", "gradient_norm", "update_norm", "agreement"), now)
         return dataclasses.replace(state, step=state.step + 1), metrics
@@ -107,7 +107,7 @@ def test_the_metrics_of_a_dispatch_are_those_of_its_last_step():
     data = Resident.of(random_batch())
     program = make_program(train_step, state, (), data, ONE)
     fed = ResidentSteps(np.zeros((3, 8), np.int32))
-    _, metrics = program(state, (), data, fed, KEY)
+    _, metrics = program(state, (), data, fed, DRAWS)
     assert {name: float(x) for name, x in metrics.items()} == dict.fromkeys(metrics, 7.0)
 
 
@@ -159,7 +159,7 @@ def test_a_constant_teacher_is_noticed_on_the_run_s_own_images():
     teacher = Branch(constant_network(10), InputSpec(4, "zero_one"))
     reader = Reader(open_source(config.data, "train"), config.data, 10)
     frozen = teacher.network.init(KEY)
-    warnings = check_teacher(config, teacher, teacher, frozen, reader, ONE)
+    warnings = check_teacher(config, teacher, teacher, frozen, reader, ONE, DRAWS)
     assert any("hardly differ between images" in x for x in warnings)
     assert any("no better than chance" in x for x in warnings)
 
@@ -276,12 +276,13 @@ def test_a_slowed_run_is_slower_in_its_head_too(tmp_path, head):
 # What a run is made from: another value is another run, wherever the files lie.
 MADE_FROM = {
     "data", "classes", "class_names", "student", "student_weights", "teachers", "teacher_weights",
-    "recording", "code",
+    "recording", "code", "target_images",
 }  # fmt: skip
 # What may differ between the places and machines on which one run goes on.
 MAY_DIFFER = {
     "name", "data.data_dir", "data.class_names", "data.transfer.data_dir", "data.transfer.examples",
     "data.resident_share", "data.workers", "data.train.examples", "data.validation", "data.test",
+    "views.fourier.folder",
     "student.weights", "teacher.weights", "teacher.experiment", "teacher.workdir",
     "teacher.recording", "teacher.function", "teacher.classes", "teacher.least_agreement",
     "mesh", "memory", "checkpoint", "divergence", "log",
@@ -299,7 +300,8 @@ def test_the_identity_of_a_run_is_what_it_is():
         "student_weights": "other", "teacher_weights": ("other",), "total_steps": 1,
         "precision": "bfloat16", "feeding": "streaming", "steps_per_dispatch": 9,
         "mesh": {"data": 9, "fsdp": 1}, "recording": "other", "code": ("other",),
-        "period_steps": 4, "class_counts": (1,), "code_files": {"mine.py:x": CodeFile("a", "b")},
+        "period_steps": 4, "class_counts": (1,),
+        "target_images": "other", "code_files": {"mine.py:x": CodeFile("a", "b")},
     }  # fmt: skip
     for field in dataclasses.fields(ResolvedRun):
         changed = dataclasses.replace(run, **{field.name: values[field.name]})

@@ -18,7 +18,7 @@ from test_cli import refused
 from tiny import tiny_config
 
 from fm_distill import evaluate, report
-from fm_distill.config import MeshConfig, ViewConfig
+from fm_distill.config import FourierConfig, MeshConfig, ViewConfig
 from fm_distill.config.regime import regime_of
 from fm_distill.data.feeding import Reader, TrainingStream
 from fm_distill.data.sources import open_source
@@ -153,6 +153,7 @@ def test_the_page_stands_alone(two):
         ("consistent", "teacher", {}),
         ("independent", "teacher", {}),
         ("fixed", "teacher", {}),
+        ("function_matching", "teacher", {"fourier": FourierConfig(folder="not read", beta=0.1)}),
         ("independent", "labels", {}),  # whatever the teaching is, labels see the mixed view
     ],
 )
@@ -164,23 +165,25 @@ def test_views_are_those_of_the_step(teaching, target, views):
     )
     # The key of the run itself.
     layout = make_layout(MeshConfig(data=1))
-    draws_key = Setup.keys.func(types.SimpleNamespace(config=config, layout=layout)).draws
+    rng = np.random.default_rng(0)
+    low = {side: 1e4 * rng.random((5, 3, 3, 3), np.float32) for side in (16, 24)}
+    root = Setup.keys.func(types.SimpleNamespace(config=config, layout=layout, spectra=low)).draws
     reader = Reader(open_source(config.data, "train"), config.data, 10)
     size = config.batch_size
     stream = TrainingStream(reader, config.seed, 3, size, 0, size)
     branches = [InputSpec(16, "minus_one_one"), InputSpec(24, "imagenet")]
-    _, shown = views_of_step(config, stream, draws_key, 2, 3, branches)
+    _, shown = views_of_step(config, stream, root, 2, 3, branches)
 
     read = [stream[2 * size + row] for row in range(size)]
     canvases = jnp.stack([x["canvas"] for x in read])
     sizes = jnp.stack([x["size"] for x in read])
     regime = regime_of(target, teaching)
-    drawn, seen, _ = step_draws(regime.views, draws_key, 2, sizes, config.views)
-    student = render(drawn, canvases, branches[0])
+    drawn, seen, _ = step_draws(regime.views, root, 2, sizes, config.views)
+    student = render(drawn, canvases, branches[0], low)
     teacher = (
         render_central(canvases, sizes, CentralCrop.of(config.views), branches[1])
         if regime.targets == "table"
-        else render(seen, canvases, branches[1])
+        else render(seen, canvases, branches[1], low)
     )
     for got, picture, whole in zip(shown, branches, (student, teacher), strict=True):
         assert got.dtype == np.uint8 and got.shape == (3, picture.resolution, picture.resolution, 3)

@@ -19,10 +19,11 @@ from fm_distill.runs.state import TrainState, init_state
 from fm_distill.system.sharding import make_layout
 from fm_distill.training.build import build
 from fm_distill.training.program import make_program
-from fm_distill.views.draws import draw
+from fm_distill.views.draws import ViewRoot, draw
 from fm_distill.views.rendering import InputSpec, render
 
 KEY = jax.random.key(7)
+DRAWS = ViewRoot(KEY)
 
 
 def random_batch(count=16, side=24, classes=10) -> Batch:
@@ -53,7 +54,7 @@ def gradients_of(config, state, branches, frozen, batch, memory=MemoryConfig()):
     student, teachers = branches
     step = train_step_of(student, teachers, keep, config.views, config.objective, 8, memory=memory)
     state = dataclasses.replace(state, opt_state=())
-    new, metrics = jax.jit(step)(state, frozen, batch, KEY)
+    new, metrics = jax.jit(step)(state, frozen, batch, DRAWS)
     return new.student.params, metrics
 
 
@@ -139,7 +140,7 @@ def test_two_networks_with_the_same_picture_share_one_rendering():
         built = build(config, resolved_run(config, (teacher,)))
         state = built.abstract_state
         frozen = (jax.eval_shape(built.teachers[0].network.freeze, state.student),)
-        text = str(jax.make_jaxpr(built.train_step)(state, frozen, random_batch(), KEY))
+        text = str(jax.make_jaxpr(built.train_step)(state, frozen, random_batch(), DRAWS))
         return text.count("Precision.HIGHEST")
 
     batch, input_spec = random_batch(), InputSpec(16, "minus_one_one")
@@ -160,7 +161,7 @@ def run_steps(layout, config, resident: bool, dispatches, batches: Batch, norm="
     shapes = built.abstract_state
     init = jax.jit(built.init, out_shardings=layout.variables(shapes))
     state = init(jax.random.key(0))
-    key = jax.device_put(KEY, layout.replicated)
+    root = jax.device_put(DRAWS, layout.replicated)
     data = jax.device_put(Resident.of(batches), layout.replicated) if resident else None
     program = make_program(built.train_step, shapes, frozen, data, layout)
     size, start = config.batch_size, 0
@@ -171,7 +172,7 @@ def run_steps(layout, config, resident: bool, dispatches, batches: Batch, norm="
             fed = jax.device_put(ResidentSteps(ids.astype(np.int32)), layout.ids)
         else:
             fed = jax.device_put(jax.tree.map(lambda x, i=ids[0]: x[i], batches), layout.batch)
-        state, metrics = program(state, frozen, data, fed, key)
+        state, metrics = program(state, frozen, data, fed, root)
     return jax.device_get(state), jax.device_get(metrics), frozen, program
 
 
@@ -238,7 +239,7 @@ def test_labels_need_no_teacher_and_are_mixed_with_the_images():
     state = built.init(jax.random.key(0))
     state = dataclasses.replace(state, student=with_random_head(state.student))
     batch = random_batch()
-    _, metrics = jax.jit(built.train_step)(state, (), batch, KEY)
+    _, metrics = jax.jit(built.train_step)(state, (), batch, DRAWS)
     drawn = draw(jax.random.fold_in(KEY, 0), jnp.asarray(batch.sizes), config.views)
     images = render(drawn, jnp.asarray(batch.canvases), built.student.input_spec)
     logits = np.float64(logits_of(built.student.network, state.student, images, train=True))
@@ -272,14 +273,14 @@ def test_average_of_the_student():
     expected = state.student
     step = jax.jit(built.train_step)
     for _ in range(3):
-        state, _ = step(state, frozen, random_batch(), KEY)
+        state, _ = step(state, frozen, random_batch(), DRAWS)
         expected = jax.tree.map(lambda e, x: 0.5 * e + 0.5 * x, expected, state.student)
     close(state.ema, expected, 1e-6)
     assert float(jnp.abs(state.ema.params["head"]["kernel"]).max()) > 0
 
 
 def test_a_loss_that_was_not_finite_within_a_dispatch_is_reported():
-    def train_step(state, teachers, batch, key):
+    def train_step(state, teachers, batch, root):
         loss = jnp.where(state.step == 1, jnp.inf, 1.0)
         metrics = {"loss": loss, "gradient_norm": jnp.ones(()), "update_norm": jnp.ones(())}
         return dataclasses.replace(state, step=state.step + 1), metrics
@@ -289,7 +290,7 @@ def test_a_loss_that_was_not_finite_within_a_dispatch_is_reported():
     data = Resident.of(random_batch())
     program = make_program(train_step, state, (), data, layout)
     fed = ResidentSteps(np.zeros((3, 8), np.int32))
-    assert np.isnan(program(state, (), data, fed, KEY)[1]["loss"])
+    assert np.isnan(program(state, (), data, fed, DRAWS)[1]["loss"])
 
 
 def test_init_is_a_function_of_the_key():

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from test_step import KEY, gradients_of, random_batch, with_random_head
+from test_step import DRAWS, KEY, gradients_of, random_batch, with_random_head
 from tiny import NETWORK, logits_of, resolved_run, tiny_config, train_step_of
 
 from fm_distill.config import (
@@ -70,7 +70,7 @@ def loss_of(teaching: str, batch) -> float:
     state = init_state(KEY, one.network, jnp_identity(), None)
     objective = ObjectiveConfig(distance="l2")
     step = train_step_of(one, (one,), jnp_identity(), VIEWS, objective, 8, teaching)
-    _, metrics = jax.jit(step)(state, (state.student,), batch, KEY)
+    _, metrics = jax.jit(step)(state, (state.student,), batch, DRAWS)
     return float(metrics["loss"])
 
 
@@ -365,7 +365,7 @@ def test_kept_statistics_stay_and_are_used():
             built.student, (), built.optimizer, config.views, config.objective, 8,
             keep_statistics=keep,
         )  # fmt: skip
-        new, metrics = jax.jit(step)(state, (), batch, KEY)
+        new, metrics = jax.jit(step)(state, (), batch, DRAWS)
         losses[keep] = float(metrics["loss"])
         same = jax.tree.map(
             lambda a, b: bool((a == b).all()), new.student.statistics, state.student.statistics

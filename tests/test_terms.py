@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_accelerator_paths import matching
 from test_distances import log_softmax, loss_of, numpy_kl, pearson
-from test_step import KEY, matching_config, random_batch, with_random_head
+from test_step import DRAWS, KEY, matching_config, random_batch, with_random_head
 from test_train import lines_of, same_bits, stop_at
 from tiny import NETWORK, logits_of, resolved_run, tiny_config
 
@@ -372,7 +372,7 @@ def test_labels_are_mixed_as_the_students_view_is():
     state = dataclasses.replace(state, student=with_random_head(state.student))
     frozen = (built.teachers[0].network.freeze(with_random_head(state.student, 1)),)
     batch = jax.tree.map(jnp.asarray, random_batch())
-    _, metrics = jax.jit(built.train_step)(state, frozen, batch, KEY)
+    _, metrics = jax.jit(built.train_step)(state, frozen, batch, DRAWS)
     drawn = draw(jax.random.fold_in(KEY, 0), batch.sizes, config.views)
     images = render(drawn, batch.canvases, built.student.input_spec)
     logits = logits_of(built.student.network, state.student, images, train=True)

@@ -12,7 +12,7 @@ from fm_distill.config import CanvasConfig, MeshConfig, ViewConfig
 from fm_distill.data.images import decode, on_canvas, shrink
 from fm_distill.system.sharding import make_layout
 from fm_distill.views.crops import CROPS
-from fm_distill.views.draws import Draw, draw, mix, step_draws
+from fm_distill.views.draws import Draw, ViewRoot, draw, mix, step_draws
 from fm_distill.views.rendering import CentralCrop, InputSpec, render, render_central
 from fm_distill.views.sampling import _gathered, _multiplied, _places, sample
 
@@ -316,9 +316,9 @@ POINTS = ViewConfig(
 def test_crops_and_mixup_follow_their_points(law, step, smallest, strength):
     """As drawn with the value of the step written down; in the graph the same."""
     sizes = jnp.full((64, 2), 200)
-    key = jax.random.key(2)
-    found = step_draws(law, key, step, sizes, POINTS)
-    constant = step_draws(law, key, step, sizes, ViewConfig(crop_area=(smallest, 1.0)))
+    root = ViewRoot(jax.random.key(2))
+    found = step_draws(law, root, step, sizes, POINTS)
+    constant = step_draws(law, root, step, sizes, ViewConfig(crop_area=(smallest, 1.0)))
     for now, fixed in zip(found[:2], constant[:2], strict=True):
         np.testing.assert_array_equal(now.boxes, fixed.boxes)
         if law == "independent":
@@ -326,7 +326,7 @@ def test_crops_and_mixup_follow_their_points(law, step, smallest, strength):
             continue
         weaker = 1 - strength * (1 - np.asarray(fixed.coefficients, np.float64))
         np.testing.assert_allclose(now.coefficients, weaker, rtol=1e-6)
-    traced = jax.jit(lambda x: step_draws(law, key, x, sizes, POINTS).student)(jnp.int32(step))
+    traced = jax.jit(lambda x: step_draws(law, root, x, sizes, POINTS).student)(jnp.int32(step))
     np.testing.assert_allclose(traced.boxes, found.student.boxes, atol=1)
 
 
@@ -335,7 +335,7 @@ def test_no_crop_is_smaller_than_its_step_allows(crop):
     config = dataclasses.replace(POINTS, crop=crop, crop_aspect=(1.0, 1.0))
     sizes = jnp.full((2000, 2), 200)
     for step, smallest in ((0, 0.6), (20, 0.35), (40, 0.1)):
-        boxes = step_draws("mixed", jax.random.key(3), step, sizes, config).student.boxes
+        boxes = step_draws("mixed", ViewRoot(jax.random.key(3)), step, sizes, config).student.boxes
         areas = np.asarray(boxes[:, 2] * boxes[:, 3]) / 200**2
         assert smallest - 0.01 < areas.min() < smallest + 0.02
 
@@ -367,7 +367,7 @@ def test_crops_are_reduced_to_the_pixels_of_their_step(resolution):
     sizes = jnp.full((8, 2), 40)
     seen = jax.jit(lambda step: render_of(config, step, canvases, sizes, resolution))
     for step, pixels in ((0, 6), (5, 11), (10, 16)):
-        drawn = step_draws("mixed", jax.random.key(1), step, sizes, config).student
+        drawn = step_draws("mixed", ViewRoot(jax.random.key(1)), step, sizes, config).student
         assert drawn.resolution == pixels
         found = np.asarray(seen(jnp.int32(step)))
         if pixels == resolution:
@@ -385,7 +385,7 @@ def test_crops_are_reduced_to_the_pixels_of_their_step(resolution):
 
 
 def render_of(config, step, canvases, sizes, resolution):
-    drawn = step_draws("mixed", jax.random.key(1), step, sizes, config).student
+    drawn = step_draws("mixed", ViewRoot(jax.random.key(1)), step, sizes, config).student
     return render(drawn, canvases, InputSpec(resolution, "zero_one"))
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PRNGKeyArray, PyTree
+from jaxtyping import Array, PyTree
 
 from fm_distill.cli.options import guarded
 from fm_distill.data.batch import Batch
@@ -33,6 +33,7 @@ from fm_distill.networks.batch_statistics import batch_moments
 from fm_distill.networks.branch import render_central_views, step_views
 from fm_distill.runs.open_run import open_run
 from fm_distill.system.sharding import on_devices
+from fm_distill.views.draws import ViewRoot
 from fm_distill.views.rendering import CentralCrop
 
 BATCHES = 200  # of the newest steps, or all that there are
@@ -44,17 +45,17 @@ def moments_of_views(examined: Examined, batches: int) -> dict[str, PyTree]:
 
     @jax.jit
     def of_batch(
-        variables: Variables, batch: Batch, key: PRNGKeyArray, step: Array
+        variables: Variables, batch: Batch, root: ViewRoot, step: Array
     ) -> dict[str, PyTree]:
         law, crop = examined.regime.views, CentralCrop.of(config.views)
         views = {
-            "training views": step_views(law, config.views, student, (), batch, key, step).student,
+            "training views": step_views(law, config.views, student, (), batch, root, step).student,
             "central views": render_central_views(batch, (student,), crop)[student.input_spec],
         }
         return {name: batch_moments(student, variables, x) for name, x in views.items()}
 
     found = [
-        of_batch(examined.evaluated, batch, examined.draws_key, jnp.int32(step))
+        of_batch(examined.evaluated, batch, examined.root, jnp.int32(step))
         for step, _, batch in examined.batches(examined.steps(batches * config.batch_size))
     ]
     return jax.tree.map(lambda *x: sum(x) / len(x), *found)

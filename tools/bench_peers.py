@@ -82,6 +82,7 @@ def ours(pair: Pair, batch: int) -> Step:
     from fm_distill.training.build import build
     from fm_distill.training.program import make_program
     from fm_distill.training.resolve import resolve_described
+    from fm_distill.views.draws import ViewRoot
 
     of_teacher, of_student = pair.resolutions
     network = NetworkConfig(model=pair.ours[0], resolution=of_teacher)
@@ -111,7 +112,7 @@ def ours(pair: Pair, batch: int) -> Step:
 
     def step() -> None:
         nonlocal state
-        state, _ = jax.block_until_ready(program(state, frozen, None, examples, key))
+        state, _ = jax.block_until_ready(program(state, frozen, None, examples, ViewRoot(key)))
 
     return step
 

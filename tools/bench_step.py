@@ -33,6 +33,7 @@ from fm_distill.training.build import build
 from fm_distill.training.experiment import load_experiment
 from fm_distill.training.program import make_program
 from fm_distill.training.resolve import resolve_described
+from fm_distill.views.draws import ViewRoot
 
 # Of the training split, as the step does not know it.
 EXAMPLES = 1000
@@ -76,7 +77,7 @@ def main(own: list[str]) -> int:
     # What is timed is an argument, or XLA computes it once, when it compiles.
     @jax.jit
     def views(batch: Batch) -> tuple[Array, Views]:
-        seen = step_views(law, config.views, student, teachers, batch, key, 0)
+        seen = step_views(law, config.views, student, teachers, batch, ViewRoot(key), 0)
         return seen.student, seen.teachers
 
     @jax.jit
@@ -99,14 +100,14 @@ def main(own: list[str]) -> int:
 
     start = time.perf_counter()
     donated = jax.tree.map(lambda x: x.copy(), state)
-    donated, _ = jax.block_until_ready(program(donated, frozen, None, batch, key))
+    donated, _ = jax.block_until_ready(program(donated, frozen, None, batch, ViewRoot(key)))
     compile_s = time.perf_counter() - start
     for part in parts.values():
         jax.block_until_ready(part())
     times: dict[str, list[float]] = {name: [] for name in ("step", *parts)}
     for _ in range(arguments.rounds):
         start = time.perf_counter()
-        donated, metrics = program(donated, frozen, None, batch, key)
+        donated, metrics = program(donated, frozen, None, batch, ViewRoot(key))
         jax.block_until_ready(metrics)
         times["step"].append(time.perf_counter() - start)
         for name, part in parts.items():

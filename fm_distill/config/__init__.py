@@ -11,6 +11,7 @@ from fm_distill.config.bounds import Bounds, Decay, PositiveInt, Seed
 from fm_distill.config.data import (
     CanvasConfig,
     DataConfig,
+    FourierConfig,
     SplitConfig,
     TransferConfig,
     ViewConfig,
@@ -51,6 +52,7 @@ __all__ = [
     "DataConfig",
     "DivergenceConfig",
     "ExampleWeightsConfig",
+    "FourierConfig",
     "InputRange",
     "LogConfig",
     "MemoryConfig",

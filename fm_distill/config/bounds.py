@@ -22,10 +22,10 @@ class Bounds:
         return within and math.isfinite(value)
 
     def __str__(self) -> str:
-        if self.above == 0:
-            return "a number above zero"
         if self.above > -math.inf and self.most < math.inf:
             return f"more than {self.above:.12g}, and {self.most:.12g} or less"
+        if self.above == 0:
+            return "a number above zero"
         if self.most < math.inf:
             return f"{self.least:.12g} to {self.most:.12g}"
         upper = f" and less than {self.below:.12g}" if self.below < math.inf else ""

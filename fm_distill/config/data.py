@@ -106,6 +106,22 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class FourierConfig:
+    """Fourier domain adaptation: training views with the low frequencies of target images."""
+
+    folder: str | None = None
+    """Folder of the target images, of all of its sub-folders too; None: views stay as they are."""
+    beta: Annotated[float, Bounds(above=0, most=0.5)] = 0.01
+    (
+        "Half the width of the square of low frequencies whose amplitudes are the target's, over "
+        "the pixels a side of each network, rounded down; 0 of them is the mean of each channel "
+        "alone."
+    )
+    probability: Annotated[float, Bounds(above=0, most=1)] = 1.0
+    """Probability that a view is adapted."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ViewConfig:
     """What is drawn for each image of each step, and the central view of evaluation."""
 
@@ -144,6 +160,7 @@ class ViewConfig:
     """Whether a mixup coefficient a becomes max(a, 1 - a)."""
     mixup_partner: Literal["roll", "permutation"] = "roll"
     ("Which example i is mixed with: `roll` takes i - 1 (the recipe), `permutation` a random one.")
+    fourier: FourierConfig = FourierConfig()
     period_steps: PositiveInt | None = None
     (
         "Steps after which order and views repeat, so that each image has a limited number of "

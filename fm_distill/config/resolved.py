@@ -23,6 +23,7 @@ IDENTITY = (
     "teacher_weights",
     "recording",
     "code",
+    "target_images",
 )
 
 
@@ -34,6 +35,8 @@ class DataFacts:
     examples: int
     # Of each class; None where nothing asks for them and they would have to be read.
     class_counts: tuple[int, ...] | None = None
+    # SHA-256 of the target images of Fourier domain adaptation; None: views are not adapted.
+    target_images: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +115,8 @@ class ResolvedRun:
     code_files: Mapping[str, CodeFile] = dataclasses.field(default_factory=dict)
     # Training examples of each class; None where they are not known.
     class_counts: tuple[int, ...] | None = None
+    # SHA-256 of the target images of `views.fourier`; None: views are not adapted.
+    target_images: str | None = None
 
     def differences(self, other: "ResolvedRun") -> list[str]:
         """One line for each field of `IDENTITY` in which `other` is not the same run."""

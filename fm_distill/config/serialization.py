@@ -27,6 +27,8 @@ NOT_IDENTITY = (
     "data.train.examples",
     "data.validation",
     "data.test",
+    # What lies in it is known by its contents.
+    "views.fourier.folder",
     "student.weights",
     "teacher.weights",
     "teacher.experiment",

@@ -231,7 +231,7 @@ def class_folders(config: DataConfig, name: str) -> Source:
             f"{root} has no class folders; expected {root}/CLASS/IMAGE, or use data.source=images "
             "for images without labels"
         )
-    found = [(path, label) for label, c in enumerate(classes) for path in _images(root / c)]
+    found = [(path, label) for label, c in enumerate(classes) for path in image_paths(root / c)]
     if not found:
         raise UserError(f"the class folders of {root} hold no images ({', '.join(SUFFIXES)})")
     paths, labels = zip(*found, strict=True)
@@ -243,7 +243,7 @@ def class_folders(config: DataConfig, name: str) -> Source:
 def images(config: DataConfig, name: str) -> Source:
     """`DATA_DIR/SPLIT/**/image`, without labels: enough to distil."""
     root = _folder(config, name)
-    paths = _images(root)
+    paths = image_paths(root)
     if not paths:
         raise UserError(f"{root} holds no images ({', '.join(SUFFIXES)})")
     return Files(tuple(map(str, paths)), None, None, _identity(root, paths, ()))
@@ -258,7 +258,7 @@ def _folder(config: DataConfig, name: str) -> pathlib.Path:
     return root
 
 
-def _images(root: pathlib.Path) -> list[pathlib.Path]:
+def image_paths(root: pathlib.Path) -> list[pathlib.Path]:
     hits = (p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
     return sorted(p for p in hits if not p.name.startswith("."))
 

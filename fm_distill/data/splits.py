@@ -11,6 +11,7 @@ from fm_distill.config.resolved import DataFacts
 from fm_distill.config.steps import transfer_examples
 from fm_distill.data.labels import every_class, known_labels
 from fm_distill.data.sources import Source, open_source
+from fm_distill.data.target_images import open_targets
 from fm_distill.data.transfer import open_own, open_training
 from fm_distill.errors import UserError
 
@@ -24,6 +25,8 @@ class Data:
     test: Source | None
     # Training examples of each class; None where they are not known.
     class_counts: tuple[int, ...] | None = None
+    # SHA-256 of the target images of `views.fourier`; None where there are none.
+    target_images: str | None = None
 
     @property
     def final(self) -> tuple[str, Source]:
@@ -36,7 +39,8 @@ class Data:
     @property
     def facts(self) -> DataFacts:
         """What the run depends on of its training data."""
-        return DataFacts(self.train.identity, len(self.train), self.class_counts)
+        train = self.train
+        return DataFacts(train.identity, len(train), self.class_counts, self.target_images)
 
 
 def open_data(config: Config) -> tuple[Data, list[str]]:
@@ -60,7 +64,9 @@ def open_data(config: Config) -> tuple[Data, list[str]]:
             f"data.long_tail={data.long_tail:g} leaves {len(train):,} examples: {max(counts):,} of "
             f"the largest class, {min(counts):,} of the smallest"
         )
-    return Data(train, opened(data.validation), opened(data.test), counts), warnings
+    targets = open_targets(config.views.fourier)
+    digest = None if targets is None else targets.digest
+    return Data(train, opened(data.validation), opened(data.test), counts, digest), warnings
 
 
 def class_counts(config: Config, train: Source) -> tuple[int, ...] | None:

@@ -69,7 +69,7 @@ def _probed(examined: Examined, setting: Setting, log: Log, examples: int) -> Ev
     for step, ids, batch in examined.batches(examined.steps(examples)):
         found = on_training(
             examined.evaluated, examined.trained, examined.terms, examined.frozen, batch,
-            examined.draws_key, jnp.int32(step), newest,
+            examined.root, jnp.int32(step), newest,
         )  # fmt: skip
         rows.append(_on_host(found))
         if examined.teachers:

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 
 import jax
 import numpy as np
-from jaxtyping import PRNGKeyArray
 
 from fm_distill.config import Config, MeshConfig
 from fm_distill.config.regime import Regime, regime_of
 from fm_distill.config.teachers import recording_of
 from fm_distill.data.batch import Batch
 from fm_distill.data.feeding import Reader, TrainingStream, refuse_other_examples, stack
+from fm_distill.data.target_images import view_root
 from fm_distill.data.transfer import open_training
 from fm_distill.errors import UserError
 from fm_distill.evaluation.inference import teachers_of_run
@@ -32,7 +32,7 @@ from fm_distill.training.quantised_teachers import freeze_teachers
 from fm_distill.training.targets import fixed_targets
 from fm_distill.training.teach import Teach
 from fm_distill.training.term_state import NOTHING
-from fm_distill.views.draws import run_keys
+from fm_distill.views.draws import ViewRoot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +53,7 @@ class Examined:
     reader: Reader
     recording: RecordingReader | None
     table: np.ndarray | None  # targets of each example, where the teachers are fixed
-
-    @property
-    def draws_key(self) -> PRNGKeyArray:
-        return run_keys(self.config.seed).draws
+    root: ViewRoot
 
     @property
     def period_steps(self) -> int:
@@ -102,6 +99,7 @@ def examine(run: Run, config: Config) -> Examined:
             f"{run.resolved.data}, and here are {len(reader):,} of {reader.source.identity}; give "
             "the place of its data with --data.data-dir"
         )
+    root = view_root(config, run.resolved, layout)
     loaded = freeze_teachers(
         config, run.resolved, built, teachers_of_run(run, config), reader, layout, run.workdir.path
     )
@@ -139,6 +137,7 @@ def examine(run: Run, config: Config) -> Examined:
         reader=reader,
         recording=recording,
         table=table,
+        root=root,
     )
 
 

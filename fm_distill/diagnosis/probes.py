@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from fm_distill.data.batch import Batch
 from fm_distill.diagnosis.cka import FEWEST, centred_gram, hsic
@@ -41,15 +41,15 @@ from fm_distill.objectives.terms import (
     values_of,
 )
 from fm_distill.runs.state import TermState
-from fm_distill.views.draws import mix
+from fm_distill.views.draws import ViewRoot, mix
 from fm_distill.views.rendering import INPUT_RANGES, CentralCrop
 
 # Of a batch, all that is worth keeping of it.
 Found = dict[str, Any]
-# `(evaluated student, trained student, terms, frozen teachers, batch, draws key, step as drawn,
+# `(evaluated student, trained student, terms, frozen teachers, batch, root of views, step as drawn,
 # step)`.
 TrainingProbe = Callable[
-    [Variables, Variables, TermState, tuple[Variables, ...], Batch, PRNGKeyArray, Array, Array],
+    [Variables, Variables, TermState, tuple[Variables, ...], Batch, ViewRoot, Array, Array],
     Found,
 ]
 # `(evaluated student, the same with BatchNorm's moments of central crops, if it has any, frozen
@@ -82,14 +82,14 @@ def training_probe(examined: Examined) -> TrainingProbe:
         own: TermState,
         frozen: tuple[Variables, ...],
         batch: Batch,
-        draws_key: PRNGKeyArray,
+        root: ViewRoot,
         drawn: Int[Array, ""],
         step: Int[Array, ""],
     ) -> Found:
         progress = progress_of(step, total)
         temperature = objective.temperature * value_at(objective.temperature_schedule, progress)
         views = step_views(
-            examined.regime.views, config.views, student, teachers, batch, draws_key, drawn
+            examined.regime.views, config.views, student, teachers, batch, root, drawn
         )
         targets = examined.teach(frozen[: len(live)], batch, views)
         output = student.network.apply(
@@ -105,7 +105,7 @@ def training_probe(examined: Examined) -> TrainingProbe:
             **_teacher_of(targets, temperature),
         }
         if teachers:
-            seen = render_views(views.draw, batch, teachers)
+            seen = render_views(views.draw, batch, teachers, root.spectra)
             logits, features = teacher_outputs_with_features(
                 teachers, frozen, seen, their_taps if compare else ()
             )

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array
 
 from fm_distill.config import Config
 from fm_distill.config.regime import regime_of
@@ -13,7 +13,7 @@ from fm_distill.data.order import example_ids
 from fm_distill.models import Variables
 from fm_distill.networks.branch import Branch, step_views, teacher_outputs
 from fm_distill.system.sharding import Layout
-from fm_distill.views.draws import mix, run_keys
+from fm_distill.views.draws import ViewRoot, mix
 
 EXAMPLES = 512
 # Mean total variation between the teacher's outputs and their mean, below which they are constant.
@@ -27,6 +27,7 @@ def check_teacher(
     frozen: Variables,
     reader: Reader,
     layout: Layout,
+    root: ViewRoot,
 ) -> list[str]:
     """Warnings about a teacher that cannot teach: no better than chance, or almost constant.
 
@@ -36,9 +37,9 @@ def check_teacher(
     law = regime_of(config.objective.target, config.teaching).views
 
     def outputs(
-        frozen: Variables, batch: Batch, draws_key: PRNGKeyArray, step: Array
+        frozen: Variables, batch: Batch, root: ViewRoot, step: Array
     ) -> tuple[Array, Array]:
-        views = step_views(law, config.views, student, (teacher,), batch, draws_key, step)
+        views = step_views(law, config.views, student, (teacher,), batch, root, step)
         (logits,) = teacher_outputs((teacher,), (frozen,), views.teachers)
         # Of a mixture, the label of its larger part; -1 stays unlabelled.
         mixed = mix(views.draw, jax.nn.one_hot(batch.labels, classes))
@@ -46,13 +47,12 @@ def check_teacher(
         return jax.nn.softmax(logits), label
 
     compiled = jax.jit(outputs, out_shardings=layout.replicated)
-    draws_key = run_keys(config.seed).draws
     rows = []
     for step in range(max(1, round(EXAMPLES / config.batch_size))):
         positions = np.arange(step * config.batch_size, (step + 1) * config.batch_size)
         ids = example_ids(config.seed, positions, len(reader))
         batch = jax.device_put(stack([reader[i] for i in ids.tolist()]), layout.batch)
-        rows.append(jax.device_get(compiled(frozen, batch, draws_key, jnp.int32(step))))
+        rows.append(jax.device_get(compiled(frozen, batch, root, jnp.int32(step))))
     probabilities, labels = (np.concatenate(x) for x in zip(*rows, strict=True))
     return teacher_warnings(probabilities, labels)
 

@@ -4,14 +4,15 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, PRNGKeyArray
+from jaxtyping import Array, Int
 
 from fm_distill.config import NetworkConfig, ViewConfig
 from fm_distill.config.regime import ViewLaw
 from fm_distill.data.batch import Batch
 from fm_distill.models import Freeze, Network, Variables, build_network, resolve
 from fm_distill.system.sharding import Layout, on_devices
-from fm_distill.views.draws import Draw, step_draws
+from fm_distill.views.draws import Draw, ViewRoot, step_draws
+from fm_distill.views.fourier import Spectra
 from fm_distill.views.rendering import CentralCrop, InputSpec, render, render_central
 
 # Network inputs by what they were rendered for, (batch, resolution, resolution, 3).
@@ -51,29 +52,30 @@ def step_views(
     student: Branch,
     teachers: tuple[Branch, ...],
     batch: Batch,
-    draws_key: PRNGKeyArray,
+    root: ViewRoot,
     step: Int[Array, ""] | int,
 ) -> StepViews:
-    """The views of `step`, a function of the run's key, the step and the batch.
+    """The views of `step`, a function of the run's root of views, the step and the batch.
 
     The one place where they are made, for the step itself and for whatever shows or checks it.
     """
-    draws = step_draws(law, draws_key, step, batch.sizes, views)
+    draws = step_draws(law, root, step, batch.sizes, views)
     if draws.shared:
         # Networks that expect the same input share one rendering.
-        together = render_views(draws.student, batch, (student, *teachers))
+        together = render_views(draws.student, batch, (student, *teachers), root.spectra)
         rendered = {branch.input_spec: together[branch.input_spec] for branch in teachers}
         return StepViews(draws.student, together[student.input_spec], rendered)
-    own = render_views(draws.student, batch, (student,))
-    return StepViews(
-        draws.student, own[student.input_spec], render_views(draws.teacher, batch, teachers)
-    )
+    own = render_views(draws.student, batch, (student,), root.spectra)
+    theirs = render_views(draws.teacher, batch, teachers, root.spectra)
+    return StepViews(draws.student, own[student.input_spec], theirs)
 
 
-def render_views(draw: Draw, batch: Batch, branches: tuple[Branch, ...]) -> Views:
+def render_views(
+    draw: Draw, batch: Batch, branches: tuple[Branch, ...], spectra: Spectra | None = None
+) -> Views:
     """What `branches` see of a draw, rendered once for all that expect the same input."""
     specs = sorted({branch.input_spec for branch in branches})
-    return {spec: render(draw, batch.canvases, spec) for spec in specs}
+    return {spec: render(draw, batch.canvases, spec, spectra) for spec in specs}
 
 
 def render_central_views(batch: Batch, branches: tuple[Branch, ...], crop: CentralCrop) -> Views:

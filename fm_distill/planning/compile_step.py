@@ -41,6 +41,8 @@ from fm_distill.training.check_features import feature_shape
 from fm_distill.training.program import make_program
 from fm_distill.training.reporter import disk_use
 from fm_distill.training.resolve import resolve_described
+from fm_distill.views.draws import ViewRoot, run_keys
+from fm_distill.views.fourier import square_rows
 from fm_distill.weights.card import network_from_json
 
 
@@ -112,6 +114,22 @@ def _recorded(request: Request) -> TargetRows | None:
     return TargetRows(logits, jnp.zeros(rows), features=features)
 
 
+def root_of(config: Config, resolved: ResolvedRun) -> ViewRoot:
+    """Shapes of what the views come from; of target images, whose number is not known, one."""
+    fourier = config.views.fourier
+    sides = {x.resolution for x in (resolved.student, *resolved.teachers)}
+
+    def root() -> ViewRoot:
+        found = run_keys(config.seed).draws
+        if fourier.folder is None:
+            return found
+        rows = {side: square_rows(fourier.beta, side) for side in sides}
+        spectra = {side: jnp.zeros((1, x, x, 3), jnp.float32) for side, x in rows.items()}
+        return dataclasses.replace(found, spectra=spectra)
+
+    return jax.eval_shape(root)
+
+
 def compile_step(request: Request) -> dict[str, Any]:
     """The figures of `plan.Plan` that the compiler knows."""
     config, devices = request.config, _devices(request.topology)
@@ -125,9 +143,9 @@ def compile_step(request: Request) -> dict[str, Any]:
     resident, steps = resolved.feeding == "resident", resolved.total_steps
     dispatch = resolved.steps_per_dispatch
     built = build(config, resolved)
-    state, key = built.abstract_state, jax.eval_shape(lambda: jax.random.key(0))
+    state, root = built.abstract_state, root_of(config, resolved)
     frozen = tuple(
-        jax.eval_shape(freeze_of(branch.network), jax.eval_shape(branch.network.init, key))
+        jax.eval_shape(freeze_of(branch.network), jax.eval_shape(branch.network.init, root.key))
         for branch in built.live_teachers
     )
     batch = batch_of(request)
@@ -144,11 +162,11 @@ def compile_step(request: Request) -> dict[str, Any]:
         "steps_per_dispatch": dispatch,
         "total_steps": steps,
         "disk": disk_use(config, steps, bytes_of(state)),
-        "flops": flops(config, resolved, (state, frozen, batch, key)),
+        "flops": flops(config, resolved, (state, frozen, batch, root)),
         "resident_data": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(data)),
     }
     platform = "tpu" if request.topology.compiler else "cpu"
-    lowered = program.trace(state, frozen, data, fed, key).lower(lowering_platforms=(platform,))
+    lowered = program.trace(state, frozen, data, fed, root).lower(lowering_platforms=(platform,))
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -172,19 +190,19 @@ def compile_step(request: Request) -> dict[str, Any]:
 def flops(config: Config, resolved: ResolvedRun, arguments: tuple[PyTree, ...]) -> dict[str, float]:
     """Of one step, over all devices: in all, and by the part that needs them.
 
-    `arguments` are shapes of state, frozen teachers, batch and key. Of the mathematics before it is
-    compiled, in one part where a memory option makes several: loops would be counted once. What is
-    rematerialised counts twice.
+    `arguments` are shapes of state, frozen teachers, batch and root of views. Of the mathematics
+    before it is compiled, in one part where a memory option makes several: loops would be counted
+    once. What is rematerialised counts twice.
     """
     undivided = dataclasses.replace(config.memory, accumulate=1, teacher_parts=1)
     config = dataclasses.replace(config, memory=undivided)
     built = build(config, resolved)
-    state, frozen, batch, key = arguments
+    state, frozen, batch, root = arguments
     teachers = built.live_teachers
     law = regime_of(config.objective.target, config.teaching).views
 
-    def views(key: Any, batch: Batch) -> PyTree:
-        seen = step_views(law, config.views, built.student, teachers, batch, key, 0)
+    def views(root: ViewRoot, batch: Batch) -> PyTree:
+        seen = step_views(law, config.views, built.student, teachers, batch, root, 0)
         return seen.student, list(seen.teachers.values())
 
     def teacher(frozen: PyTree, images: list[Array]) -> PyTree:
@@ -195,9 +213,9 @@ def flops(config: Config, resolved: ResolvedRun, arguments: tuple[PyTree, ...]) 
         abstract((config.batch_size, *(branch.input_spec.resolution,) * 2, 3), jnp.float32)
         for branch in teachers
     ]
-    of_views = count_flops(views, key, batch)
+    of_views = count_flops(views, root, batch)
     of_teacher = count_flops(teacher, frozen, images) if frozen else 0.0
-    total = count_flops(built.train_step, state, frozen, batch, key)
+    total = count_flops(built.train_step, state, frozen, batch, root)
     return {
         "total": total,
         "teacher": of_teacher,

@@ -27,6 +27,7 @@ OPTIONS = {
     "view_law": "the views of `teaching`",
     "teacher_weights": "the teachers' weights",
     "taps": "--taps",
+    "target_images": "the target images of views.fourier",
 }
 
 
@@ -52,6 +53,7 @@ class RecordingHeader:
     data: str
     examples: int
     canvas: CanvasConfig
+    target_images: str | None = None  # SHA-256 of those of `views.fourier`
     # Who answers.
     teachers: tuple[NetworkConfig, ...]
     teacher_weights: tuple[str, ...]
@@ -108,6 +110,8 @@ def drawn_views(views: ViewConfig) -> ViewConfig:
         central_fraction=usual.central_fraction,
         central_resize=usual.central_resize,
         period_steps=usual.period_steps,
+        # What lies in it is `target_images`.
+        fourier=dataclasses.replace(views.fourier, folder=None),
     )
 
 

@@ -7,14 +7,16 @@ import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PRNGKeyArray, UInt8
+from jaxtyping import UInt8
 
-from fm_distill.config import Config
+from fm_distill.config import Config, MeshConfig
 from fm_distill.config.regime import regime_of
 from fm_distill.data.feeding import Reader, TrainingStream
+from fm_distill.data.target_images import view_root
 from fm_distill.data.transfer import open_training
 from fm_distill.runs.workdir import Workdir
-from fm_distill.views.draws import Draw, run_keys, step_draws
+from fm_distill.system.sharding import make_layout
+from fm_distill.views.draws import Draw, ViewRoot, step_draws
 from fm_distill.views.rendering import CentralCrop, InputSpec, as_pixels, render, render_central
 
 STEPS = 4  # the first ones: a mixup coefficient belongs to a batch, so one step shows only one
@@ -63,13 +65,13 @@ def sample_views(config: Config, workdir: Workdir) -> ViewSamples:
     source = open_training(config.data)
     reader = Reader(source, config.data, resolved.classes)
     stream = TrainingStream(reader, config.seed, STEPS, config.batch_size, 0, config.batch_size)
-    draws_key = run_keys(config.seed).draws
+    root = view_root(config, resolved, make_layout(MeshConfig(data=1)))
     titles: list[str] = []
     pictures: list[list[np.ndarray]] = [[] for _ in branches]
     for step in range(STEPS):
         rows = min(EXAMPLES, config.batch_size)
         own, rendered = views_of_step(
-            config, stream, draws_key, step, rows, [input_spec for _, input_spec in branches]
+            config, stream, root, step, rows, [input_spec for _, input_spec in branches]
         )
         titles += [f"step {step}{_mixture(own, row)}" for row in range(rows)]
         for kept, new in zip(pictures, rendered, strict=True):
@@ -84,7 +86,7 @@ def sample_views(config: Config, workdir: Workdir) -> ViewSamples:
 def views_of_step(
     config: Config,
     stream: TrainingStream,
-    draws_key: PRNGKeyArray,
+    root: ViewRoot,
     step: int,
     rows: int,
     branches: list[InputSpec],
@@ -97,14 +99,14 @@ def views_of_step(
     regime = regime_of(config.objective.target, config.teaching)
     # Partners do not depend on sizes, and boxes only on the own one: the others are not read.
     unknown = jnp.ones((batch, 2), jnp.int32)
-    drawn = step_draws(regime.views, draws_key, step, unknown, config.views).student
+    drawn = step_draws(regime.views, root, step, unknown, config.views).student
     partners = jnp.roll(jnp.arange(batch), 1) if drawn.partners is None else drawn.partners
     shown = np.concatenate([np.arange(rows), np.asarray(partners)[:rows]])
     read = [stream[step * batch + int(row)] for row in shown]
     sizes = np.ones((batch, 2), np.int32)
     for row, item in zip(shown, read, strict=True):
         sizes[row] = item["size"]
-    draws = step_draws(regime.views, draws_key, step, jnp.asarray(sizes), config.views)
+    draws = step_draws(regime.views, root, step, jnp.asarray(sizes), config.views)
     taught = None if regime.targets == "table" else draws.teacher
     canvases = jnp.stack([item["canvas"] for item in read])
     own_sizes = jnp.asarray(sizes[shown])
@@ -113,7 +115,7 @@ def views_of_step(
         if of is None:
             found = render_central(canvases, own_sizes, CentralCrop.of(config.views), input_spec)
         else:
-            found = render(_part(of, shown, rows), canvases, input_spec)
+            found = render(_part(of, shown, rows), canvases, input_spec, root.spectra)
         return np.asarray(as_pixels(found[:rows], input_spec))
 
     student, *teachers = branches
@@ -125,10 +127,11 @@ def _part(drawn: Draw, shown: np.ndarray, rows: int) -> Draw:
     """The draw of `shown`: `rows` examples, and then the partner of each."""
     behind = jnp.arange(rows, 2 * rows)
     boxes, flips = drawn.boxes[shown], drawn.flips[shown]
+    targets = None if drawn.targets is None else drawn.targets[shown]
     if drawn.coefficients is None:
-        return Draw(boxes, flips, None, None, drawn.resolution)
+        return Draw(boxes, flips, None, None, drawn.resolution, targets)
     partners = jnp.concatenate([behind, behind])
-    return Draw(boxes, flips, drawn.coefficients[shown], partners, drawn.resolution)
+    return Draw(boxes, flips, drawn.coefficients[shown], partners, drawn.resolution, targets)
 
 
 def _mixture(drawn: Draw, row: int) -> str:

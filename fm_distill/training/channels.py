@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, PRNGKeyArray, PyTree
+from jaxtyping import Array, PyTree
 
 from fm_distill.config import Config
 from fm_distill.config.regime import regime_of
@@ -22,6 +22,7 @@ from fm_distill.config.teachers import recording_of
 from fm_distill.data.batch import Batch
 from fm_distill.data.feeding import StreamingFeed
 from fm_distill.data.splits import Data
+from fm_distill.data.target_images import spectra_on_devices
 from fm_distill.errors import UserError
 from fm_distill.models import HEAD, InnerChannels, Variables
 from fm_distill.networks.channel_scores import (
@@ -43,6 +44,7 @@ from fm_distill.training.build import build
 from fm_distill.training.resolve import resolve
 from fm_distill.training.resume import new_state
 from fm_distill.training.setup import keys_on_devices, open_inputs
+from fm_distill.views.draws import ViewRoot
 from fm_distill.weights.load import fingerprint
 
 INSTEAD = "use student.pruning.criterion=magnitude"
@@ -119,7 +121,8 @@ def gradient_scores(
 
     summing = optax.GradientTransformation(lambda params: (), instead_of_a_step)
     built = build(config, resolved, summing)
-    keys = keys_on_devices(config, layout)
+    spectra = spectra_on_devices(config, resolved, layout)
+    keys = keys_on_devices(config, layout, spectra)
     state, _ = new_state(built, networks, layout, keys.init)
     head = state.student.params.get(HEAD)
     if head and not jax.jit(optax.global_norm, out_shardings=layout.replicated)(head):
@@ -130,9 +133,9 @@ def gradient_scores(
     inputs = open_inputs(config, resolved, built, data, networks, layout, folder)
 
     def of_batch(
-        state: TrainState, frozen: tuple[Variables, ...], batch: Batch, draws_key: PRNGKeyArray
+        state: TrainState, frozen: tuple[Variables, ...], batch: Batch, root: ViewRoot
     ) -> TaylorSums:
-        found: TaylorSums = built.train_step(state, frozen, batch, draws_key)[0].opt_state
+        found: TaylorSums = built.train_step(state, frozen, batch, root)[0].opt_state
         return found
 
     program = jax.jit(of_batch, out_shardings=layout.replicated)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from fm_distill.config import (
     Config,
     DataConfig,
+    FourierConfig,
     PruningConfig,
     StudentConfig,
 )
@@ -195,6 +196,25 @@ def _wrong_views(config: Config) -> Iterator[str]:
         yield "views.smallest_area_points are for crops, and views.crop=whole has none; drop one"
     if views.mixup_strength_points and views.mixup == "none":
         yield "views.mixup_strength_points need mixup, and views.mixup=none has none; drop one"
+    yield from _wrong_fourier(config)
+
+
+def _wrong_fourier(config: Config) -> Iterator[str]:
+    fourier = config.views.fourier
+    if fourier.folder is None:
+        usual = FourierConfig()
+        for name in ("beta", "probability"):
+            if (value := vars(fourier)[name]) != vars(usual)[name]:
+                yield (
+                    f"views.fourier.{name} is {value}, and there are no target images; give "
+                    "views.fourier.folder, or leave it out"
+                )
+    elif config.teaching == "fixed" and config.objective.target != "labels":
+        yield (
+            "views.fourier gives teacher and student the same target images, and with "
+            "teaching=fixed the teacher answers before the training; choose another teaching, or "
+            "leave out views.fourier.folder"
+        )
 
 
 def _wrong_points(

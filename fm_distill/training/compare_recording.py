@@ -16,7 +16,7 @@ from fm_distill.recordings.rows import TargetRows, decode
 from fm_distill.system.sharding import Layout
 from fm_distill.training.record_program import make_record_program
 from fm_distill.training.recorded import checked_steps
-from fm_distill.views.draws import run_keys
+from fm_distill.views.draws import ViewRoot
 
 
 def compare_with_teachers(
@@ -26,18 +26,18 @@ def compare_with_teachers(
     recording: RecordingReader,
     reader: Reader,
     layout: Layout,
+    root: ViewRoot,
 ) -> str:
     """How far the recorded outputs of some steps are from those of the teachers here and now."""
     law = regime_of(config.objective.target, config.teaching).views
     program = make_record_program(config, law, teachers, layout, taps=recording.taps)
-    key = run_keys(config.seed).draws
     steps = checked_steps(config, recording.period_steps)
     found, apart = [], list[float]()
     for step in steps:
         recorded = jax.tree.map(lambda x: x[0], recording.at(step))
         batch = stack([reader[i] for i in recorded.examples.tolist()])
         batch = jax.device_put(batch, layout.batch)
-        outputs = program(frozen, None, batch, key, jnp.int32(step))
+        outputs = program(frozen, None, batch, root, jnp.int32(step))
         assert outputs.logits is not None
         found.append(compared(recorded.rows, tuple(jnp.moveaxis(outputs.logits[0], 1, 0))))
         pairs = [(x, outputs.features[name][0]) for name, x in recorded.rows.features.items()]

@@ -16,6 +16,7 @@ from fm_distill.system.processes import agreed, only_process
 from fm_distill.training.dispatch import dispatch_sizes, due
 from fm_distill.training.reporter import Reporter
 from fm_distill.training.setup import Setup
+from fm_distill.views.draws import ViewRoot
 
 # Of the time that a checkpoint and a dispatch took at most, for the next ones may take longer.
 RESERVE = 1.5
@@ -42,7 +43,7 @@ class Loop:
         and `TrainingFailed` where the disk does not take a checkpoint.
         """
         setup, config, total = self.setup, self.setup.config, self.setup.resolved.total_steps
-        draws_key = setup.keys.draws
+        root = setup.keys.draws
         start, steps, reason, slowest_s = step, 0, None, 0.0
         fed = setup.feed.feed(
             step,
@@ -59,7 +60,7 @@ class Loop:
             began = time.monotonic()
             steps, batch = next(sizes), next(fed)
             self.reporter.waited(time.monotonic() - began)
-            state, metrics = self._dispatch(state, batch, draws_key)
+            state, metrics = self._dispatch(state, batch, root)
             self.stop.busy()
             self.stop.progressed()
             step += steps
@@ -82,11 +83,11 @@ class Loop:
             self.checkpoints.wait()
         return state, step, reason
 
-    def _dispatch(self, state: TrainState, batch: Any, draws_key: Any) -> tuple[TrainState, Any]:
+    def _dispatch(self, state: TrainState, batch: Any, root: ViewRoot) -> tuple[TrainState, Any]:
         setup = self.setup
         # Whatever were sent to the devices unasked for, each step would wait for.
         with jax.transfer_guard("disallow"):
-            return setup.program(state, setup.live_teachers, setup.feed.data, batch, draws_key)
+            return setup.program(state, setup.live_teachers, setup.feed.data, batch, root)
 
     def _asked(self, step: int, steps: int, reserve_s: float) -> str | None:
         """Why to stop. Several processes ask each other where a line is logged."""

@@ -5,12 +5,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PRNGKeyArray, PyTree
+from jaxtyping import PyTree
 
 from fm_distill.data.resident import Resident, ResidentSteps
 from fm_distill.runs.state import TrainState
 from fm_distill.system.sharding import Layout
 from fm_distill.training.step import Metrics, TrainStep
+from fm_distill.views.draws import ViewRoot
 
 # Metrics without which the state after a step is worth nothing.
 FINITE = ("loss", "gradient_norm", "update_norm")
@@ -23,7 +24,7 @@ def make_program(
     data: Resident | None,
     layout: Layout,
 ) -> jax.stages.Wrapped:
-    """The compiled `(state, teachers, data, fed, draws_key) -> (state, metrics)`.
+    """The compiled `(state, teachers, data, fed, root of views) -> (state, metrics)`.
 
     `fed` is a batch, or `ResidentSteps` on the resident `data`. The state is donated; the
     teachers are arguments, so that they are neither baked into the program nor copied. `state`
@@ -36,15 +37,15 @@ def make_program(
         teachers: PyTree,
         data: Resident | None,
         fed: Any,
-        draws_key: PRNGKeyArray,
+        root: ViewRoot,
     ) -> tuple[TrainState, Metrics]:
         if data is None:
-            return train_step(state, teachers, fed, draws_key)
+            return train_step(state, teachers, fed, root)
 
         def one(state: TrainState, fed: ResidentSteps) -> tuple[TrainState, Metrics]:
             batch = dataclasses.replace(data.at(fed.ids), recorded=fed.recorded)
             batch = jax.lax.with_sharding_constraint(batch, layout.batch)
-            return train_step(state, teachers, batch, draws_key)
+            return train_step(state, teachers, batch, root)
 
         if fed.ids.shape[0] == 1:  # a convolution in a loop is many times slower on a CPU
             return one(state, fed.step(0))

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import msgspec
 import numpy as np
-from jaxtyping import Array, PRNGKeyArray, PyTree
+from jaxtyping import Array, PyTree
 
 from fm_distill.config import Config, NetworkConfig
 from fm_distill.config.regime import regime_of
@@ -25,6 +25,7 @@ from fm_distill.config.serialization import converted
 from fm_distill.config.teachers import NamedTeacher, teachers_of
 from fm_distill.data.batch import Batch
 from fm_distill.data.feeding import Reader, TrainingStream, host_batch, read_stream, send
+from fm_distill.data.target_images import view_root
 from fm_distill.errors import UserError
 from fm_distill.models import Variables, ranges_of, with_ranges
 from fm_distill.networks.branch import (
@@ -41,7 +42,7 @@ from fm_distill.runs.workdir import Workdir
 from fm_distill.system.sharding import Layout, on_devices
 from fm_distill.training.build import Build
 from fm_distill.training.memory import in_parts
-from fm_distill.views.draws import run_keys
+from fm_distill.views.draws import ViewRoot
 
 NAME = "quantised_teachers.json"
 # Views that the ranges are taken from, and as many others that the teacher is judged on, in whole
@@ -118,7 +119,7 @@ def freeze_teachers(
     if not places:
         return FrozenTeachers(branches, frozen, frozen, [])
     found = _stored(folder, [here[i][1] for i in places])
-    calibrate = functools.partial(_calibrated, config, built.student)
+    calibrate = functools.partial(_calibrated, config, resolved, built.student)
     calibrated = found or tuple(
         calibrate(built.teachers[i], branches[i], here[i][1], frozen[i], reader, layout)
         for i in places
@@ -168,6 +169,7 @@ def _stored(folder: pathlib.Path, teachers: list[Teacher]) -> tuple[CalibratedTe
 
 def _calibrated(
     config: Config,
+    resolved: ResolvedRun,
     student: Branch,
     rounded: Branch,
     plain: Branch,
@@ -183,41 +185,41 @@ def _calibrated(
     observing = rounded.network.apply_observing
     assert observing is not None and teacher.variables is not None
 
-    def images_of(batch: Batch, key: PRNGKeyArray, step: Array) -> Array:
-        found = step_views(law, config.views, student, (rounded,), batch, key, step)
+    def images_of(batch: Batch, root: ViewRoot, step: Array) -> Array:
+        found = step_views(law, config.views, student, (rounded,), batch, root, step)
         return found.teachers[rounded.input_spec]
 
-    def observed(variables: Variables, batch: Batch, key: PRNGKeyArray, step: Array) -> PyTree:
-        return observing(variables, images_of(batch, key, step), train=False).ranges
+    def observed(variables: Variables, batch: Batch, root: ViewRoot, step: Array) -> PyTree:
+        return observing(variables, images_of(batch, root, step), train=False).ranges
 
     def compared(
-        frozen: Variables, whole: Variables, batch: Batch, key: PRNGKeyArray, step: Array
+        frozen: Variables, whole: Variables, batch: Batch, root: ViewRoot, step: Array
     ) -> tuple[Array, Array, Array]:
         def both(part: Array) -> tuple[Array, Array]:
             expected = plain.network.apply_frozen(frozen, part).logits
             return expected, rounded.network.apply_frozen(whole, part).logits
 
-        expected, found = in_parts(both, parts, images_of(batch, key, step))
+        expected, found = in_parts(both, parts, images_of(batch, root, step))
         same = expected.argmax(-1) == found.argmax(-1)
         kl = (kl_divergence(found, expected, x) for x in (1.0, temperature))
         return same, *kl
 
     count = -(-VIEWS // config.batch_size)
     batches = _batches(config, reader, layout, 2 * count)
-    key = run_keys(config.seed).draws
+    root = view_root(config, resolved, layout)
     shapes = jax.eval_shape(rounded.network.init, jax.random.key(0)).ranges
     unseen = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     variables = dataclasses.replace(teacher.variables, ranges=unseen)
     variables = on_devices(variables, layout.variables(variables))
     observe = jax.jit(observed, out_shardings=layout.replicated)
     for step, batch in itertools.islice(batches, count):
-        ranges = observe(variables, batch, key, jnp.int32(step))
+        ranges = observe(variables, batch, root, jnp.int32(step))
         variables = dataclasses.replace(variables, ranges=ranges)
     ranges = ranges_of(jax.device_get(variables))
     whole = freeze_on_devices(rounded.network, variables, layout)
     compare = jax.jit(compared, out_shardings=layout.replicated)
     rows = [
-        jax.device_get(compare(frozen, whole, batch, key, jnp.int32(step)))
+        jax.device_get(compare(frozen, whole, batch, root, jnp.int32(step)))
         for step, batch in batches
     ]
     columns = zip(*rows, strict=True)

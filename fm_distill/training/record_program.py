@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int
 
 from fm_distill.config import Config
 from fm_distill.config.regime import ViewLaw
@@ -19,11 +19,11 @@ from fm_distill.networks.branch import Branch, Views, teacher_outputs_with_featu
 from fm_distill.objectives.features import pooled
 from fm_distill.system.sharding import Layout
 from fm_distill.training.memory import in_parts
-from fm_distill.views.draws import Draw, step_draws
+from fm_distill.views.draws import Draw, ViewRoot, step_draws
 from fm_distill.views.rendering import InputSpec, render
 
-# `(frozen teachers, resident data, fed, draws_key, first step) -> outputs`; `fed` is a batch, of
-# one step, or `ResidentSteps`.
+# `(frozen teachers, resident data, fed, root of views, first step) -> outputs`; `fed` is a batch,
+# of one step, or `ResidentSteps`.
 RecordProgram = Callable[..., "PassOutputs"]
 Rows = TypeVar("Rows", Array, np.ndarray)
 
@@ -58,7 +58,7 @@ def make_record_program(
         frozen: tuple[Variables, ...],
         data: Resident | None,
         fed: Any,
-        draws_key: PRNGKeyArray,
+        root: ViewRoot,
         first: Int[Array, ""],
     ) -> PassOutputs:
         def outputs(views: Views) -> tuple[tuple[Array, ...], dict[str, Array]]:
@@ -69,10 +69,10 @@ def make_record_program(
         draws, rendered = [], []
         for i, batch in enumerate(batches):
             batch = jax.lax.with_sharding_constraint(batch, layout.batch)
-            drawn = step_draws(law, draws_key, first + i, batch.sizes, config.views).teacher
+            drawn = step_draws(law, root, first + i, batch.sizes, config.views).teacher
             draws.append(drawn)
-            specs = {*shown, *(x.input_spec for x in teachers)}
-            rendered.append({x: render(drawn, batch.canvases, x) for x in sorted(specs)})
+            specs = sorted({*shown, *(x.input_spec for x in teachers)})
+            rendered.append({x: render(drawn, batch.canvases, x, root.spectra) for x in specs})
         views = jax.tree.map(_joined, *rendered)
         logits, features = None, {}
         if teachers:

@@ -60,6 +60,7 @@ def make_header(
         classes=resolved.classes,
         class_names=resolved.class_names,
         precision=resolved.precision,
+        target_images=resolved.target_images,
         dtype=dtype,
         top_k=top_k,
         temperature=None if top_k is None else config.objective.temperature,
@@ -144,7 +145,9 @@ def _refuse_functions(config: Config) -> None:
             )
 
 
-def check_recording(config: Config, recording: Recording, reader: Reader, period: int) -> None:
+def check_recording(
+    config: Config, resolved: ResolvedRun, recording: Recording, reader: Reader, period: int
+) -> None:
     """Raises `UserError` where the views of this run are not those that were recorded.
 
     Or where a shard that it needs is missing, or one of those looked into is damaged.
@@ -156,6 +159,13 @@ def check_recording(config: Config, recording: Recording, reader: Reader, period
         raise UserError(
             f"the recording in {path} answered to {header.examples:,} examples of {header.data}, "
             f"and this run has {len(reader):,} of {reader.source.identity}; use the same data"
+        )
+    if header.target_images != resolved.target_images:
+        raise UserError(
+            f"the recording in {path} answered to views adapted to "
+            f"{_called(header.target_images)}, and those of this run are adapted to "
+            f"{_called(resolved.target_images)} (their contents, not their place); use the same "
+            "views.fourier.folder, or record this run"
         )
     golden = (
         np.array([int(x, 16) for x in y], np.uint64)
@@ -184,6 +194,10 @@ def check_recording(config: Config, recording: Recording, reader: Reader, period
             )
 
 
+def _called(target_images: str | None) -> str:
+    return "no target images" if target_images is None else f"target images {target_images[:16]}"
+
+
 def checked_steps(config: Config, period: int) -> list[int]:
     """The first step of the recording, and others that the seed chooses."""
     others = np.random.Generator(np.random.Philox(config.seed)).integers(
@@ -204,7 +218,7 @@ def make_digests(config: Config) -> Digests:
 
 
 def digests_of_draw(draw: Draw) -> UInt64[np.ndarray, "..."]:
-    return view_digests(draw.boxes, draw.flips, draw.coefficients, draw.partners)
+    return view_digests(draw.boxes, draw.flips, draw.coefficients, draw.partners, draw.targets)
 
 
 def golden_digests(config: Config) -> tuple[str, ...]:

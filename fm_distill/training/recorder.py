@@ -20,6 +20,7 @@ from fm_distill.config.resolved import ResolvedRun
 from fm_distill.data.batch import Batch
 from fm_distill.data.feeding import Reader, TrainingStream, host_batch, read_stream, send
 from fm_distill.data.resident import ResidentFeed, ResidentSteps
+from fm_distill.data.target_images import view_root
 from fm_distill.errors import UserError
 from fm_distill.models import Variables
 from fm_distill.networks.teachers import Teacher
@@ -44,7 +45,7 @@ from fm_distill.training.record_program import (
     make_record_program,
 )
 from fm_distill.training.recorded import digests_of_draw
-from fm_distill.views.draws import run_keys
+from fm_distill.views.draws import ViewRoot
 from fm_distill.views.rendering import InputSpec
 
 # Images of each device in one forward pass; a batch that has fewer is joined with the next ones.
@@ -70,6 +71,7 @@ class Recorder:
     reader: Reader
     feed: ResidentFeed | None  # None: streaming
     layout: Layout
+    root: ViewRoot
 
     @classmethod
     def make(
@@ -86,6 +88,7 @@ class Recorder:
 
         The ranges of quantised teachers are kept in `folder`.
         """
+        root = view_root(config, resolved, layout)
         built = build(config, resolved)
         found = freeze_teachers(config, resolved, built, teachers, reader, layout, folder)
         for note in found.notes:
@@ -99,7 +102,7 @@ class Recorder:
         shown = tuple(sorted({InputSpec.of(x.network) for x in teachers if x.function}))
         program = make_record_program(config, law, built.teachers, layout, shown, header.tap_names)
         return cls(
-            config, resolved, header, program, found.teaching, teachers, reader, feed, layout
+            config, resolved, header, program, found.teaching, teachers, reader, feed, layout, root
         )
 
     def run(
@@ -177,8 +180,7 @@ class Recorder:
 
     def _outputs(self, step: int, fed: Batch | ResidentSteps) -> PassOutputs:
         data = self.feed.data if self.feed else None
-        key = run_keys(self.config.seed).draws
-        return self.program(self.frozen, data, fed, key, jnp.int32(step))
+        return self.program(self.frozen, data, fed, self.root, jnp.int32(step))
 
     def _encoded(
         self,
@@ -227,14 +229,12 @@ class Recorder:
         if self.feed is None:
             yield from self._streamed(first, last)
             return
-        devices = self.layout.mesh.size
-        most = max(1, PASS_IMAGES * devices // self.config.batch_size)
+        most = max(1, PASS_IMAGES * self.layout.mesh.size // self.config.batch_size)
         size = min(self.resolved.steps_per_dispatch, most)
-        step = first
         for steps in dispatch_sizes(first, last, size):
-            ids = self.feed.ids(np.arange(step, step + steps))
-            yield step, ids, ResidentSteps(send(ids, self.layout.ids, 1))
-            step += steps
+            ids = self.feed.ids(np.arange(first, first + steps))
+            yield first, ids, ResidentSteps(send(ids, self.layout.ids, 1))
+            first += steps
 
     def _streamed(self, first: int, last: int) -> Passes:
         size = self.config.batch_size

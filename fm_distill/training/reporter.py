@@ -199,12 +199,19 @@ def introduce(setup: Setup, start: int) -> None:
                 recording,
                 setup.reader,
                 setup.layout,
+                setup.keys.draws,
             )
         )
     if start == 0:
         for branch, frozen in zip(setup.teachers_here, setup.frozen, strict=True):
             for warning in check_teacher(
-                config, setup.built.student, branch, frozen, setup.reader, setup.layout
+                config,
+                setup.built.student,
+                branch,
+                frozen,
+                setup.reader,
+                setup.layout,
+                setup.keys.draws,
             ):
                 log(warning)
 

@@ -69,6 +69,7 @@ def resolve(
         recording=weights.recording.identity if weights.recording else None,
         period_steps=_period_steps(config, steps, weights.recording),
         class_counts=data.class_counts,
+        target_images=data.target_images,
     )
 
 

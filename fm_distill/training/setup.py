@@ -21,6 +21,7 @@ from fm_distill.data.feeding import (
 from fm_distill.data.resident import ResidentFeed, feeding_note
 from fm_distill.data.sources import Source
 from fm_distill.data.splits import Data
+from fm_distill.data.target_images import spectra_note, spectra_on_devices
 from fm_distill.errors import UserError
 from fm_distill.evaluation.evaluate import Evaluator
 from fm_distill.models import Variables
@@ -38,6 +39,7 @@ from fm_distill.training.quantised_teachers import FrozenTeachers, freeze_teache
 from fm_distill.training.recorded import check_recording, repeated
 from fm_distill.training.targets import fixed_targets
 from fm_distill.views.draws import RunKeys, run_keys
+from fm_distill.views.fourier import Spectra
 from fm_distill.views.rendering import CentralCrop
 
 # Decoded validation images are kept on the host between evaluations up to this size.
@@ -85,6 +87,7 @@ class Setup:
     teaching: tuple[Variables, ...]
     teachers_here: tuple[Branch, ...]
     networks: Networks
+    spectra: Spectra | None  # of the target images
     program: jax.stages.Wrapped
     evaluator: Evaluator
     validation: Callable[[], Iterable[tuple[Batch, np.ndarray]]] | None
@@ -136,16 +139,17 @@ class Setup:
 
     @functools.cached_property
     def keys(self) -> RunKeys:
-        return keys_on_devices(self.config, self.layout)
+        return keys_on_devices(self.config, self.layout, self.spectra)
 
 
-def keys_on_devices(config: Config, layout: Layout) -> RunKeys:
-    """The keys of the run, on all devices."""
+def keys_on_devices(config: Config, layout: Layout, spectra: Spectra | None) -> RunKeys:
+    """The keys of the run, on all devices; `spectra` are there already."""
 
     def keys() -> RunKeys:
         return run_keys(config.seed, config.student.seed)
 
-    return jax.jit(keys, out_shardings=layout.replicated)()
+    found: RunKeys = jax.jit(keys, out_shardings=layout.replicated)()
+    return found._replace(draws=dataclasses.replace(found.draws, spectra=spectra))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +180,7 @@ def open_inputs(
     recording = None
     if networks.recording is not None:
         steps = resolved.period_steps or resolved.total_steps
-        check_recording(config, networks.recording, reader, steps)
+        check_recording(config, resolved, networks.recording, reader, steps)
         taps = features_of(config.objective)[1]
         recording = RecordingReader(networks.recording, steps, taps)
     teachers = freeze_teachers(config, resolved, built, networks.teachers, reader, layout, folder)
@@ -209,11 +213,12 @@ def prepare(
             f"student.final_statistics={config.student.final_statistics} is for a student with "
             f"BatchNorm, and {config.student.model} as configured has none; leave it out"
         )
+    spectra = spectra_on_devices(config, resolved, layout)
     inputs = open_inputs(config, resolved, built, data, networks, layout, folder)
     reader, teachers = inputs.reader, inputs.teachers
     notes = [f"feeding: {resolved.feeding} ({feeding_note(config.data, len(reader))})"]
     notes += repeated(resolved, config.batch_size)
-    notes += teachers.notes
+    notes += [*spectra_note(spectra), *teachers.notes]
     feed: ResidentFeed | StreamingFeed
     if resolved.feeding == "resident":
         feed = ResidentFeed(
@@ -258,6 +263,7 @@ def prepare(
         teaching=teachers.teaching,
         teachers_here=teachers.branches,
         networks=networks,
+        spectra=spectra,
         program=program,
         evaluator=Evaluator.make(
             config, built.student, teachers.branches, layout, resolved.class_counts

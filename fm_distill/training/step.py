@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from fm_distill.config import MemoryConfig, ViewConfig
 from fm_distill.config.regime import ViewLaw
@@ -35,6 +35,7 @@ from fm_distill.training.memory import accumulated, rematerialised
 from fm_distill.training.pruning import SPARSITY, Prune, masked, sparsity_of
 from fm_distill.training.teach import Teach
 from fm_distill.training.term_state import NOTHING, TermUpdate
+from fm_distill.views.draws import ViewRoot
 
 Metrics = dict[str, Float[Array, ""]]
 # The metric of a term's adapter: the norm of the gradient of its kernel.
@@ -43,7 +44,7 @@ ADAPTER_GRADIENT = "adapter_gradient_"
 TERM_GRADIENT, TERM_COSINE = "gradient_norm_of_", "gradient_cosine_of_"
 
 TrainStep = Callable[
-    [TrainState, tuple[Variables, ...], Batch, PRNGKeyArray], tuple[TrainState, Metrics]
+    [TrainState, tuple[Variables, ...], Batch, ViewRoot], tuple[TrainState, Metrics]
 ]
 # `(state, student view, targets) -> (state, metrics)`.
 Update = Callable[[TrainState, Array, Targets], tuple[TrainState, Metrics]]
@@ -182,19 +183,19 @@ def make_train_step(
     law: ViewLaw,
     period_steps: int | None = None,
 ) -> TrainStep:
-    """`(state, frozen teachers, batch, draws_key) -> (state, metrics)`, pure.
+    """`(state, frozen teachers, batch, root of views) -> (state, metrics)`, pure.
 
-    Views, targets and update of one step. Everything random comes from `draws_key` and
+    Views, targets and update of one step. Everything random comes from `root` and
     `state.step`, modulo `period_steps`. `teachers` are those that the step runs: none where
     the targets are labels, a table or a recording.
     """
 
     def train_step(
-        state: TrainState, frozen: tuple[Variables, ...], batch: Batch, draws_key: PRNGKeyArray
+        state: TrainState, frozen: tuple[Variables, ...], batch: Batch, root: ViewRoot
     ) -> tuple[TrainState, Metrics]:
         drawn = state.step if period_steps is None else state.step % period_steps
         with jax.named_scope("views"):
-            seen = step_views(law, views, student, teachers, batch, draws_key, drawn)
+            seen = step_views(law, views, student, teachers, batch, root, drawn)
         return update(state, seen.student, teach(frozen, batch, seen))
 
     return train_step

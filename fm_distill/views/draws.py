@@ -13,6 +13,10 @@ from fm_distill.config import ViewConfig
 from fm_distill.config.regime import ViewLaw
 from fm_distill.system.references import entry
 from fm_distill.views.crops import CROPS, Sizes
+from fm_distill.views.fourier import Spectra
+
+# Folded into a step's key for its target images; a small number would be a key of `draw`.
+TARGETS = 0xFDA
 
 
 @array_tree
@@ -29,6 +33,9 @@ class Draw:
     partners: Int[AnyArray, " batch"] | None
     # Pixels a side to which each crop is reduced before it is enlarged; None: it is not reduced.
     resolution: Float[AnyArray, ""] | None = None
+    # The target image whose low frequencies each example gets, modulo their number; below 0 it
+    # keeps its own. None: all do.
+    targets: Int[AnyArray, " batch"] | None = None
 
 
 class StepDraws(NamedTuple):
@@ -99,11 +106,21 @@ VIEW_LAWS: dict[ViewLaw, Callable[[PRNGKeyArray, Sizes, ViewConfig, Step], StepD
 }
 
 
+@array_tree
+@dataclasses.dataclass(frozen=True)
+class ViewRoot:
+    """What the views of all steps come from, beside the images themselves."""
+
+    key: PRNGKeyArray
+    # Of the target images; None where views are not adapted.
+    spectra: Spectra | None = None
+
+
 class RunKeys(NamedTuple):
     """The two random keys of a run."""
 
     init: PRNGKeyArray  # of the student's parameters
-    draws: PRNGKeyArray  # the root of the draws of all steps
+    draws: ViewRoot  # the root of the draws of all steps
 
 
 def run_keys(seed: int, init_seed: int | None = None) -> RunKeys:
@@ -111,18 +128,37 @@ def run_keys(seed: int, init_seed: int | None = None) -> RunKeys:
     init, draws = jax.random.split(jax.random.key(seed))
     if init_seed is not None:
         init, _ = jax.random.split(jax.random.key(init_seed))
-    return RunKeys(init, draws)
+    return RunKeys(init, ViewRoot(draws))
 
 
 def step_draws(
     law: ViewLaw,
-    draws_key: PRNGKeyArray,
+    root: ViewRoot,
     step: Int[Array, ""] | int,
     sizes: Sizes,
     config: ViewConfig,
 ) -> StepDraws:
-    """The draws of `step` (steps done before it), a function of the run's key and the step."""
-    return VIEW_LAWS[law](jax.random.fold_in(draws_key, step), sizes, config, step)
+    """The draws of `step` (steps done before it), a function of the run's key and the step.
+
+    Whatever the law, both networks have the same target images.
+    """
+    key = jax.random.fold_in(root.key, step)
+    student, teacher, shared = VIEW_LAWS[law](key, sizes, config, step)
+    targets = _targets(jax.random.fold_in(key, TARGETS), sizes.shape[0], config)
+    return StepDraws(
+        dataclasses.replace(student, targets=targets),
+        dataclasses.replace(teacher, targets=targets),
+        shared,
+    )
+
+
+def _targets(key: PRNGKeyArray, batch: int, config: ViewConfig) -> Int[Array, " batch"] | None:
+    if config.fourier.folder is None:
+        return None
+    target_key, adapted_key = jax.random.split(key)
+    targets = jax.random.randint(target_key, (batch,), 0, jnp.iinfo(jnp.int32).max)
+    adapted = jax.random.uniform(adapted_key, (batch,)) < config.fourier.probability
+    return jnp.where(adapted, targets, -1)
 
 
 def mix(draw: Draw, values: Float[Array, "batch ..."]) -> Float[Array, "batch ..."]:

@@ -10,6 +10,7 @@ from fm_distill.config import NetworkConfig, ViewConfig
 from fm_distill.errors import UserError
 from fm_distill.views.crops import Sizes
 from fm_distill.views.draws import Draw, mix
+from fm_distill.views.fourier import Spectra, adapted
 from fm_distill.views.sampling import Canvases, Pictures, sample, sample_area, sample_reduced
 
 # (mean, deviation) of the input ranges on uint8's scale; ImageNet's are torchvision's, times 255.
@@ -72,8 +73,14 @@ class CentralCrop:
         return cls(views.central_fraction, views.central_resize)
 
 
-def render(draw: Draw, canvases: Canvases, input_spec: InputSpec) -> Pictures:
-    """What a network with this `input_spec` sees of `draw`: cropped, flipped, normalised, mixed."""
+def render(
+    draw: Draw, canvases: Canvases, input_spec: InputSpec, spectra: Spectra | None = None
+) -> Pictures:
+    """What a network with this `input_spec` sees of `draw`: cropped, flipped, normalised, mixed.
+
+    Before it is normalised it is adapted to the target images, where `draw` has such; `spectra`
+    has to have theirs at this resolution then. Raises `ValueError`.
+    """
     low = draw.boxes[:, :2]
     high = low + draw.boxes[:, 2:] - 1
     resolution, fewer = input_spec.resolution, draw.resolution
@@ -89,6 +96,13 @@ def render(draw: Draw, canvases: Canvases, input_spec: InputSpec) -> Pictures:
             lambda: sample_reduced(canvases, draw.boxes, draw.flips, resolution, fewer),
             whole,
         )
+    if draw.targets is not None:
+        if spectra is None:
+            raise ValueError("the draw has target images, and render got no spectra of them")
+        of_targets = spectra[resolution]
+        chosen = jnp.asarray(of_targets)[draw.targets % len(of_targets)]
+        kept = (draw.targets < 0)[:, None, None, None]
+        pixels = jnp.where(kept, pixels, adapted(pixels, chosen))
     return mix(draw, normalise(pixels, input_spec))
 
 
@@ -128,7 +142,7 @@ def normalise(pixels: Pictures, input_spec: InputSpec) -> Pictures:
     """What a network gets of pixels on uint8's scale."""
     mean, deviation = input_spec.moments
     if input_spec.input_rounding == "uint8":
-        # Bilinear weights keep it within 0 to 255. No gradient has to pass.
+        # It lies within 0 to 255 already. No gradient has to pass.
         pixels = jnp.round(pixels)
     return (pixels - jnp.asarray(mean)) / jnp.asarray(deviation)
 

@@ -1,0 +1,67 @@
+"""Fourier domain adaptation: pictures with the amplitudes of target images at low frequencies.
+
+Source: Yang and Soatto 2020, equation 2, and `FDA_source_to_target_np` of their code
+(YanchaoYang/FDA, `utils/__init__.py`).
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from fm_distill.array_tree import AnyArray
+from fm_distill.views.sampling import Pictures
+
+Amplitudes = Float[AnyArray, "targets rows rows 3"]
+# By the pixels a side of a picture: the amplitudes of the target images in the square of low
+# frequencies, the lowest one in its middle.
+Spectra = dict[int, Amplitudes]
+
+# Below this share of the sum of its pixels a coefficient is rounding, and has no phase.
+ROUNDING = 1e-6
+
+
+def square_rows(beta: float, side: int) -> int:
+    """Rows of the square of low frequencies of a picture of `side` x `side` pixels."""
+    return min(2 * int(beta * side) + 1, side)
+
+
+def square_start(rows: int, side: int) -> int:
+    """Where the square begins on a spectrum whose lowest frequency lies in the middle."""
+    return side // 2 - rows // 2
+
+
+def adapted(pixels: Pictures, amplitudes: Float[Array, "batch rows rows 3"]) -> Pictures:
+    """`pixels` with these amplitudes at low frequencies, and their own phases everywhere.
+
+    On uint8's scale and within it: unlike the authors', who leave what the inverse transform
+    gives, it is cut off at 0 and 255, beyond which no image lies. A coefficient that is zero has
+    phase 0, as for `numpy.angle`. Only the low frequencies are computed, as products of matrices.
+    """
+    rows = amplitudes.shape[1]
+    waves = _waves(rows, pixels.shape[1])
+    precision = jax.lax.Precision.HIGHEST
+    parts = jnp.einsum("ah,nhwc,bw->nabc", waves, pixels, waves, precision=precision)
+    cosine, sine = slice(rows), slice(rows, None)
+    real = parts[:, cosine, cosine] - parts[:, sine, sine]
+    imaginary = -(parts[:, cosine, sine] + parts[:, sine, cosine])
+    found = jnp.hypot(real, imaginary)
+    known = found > ROUNDING * pixels.sum(axis=(1, 2), keepdims=True)
+    factor = jnp.where(known, amplitudes / jnp.where(known, found, 1), 0)
+    # How much is added to each coefficient.
+    real = jnp.where(known, factor * real, amplitudes) - real
+    imaginary = factor * imaginary - imaginary
+    upper = jnp.concatenate([real, -imaginary], axis=2)
+    lower = jnp.concatenate([-imaginary, -real], axis=2)
+    both = jnp.concatenate([upper, lower], axis=1)
+    added = jnp.einsum("ah,nabc,bw->nhwc", waves, both, waves, precision=precision)
+    return jnp.clip(pixels + added / pixels.shape[1] ** 2, 0, 255)
+
+
+def _waves(rows: int, side: int) -> Float[np.ndarray, "twice_rows side"]:
+    """The cosines of the low frequencies along a side, then their sines."""
+    frequencies = np.arange(rows) + square_start(rows, side) - side // 2
+    # In whole numbers, so that the waves of opposite frequencies are exactly opposite.
+    turns = frequencies[:, None] * np.arange(side) % side
+    angles = 2 * np.pi / side * turns
+    return np.concatenate([np.cos(angles), np.sin(angles)]).astype(np.float32)
