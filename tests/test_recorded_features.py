@@ -16,6 +16,7 @@ from conftest import write_experiment
 from test_accelerator_paths import matching
 from test_recordings import QUIET, learning, nearly_the_same, record_now
 from test_train import lines_of, same_bits, stop_at
+from tiny import resolved_run
 
 from fm_distill.config import (
     BankConfig,
@@ -297,7 +298,7 @@ def test_a_recording_from_before_is_the_same_and_has_no_features(taught, tmp_pat
     # `profile` opens a recording without the checks of a run.
     reader = Reader(open_data(config)[0].train, config.data, 10)
     with pytest.raises(UserError, match=r"lacks a feature: .* reads the teacher's block1, and the"):
-        check_recording(student, open_recording(tmp_path), reader, 6)
+        check_recording(student, resolved_run(student), open_recording(tmp_path), reader, 6)
     with pytest.raises(UserError, match=r"teacher_tap is 'block1', and the teacher is a function"):
         check_features(student, 1259, make_branch(config.student, 10, jnp.dtype("float32")), ())
 
@@ -341,7 +342,7 @@ def test_a_top_k_recording_may_have_features(taught, tmp_path):
     def taught_by(rows):
         sizes, pictures = jnp.full((16, 2), 8), jnp.zeros((16, 8, 8, 3), jnp.uint8)
         batch = Batch(pictures, sizes, jnp.zeros(16, jnp.int32), recorded=rows)
-        draw = step_draws("mixed", jax.random.key(0), 0, sizes, student.views).student
+        draw = step_draws("mixed", run_keys(0).draws, 0, sizes, student.views).student
         return teach((), batch, StepViews(draw, pictures, {}))
 
     targets = taught_by(rows)
