@@ -32,7 +32,7 @@ from fm_distill.runs.workdir import Workdir
 from fm_distill.system.sharding import make_layout
 from fm_distill.training.check import check
 from fm_distill.training.train import train
-from fm_distill.views.draws import ViewRoot, draw, step_draws
+from fm_distill.views.draws import TARGETS, ViewRoot, draw, step_draws
 from fm_distill.views.fourier import adapted
 from fm_distill.views.rendering import InputSpec, render
 
@@ -139,6 +139,14 @@ def test_both_networks_have_the_same_target_and_nothing_else_is_drawn_otherwise(
     assert np.array_equal(on.student.boxes, on.teacher.boxes) == (law != "independent")
     other = step_draws(law, ViewRoot(KEY), 4, SIZES, ViewConfig(fourier=ON))
     assert not np.array_equal(other.student.targets, on.student.targets)
+
+
+def test_targets_have_a_key_of_their_own():
+    """Folding a small number into a key gives one of those that it is split into."""
+    own = jax.random.key_data(jax.random.fold_in(KEY, TARGETS))
+    others = jax.random.key_data(jax.random.split(KEY, 4)).tolist()
+    assert jax.random.key_data(jax.random.fold_in(KEY, 2)).tolist() in others
+    assert own.tolist() not in others
 
 
 def test_targets_are_uniform_and_as_many_views_as_asked_for_are_adapted():
@@ -386,5 +394,8 @@ def test_a_recording_of_other_targets_is_refused(run, tmp_path):
     with pytest.raises(UserError, match=r"answered to views adapted to target images \w+, and th"):
         train(learning(others, folder / "recording"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+    other_beta = changed(config, {"views.fourier.beta": 0.1})
+    with pytest.raises(UserError, match=r"another run:\n  views\.fourier\.beta: 0\.2 in the"):
+        train(learning(other_beta, folder / "recording"), tmp_path / "run")
     with pytest.raises(UserError, match=r"the target images of views\.fourier: \w+ in the"):
         record_now(others, folder / "recording", dtype="float32")

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -134,16 +134,22 @@ def header_differences(recorded: RecordingHeader, now: dict[str, Any]) -> list[s
         if before[name] == value:
             continue
         called = OPTIONS.get(name, name)
-        if dataclasses.is_dataclass(value):
-            lines += [
-                f"{called}.{x}: {vars(before[name])[x]} in the recording, {y} in this run"
-                for x, y in vars(value).items()
-                if vars(before[name])[x] != y
-            ]
-        else:
-            there, here = _shown(before[name]), _shown(value)
-            lines.append(f"{called}: {there} in the recording, {here} in this run")
+        pairs = zip(_leaves(called, before[name]), _leaves(called, value), strict=True)
+        lines += [
+            f"{option}: {_shown(one)} in the recording, {_shown(other)} in this run"
+            for (option, one), (_, other) in pairs
+            if one != other
+        ]
     return lines
+
+
+def _leaves(called: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The fields of a dataclass, and of those inside of it, by their names."""
+    if not dataclasses.is_dataclass(value):
+        yield called, value
+        return
+    for name, part in vars(value).items():
+        yield from _leaves(f"{called}.{name}", part)
 
 
 def _shown(value: Any) -> Any:
