@@ -1,6 +1,7 @@
 """The real command makes a run smaller step after step, and its table is what the runs say."""
 
 import dataclasses
+import errno
 import json
 import pathlib
 import shutil
@@ -15,7 +16,7 @@ from tiny import NETWORK, tiny_config
 from fm_distill.config import PruningConfig, with_options
 from fm_distill.errors import UserError
 from fm_distill.exporting.load_exported import load_exported
-from fm_distill.reports.compress import compress
+from fm_distill.reports.compress import _is_exported, compress
 from fm_distill.reports.compression_steps import check_order, config_after, parse_step
 from fm_distill.reports.compression_table import as_markdown, load
 from fm_distill.runs.open_run import open_run
@@ -255,3 +256,15 @@ def test_a_damaged_table_is_named(tmp_path):
     with pytest.raises(UserError, match="is damaged"):
         load(tmp_path)
     assert load(tmp_path / "none") is None
+
+
+def test_a_full_disk_is_more_than_a_file_left_out(tmp_path, monkeypatch):
+    def export(workdir, path, *, overwrite):
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error}") from error
+
+    monkeypatch.setattr("fm_distill.reports.compress.export", export)
+    with pytest.raises(UserError, match="cannot be written"):
+        _is_exported("dense", tmp_path, tmp_path / "dense.onnx")

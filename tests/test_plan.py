@@ -29,7 +29,7 @@ from fm_distill.config import (
     TeacherConfig,
 )
 from fm_distill.errors import UserError
-from fm_distill.planning.compile_step import Request, abstract, batch_of, flops
+from fm_distill.planning.compile_step import Request, abstract, batch_of, flops, root_of
 from fm_distill.planning.hlo import read
 from fm_distill.planning.movers import largest_movers
 from fm_distill.planning.plan import COMPILER_ENVIRONMENT, variants
@@ -309,10 +309,10 @@ def test_flops_are_those_that_timm_counts():
     layout = make_layout(MeshConfig(data=1))
     resolved = resolved_run(config, (network,), layout, classes=1000)
     built = build(config, resolved)
-    key = jax.eval_shape(lambda: jax.random.key(0))
+    root = root_of(config, resolved)
     teacher = built.teachers[0].network
-    frozen = (jax.eval_shape(teacher.freeze, jax.eval_shape(teacher.init, key)),)
-    arguments = (built.abstract_state, frozen, batch_of(request), key)
+    frozen = (jax.eval_shape(teacher.freeze, jax.eval_shape(teacher.init, root.key)),)
+    arguments = (built.abstract_state, frozen, batch_of(request), root)
     found = flops(config, resolved, arguments)
     # XLA leaves out the products with the zeros of the padding: 6 % here.
     assert 0.92 * 8 * 2 * 4.23e9 < found["teacher"] < 8 * 2 * 4.23e9

@@ -55,6 +55,7 @@ from fm_distill.weights.card import only_network
 # A map, a vector, and the output of a module.
 MODULE = "block1_unit01/b"
 TAPS = ("block1", MODULE, "pre_logits")
+TAPS_AND_HEAD = ("block1", MODULE, "head", "pre_logits")
 CHANNELS = {"block1": 32, MODULE: 8, "pre_logits": 32}
 OBJECTIVE = ObjectiveConfig(
     temperature=2.0,
@@ -126,9 +127,11 @@ def test_what_is_stored_is_the_mean_of_what_the_teacher_computes(taught, tmp_pat
     config, folder = taught
     expected = features_of_the_teacher(config, folder, 3)
     whole = open_recording(folder / "recording")
-    half = record_now(config, tmp_path / "half", taps=TAPS, steps=(3, 4))
+    half = record_now(config, tmp_path / "half", taps=("head", *TAPS), steps=(3, 4))
+    # A module whose channels are the classes.
+    assert half.header.taps == tuple(RecordedTap(x, CHANNELS.get(x, 10)) for x in TAPS_AND_HEAD)
+    assert whole.header.taps == tuple(RecordedTap(x, CHANNELS[x]) for x in TAPS)
     for recording, dtype, within in ((whole, "float32", 2e-5), (half, "float16", 2.0**-11)):
-        assert recording.header.taps == tuple(RecordedTap(x, CHANNELS[x]) for x in TAPS)
         steps = RecordingReader(recording, 6, TAPS)
         found = steps.at(3).rows.features
         for name in TAPS:
@@ -145,8 +148,9 @@ def test_what_is_stored_is_the_mean_of_what_the_teacher_computes(taught, tmp_pat
         # Only what is asked for is read.
         assert RecordingReader(recording, 6).at(3).rows.features == {}
     assert "block1 (32 channels)" in recordings.status_text(half)
-    # A row of float16: ten logits and 72 channels, an offset, and the identity.
-    assert writing.step_bytes(half.header) == 16 * (2 * (10 + 72) + 4 + 12)
+    # A row of float16: ten logits, 72 channels and the head's ten, an offset, and the identity.
+    assert writing.step_bytes(half.header) == 16 * (2 * (10 + 72 + 10) + 4 + 12)
+    assert RecordingReader(half, 6, ("head",)).at(3).rows.features["head"].shape == (1, 16, 10)
 
 
 def test_float16_says_what_it_cannot_hold():

@@ -223,7 +223,7 @@ def _write(path: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
             write(temporary)
             temporary.chmod(mode)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be written: {error}") from None
+        raise UserError(f"{path} cannot be written: {error}") from error
 
 
 def _for_timm(card: Card) -> dict[str, str]:

@@ -69,7 +69,7 @@ def to_quantised(
         kind = litert_conversion.TRAINED if rounded else quantise
         (folder / litert_conversion.KIND).write_text(json.dumps(kind))
         if shown is not None:
-            np.save(folder / litert_conversion.PIXELS, _calibration(shown, batch))
+            (folder / litert_conversion.PIXELS).write_bytes(_npy(_calibration(shown, batch)))
         done = subprocess.run(
             [sys.executable, "-m", litert_conversion.__name__, name],
             capture_output=True,
@@ -89,7 +89,7 @@ def _write_steps(folder: pathlib.Path, steps: list[Step], pixels: jax.ShapeDtype
             line[key] = value
             if isinstance(value, np.ndarray):
                 line[key] = f"{i}_{key}.npy"
-                np.save(folder / line[key], value)
+                (folder / line[key]).write_bytes(_npy(value))
             elif isinstance(value, bytes):
                 line[key] = f"{i}_{key}"
                 (folder / line[key]).write_bytes(value)
@@ -97,6 +97,13 @@ def _write_steps(folder: pathlib.Path, steps: list[Step], pixels: jax.ShapeDtype
     shape, dtype = pixels.shape, pixels.dtype.name
     described = {"steps": lines, "shape": shape, "dtype": dtype, "result": steps[-1].makes[0]}
     (folder / litert_conversion.STEPS).write_text(json.dumps(described))
+
+
+def _npy(array: np.ndarray) -> bytes:
+    """The contents of its `.npy`: NumPy's own write to a file hides that the disk is full."""
+    content = io.BytesIO()
+    np.save(content, array)
+    return content.getvalue()
 
 
 def _calibration(shown: Pixels, batch: int) -> np.ndarray:

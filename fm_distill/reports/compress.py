@@ -241,6 +241,8 @@ def _is_exported(name: str, workdir: pathlib.Path, path: pathlib.Path) -> bool:
     try:
         export(workdir, path, overwrite=True)
     except UserError as error:
+        if isinstance(error.__cause__, OSError):  # a full disk, for example
+            raise
         log(f"WARNING: {name} has no {path.suffix} file: {error}")
         return False
     return True

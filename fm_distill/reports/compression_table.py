@@ -177,4 +177,6 @@ def load(folder: pathlib.Path) -> Compression | None:
     try:
         return msgspec.json.decode(path.read_bytes(), type=Compression)
     except msgspec.DecodeError as error:
-        raise UserError(f"{path} is damaged ({error}); run `fm-distill compress` again") from None
+        raise UserError(
+            f"{path} is damaged or of another version ({error}); run `fm-distill compress` again"
+        ) from None

@@ -233,7 +233,8 @@ def _or_missing(title: str, make: Callable[[], str]) -> str:
     except UserError as error:
         return (
             f"{heading}<p class='missing'>Missing: {html.escape(str(error))}<br>Where data or "
-            "teacher lie elsewhere now, give --data-dir PATH or --teacher-weights FILE.</p>"
+            "teacher lie elsewhere now, give --data-dir PATH or --teacher-weights FILE; target "
+            "images of views.fourier have to be where they were.</p>"
         )
 
 

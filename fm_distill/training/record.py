@@ -88,7 +88,7 @@ def record(
             raise UserError(
                 f"--top-k is {top_k}; expected less than the {resolved.classes} classes"
             )
-        features = _taps(resolved.teachers[0], taps)
+        features = _taps(resolved.teachers[0], resolved.classes, taps)
         header = make_header(config, resolved, dtype, top_k, features)
         first, last = _range(steps, resolved)
         before = _before(folder, header)
@@ -139,7 +139,9 @@ def _check_taps(config: Config, taps: tuple[str, ...]) -> None:
                 "leave out one of them"
             )
         if teacher.experiment:
-            _taps(resolve_network(only_network(load_experiment(teacher.experiment).student)), taps)
+            student = load_experiment(teacher.experiment).student
+            # Names alone: classes are known with its data.
+            _taps(resolve_network(only_network(student)), 2, taps)
     if config.more_teachers:
         raise UserError(
             "--taps names features of one teacher, and there are more_teachers; leave out one of "
@@ -147,11 +149,11 @@ def _check_taps(config: Config, taps: tuple[str, ...]) -> None:
         )
 
 
-def _taps(teacher: NetworkConfig, taps: tuple[str, ...]) -> tuple[RecordedTap, ...]:
+def _taps(teacher: NetworkConfig, classes: int, taps: tuple[str, ...]) -> tuple[RecordedTap, ...]:
     """Those that are asked for, each once. Raises `UserError` where the teacher has not one."""
     if not taps:
         return ()
-    network = build_network(teacher, 2, jnp.dtype("float32"))
+    network = build_network(teacher, classes, jnp.dtype("float32"))
 
     def channels(name: str) -> int:
         return feature_shape("--taps", "teacher", network, name)[-1]
