@@ -86,8 +86,8 @@ def spectra(targets: TargetImages, beta: float, sides: set[int]) -> Spectra:
                 f"{path} is not a complete image ({error}); remove it from views.fourier.folder"
             ) from None
         for side, rows in found.items():
-            rows.append(low_amplitudes(image, beta, side))
-    return {side: np.stack(rows).astype(np.float32) for side, rows in found.items()}
+            rows.append(low_amplitudes(image, beta, side).astype(np.float32))
+    return {side: np.stack(rows) for side, rows in found.items()}
 
 
 def low_amplitudes(image: Image.Image, beta: float, side: int) -> np.ndarray:

@@ -101,8 +101,9 @@ def examine(run: Run, config: Config) -> Examined:
         )
     root = view_root(config, run.resolved, layout)
     loaded = freeze_teachers(
-        config, run.resolved, built, teachers_of_run(run, config), reader, layout, run.workdir.path
-    )
+        config, run.resolved, built, teachers_of_run(run, config), reader, layout,
+        run.workdir.path, root,
+    )  # fmt: skip
     live = regime.targets == "teachers"
     teachers, frozen = loaded.branches, loaded.frozen
     if live:

@@ -121,8 +121,7 @@ def gradient_scores(
 
     summing = optax.GradientTransformation(lambda params: (), instead_of_a_step)
     built = build(config, resolved, summing)
-    spectra = spectra_on_devices(config, resolved, layout)
-    keys = keys_on_devices(config, layout, spectra)
+    keys = keys_on_devices(config, layout, spectra_on_devices(config, resolved, layout))
     state, _ = new_state(built, networks, layout, keys.init)
     head = state.student.params.get(HEAD)
     if head and not jax.jit(optax.global_norm, out_shardings=layout.replicated)(head):
@@ -130,7 +129,7 @@ def gradient_scores(
             "student.pruning.criterion=taylor needs a head that was trained: this one is new and "
             f"zero, and no gradient passes through it; {INSTEAD}, or train the student first"
         )
-    inputs = open_inputs(config, resolved, built, data, networks, layout, folder)
+    inputs = open_inputs(config, resolved, built, data, networks, layout, folder, keys.draws)
 
     def of_batch(
         state: TrainState, frozen: tuple[Variables, ...], batch: Batch, root: ViewRoot

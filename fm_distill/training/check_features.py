@@ -58,14 +58,15 @@ def _shape(option: str, side: str, branch: Branch, term: TermConfig, name: str |
     shape = feature_shape(option, side, branch.network, name)
     if term.pool == "mean":
         return shape[-1:]
-    named = branch.network.feature_shapes()
     if term.kind == BANK_SIMILARITY and len(shape) != 1:
+        named = branch.network.feature_shapes()
         vectors = [x for x, shape in named.items() if len(shape) == 2]
         raise UserError(
             f"{option}: {term.kind} compares vectors, and {name} is of shape {shape} for an "
             f"image; use one of {', '.join(vectors)}, or the term's pool=mean"
         )
     if term.kind in OF_MAPS and len(shape) != 3:
+        named = branch.network.feature_shapes()
         maps = [x for x, shape in named.items() if len(shape) == 4]
         raise UserError(
             f"{option}: {term.kind} compares maps, and {name} is of shape {shape} for an "

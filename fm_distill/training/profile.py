@@ -291,7 +291,7 @@ def _memory(setup: Setup, state: TrainState) -> dict[str, int]:
         "moving average": state.ema,
         "adapters and banks": state.terms,
         "teachers": setup.live_teachers,
-        "data": (setup.feed.data, setup.spectra),
+        "data": (setup.feed.data, setup.keys.draws.spectra),
     }
 
     def count(tree: PyTree) -> int:

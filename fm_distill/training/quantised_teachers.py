@@ -25,7 +25,6 @@ from fm_distill.config.serialization import converted
 from fm_distill.config.teachers import NamedTeacher, teachers_of
 from fm_distill.data.batch import Batch
 from fm_distill.data.feeding import Reader, TrainingStream, host_batch, read_stream, send
-from fm_distill.data.target_images import view_root
 from fm_distill.errors import UserError
 from fm_distill.models import Variables, ranges_of, with_ranges
 from fm_distill.networks.branch import (
@@ -101,6 +100,7 @@ def freeze_teachers(
     reader: Reader,
     layout: Layout,
     folder: pathlib.Path,
+    root: ViewRoot,
 ) -> FrozenTeachers:
     """Puts `teachers`, all of the run or none, on the devices.
 
@@ -119,7 +119,7 @@ def freeze_teachers(
     if not places:
         return FrozenTeachers(branches, frozen, frozen, [])
     found = _stored(folder, [here[i][1] for i in places])
-    calibrate = functools.partial(_calibrated, config, resolved, built.student)
+    calibrate = functools.partial(_calibrated, config, root, built.student)
     calibrated = found or tuple(
         calibrate(built.teachers[i], branches[i], here[i][1], frozen[i], reader, layout)
         for i in places
@@ -169,7 +169,7 @@ def _stored(folder: pathlib.Path, teachers: list[Teacher]) -> tuple[CalibratedTe
 
 def _calibrated(
     config: Config,
-    resolved: ResolvedRun,
+    root: ViewRoot,
     student: Branch,
     rounded: Branch,
     plain: Branch,
@@ -206,7 +206,6 @@ def _calibrated(
 
     count = -(-VIEWS // config.batch_size)
     batches = _batches(config, reader, layout, 2 * count)
-    root = view_root(config, resolved, layout)
     shapes = jax.eval_shape(rounded.network.init, jax.random.key(0)).ranges
     unseen = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     variables = dataclasses.replace(teacher.variables, ranges=unseen)

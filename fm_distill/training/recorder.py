@@ -90,7 +90,7 @@ class Recorder:
         """
         root = view_root(config, resolved, layout)
         built = build(config, resolved)
-        found = freeze_teachers(config, resolved, built, teachers, reader, layout, folder)
+        found = freeze_teachers(config, resolved, built, teachers, reader, layout, folder, root)
         for note in found.notes:
             log(note)
         feed = None
@@ -174,8 +174,7 @@ class Recorder:
                 raise UserError(
                     f"the teachers answer otherwise than when {before.path} was recorded: in step "
                     f"{step:,} {name} differ by {difference:.3g} in the mean, where they are "
-                    f"{size:.3g}; use the same "
-                    "weights, or another --to"
+                    f"{size:.3g}; use the same weights, or another --to"
                 )
 
     def _outputs(self, step: int, fed: Batch | ResidentSteps) -> PassOutputs:
@@ -231,10 +230,11 @@ class Recorder:
             return
         most = max(1, PASS_IMAGES * self.layout.mesh.size // self.config.batch_size)
         size = min(self.resolved.steps_per_dispatch, most)
+        step = first
         for steps in dispatch_sizes(first, last, size):
-            ids = self.feed.ids(np.arange(first, first + steps))
-            yield first, ids, ResidentSteps(send(ids, self.layout.ids, 1))
-            first += steps
+            ids = self.feed.ids(np.arange(step, step + steps))
+            yield step, ids, ResidentSteps(send(ids, self.layout.ids, 1))
+            step += steps
 
     def _streamed(self, first: int, last: int) -> Passes:
         size = self.config.batch_size

@@ -1,7 +1,6 @@
 """What `train.py` builds before its first step: data, teacher, program, evaluation."""
 
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
 
@@ -38,7 +37,7 @@ from fm_distill.training.program import make_program
 from fm_distill.training.quantised_teachers import FrozenTeachers, freeze_teachers
 from fm_distill.training.recorded import check_recording, repeated
 from fm_distill.training.targets import fixed_targets
-from fm_distill.views.draws import RunKeys, run_keys
+from fm_distill.views.draws import RunKeys, ViewRoot, run_keys
 from fm_distill.views.fourier import Spectra
 from fm_distill.views.rendering import CentralCrop
 
@@ -87,7 +86,7 @@ class Setup:
     teaching: tuple[Variables, ...]
     teachers_here: tuple[Branch, ...]
     networks: Networks
-    spectra: Spectra | None  # of the target images
+    keys: RunKeys
     program: jax.stages.Wrapped
     evaluator: Evaluator
     validation: Callable[[], Iterable[tuple[Batch, np.ndarray]]] | None
@@ -137,10 +136,6 @@ class Setup:
             return dataclasses.replace(state, ema=student)
         return dataclasses.replace(state, student=student)
 
-    @functools.cached_property
-    def keys(self) -> RunKeys:
-        return keys_on_devices(self.config, self.layout, self.spectra)
-
 
 def keys_on_devices(config: Config, layout: Layout, spectra: Spectra | None) -> RunKeys:
     """The keys of the run, on all devices; `spectra` are there already."""
@@ -170,6 +165,7 @@ def open_inputs(
     networks: Networks,
     layout: Layout,
     folder: pathlib.Path,
+    root: ViewRoot,
 ) -> Inputs:
     """Puts the teachers on the devices and checks the recording, if there is one.
 
@@ -183,7 +179,9 @@ def open_inputs(
         check_recording(config, resolved, networks.recording, reader, steps)
         taps = features_of(config.objective)[1]
         recording = RecordingReader(networks.recording, steps, taps)
-    teachers = freeze_teachers(config, resolved, built, networks.teachers, reader, layout, folder)
+    teachers = freeze_teachers(
+        config, resolved, built, networks.teachers, reader, layout, folder, root
+    )
     targets = None
     if regime_of(config.objective.target, config.teaching).targets == "table":
         here, frozen = teachers.branches, teachers.frozen
@@ -213,12 +211,12 @@ def prepare(
             f"student.final_statistics={config.student.final_statistics} is for a student with "
             f"BatchNorm, and {config.student.model} as configured has none; leave it out"
         )
-    spectra = spectra_on_devices(config, resolved, layout)
-    inputs = open_inputs(config, resolved, built, data, networks, layout, folder)
+    keys = keys_on_devices(config, layout, spectra_on_devices(config, resolved, layout))
+    inputs = open_inputs(config, resolved, built, data, networks, layout, folder, keys.draws)
     reader, teachers = inputs.reader, inputs.teachers
     notes = [f"feeding: {resolved.feeding} ({feeding_note(config.data, len(reader))})"]
     notes += repeated(resolved, config.batch_size)
-    notes += [*spectra_note(spectra), *teachers.notes]
+    notes += [*spectra_note(keys.draws.spectra), *teachers.notes]
     feed: ResidentFeed | StreamingFeed
     if resolved.feeding == "resident":
         feed = ResidentFeed(
@@ -263,7 +261,7 @@ def prepare(
         teaching=teachers.teaching,
         teachers_here=teachers.branches,
         networks=networks,
-        spectra=spectra,
+        keys=keys,
         program=program,
         evaluator=Evaluator.make(
             config, built.student, teachers.branches, layout, resolved.class_counts
