@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import sys
-import types
 from xml.etree import ElementTree
 
 import jax
@@ -36,7 +35,7 @@ from fm_distill.runs.history import History, read_history
 from fm_distill.runs.open_run import open_run
 from fm_distill.runs.workdir import Workdir
 from fm_distill.system.sharding import make_layout
-from fm_distill.training.setup import Setup
+from fm_distill.training.setup import keys_on_devices
 from fm_distill.views.draws import step_draws
 from fm_distill.views.rendering import CentralCrop, InputSpec, as_pixels, render, render_central
 
@@ -167,7 +166,7 @@ def test_views_are_those_of_the_step(teaching, target, views):
     layout = make_layout(MeshConfig(data=1))
     rng = np.random.default_rng(0)
     low = {side: 1e4 * rng.random((5, 3, 3, 3), np.float32) for side in (16, 24)}
-    root = Setup.keys.func(types.SimpleNamespace(config=config, layout=layout, spectra=low)).draws
+    root = keys_on_devices(config, layout, low).draws
     reader = Reader(open_source(config.data, "train"), config.data, 10)
     size = config.batch_size
     stream = TrainingStream(reader, config.seed, 3, size, 0, size)
