@@ -108,7 +108,7 @@ def open_recording(path: str | os.PathLike[str]) -> Recording:
         shards += lines
     assert header is not None
     # The same line twice is a shard that was lost and recorded again; the last one counts.
-    ordered = tuple(sorted({shard.name: shard for shard in shards}.values()))
+    ordered = _without_replaced(folder, sorted({shard.name: shard for shard in shards}.values()))
     for one, other in itertools.pairwise(ordered):
         if other.start < one.stop:
             raise UserError(
@@ -116,6 +116,19 @@ def open_recording(path: str | os.PathLike[str]) -> Recording:
                 f"in {one.name} and in {other.name}; remove one folder and its line of the manifest"
             )
     return Recording(folder, header, ordered)
+
+
+def _without_replaced(folder: pathlib.Path, shards: list[Shard]) -> tuple[Shard, ...]:
+    """Without those that were lost and whose steps, or some of them, were recorded again.
+
+    They may have been recorded in other pieces: those that are there count.
+    """
+    there = {x for x in shards if (folder / x.name).is_dir()}
+
+    def replaced(lost: Shard) -> bool:
+        return any(x.start < lost.stop and lost.start < x.stop for x in there)
+
+    return tuple(x for x in shards if x in there or not replaced(x))
 
 
 def present(recording: Recording) -> Recording:
