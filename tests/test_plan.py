@@ -219,6 +219,7 @@ def test_a_cpu_has_no_capacity_and_no_bound(tmp_path):
     live = run_command("plan", tmp_path / "student.py", "--topology", "cpu:2", "--json")
     found = json.loads(live.stdout)
     assert found["recording"]["bytes"] == 6 * 16 * (10 * 2 + 4 + 12)
+    assert found["recording"]["taps"] == []
     assert found["flops"]["teacher"] > 0
 
 

@@ -33,7 +33,8 @@ from fm_distill.errors import UserError
 from fm_distill.networks.branch import StepViews, make_branch, step_views
 from fm_distill.networks.loading import load_networks
 from fm_distill.objectives.features import pooled
-from fm_distill.planning.compile_step import Request, batch_of
+from fm_distill.planning.compile_step import Request, batch_of, recorded_taps
+from fm_distill.planning.recording_plan import recording_plan
 from fm_distill.planning.topologies import topology
 from fm_distill.recordings import status as recordings
 from fm_distill.recordings import writing
@@ -317,6 +318,23 @@ def test_a_plan_knows_the_features_of_a_batch(taught):
         recorded = batch_of(Request(student, (network,), 10, 160, topology("cpu:1"))).recorded
         shapes = {name: x.shape for name, x in recorded.features.items()}
         assert shapes == {name: (16, channels) for name, channels in expected.items()}
+
+
+def test_a_plan_counts_the_features_that_a_recording_would_hold(taught):
+    config, _ = taught
+    request = Request(config, (config.teacher.network,), 10, 160, topology("cpu:1"))
+    taps = recorded_taps(request)
+    assert taps == CHANNELS
+    flops = {"teacher": 1.0, "views": 1.0, "total": 3.0}
+    analysis = {"recorded_taps": taps, "total_steps": 6, "flops": flops}
+    found = recording_plan(config, analysis, None)
+    # Steps, rows, then the classes in two bytes, the offset, the identity, and the features.
+    assert found.bytes == 6 * 16 * (10 * 2 + 4 + 12 + 2 * sum(CHANNELS.values()))
+    assert found.taps == tuple(CHANNELS)
+    terms = (TermConfig(kind="attention", student_tap="block1", teacher_tap="block1"),)
+    maps = dataclasses.replace(config, objective=ObjectiveConfig(terms=terms))
+    taps = recorded_taps(dataclasses.replace(request, config=maps))
+    assert taps is None and recording_plan(maps, analysis | {"recorded_taps": taps}, None) is None
 
 
 def test_a_tap_is_missed_before_the_teacher_is_trained(taught, tmp_path, monkeypatch):

@@ -103,15 +103,29 @@ def _recorded(request: Request) -> TargetRows | None:
     if recording_of(request.config) is None:
         return None
     rows = request.config.batch_size, len(request.teachers)
-    features = {}
-    if taps := features_of(request.config.objective)[1]:
-        dtype = jnp.dtype("float32")
-        teacher = build_network(request.teachers[0], request.classes, dtype)
-        for tap in taps:
-            channels = feature_shape("teacher_tap", "teacher", teacher, tap)[-1]
-            features[tap] = jnp.zeros((rows[0], channels), jnp.float16)
+    features = {
+        tap: jnp.zeros((rows[0], shape[-1]), jnp.float16) for tap, shape in _taps(request).items()
+    }
     logits = jnp.zeros((*rows, request.classes), jnp.float16)
     return TargetRows(logits, jnp.zeros(rows), features=features)
+
+
+def _taps(request: Request) -> dict[str, tuple[int, ...]]:
+    """Shapes, for an image, of the teacher's features that the terms read."""
+    taps = features_of(request.config.objective)[1]
+    if not taps:
+        return {}
+    teacher = build_network(request.teachers[0], request.classes, jnp.dtype("float32"))
+    return {tap: feature_shape("teacher_tap", "teacher", teacher, tap) for tap in taps}
+
+
+def recorded_taps(request: Request) -> dict[str, int] | None:
+    """Channels of what `record --taps` would store; None where a term compares places."""
+    shapes = _taps(request)
+    whole = {x.teacher_tap for x in request.config.objective.terms if x.pool == "none"}
+    if any(len(shape) > 1 and tap in whole for tap, shape in shapes.items()):
+        return None
+    return {tap: shape[-1] for tap, shape in shapes.items()}
 
 
 def root_of(config: Config, resolved: ResolvedRun) -> ViewRoot:
@@ -163,6 +177,7 @@ def compile_step(request: Request) -> dict[str, Any]:
         "total_steps": steps,
         "disk": disk_use(config, steps, bytes_of(state)),
         "flops": flops(config, resolved, (state, frozen, batch, root)),
+        "recorded_taps": recorded_taps(request),
         "resident_data": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(data)),
     }
     platform = "tpu" if request.topology.compiler else "cpu"

@@ -9,12 +9,15 @@ from fm_distill.config.teachers import recording_of, teachers_of
 from fm_distill.recordings.rows import row_bytes
 from fm_distill.recordings.writing import IDENTITY_BYTES
 
+FLOAT16_BYTES = 2
+
 
 @dataclasses.dataclass(frozen=True)
 class RecordingPlan:
     """The same run with a teacher that is recorded once."""
 
-    bytes: int  # of float16 and all classes
+    bytes: int  # of float16, all classes, and `taps`
+    taps: tuple[str, ...]  # features that terms read, for `record --taps`
     # By their shares of the arithmetic; None where the whole is not known.
     hours: float | None
     student_hours: float | None  # of each student that learns from it
@@ -23,19 +26,25 @@ class RecordingPlan:
 def recording_plan(
     config: Config, analysis: dict[str, Any], hours: float | None
 ) -> RecordingPlan | None:
-    """What recording the teacher of `config` takes, by the `analysis` of its step."""
+    """What recording the teacher of `config` takes, by the `analysis` of its step.
+
+    None where nothing is left to record, or where a term compares what no recording holds.
+    """
     regime = regime_of(config.objective.target, config.teaching, recording_of(config) is not None)
-    if regime.targets != "teachers":
+    taps = analysis["recorded_taps"]
+    if regime.targets != "teachers" or taps is None:
         return None
     assert config.data.classes is not None
     teachers = len(teachers_of(config))
-    rows = row_bytes(config.data.classes, teachers, "float16", None) + IDENTITY_BYTES
+    logits = row_bytes(config.data.classes, teachers, "float16", None)
+    rows = logits + sum(taps.values()) * FLOAT16_BYTES + IDENTITY_BYTES
     steps = min(config.views.period_steps or analysis["total_steps"], analysis["total_steps"])
     flops = analysis["flops"]
     recorded = (flops["teacher"] + flops["views"]) / flops["total"]
     student = 1 - flops["teacher"] / flops["total"]
     return RecordingPlan(
         bytes=steps * config.batch_size * rows,
+        taps=tuple(taps),
         hours=None if hours is None else hours * recorded * steps / analysis["total_steps"],
         student_hours=None if hours is None else hours * student,
     )
