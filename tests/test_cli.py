@@ -59,7 +59,7 @@ def tiny(tmp_path):
         (["--views.mixup-strength-points", "0", "0", "--views.mixup", "none"], "has none"),
         (
             ["--views.mixup-strength-points", "0", "0", "9", "1", "--views.period-steps", "4"],
-            "repeat after views.period_steps=4",
+            "repeat after 4 steps (views.period_steps)",
         ),
         (["--objective.target", "teacher"], "needs a teacher"),
         (["--objective.distance", "cka"], "expected one of dist_rows, euclidean"),

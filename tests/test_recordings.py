@@ -262,6 +262,23 @@ def test_a_recording_at_a_url_is_brought_once(taught, tmp_path, monkeypatch):
         train(missing, tmp_path / "other")
 
 
+def test_a_copy_of_another_recording_is_replaced_before_the_run_begins(taught, tmp_path):
+    config, folder = taught
+    remote, run = copied(folder, tmp_path), tmp_path / "run"
+    student = learning(config, f"file://{remote}")
+    with pytest.raises(
+        UserError, match=r"file://.* is of another run:\n  seed: 0 in the recording"
+    ):
+        train(dataclasses.replace(student, seed=3), run)
+    assert not run.exists()
+    # A copy from when the recording had two shards.
+    shutil.copytree(remote, run / "recording")
+    (manifest,) = (run / "recording").glob("manifest-*.jsonl")
+    manifest.write_text("".join(manifest.read_text().splitlines(keepends=True)[:-1]))
+    assert train(student, run).complete
+    nearly_the_same(folder / "live", run)
+
+
 def test_ranges_of_several_sessions_are_joined(taught, tmp_path):
     config, folder = taught
     record_now(config, tmp_path / "b", dtype="float32", steps=(4, None))

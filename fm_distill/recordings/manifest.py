@@ -6,6 +6,7 @@ folder.
 """
 
 import dataclasses
+import datetime
 import itertools
 import json
 import os
@@ -91,6 +92,20 @@ def is_recording(path: str | os.PathLike[str]) -> bool:
 def open_recording(path: str | os.PathLike[str]) -> Recording:
     """The recording in a folder. Raises `UserError` where it is none, or cannot be one."""
     folder = pathlib.Path(path)
+    header, shards = read_manifests(folder)
+    # The same line twice is a shard that was lost and recorded again; the last one counts.
+    ordered = _without_replaced(folder, sorted({shard.name: shard for shard in shards}.values()))
+    for one, other in itertools.pairwise(ordered):
+        if other.start < one.stop:
+            raise UserError(
+                f"{folder} has the steps {other.start:,} to {min(one.stop, other.stop):,} twice, "
+                f"in {one.name} and in {other.name}; remove one folder and its line of the manifest"
+            )
+    return Recording(folder, header, ordered)
+
+
+def read_manifests(folder: pathlib.Path) -> tuple[RecordingHeader, list[Shard]]:
+    """Their header and all their lines, session after session. Raises `UserError`."""
     manifests = sorted(folder.glob(MANIFESTS))
     if not manifests:
         raise UserError(f"{folder} is not a recording: it has no {MANIFESTS}")
@@ -107,15 +122,7 @@ def open_recording(path: str | os.PathLike[str]) -> Recording:
         header = own
         shards += lines
     assert header is not None
-    # The same line twice is a shard that was lost and recorded again; the last one counts.
-    ordered = _without_replaced(folder, sorted({shard.name: shard for shard in shards}.values()))
-    for one, other in itertools.pairwise(ordered):
-        if other.start < one.stop:
-            raise UserError(
-                f"{folder} has the steps {other.start:,} to {min(one.stop, other.stop):,} twice, "
-                f"in {one.name} and in {other.name}; remove one folder and its line of the manifest"
-            )
-    return Recording(folder, header, ordered)
+    return header, shards
 
 
 def _without_replaced(folder: pathlib.Path, shards: list[Shard]) -> tuple[Shard, ...]:
@@ -141,7 +148,9 @@ class ManifestWriter:
     """Appends to a manifest of its own; each line is on disk when `add` returns."""
 
     def __init__(self, folder: pathlib.Path, header: RecordingHeader, versions: dict[str, Any]):
-        self.path = folder / f"manifest-{uuid.uuid4().hex[:12]}.jsonl"
+        # In the order of their names, the line of a later session replaces that of an earlier one.
+        now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S%f")
+        self.path = folder / f"manifest-{now}-{uuid.uuid4().hex[:12]}.jsonl"
         self.first = msgspec.to_builtins(header) | {"versions": versions}
         self._file: IO[str] | None = None
 

@@ -61,25 +61,38 @@ def encode(
 
     With `top_k` the rest is lumped together at `temperature`, the only one at which the distance
     to it is exact. Without the shift, which no softmax sees, logits near 20 would be rounded to
-    multiples of 1/64.
+    multiples of 1/64. Raises `UserError` where a logit is further from the largest than `dtype`
+    holds, and is kept.
     """
     logits = logits.astype(np.float32)
     largest = logits.max(axis=-1)
     offset = largest if dtype == "float16" else np.zeros_like(largest)
     shifted = logits - offset[..., None]
     if top_k is None:
-        return TargetRows(shifted.astype(dtype), offset)
+        return TargetRows(_as_stored(shifted, dtype), offset)
     order = np.argsort(-logits, axis=-1, kind="stable")
     kept, others = order[..., :top_k], order[..., top_k:]
     scaled = np.take_along_axis(shifted, others, axis=-1).astype(np.float64) / temperature
     highest = scaled.max(axis=-1, keepdims=True)
     total = np.log(np.exp(scaled - highest).sum(axis=-1)) + highest[..., 0]
     return TargetRows(
-        np.take_along_axis(shifted, kept, axis=-1).astype(dtype),
+        _as_stored(np.take_along_axis(shifted, kept, axis=-1), dtype),
         offset,
         kept.astype(index_type(logits.shape[-1])),
         (temperature * total).astype(np.float32),
     )
+
+
+def _as_stored(
+    shifted: Float32[np.ndarray, "*rows kept"], dtype: RowType
+) -> Float[np.ndarray, "*rows kept"]:
+    most, furthest = float(np.finfo(dtype).max), float(np.abs(shifted).max())
+    if furthest > most:
+        raise UserError(
+            f"a logit of the teacher is {furthest:,.0f} below the largest one, and {dtype} holds "
+            f"{most:,.0f} at most; use --dtype float32"
+        )
+    return shifted.astype(dtype)
 
 
 def encode_features(

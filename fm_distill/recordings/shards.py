@@ -47,13 +47,17 @@ def shard_name(start: int, stop: int) -> str:
 def write_shard(folder: pathlib.Path, steps: RecordedSteps) -> dict[str, str]:
     """Writes `folder`, whatever was there; returns the SHA-256 of each of its files.
 
-    Raises `OSError` where the disk does not take it.
+    All of it or nothing: of a shard that was lost there is a line in a manifest already, with
+    which half a folder would count as complete. Raises `OSError` where the disk does not take it.
     """
-    shutil.rmtree(folder, ignore_errors=True)
+    arriving = folder.with_name("arriving")
+    shutil.rmtree(arriving, ignore_errors=True)
     try:
-        asyncio.run(_write(folder, steps.arrays))
+        asyncio.run(_write(arriving, steps.arrays))
     except ValueError as error:  # TensorStore's, with the cause in its text
         raise OSError(f"{folder}: {_short(error)}") from error
+    shutil.rmtree(folder, ignore_errors=True)
+    arriving.rename(folder)
     return digests_of(folder)
 
 

@@ -88,6 +88,7 @@ class ShardWriter:
         try:
             pending.result()
         except OSError as error:
+            self.parts, self.unseen = [], []  # what comes after a hole is not worth writing
             raise UserError(
                 f"{self.folder} cannot be written any more: {error}; make room and run the same "
                 "command again, which goes on after the last shard"

@@ -1,12 +1,14 @@
 """A run in a bucket, brought to a folder of this machine: with `keep.py` all that knows fsspec."""
 
 import contextlib
+import fnmatch
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from fm_distill.errors import UserError
+from fm_distill.recordings.manifest import MANIFESTS
 from fm_distill.system.console import log
 
 
@@ -59,13 +61,37 @@ def recording_in(workdir: pathlib.Path) -> pathlib.Path:
     return workdir / "recording"
 
 
-def fetch_recording(url: str, workdir: pathlib.Path) -> None:
-    """Copies the recording at `url` into `workdir`, unless it is there, all of it or nothing."""
-    place = recording_in(workdir)
-    if not place.exists():
-        arriving = workdir / "recording.arriving"
-        _get(url, arriving)
-        arriving.replace(place)
+def fetch_recording(url: str, workdir: pathlib.Path, check: Callable[[pathlib.Path], None]) -> None:
+    """Copies the recording at `url` into `workdir`, all of it or nothing.
+
+    First its manifests alone, in a folder that `check` gets: it raises where the recording is of
+    no use. A copy that has the same manifests already stays.
+    """
+    place, arriving = recording_in(workdir), workdir / "recording.arriving"
+    try:
+        _get_manifests(url, arriving)
+        check(arriving)
+        if _manifests(place) != _manifests(arriving):
+            _get(url, arriving)
+            shutil.rmtree(place, ignore_errors=True)
+            arriving.replace(place)
+    finally:
+        shutil.rmtree(arriving, ignore_errors=True)
+
+
+def _manifests(folder: pathlib.Path) -> dict[str, bytes]:
+    return {x.name: x.read_bytes() for x in folder.glob(MANIFESTS)}
+
+
+def _get_manifests(url: str, place: pathlib.Path) -> None:
+    shutil.rmtree(place, ignore_errors=True)
+    with opened(url) as (system, root):
+        there = [x for x in names_in(system, root) if fnmatch.fnmatch(x, MANIFESTS)]
+        if not there:
+            raise UserError(f"{url} is not a recording: it has no {MANIFESTS}")
+        place.mkdir(parents=True)
+        for name in there:
+            system.get_file(f"{root.rstrip('/')}/{name}", str(place / name))
 
 
 def _get(url: str, place: pathlib.Path) -> None:

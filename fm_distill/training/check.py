@@ -6,6 +6,7 @@ What depends on those is refused where they are opened.
 import dataclasses
 from collections.abc import Iterator
 
+import jax
 import jax.numpy as jnp
 
 from fm_distill.config import (
@@ -14,6 +15,7 @@ from fm_distill.config import (
     FourierConfig,
     PruningConfig,
     StudentConfig,
+    ViewConfig,
 )
 from fm_distill.config.bounds import out_of_bounds
 from fm_distill.config.choices import not_a_choice
@@ -52,6 +54,7 @@ def problems(config: Config) -> Iterator[str]:
     yield from not_a_choice("memory.rematerialise", config.memory.rematerialise, REMATERIALISE)
     wrong_student = list(wrong_network("student", config.student))
     yield from wrong_student or _wrong_pruning(config.student)
+    yield from () if wrong_student else _wrong_final_statistics(config.student)
     yield from wrong_teachers(config)
     yield from _wrong_teaching(config)
     yield from _wrong_long_tail(config.data)
@@ -116,6 +119,19 @@ def _wrong_pruning(student: StudentConfig) -> Iterator[str]:
             pruned_network(resolve(only_network(student)), pruning)
         except ValueError as error:
             yield f"student: {error}"
+
+
+def _wrong_final_statistics(student: StudentConfig) -> Iterator[str]:
+    """Of a student whose network is right."""
+    if student.final_statistics == "kept":
+        return
+    network = build_network(student, 2, jnp.dtype("float32"))
+    variables = jax.eval_shape(network.init, jax.eval_shape(lambda: jax.random.key(0)))
+    if not jax.tree.leaves(variables.statistics):
+        yield (
+            f"student.final_statistics={student.final_statistics} is for a student with BatchNorm, "
+            f"and {student.model} as configured has none; leave it out"
+        )
 
 
 def _zeros_stay(student: StudentConfig) -> bool:
@@ -187,7 +203,9 @@ def _wrong_views(config: Config) -> Iterator[str]:
         ("resolution_points", views.resolution_points, float("inf")),
         ("mixup_strength_points", views.mixup_strength_points, 1.0),
     ):
-        yield from _wrong_points(f"views.{name}", points, greatest, views.period_steps)
+        yield from _wrong_points(f"views.{name}", points, greatest)
+    if views.period_steps is not None:
+        yield from points_after(views, views.period_steps, "views.period_steps")
     if any(area <= 0 for _, area in views.smallest_area_points):
         yield "views.smallest_area_points: a crop has an area; expected more than 0"
     if any(pixels < 1 for _, pixels in views.resolution_points):
@@ -217,16 +235,28 @@ def _wrong_fourier(config: Config) -> Iterator[str]:
         )
 
 
+def points_after(views: ViewConfig, period: int, option: str) -> Iterator[str]:
+    """A sentence for each curriculum that views which repeat after `period` steps would cut off.
+
+    They repeat so by `option`.
+    """
+    for name, points in (
+        ("smallest_area_points", views.smallest_area_points),
+        ("resolution_points", views.resolution_points),
+        ("mixup_strength_points", views.mixup_strength_points),
+    ):
+        if points and points[-1][0] >= period:
+            yield (
+                f"views.{name} go to step {points[-1][0]:,}, and the views repeat after {period:,} "
+                f"steps ({option}); end before it, or leave out one of them"
+            )
+
+
 def _wrong_points(
-    option: str, points: tuple[tuple[int, float], ...], greatest: float, period: int | None
+    option: str, points: tuple[tuple[int, float], ...], greatest: float
 ) -> Iterator[str]:
     steps = [step for step, _ in points]
     if sorted(set(steps)) != steps or any(step < 0 for step in steps):
         yield f"{option}: the steps have to rise from 0 or more; got {steps}"
     if any(not 0 <= value <= greatest for _, value in points):
         yield f"{option}: expected values from 0 to {greatest:g}; got {[y for _, y in points]}"
-    if period is not None and steps and steps[-1] >= period:
-        yield (
-            f"{option} go to step {steps[-1]:,}, and the views repeat after views.period_steps="
-            f"{period:,}; end before it, or leave out one of them"
-        )

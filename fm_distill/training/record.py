@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from fm_distill.config import Config, NetworkConfig
-from fm_distill.config.resolved import ResolvedRun
+from fm_distill.config.steps import total_steps
 from fm_distill.config.teachers import recording_of, teachers_of
 from fm_distill.data.feeding import Reader
 from fm_distill.data.splits import open_data
@@ -23,7 +23,12 @@ from fm_distill.errors import UserError
 from fm_distill.models import build_network
 from fm_distill.models import resolve as resolve_network
 from fm_distill.networks.loading import load_networks
-from fm_distill.recordings.header import RecordedTap, RecordingHeader, header_differences
+from fm_distill.recordings.header import (
+    RecordedTap,
+    RecordingHeader,
+    header_differences,
+    rendered,
+)
 from fm_distill.recordings.manifest import Recording, is_recording, open_recording, present
 from fm_distill.recordings.rows import RowType
 from fm_distill.recordings.writing import step_bytes
@@ -74,6 +79,14 @@ def record(
     data, warnings = open_data(config)
     for warning in warnings:
         log(warning)
+    # What is known without the teachers comes before the training of one.
+    total = total_steps(config, len(data.train))
+    first, last = _range(steps, min(config.views.period_steps or total, total))
+    _check_top_k(top_k, data.train.classes)
+    if is_recording(folder) and (
+        differ := header_differences(open_recording(folder).header, rendered(config))
+    ):
+        raise _another(folder, differ)
     with _locked(folder):
         if not train_teachers(config, folder, stop):
             reason = stop.reason() or "its teacher is not complete"
@@ -84,13 +97,9 @@ def record(
         resolved = resolve(config, data.facts, facts, layout)
         for note in networks.notes:
             log(note)
-        if top_k is not None and top_k >= resolved.classes:
-            raise UserError(
-                f"--top-k is {top_k}; expected less than the {resolved.classes} classes"
-            )
+        _check_top_k(top_k, resolved.classes)
         features = _taps(resolved.teachers[0], resolved.classes, taps)
         header = make_header(config, resolved, dtype, top_k, features)
-        first, last = _range(steps, resolved)
         before = _before(folder, header)
         missing = before.missing(first, last)
         count = sum(b - a for a, b in missing)
@@ -161,8 +170,12 @@ def _taps(teacher: NetworkConfig, classes: int, taps: tuple[str, ...]) -> tuple[
     return tuple(RecordedTap(x, channels(x)) for x in sorted({*taps}))
 
 
-def _range(steps: tuple[int, int | None], resolved: ResolvedRun) -> tuple[int, int]:
-    most = resolved.period_steps or resolved.total_steps
+def _check_top_k(top_k: int | None, classes: int | None) -> None:
+    if top_k is not None and classes is not None and top_k >= classes:
+        raise UserError(f"--top-k is {top_k}; expected less than the {classes} classes")
+
+
+def _range(steps: tuple[int, int | None], most: int) -> tuple[int, int]:
     first, last = steps[0], most if steps[1] is None else steps[1]
     if not 0 <= first < last <= most:
         raise UserError(f"--steps is {first}:{last}; expected a range within 0:{most}")
@@ -176,12 +189,16 @@ def _before(folder: pathlib.Path, header: RecordingHeader) -> Recording:
     found = open_recording(folder)
     if found.header.identity != header.identity:
         now = {x: y for x, y in vars(header).items() if x not in ("golden", "format", "code_files")}
-        raise UserError(
-            f"{folder} holds another recording:\n  "
-            + "\n  ".join(header_differences(found.header, now))
-            + "\nchoose another --to, or give these values"
-        )
+        raise _another(folder, header_differences(found.header, now))
     return present(found)
+
+
+def _another(folder: pathlib.Path, differ: list[str]) -> UserError:
+    return UserError(
+        f"{folder} holds another recording:\n  "
+        + "\n  ".join(differ)
+        + "\nchoose another --to, or give these values"
+    )
 
 
 def _check_space(folder: pathlib.Path, needed: int) -> None:

@@ -1,5 +1,7 @@
 """Whether a recording holds what the teachers would answer to the views of this run."""
 
+import dataclasses
+import pathlib
 from collections.abc import Callable
 
 import jax
@@ -24,17 +26,21 @@ from fm_distill.recordings.header import (
     header_differences,
     rendered,
 )
-from fm_distill.recordings.manifest import Recording, open_recording, present
+from fm_distill.recordings.manifest import Recording, open_recording, present, read_manifests
 from fm_distill.recordings.reading import RecordingReader
 from fm_distill.recordings.rows import RowType
-from fm_distill.recordings.view_digest import same_views, view_digests
+from fm_distill.recordings.view_digest import COEFFICIENT_STEP, same_views, view_digests
+from fm_distill.runs.remote import fetch_recording, is_remote, recording_in
+from fm_distill.runs.workdir import Workdir
+from fm_distill.system.processes import broadcast_from_first, first_process
 from fm_distill.views.draws import Draw, run_keys, step_draws
 
 CHECKED_STEPS = 3  # the first one and some others, drawn by the seed
-GOLDEN_VIEWS = 64
+# Of the images whose views show that a random number generator is the same.
+GOLDEN_SIZES = np.stack([100 + np.arange(64), 163 - np.arange(64)], axis=1).astype(np.int32)
 
-# `(step, sizes) -> digests`, a row each.
-Digests = Callable[[int, Int32[np.ndarray, "batch 2"]], UInt64[np.ndarray, " batch"]]
+# `(step, sizes) -> draw`, of a row each.
+Draws = Callable[[int, Int32[np.ndarray, "batch 2"]], Draw]
 
 
 def make_header(
@@ -82,7 +88,35 @@ def refuse_another_recording(config: Config) -> None:
     path = recording_of(config)
     if path is None:
         return _refuse_functions(config)
-    header = open_recording(path).header
+    if not is_remote(path):  # one at a URL is compared when its manifests are here
+        _refuse_header(config, open_recording(path).header, path)
+
+
+def with_recording_here(config: Config, workdir: Workdir) -> Config:
+    """`config` with the copy of a recording that lies at a URL, which is fetched into `workdir`.
+
+    A run that has begun goes on with the copy that it has. Raises `UserError` where the recording
+    is of another run, before the rest of it is fetched.
+    """
+    url = recording_of(config)
+    if config.teacher is None or url is None or not is_remote(url):
+        return config
+    copy = recording_in(workdir.path)
+
+    def check(manifests: pathlib.Path) -> None:
+        _refuse_header(config, read_manifests(manifests)[0], url)
+
+    if first_process() and not (workdir.has_config() and copy.exists()):
+        fetch_recording(url, workdir.path, check)
+    broadcast_from_first(0)  # the others wait until it is there
+    here = dataclasses.replace(
+        config, teacher=dataclasses.replace(config.teacher, recording=str(copy))
+    )
+    refuse_another_recording(here)
+    return here
+
+
+def _refuse_header(config: Config, header: RecordingHeader, place: str) -> None:
     differ = header_differences(header, rendered(config))
     objective = config.objective
     if header.top_k is not None:
@@ -117,7 +151,7 @@ def refuse_another_recording(config: Config) -> None:
     differ += _missing_taps(objective, header)
     if differ:
         raise UserError(
-            f"the recording in {path} is of another run:\n  "
+            f"the recording in {place} is of another run:\n  "
             + "\n  ".join(differ)
             + "\ngive these values, or record this run with `fm-distill record`"
         )
@@ -167,11 +201,9 @@ def check_recording(
             f"{_called(resolved.target_images)} (their contents, not their place); use the same "
             "views.fourier.folder, or record this run"
         )
-    golden = (
-        np.array([int(x, 16) for x in y], np.uint64)
-        for y in (header.golden, golden_digests(config))
-    )
-    if not same_views(*golden):
+    draws = make_draws(config)
+    golden = np.array([int(x, 16) for x in header.golden], np.uint64)
+    if not _same(golden, draws(0, GOLDEN_SIZES)):
         raise UserError(
             f"the views of the recording in {path} were drawn by another version of JAX or of "
             "fm-distill, which draws others from the same keys; its manifest names the versions"
@@ -183,11 +215,11 @@ def check_recording(
             f"{missing[0].name}; bring them back from a copy, or run `fm-distill record` again"
         )
     taps = features_of(config.objective)[1]
-    steps, digests = RecordingReader(recording, period, taps), make_digests(config)
+    steps = RecordingReader(recording, period, taps)
     for step in checked_steps(config, period):
         found = steps.at(step)
         sizes = np.stack([reader[int(i)]["size"] for i in found.examples[0]])
-        if not same_views(found.views[0], digests(step, sizes)):
+        if not _same(found.views[0], draws(step, sizes)):
             raise UserError(
                 f"the views of step {step:,} are not those of the recording in {path}: its images "
                 "or their sizes are others; use the data of the recording, or record these"
@@ -206,15 +238,27 @@ def checked_steps(config: Config, period: int) -> list[int]:
     return sorted({0, *map(int, others)})
 
 
-def make_digests(config: Config) -> Digests:
-    """The digests of what the teachers see in a step of images of these sizes, compiled once."""
+def _same(recorded: UInt64[np.ndarray, " batch"], draw: Draw) -> bool:
+    """Whether these are digests of `draw`, up to the rounding of another device.
+
+    A coefficient at the border of two steps may be that of all rows.
+    """
+    if draw.coefficients is None:
+        return same_views(recorded, digests_of_draw(draw))
+    near = (0.0, -COEFFICIENT_STEP / 4, COEFFICIENT_STEP / 4)
+    draws = (dataclasses.replace(draw, coefficients=draw.coefficients + x) for x in near)
+    return any(same_views(recorded, digests_of_draw(x)) for x in draws)
+
+
+def make_draws(config: Config) -> Draws:
+    """What the teachers see in a step of images of these sizes; compiled once."""
     law = regime_of(config.objective.target, config.teaching).views
 
     @jax.jit
     def drawn(step: Int[jax.Array, ""], sizes: Int32[jax.Array, "batch 2"]) -> Draw:
         return step_draws(law, run_keys(config.seed).draws, step, sizes, config.views).teacher
 
-    return lambda step, sizes: digests_of_draw(jax.device_get(drawn(jnp.int32(step), sizes)))
+    return lambda step, sizes: jax.device_get(drawn(jnp.int32(step), sizes))
 
 
 def digests_of_draw(draw: Draw) -> UInt64[np.ndarray, "..."]:
@@ -223,9 +267,8 @@ def digests_of_draw(draw: Draw) -> UInt64[np.ndarray, "..."]:
 
 def golden_digests(config: Config) -> tuple[str, ...]:
     """Digests of draws from the seed, which another random number generator would not give."""
-    side = 100 + np.arange(GOLDEN_VIEWS)
-    sizes = np.stack([side, side[::-1]], axis=1).astype(np.int32)
-    return tuple(f"{x:016x}" for x in make_digests(config)(0, sizes).tolist())
+    digests = digests_of_draw(make_draws(config)(0, GOLDEN_SIZES))
+    return tuple(f"{x:016x}" for x in digests.tolist())
 
 
 def repeated(resolved: ResolvedRun, batch_size: int) -> list[str]:

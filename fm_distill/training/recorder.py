@@ -120,8 +120,9 @@ class Recorder:
         with (
             contextlib.closing(steps_progress(self.config.name, count, 0, True)) as bar,
             contextlib.closing(ManifestWriter(folder, self.header, session)) as manifest,
+            # Where a teacher fails, the steps before are kept.
+            contextlib.closing(ShardWriter(folder, manifest, self.header, stop)) as writer,
         ):
-            writer = ShardWriter(folder, manifest, self.header, stop)
             for first, last in missing:
                 late = None
                 for step, examples, fed in self._passes(first, last):

@@ -22,6 +22,7 @@ from fm_distill.runs.workdir import Workdir
 from fm_distill.system.foreign_code import code_files
 from fm_distill.system.references import is_reference, load_reference
 from fm_distill.system.sharding import Layout, make_layout
+from fm_distill.training.check import points_after
 from fm_distill.training.input_moments import adapted
 from fm_distill.weights.card import only_network
 from fm_distill.weights.hub import PREFIX
@@ -172,6 +173,8 @@ def _period_steps(config: Config, total: int, recording: RecordingFacts | None) 
                 f"record what is missing with `fm-distill record`{shorter}"
             )
         period = min(period, steps)
+        if period < total and (late := list(points_after(config.views, period, recording.path))):
+            raise UserError(late[0])
     return period if period < total else None
 
 

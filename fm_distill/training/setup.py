@@ -21,7 +21,6 @@ from fm_distill.data.resident import ResidentFeed, feeding_note
 from fm_distill.data.sources import Source
 from fm_distill.data.splits import Data
 from fm_distill.data.target_images import spectra_note, spectra_on_devices
-from fm_distill.errors import UserError
 from fm_distill.evaluation.evaluate import Evaluator
 from fm_distill.models import Variables
 from fm_distill.networks.batch_statistics import with_central_statistics
@@ -204,13 +203,6 @@ def prepare(
     returns what is worth saying.
     """
     built = build(config, resolved)
-    if config.student.final_statistics != "kept" and not jax.tree.leaves(
-        built.abstract_state.student.statistics
-    ):
-        raise UserError(
-            f"student.final_statistics={config.student.final_statistics} is for a student with "
-            f"BatchNorm, and {config.student.model} as configured has none; leave it out"
-        )
     keys = keys_on_devices(config, layout, spectra_on_devices(config, resolved, layout))
     inputs = open_inputs(config, resolved, built, data, networks, layout, folder, keys.draws)
     reader, teachers = inputs.reader, inputs.teachers

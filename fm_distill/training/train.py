@@ -28,7 +28,6 @@ from fm_distill.runs.integrity import (
     newest_valid,
 )
 from fm_distill.runs.metrics import MetricsWriter
-from fm_distill.runs.remote import fetch_recording, is_remote, recording_in
 from fm_distill.runs.state import TrainState
 from fm_distill.runs.workdir import Workdir
 from fm_distill.system.console import log
@@ -40,7 +39,7 @@ from fm_distill.training.check import check
 from fm_distill.training.experiment import check_chain, load_experiment
 from fm_distill.training.input_moments import adapted
 from fm_distill.training.loop import Loop
-from fm_distill.training.recorded import refuse_another_recording
+from fm_distill.training.recorded import refuse_another_recording, with_recording_here
 from fm_distill.training.reporter import Reporter, introduce, progress_bar
 from fm_distill.training.resolve import resolve
 from fm_distill.training.resume import accept, first_state
@@ -100,7 +99,6 @@ def train_until(
         return complete
     if recording_of(config) is None:
         check_chain(config)
-    config = _with_recording_here(config, workdir)
     refuse_another_recording(config)
     layout = make_layout(config.mesh)
     check_batch_size(config, layout)
@@ -115,6 +113,7 @@ def train_until(
                 "the schedule; give a longer one"
             )
         _log_all(warnings)
+        config = with_recording_here(config, workdir)
         with stop.recorded(lambda why: workdir.set_status("paused", done, steps, why)):
             if not train_teachers(config, workdir.path, stop):
                 reason = stop.reason() or "its teacher is not complete"
@@ -140,18 +139,6 @@ def train_until(
             "processes": jax.process_count(),
         }
         return _run(setup, workdir, stop, metadata, keep)
-
-
-def _with_recording_here(config: Config, workdir: Workdir) -> Config:
-    """`config` with a recording that is a path, if it has one."""
-    url = recording_of(config)
-    if config.teacher is None or url is None or not is_remote(url):
-        return config
-    if first_process():
-        fetch_recording(url, workdir.path)
-    broadcast_from_first(0)  # the others wait until it is there
-    here = dataclasses.replace(config.teacher, recording=str(recording_in(workdir.path)))
-    return dataclasses.replace(config, teacher=here)
 
 
 def _log_all(lines: list[str]) -> None:
