@@ -33,7 +33,7 @@ from fm_distill.system.sharding import make_layout
 from fm_distill.training.check import check
 from fm_distill.training.train import train
 from fm_distill.views.draws import TARGETS, ViewRoot, draw, step_draws
-from fm_distill.views.fourier import adapted
+from fm_distill.views.fourier import with_amplitudes
 from fm_distill.views.rendering import InputSpec, render
 
 KEY = jax.random.key(11)
@@ -80,7 +80,7 @@ def amplitudes(targets: np.ndarray, beta: float) -> jnp.ndarray:
 
 
 def fourier(sources: np.ndarray, targets: np.ndarray, beta: float) -> np.ndarray:
-    return np.asarray(adapted(jnp.asarray(sources, jnp.float32), amplitudes(targets, beta)))
+    return np.asarray(with_amplitudes(jnp.asarray(sources, jnp.float32), amplitudes(targets, beta)))
 
 
 @pytest.mark.parametrize(
@@ -132,13 +132,13 @@ def test_both_networks_have_the_same_target_and_nothing_else_is_drawn_otherwise(
     off = step_draws(law, ViewRoot(KEY), 3, SIZES, ViewConfig())
     on = step_draws(law, ViewRoot(KEY), 3, SIZES, ViewConfig(fourier=ON))
     for before, now in zip(off[:2], on[:2], strict=True):
-        assert before.targets is None
-        again = dataclasses.replace(now, targets=None)
+        assert before.target_images is None
+        again = dataclasses.replace(now, target_images=None)
         jax.tree.map(np.testing.assert_array_equal, before, again)
-        np.testing.assert_array_equal(now.targets, on.student.targets)
+        np.testing.assert_array_equal(now.target_images, on.student.target_images)
     assert np.array_equal(on.student.boxes, on.teacher.boxes) == (law != "independent")
     other = step_draws(law, ViewRoot(KEY), 4, SIZES, ViewConfig(fourier=ON))
-    assert not np.array_equal(other.student.targets, on.student.targets)
+    assert not np.array_equal(other.student.target_images, on.student.target_images)
 
 
 def test_targets_have_a_key_of_their_own():
@@ -152,7 +152,7 @@ def test_targets_have_a_key_of_their_own():
 def test_targets_are_uniform_and_as_many_views_as_asked_for_are_adapted():
     config = ViewConfig(fourier=dataclasses.replace(ON, probability=0.25))
     sizes = jnp.full((8192, 2), 24)
-    targets = np.asarray(step_draws("mixed", ViewRoot(KEY), 0, sizes, config).student.targets)
+    targets = np.asarray(step_draws("mixed", ViewRoot(KEY), 0, sizes, config).student.target_images)
     chosen = targets[targets >= 0]
     assert len(chosen) / len(targets) == pytest.approx(0.25, abs=0.02)
     np.testing.assert_allclose(np.bincount(chosen % 5) / len(chosen), 0.2, atol=0.04)
@@ -170,7 +170,7 @@ def test_evaluation_never_sees_it():
         for x in (FourierConfig(), ON)
     )
     jax.tree.map(np.testing.assert_array_equal, usual.views, on.views)
-    assert draw(KEY, SIZES, ViewConfig(fourier=ON)).targets is None
+    assert draw(KEY, SIZES, ViewConfig(fourier=ON)).target_images is None
 
 
 def grey(view: np.ndarray, input_spec: InputSpec) -> np.ndarray:
@@ -206,13 +206,13 @@ def test_teacher_and_student_see_the_authors_pictures_on_one_device_and_on_eight
         assert "all-gather" not in compiled.as_text()  # no picture goes from device to device
         seen.append(jax.device_get(compiled(*put)))
     drawn = seen[0][0]
-    assert {*(drawn.targets % 3)[drawn.targets >= 0].tolist()} == {0, 1, 2}
-    assert 0 < (drawn.targets < 0).sum() < 16
-    plain = jax.tree.map(jnp.asarray, dataclasses.replace(drawn, targets=None))
+    assert {*(drawn.target_images % 3)[drawn.target_images >= 0].tolist()} == {0, 1, 2}
+    assert 0 < (drawn.target_images < 0).sum() < 16
+    plain = jax.tree.map(jnp.asarray, dataclasses.replace(drawn, target_images=None))
     for spec, one, eight in zip(specs, seen[0][1:], seen[1][1:], strict=True):
         floats = InputSpec(spec.resolution, "zero_one")
         expected = grey(render(plain, jnp.asarray(batch.canvases), floats), floats)
-        for row, target in enumerate(drawn.targets):
+        for row, target in enumerate(drawn.target_images):
             if target >= 0:
                 image = images[target % 3].resize((spec.resolution,) * 2, BILINEAR)
                 adapted_row = authors(expected[row], np.asarray(image), ON.beta)

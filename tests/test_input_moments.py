@@ -46,7 +46,7 @@ from fm_distill.runs.workdir import Workdir
 from fm_distill.system.preemption import Stop
 from fm_distill.training import input_moments
 from fm_distill.training.check import check
-from fm_distill.training.input_moments import adapted
+from fm_distill.training.input_moments import with_input_moments
 from fm_distill.training.record import record
 from fm_distill.training.resolve import resolve_here
 from fm_distill.training.train import train
@@ -108,7 +108,7 @@ def student_of(config: Config, folder) -> NetworkConfig:
     """The student as a new run in `folder` resolves it."""
     data, _ = open_data(config)
     networks = load_networks(config, folder, data.train.classes, data.train.class_names)
-    return adapted(networks, config, data.train, None).student
+    return with_input_moments(networks, config, data.train, None).student
 
 
 def no_pass(monkeypatch) -> None:

@@ -16,7 +16,7 @@ def view_digests(
     flips: Bool[np.ndarray, "*rows"],
     coefficients: Float[np.ndarray, "*rows"] | None,
     partners: Int[np.ndarray, "*rows"] | None,
-    targets: Int[np.ndarray, "*rows"] | None = None,
+    target_images: Int[np.ndarray, "*rows"] | None = None,
 ) -> UInt64[np.ndarray, "*rows"]:
     """64 bits of each row's box, flip, mixup coefficient, partner and target image."""
     columns = [np.rint(boxes[..., i] / BOX_STEP) for i in range(4)]
@@ -25,8 +25,8 @@ def view_digests(
         columns.append(np.rint(coefficients / COEFFICIENT_STEP))
     if partners is not None:
         columns.append(partners)
-    if targets is not None:
-        columns.append(targets)
+    if target_images is not None:
+        columns.append(target_images)
     state = np.zeros(flips.shape, np.uint64)
     with np.errstate(over="ignore"):
         for column in columns:

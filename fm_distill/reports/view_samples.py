@@ -127,7 +127,7 @@ def _part(drawn: Draw, shown: np.ndarray, rows: int) -> Draw:
     """The draw of `shown`: `rows` examples, and then the partner of each."""
     behind = jnp.arange(rows, 2 * rows)
     boxes, flips = drawn.boxes[shown], drawn.flips[shown]
-    targets = None if drawn.targets is None else drawn.targets[shown]
+    targets = None if drawn.target_images is None else drawn.target_images[shown]
     if drawn.coefficients is None:
         return Draw(boxes, flips, None, None, drawn.resolution, targets)
     partners = jnp.concatenate([behind, behind])

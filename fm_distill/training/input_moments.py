@@ -38,7 +38,7 @@ def wrong_moments(option: str, network: NetworkConfig) -> Iterator[str]:
         )
 
 
-def adapted(
+def with_input_moments(
     networks: Networks, config: Config, train: Source, stored: NetworkConfig | None
 ) -> Networks:
     """`networks` with the student's moments where its range is `adapt` and nothing gave them yet.

@@ -262,7 +262,9 @@ def make_draws(config: Config) -> Draws:
 
 
 def digests_of_draw(draw: Draw) -> UInt64[np.ndarray, "..."]:
-    return view_digests(draw.boxes, draw.flips, draw.coefficients, draw.partners, draw.targets)
+    return view_digests(
+        draw.boxes, draw.flips, draw.coefficients, draw.partners, draw.target_images
+    )
 
 
 def golden_digests(config: Config) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from fm_distill.system.foreign_code import code_files
 from fm_distill.system.references import is_reference, load_reference
 from fm_distill.system.sharding import Layout, make_layout
 from fm_distill.training.check import points_after
-from fm_distill.training.input_moments import adapted
+from fm_distill.training.input_moments import with_input_moments
 from fm_distill.weights.card import only_network
 from fm_distill.weights.hub import PREFIX
 
@@ -136,7 +136,9 @@ def resolve_here(config: Config, workdir: pathlib.Path) -> ResolvedRun:
             "student.pruning.criterion=taylor chooses channels by the gradient of the first "
             "batches, which only `train` computes; `show` does not"
         )
-    networks = adapted(networks, config, data.train, _stored_student(config, workdir, data))
+    networks = with_input_moments(
+        networks, config, data.train, _stored_student(config, workdir, data)
+    )
     return resolve(config, data.facts, networks.facts, layout)
 
 

@@ -37,7 +37,7 @@ from fm_distill.system.sharding import check_batch_size, make_layout
 from fm_distill.training.channels import decided_networks
 from fm_distill.training.check import check
 from fm_distill.training.experiment import check_chain, load_experiment
-from fm_distill.training.input_moments import adapted
+from fm_distill.training.input_moments import with_input_moments
 from fm_distill.training.loop import Loop
 from fm_distill.training.recorded import refuse_another_recording, with_recording_here
 from fm_distill.training.reporter import Reporter, introduce, progress_bar
@@ -121,7 +121,7 @@ def train_until(
                 return Result(False, done, steps, workdir.path, None, reason)
         networks = load_networks(config, workdir.path, data.train.classes, data.train.class_names)
         before = workdir.stored().resolved.student if workdir.has_config() else None
-        networks = adapted(networks, config, data.train, before)
+        networks = with_input_moments(networks, config, data.train, before)
         networks = decided_networks(config, networks, data, layout, workdir.path)
         resolved = resolve(config, data.facts, networks.facts, layout)
         workdir.refuse_other_contents(resolved)

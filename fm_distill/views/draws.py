@@ -35,7 +35,7 @@ class Draw:
     resolution: Float[AnyArray, ""] | None = None
     # The target image whose low frequencies each example gets, modulo their number; below 0 it
     # keeps its own. None: all do.
-    targets: Int[AnyArray, " batch"] | None = None
+    target_images: Int[AnyArray, " batch"] | None = None
 
 
 class StepDraws(NamedTuple):
@@ -144,21 +144,23 @@ def step_draws(
     """
     key = jax.random.fold_in(root.key, step)
     student, teacher, shared = VIEW_LAWS[law](key, sizes, config, step)
-    targets = _targets(jax.random.fold_in(key, TARGETS), sizes.shape[0], config)
+    target_images = _target_images(jax.random.fold_in(key, TARGETS), sizes.shape[0], config)
     return StepDraws(
-        dataclasses.replace(student, targets=targets),
-        dataclasses.replace(teacher, targets=targets),
+        dataclasses.replace(student, target_images=target_images),
+        dataclasses.replace(teacher, target_images=target_images),
         shared,
     )
 
 
-def _targets(key: PRNGKeyArray, batch: int, config: ViewConfig) -> Int[Array, " batch"] | None:
+def _target_images(
+    key: PRNGKeyArray, batch: int, config: ViewConfig
+) -> Int[Array, " batch"] | None:
     if config.fourier.folder is None:
         return None
     target_key, adapted_key = jax.random.split(key)
-    targets = jax.random.randint(target_key, (batch,), 0, jnp.iinfo(jnp.int32).max)
+    images = jax.random.randint(target_key, (batch,), 0, jnp.iinfo(jnp.int32).max)
     adapted = jax.random.uniform(adapted_key, (batch,)) < config.fourier.probability
-    return jnp.where(adapted, targets, -1)
+    return jnp.where(adapted, images, -1)
 
 
 def mix(draw: Draw, values: Float[Array, "batch ..."]) -> Float[Array, "batch ..."]:

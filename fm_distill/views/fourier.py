@@ -31,7 +31,7 @@ def square_start(rows: int, side: int) -> int:
     return side // 2 - rows // 2
 
 
-def adapted(pixels: Pictures, amplitudes: Float[Array, "batch rows rows 3"]) -> Pictures:
+def with_amplitudes(pixels: Pictures, amplitudes: Float[Array, "batch rows rows 3"]) -> Pictures:
     """`pixels` with these amplitudes at low frequencies, and their own phases everywhere.
 
     On uint8's scale and within it: unlike the authors', who leave what the inverse transform

@@ -10,7 +10,7 @@ from fm_distill.config import NetworkConfig, ViewConfig
 from fm_distill.errors import UserError
 from fm_distill.views.crops import Sizes
 from fm_distill.views.draws import Draw, mix
-from fm_distill.views.fourier import Spectra, adapted
+from fm_distill.views.fourier import Spectra, with_amplitudes
 from fm_distill.views.sampling import Canvases, Pictures, sample, sample_area, sample_reduced
 
 # (mean, deviation) of the input ranges on uint8's scale; ImageNet's are torchvision's, times 255.
@@ -96,13 +96,13 @@ def render(
             lambda: sample_reduced(canvases, draw.boxes, draw.flips, resolution, fewer),
             whole,
         )
-    if draw.targets is not None:
+    if draw.target_images is not None:
         if spectra is None:
             raise ValueError("the draw has target images, and render got no spectra of them")
-        of_targets = spectra[resolution]
-        chosen = jnp.asarray(of_targets)[draw.targets % len(of_targets)]
-        kept = (draw.targets < 0)[:, None, None, None]
-        pixels = jnp.where(kept, pixels, adapted(pixels, chosen))
+        of_images = spectra[resolution]
+        chosen = jnp.asarray(of_images)[draw.target_images % len(of_images)]
+        kept = (draw.target_images < 0)[:, None, None, None]
+        pixels = jnp.where(kept, pixels, with_amplitudes(pixels, chosen))
     return mix(draw, normalise(pixels, input_spec))
 
 
