@@ -25,6 +25,7 @@ from fm_distill.exporting import litert_conversion
 from fm_distill.exporting.function import BatchSize, Function, Pixels, Quantise, Runtime
 from fm_distill.exporting.litert_quantisation import steps_of
 from fm_distill.exporting.litert_steps import Step
+from fm_distill.system.files import DAMAGED_ARCHIVE
 
 SUFFIX = ".tflite"
 CARD, LABELS, DIGEST = "card.json", "labels.txt", "flatbuffer.sha256"
@@ -173,7 +174,7 @@ def read_model(path: pathlib.Path) -> tuple[bytes, str]:
             card, digest = archive.read(CARD).decode(), archive.read(DIGEST).decode()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error}") from None
-    except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except DAMAGED_ARCHIVE as error:
         raise UserError(
             f"{path} has no card of fm-distill, or was damaged ({error}); expected a file that "
             "`fm-distill export` wrote"

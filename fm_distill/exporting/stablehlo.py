@@ -16,6 +16,7 @@ from jax import export
 from fm_distill.errors import UserError
 from fm_distill.exporting.function import BatchSize, Function, Runtime
 from fm_distill.exporting.operations import operations_in
+from fm_distill.system.files import DAMAGED_ARCHIVE
 
 SUFFIX = ".stablehlo"
 FUNCTION = "function.jax_export"
@@ -88,7 +89,7 @@ def read_archive(path: pathlib.Path) -> tuple[bytes, str]:
             f"{path} has no {FUNCTION} with a {CARD}; expected a file that `fm-distill export` "
             "wrote"
         ) from None
-    except (zipfile.BadZipFile, EOFError, UnicodeDecodeError) as error:
+    except DAMAGED_ARCHIVE as error:
         raise UserError(
             f"{path} is no {SUFFIX} file of `fm-distill export`, or was damaged ({error}); export "
             "it again"

@@ -8,8 +8,6 @@ of the loss in the weights of a channel.
 
 import json
 import pathlib
-import zipfile
-import zlib
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +16,7 @@ from jaxtyping import Array, Float, PyTree
 from fm_distill.array_tree import AnyArray
 from fm_distill.config import NetworkConfig
 from fm_distill.models import ChannelAxis, InnerChannels, Variables, build_network
-from fm_distill.system.files import replacing
+from fm_distill.system.files import DAMAGED_ARCHIVE, replacing
 from fm_distill.weights.names import leaves_by_path
 
 FLOAT32 = jnp.dtype("float32")
@@ -125,7 +123,7 @@ def read_scores(path: pathlib.Path, blocks: tuple[InnerChannels, ...]) -> Scores
     try:
         with np.load(path, allow_pickle=False) as archive:
             values, places = archive["scores"], str(archive["places"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+    except (OSError, *DAMAGED_ARCHIVE):
         return None
     widths = [x.width for x in blocks for _ in x.places]
     if places != _places(blocks) or values.shape != (sum(widths),):

@@ -1,11 +1,26 @@
-"""Files that are written completely or not at all, and locks that a crash frees."""
+"""Files that are written completely or not at all, damaged archives, and locks."""
 
 import contextlib
 import fcntl
+import lzma
 import pathlib
 import time
+import zipfile
+import zlib
 from collections.abc import Iterator
 from typing import IO
+
+# What reading a damaged zip archive raises beside OSError. A bit in it says that a member is
+# encrypted (RuntimeError) or stored in a way that is not known (NotImplementedError, one of them).
+DAMAGED_ARCHIVE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    RuntimeError,
+    ValueError,
+    KeyError,
+    EOFError,
+)
 
 
 @contextlib.contextmanager

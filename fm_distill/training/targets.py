@@ -9,8 +9,6 @@ import functools
 import json
 import math
 import pathlib
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -29,7 +27,7 @@ from fm_distill.models import Variables
 from fm_distill.networks.branch import Branch, render_central_views, render_views, teacher_outputs
 from fm_distill.objectives.ensemble import combine
 from fm_distill.system.console import progress
-from fm_distill.system.files import replacing
+from fm_distill.system.files import DAMAGED_ARCHIVE, replacing
 from fm_distill.system.processes import first_process
 from fm_distill.system.sharding import Layout
 from fm_distill.views.draws import draw
@@ -132,7 +130,7 @@ def _read(kept: pathlib.Path, identity: dict[str, Any]) -> Targets | None:
         with np.load(kept, allow_pickle=False) as archive:
             targets = archive["targets"]
             stored = json.loads(str(archive["identity"])) if "identity" in archive else {}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+    except (OSError, *DAMAGED_ARCHIVE):
         return None
     if stored != identity:
         differ = [name for name in identity if stored.get(name) != identity[name]]

@@ -11,13 +11,13 @@ import json
 import pathlib
 import re
 import zipfile
-import zlib
 from typing import Any, Literal
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from fm_distill.errors import UserError
+from fm_distill.system.files import DAMAGED_ARCHIVE
 from fm_distill.weights.card import CARD_KEY, Card, card_from_json, digest
 from fm_distill.weights.hub import CONFIG_FILE, PREFIX, WEIGHTS_FILE, fetch
 from fm_distill.weights.saved_model import read_saved_model
@@ -116,7 +116,7 @@ def _read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
             raise UserError(f"{path} is a zip archive of other things than arrays; {EXPECTED}")
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, *DAMAGED_ARCHIVE) as error:
         if "pickle" in str(error):
             raise UserError(
                 f"{path} holds pickled objects; a pickle can run any code when it is loaded, so "
