@@ -103,6 +103,14 @@ def test_wrong_commands(capsys, arguments, said):
     assert code == 2 and said in out + error
 
 
+@pytest.mark.parametrize("name", ["train", "record", "sweep"])
+def test_hours_that_no_run_fits_in(capsys, tiny, name):
+    """Before what else is wrong, so that nothing is trained."""
+    over = ["--over", "seed:0"] if name == "sweep" else []
+    error = refused(capsys, name, tiny, *over, "--max-hours", "-1")
+    assert "--max-hours is -1.0; expected a number above zero" in error
+
+
 # As the config's classes, which under test are wrapped for their shapes and have other words.
 SETTINGS = """
 import dataclasses

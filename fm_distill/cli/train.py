@@ -126,6 +126,7 @@ def sweep_command(arguments: list[str]) -> int:
     usage = "sweep EXPERIMENT.py --over seed=0,1,2"
     experiment, default, rest = first_experiment(arguments, usage)
     asked = parse_over(_Sweep, default, rest, f"sweep {experiment}")
+    check_hours(asked.max_hours)
     if not asked.over:
         raise UserError("sweep needs what to sweep over: --over seed=0,1,2 optimizer.name=adam,sgd")
 
