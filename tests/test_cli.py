@@ -103,6 +103,27 @@ def test_wrong_commands(capsys, arguments, said):
     assert code == 2 and said in out + error
 
 
+@pytest.mark.parametrize("flag", ["--verbose", "--trust-code"])
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["evaluate", "none.onnx"], 2, "none.onnx cannot be read"),
+        (["profile", "."], 2, ". is not the workdir of a run"),
+        (["status", "."], 2, ". is not the workdir of a run"),
+        (["status", "--help"], 0, "usage: fm-distill status DIR"),
+        (["--help"], 0, "usage: fm-distill COMMAND"),
+    ],
+)
+def test_flags_of_every_command_stand_anywhere(
+    capsys, tmp_path, monkeypatch, flag, arguments, code, said
+):
+    monkeypatch.chdir(tmp_path)
+    for place in range(len(arguments) + 1):
+        given = [*arguments[:place], flag, *arguments[place:]]
+        found, out, error = command(capsys, *given)
+        assert found == code and said in out + error, given
+
+
 @pytest.mark.parametrize("name", ["train", "record", "sweep"])
 def test_hours_that_no_run_fits_in(capsys, tiny, name):
     """Before what else is wrong, so that nothing is trained."""

@@ -22,6 +22,7 @@ from fm_distill.cli.options import (
     first,
     first_experiment,
     first_run,
+    flags_last,
     guarded,
     parse,
     parse_over,
@@ -90,6 +91,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def _dispatch(arguments: list[str]) -> int:
+    arguments = flags_last(arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return EXIT_COMPLETE if arguments else EXIT_WRONG_INPUT

@@ -88,6 +88,11 @@ def guarded(command: Callable[[list[str]], int], arguments: list[str]) -> int:
         raise
 
 
+def flags_last(arguments: list[str]) -> list[str]:
+    """The flags that every command has behind all else: commands look at what comes first."""
+    return sorted(arguments, key=lambda x: x in (VERBOSE, FLAG))
+
+
 def quiet(arguments: list[str]) -> None:
     """Keeps libraries' remarks, which few can act on, out of sight, unless `--verbose` asks."""
     if VERBOSE in arguments:
