@@ -16,8 +16,8 @@ from diagnosed import NEAR, NOTHING_LEARNED, PLANTED, healthy, within
 from gratings import CLASSES
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from test_cli import refused
-from tiny import NETWORK, tiny_config
+from test_cli import command, refused
+from tiny import NETWORK, resolved_run, tiny_config
 
 from fm_distill.config import (
     CanvasConfig,
@@ -39,7 +39,7 @@ from fm_distill.config.serialization import changed
 from fm_distill.diagnosis import causes
 from fm_distill.diagnosis.causes import CAUSES, causes_of
 from fm_distill.diagnosis.data_rules import renamed_accuracy
-from fm_distill.diagnosis.diagnose import as_json, diagnose
+from fm_distill.diagnosis.diagnose import Diagnosis, as_json, diagnose
 from fm_distill.diagnosis.evidence import Cka
 from fm_distill.diagnosis.page import cka_picture, text
 from fm_distill.diagnosis.probes import gradient_products
@@ -48,6 +48,7 @@ from fm_distill.models import Network, Output, Variables
 from fm_distill.networks.batch_statistics import batch_moments
 from fm_distill.networks.branch import Branch
 from fm_distill.runs.open_run import open_run
+from fm_distill.runs.stored_run import describe_run
 from fm_distill.system.preemption import Stop
 from fm_distill.training.record import record
 from fm_distill.training.reporter import Reporter
@@ -258,6 +259,45 @@ def test_what_is_not_there_is_left_out_and_said(healthy_run):
     assert "/gone/gratings.py" in found.evidence.not_examined[0].why
     assert as_json(found)["gradients"] is None
     assert "not examined" in text(found)
+
+
+@pytest.fixture
+def no_checkpoint(tmp_path):
+    """The workdir of a run that has only its config."""
+    run = tmp_path / "run"
+    run.mkdir()
+    tree = describe_run(tiny_config(), resolved_run(tiny_config()), ())
+    (run / "config.json").write_text(json.dumps(tree))
+    return run
+
+
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [
+        ("page.html", "is there already; choose another --out, or give --overwrite"),
+        ("run", "is there already"),
+        ("gone/page.html", "there is no folder"),
+    ],
+)
+def test_the_place_of_the_page_is_checked_before_anything_is_measured(
+    capsys, no_checkpoint, tmp_path, out, said
+):
+    page = tmp_path / "page.html"
+    page.write_text("mine")
+    error = refused(capsys, "diagnose", no_checkpoint, "--out", tmp_path / out)
+    assert said in error and len(error.strip().splitlines()) == 1
+    assert page.read_text() == "mine"
+
+
+def test_a_page_that_cannot_be_written_costs_no_diagnosis(
+    capsys, no_checkpoint, tmp_path, monkeypatch
+):
+    found = Diagnosis("the run", (), healthy())
+    monkeypatch.setattr("fm_distill.diagnosis.diagnose.diagnose", lambda *_: found)
+    (tmp_path / "page.html.tmp").symlink_to("/dev/full")
+    code, out, error = command(capsys, "diagnose", no_checkpoint, "--out", tmp_path / "page.html")
+    assert code == 2 and "page.html cannot be written" in error
+    assert out == text(found) + "\n"
 
 
 @pytest.mark.parametrize(

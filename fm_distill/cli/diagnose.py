@@ -23,14 +23,17 @@ class _Diagnose(OverConfig):
 
 def diagnose_command(arguments: list[str]) -> int:
     from fm_distill.diagnosis.diagnose import as_json, diagnose
-    from fm_distill.diagnosis.page import text, write_page
+    from fm_distill.diagnosis.page import refuse_place, text, write_page
 
     workdir, stored, rest = first_run(arguments, "diagnose DIR")
     asked = parse_over(_Diagnose, stored, rest, f"diagnose {workdir}")
     if asked.examples < 1:
         raise UserError(f"--examples is {asked.examples}; expected 1 or more")
+    if asked.out:
+        refuse_place(asked.out, asked.overwrite)
     found = diagnose(workdir, asked.config, asked.examples)
+    # First, so that it is not lost where the page cannot be written.
+    print(json.dumps(as_json(found)) if asked.json else text(found), flush=True)
     if asked.out:
         write_page(found, asked.out, asked.overwrite)
-    print(json.dumps(as_json(found)) if asked.json else text(found))
     return EXIT_COMPLETE

@@ -102,13 +102,22 @@ def gradient_rows(found: Gradients) -> Rows:
     return rows
 
 
-def write_page(found: Diagnosis, out: str | os.PathLike[str], overwrite: bool) -> pathlib.Path:
-    """The page at `out`, with the table, the figures and the picture of CKA. Raises `UserError`."""
+def refuse_place(out: str | os.PathLike[str], overwrite: bool) -> None:
+    """Raises `UserError` where no page may be written at `out`.
+
+    To be asked before the diagnosis too, which takes minutes.
+    """
     out = pathlib.Path(out)
     if out.is_dir() or (out.exists() and not overwrite):
         raise UserError(f"{out} is there already; choose another --out, or give --overwrite")
     if not out.parent.is_dir():
         raise UserError(f"there is no folder {out.parent} for {out.name}; make it first")
+
+
+def write_page(found: Diagnosis, out: str | os.PathLike[str], overwrite: bool) -> pathlib.Path:
+    """The page at `out`, with the table, the figures and the picture of CKA. Raises `UserError`."""
+    out = pathlib.Path(out)
+    refuse_place(out, overwrite)
     try:
         with replacing(out) as temporary:
             temporary.write_text(page(found))
