@@ -366,6 +366,20 @@ def test_a_corrupt_image_stops_the_run_or_is_skipped(tmp_path):
         assert last["corrupt_images"] >= 1
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_below_standard_output(tmp_path, unbuffered):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "fm_distill", "--help"], cwd=tmp_path, stdout=full,
+            env=command_environment() | {"PYTHONUNBUFFERED": unbuffered},
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == (
+        "fm-distill: the disk or its quota is full; make room, and run the same command again\n"
+    )
+
+
 def test_forked_command_is_like_one_started_anew(tmp_path):
     """`run_command` forks; the same arguments in a new process say and return the same."""
     for arguments in (["status", "nowhere"], ["--help"], ["train", "nothing.py", "--steps", "1"]):

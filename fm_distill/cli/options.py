@@ -62,7 +62,9 @@ def guarded(command: Callable[[list[str]], int], arguments: list[str]) -> int:
     """The exit code of a command; says what went wrong."""
     try:
         with trusted_code(FLAG in arguments):
-            return command(arguments)
+            code = command(arguments)
+        print(end="", flush=True)  # a full disk is met here, and not when Python ends
+        return code
     except UserError as error:
         print(f"fm-distill: {error}", file=sys.stderr)
         return EXIT_WRONG_INPUT
@@ -83,9 +85,18 @@ def guarded(command: Callable[[list[str]], int], arguments: list[str]) -> int:
                 "command again",
                 file=sys.stderr,
             )
+            _drop_output()
             return EXIT_WRONG_INPUT
         print("fm-distill: a fault of ours; please report it with the lines below", file=sys.stderr)
         raise
+
+
+def _drop_output() -> None:
+    """What could not be printed, so that Python does not try again when it ends."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def flags_last(arguments: list[str]) -> list[str]:
