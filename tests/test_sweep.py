@@ -1,10 +1,12 @@
 """A sweep: every combination once, means and spreads, stopped and continued; what it refuses."""
 
 import csv
+import dataclasses
 import json
 import re
 import statistics
 import sys
+import types
 import urllib.parse
 from xml.etree import ElementTree
 
@@ -14,8 +16,9 @@ from conftest import run_command, write_experiment
 from tiny import tiny_config
 
 from fm_distill.cli.options import guarded
-from fm_distill.config import LogConfig, ScheduleConfig
+from fm_distill.config import LogConfig, ObjectiveConfig, ScheduleConfig, TeacherConfig
 from fm_distill.config.serialization import changed
+from fm_distill.config.teachers import teachers_of
 from fm_distill.errors import EXIT_WRONG_INPUT, UserError
 from fm_distill.reports import plots
 from fm_distill.reports.pareto import front, pareto
@@ -186,6 +189,83 @@ def figures(top1, millions, ms=None, teacher=0.9):
         "retention_interval": [top1 / teacher - 0.1, top1 / teacher + 0.05],
         "cost": {"student": cost, "teacher": None, "device": "a clock" if ms else None},
     }
+
+
+@pytest.fixture
+def swept(monkeypatch):
+    """The runs of a sweep, by their folders, as they would be trained."""
+    found = {}
+
+    def train(config, folder, stop):
+        found[folder.name] = config
+        return types.SimpleNamespace(complete=True, evaluation=figures(0.5, 10))
+
+    monkeypatch.setattr("fm_distill.reports.sweep.train_until", train)
+    return found
+
+
+def places(config) -> list[tuple[str | None, str | None]]:
+    """Experiment and workdir of each teacher."""
+    return [(x.config.experiment, x.config.workdir) for x in teachers_of(config)]
+
+
+def taught(*teachers: TeacherConfig):
+    config = dataclasses.replace(quick_config(), objective=ObjectiveConfig(), teacher=teachers[0])
+    return dataclasses.replace(config, more_teachers=teachers[1:])
+
+
+def test_each_experiment_of_a_teacher_has_a_folder_beside_the_runs(tmp_path, swept):
+    over = {"teacher.experiment": ("a.py", "x/b.py"), "seed": (0, 1)}
+    sweep(
+        taught(TeacherConfig(experiment="a.py"), TeacherConfig(experiment="c.py")), over, tmp_path
+    )
+    assert {name: places(config) for name, config in swept.items()} == {
+        f"teacher.experiment={of_run}__seed={seed}": [
+            (experiment, str(tmp_path / folder)),
+            ("c.py", str(tmp_path / "teacher_2")),
+        ]
+        for seed in (0, 1)
+        for of_run, experiment, folder in (
+            ("a.py", "a.py", "teacher=a.py"),
+            ("x_b.py", "x/b.py", "teacher=x_b.py"),
+        )
+    }
+
+
+@pytest.mark.parametrize(
+    ("option", "values", "expected"),
+    [
+        ("teacher.classes", (["a"], ["b"]), [("a.py", "teacher"), ("a.py", "teacher")]),
+        (
+            "more_teachers.0.experiment",
+            ("b.py", "c.py"),
+            [
+                ("a.py", "teacher"),
+                ("b.py", "teacher_2=b.py"),
+                ("a.py", "teacher"),
+                ("c.py", "teacher_2=c.py"),
+            ],
+        ),
+        ("teacher.workdir", ("t", "u"), [("a.py", "t"), ("a.py", "u")]),
+        ("teacher.recording", (None, "r"), [("a.py", "teacher"), ("a.py", None)]),
+    ],
+)
+def test_any_field_of_a_teacher_may_be_swept(
+    swept, tmp_path, monkeypatch, option, values, expected
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fm_distill.reports.sweep.check", lambda run: None)
+    sweep(taught(TeacherConfig(experiment="a.py")), {option: values}, "")
+    assert [x for config in swept.values() for x in places(config)] == expected
+
+
+def test_a_workdir_for_two_teachers_is_refused_before_the_first_run(tmp_path, swept):
+    own = taught(TeacherConfig(experiment="a.py", workdir="mine"))
+    with pytest.raises(
+        UserError, match=r"teacher.workdir is mine for the teachers of a.py and b.py; leave it out"
+    ):
+        sweep(own, {"teacher.experiment": ("a.py", "b.py")}, tmp_path)
+    assert swept == {}
 
 
 def test_the_front_is_what_no_other_beats_in_both():

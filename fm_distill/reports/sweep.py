@@ -10,12 +10,13 @@ import itertools
 import os
 import pathlib
 import re
+from collections.abc import Collection, Iterable
 from typing import Any
 
-from fm_distill.config import Config
+from fm_distill.config import Config, TeacherConfig
 from fm_distill.config.code import NETWORKS
 from fm_distill.config.serialization import changed, parse_value
-from fm_distill.config.teachers import teachers_of, with_teachers
+from fm_distill.config.teachers import recording_of, teachers_of, with_teachers
 from fm_distill.errors import UserError
 from fm_distill.networks.cost import cost_of, run_cost
 from fm_distill.networks.teachers import teacher_workdirs
@@ -46,13 +47,13 @@ def sweep(
     standard deviation over the seeds; None where a signal or `max_hours` stopped it. Where the
     students differ in FLOPs, a second one says which of them are Pareto-optimal, also as
     `pareto.csv` and `pareto.svg`. With `cost`, latency and memory are measured when all runs are
-    complete. Teachers that are experiments are trained once, in `workdir`. Raises `UserError`
+    complete. Teachers that are experiments are trained once each, in `workdir`. Raises `UserError`
     before the first run where a combination is wrong.
     """
     folder = pathlib.Path(workdir)
-    config = _with_shared_teachers(config, folder)
     chosen = [dict(zip(over, x, strict=True)) for x in itertools.product(*over.values())]
-    runs = [changed(config, values) for values in chosen]
+    runs = [_with_shared_teachers(changed(config, x), folder, over) for x in chosen]
+    _refuse_shared_workdirs(runs)
     for run in runs:
         check(run)
         if not run.log.final_evaluation:
@@ -64,8 +65,7 @@ def sweep(
     with stop_signals(Stop(max_hours)) as stop:
         for i, (values, run) in enumerate(zip(chosen, runs, strict=True), 1):
             log(f"run {i} of {len(runs)}: {_name(values, ', ')}")
-            # Brackets would be a pattern to whatever globs below the folder, checkpoints among it.
-            name = re.sub(r"[\[\] ]", "", _name(values, "__").replace("/", "_"))
+            name = _folder_name(_name(values, "__"))
             result = train_until(run, folder / name, stop)
             if not result.complete:
                 return None
@@ -109,17 +109,37 @@ def _name(values: dict[str, Any], between: str) -> str:
     return between.join(f"{name}={value}" for name, value in values.items()) or "all"
 
 
-def _with_shared_teachers(config: Config, folder: pathlib.Path) -> Config:
-    """Teachers that are trained first lie beside the runs, not in each of them."""
+def _folder_name(text: str) -> str:
+    # Brackets would be a pattern to whatever globs below the folder, checkpoints among it.
+    return re.sub(r"[\[\] ]", "", text.replace("/", "_"))
 
-    return with_teachers(
-        config,
-        [
-            dataclasses.replace(teacher.config, workdir=where)
-            if teacher.config.experiment
-            else teacher.config
-            for teacher, where in zip(
-                teachers_of(config), teacher_workdirs(config, folder), strict=True
+
+def _with_shared_teachers(run: Config, folder: pathlib.Path, over: Collection[str]) -> Config:
+    """Teachers that are trained first lie beside the runs, not in each of them.
+
+    Where `over` names a teacher's experiment, each of its experiments has a folder of its own.
+    """
+    if recording_of(run) is not None:  # they lie there
+        return run
+
+    def shared(option: str, teacher: TeacherConfig, where: str) -> TeacherConfig:
+        if not teacher.experiment:
+            return teacher
+        if f"{option}.experiment" in over and not teacher.workdir:
+            where += _folder_name(f"={teacher.experiment}")
+        return dataclasses.replace(teacher, workdir=where)
+
+    places = zip(teachers_of(run), teacher_workdirs(run, folder), strict=True)
+    return with_teachers(run, [shared(*teacher, where) for teacher, where in places])
+
+
+def _refuse_shared_workdirs(runs: Iterable[Config]) -> None:
+    """Raises `UserError` where teachers of several experiments would be trained in one folder."""
+    trained: dict[str, str] = {}
+    for option, teacher in itertools.chain.from_iterable(map(teachers_of, runs)):
+        experiment, where = teacher.experiment, teacher.workdir
+        if experiment and where and trained.setdefault(where, experiment) != experiment:
+            raise UserError(
+                f"{option}.workdir is {where} for the teachers of {trained[where]} and "
+                f"{experiment}; leave it out, so that each has a folder of its own"
             )
-        ],
-    )
