@@ -26,7 +26,8 @@ from fm_distill.evaluation.inference import predict
 from fm_distill.exporting.export import export
 from fm_distill.exporting.load_student import load_student
 from fm_distill.models import Variables, build_network
-from fm_distill.networks.teachers import agreed_classes, load_pretrained, load_teachers
+from fm_distill.networks.loading import agreed_classes
+from fm_distill.networks.teachers import load_pretrained, load_teachers
 from fm_distill.runs.open_run import open_run
 from fm_distill.runs.workdir import Workdir
 from fm_distill.training.train import train

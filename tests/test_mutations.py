@@ -300,7 +300,7 @@ def test_the_identity_of_a_run_is_what_it_is():
         "student_weights": "other", "teacher_weights": ("other",), "total_steps": 1,
         "precision": "bfloat16", "feeding": "streaming", "steps_per_dispatch": 9,
         "mesh": {"data": 9, "fsdp": 1}, "recording": "other", "code": ("other",),
-        "period_steps": 4, "class_counts": (1,),
+        "period_steps": 4, "class_counts": (1,), "headless": True,
         "target_images": "other", "code_files": {"mine.py:x": CodeFile("a", "b")},
     }  # fmt: skip
     for field in dataclasses.fields(ResolvedRun):

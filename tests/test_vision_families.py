@@ -144,7 +144,7 @@ def test_timms_names_come_back_in_every_bit(tmp_path, case):
     jax.tree.map(np.testing.assert_array_equal, found.variables, variables)
 
 
-def test_weights_without_a_head_start_a_student_and_teach_nothing(tmp_path):
+def test_weights_without_a_head_start_a_student(tmp_path):
     """As timm's DINOv2 comes; and a distilled network has a head of two parts."""
     case = next(case for case in CASES if case.key == KEYS[1])
     config, variables = config_of(case), formula_variables(case)
@@ -153,8 +153,6 @@ def test_weights_without_a_head_start_a_student_and_teach_nothing(tmp_path):
     body = {name: x for name, x in tensors.items() if not name.startswith("head")}
     path = tmp_path / "x.safetensors"
     save_file(body, path)
-    with pytest.raises(UserError, match="has no head, so it has no logits to teach"):
-        load_weights(str(path), config, "teacher")
     found = load_weights(str(path), config, "student")
     assert found.classes == 0 and "no classes" in found.notes[0]
     init = jax.tree.map(lambda x: x + 1, variables)

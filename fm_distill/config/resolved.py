@@ -73,6 +73,8 @@ class WeightFacts:
     student_weights: str | None = None
     teacher_weights: tuple[str, ...] = ()
     recording: RecordingFacts | None = None
+    # Whether the teacher has no head, so that its features alone teach.
+    headless: bool = False
 
 
 def _same(mine: Any, other: Any) -> bool:
@@ -117,6 +119,8 @@ class ResolvedRun:
     class_counts: tuple[int, ...] | None = None
     # SHA-256 of the target images of `views.fourier`; None: views are not adapted.
     target_images: str | None = None
+    # Whether the teacher has no head, so that its features alone teach.
+    headless: bool = False
 
     def differences(self, other: "ResolvedRun") -> list[str]:
         """One line for each field of `IDENTITY` in which `other` is not the same run."""
@@ -135,6 +139,11 @@ class ResolvedRun:
                 "recording has become longer or shorter; give views.period_steps"
             )
         return lines
+
+    @property
+    def teacher_classes(self) -> int:
+        """Of the teachers' heads; 0 where there is none."""
+        return 0 if self.headless else self.classes
 
     @property
     def teacher_fingerprint(self) -> str | None:

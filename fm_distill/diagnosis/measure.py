@@ -64,7 +64,8 @@ def _probed(examined: Examined, setting: Setting, log: Log, examples: int) -> Ev
     central: list[Found] = []
     places: list[np.ndarray] = []
     total = examined.run.resolved.total_steps
-    recomputed = _recomputed(examined, examples) if examined.teachers else None
+    judged = examined.teachers_have_heads
+    recomputed = _recomputed(examined, examples) if judged else None
     newest = jnp.int32(min(examined.run.step, total) - 1)
     for step, ids, batch in examined.batches(examined.steps(examples)):
         found = on_training(
@@ -72,7 +73,7 @@ def _probed(examined: Examined, setting: Setting, log: Log, examples: int) -> Ev
             examined.root, jnp.int32(step), newest,
         )  # fmt: skip
         rows.append(_on_host(found))
-        if examined.teachers:
+        if judged:
             of_centre = on_central(examined.evaluated, recomputed, examined.frozen, batch)
             central.append(_on_host(of_centre | {"label": batch.labels}))
         places.append(ids)
@@ -81,7 +82,7 @@ def _probed(examined: Examined, setting: Setting, log: Log, examples: int) -> Ev
         setting=setting,
         log=log,
         central=_central(examined, central, np.concatenate(places), setting) if central else None,
-        training=_training(rows),
+        training=_training(rows) if "teacher_class" in rows[0] else None,
         batch_norm=_batch_norm(examined, rows),
         gradients=_gradients(examined, rows),
         cka=_cka(examined, rows),
@@ -257,6 +258,10 @@ def _left_out(examined: Examined, config: Config, rows: list[Found]) -> Iterable
         if not without:
             why = f"a batch of {config.batch_size} is too small: the unbiased CKA needs four"
         yield NotExamined("features", why)
+    if not examined.teachers_have_heads:
+        what = "agreement, distances, input ranges, BatchNorm, class order and single examples"
+        yield NotExamined(what, "the teacher has no head, and so no logits to compare with")
+        return
     if not (np.concatenate([x["label"] for x in rows]) >= 0).any():
         why = "the training images have no labels"
         yield NotExamined("the teacher's input range, class order and accuracy", why)

@@ -56,6 +56,11 @@ class Examined:
     root: ViewRoot
 
     @property
+    def teachers_have_heads(self) -> bool:
+        """Whether there are teachers here that have logits."""
+        return bool(self.teachers) and all(x.has_head for x in self.teachers)
+
+    @property
     def period_steps(self) -> int:
         """Steps after which order and views repeat."""
         return self.run.resolved.period_steps or self.run.resolved.total_steps

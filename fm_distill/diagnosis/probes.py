@@ -95,28 +95,29 @@ def training_probe(examined: Examined) -> TrainingProbe:
         output = student.network.apply(
             evaluated, views.student, train=False, features=own_taps if compare else ()
         )
-        first = first_choice(targets)
         mixed = mix(views.draw, jax.nn.one_hot(batch.labels, classes))
-        found: Found = {
-            "same_class": output.logits.argmax(-1) == first,
-            "kl_nats": kl_to(targets, output.logits, temperature),
-            "label": jnp.where((batch.labels >= 0).all(), mixed.argmax(-1), -1),
-            "teacher_class": first,
-            **_teacher_of(targets, temperature),
-        }
+        found: Found = {"label": jnp.where((batch.labels >= 0).all(), mixed.argmax(-1), -1)}
+        if targets.teacher_logits:
+            first = first_choice(targets)
+            found |= {
+                "same_class": output.logits.argmax(-1) == first,
+                "kl_nats": kl_to(targets, output.logits, temperature),
+                "teacher_class": first,
+                **_teacher_of(targets, temperature),
+            }
         if teachers:
             seen = render_views(views.draw, batch, teachers, root.spectra)
             logits, features = teacher_outputs_with_features(
                 teachers, frozen, seen, their_taps if compare else ()
             )
-            if not targets.indices:
+            if logits and not targets.indices:
                 same_view = combine(logits, objective.ensemble, objective.temperature)
                 found["views_kl_nats"] = kl_divergence(same_view[0], targets.teacher_logits[0])
             if compare:
                 found["cka"] = _similarities(
                     [output.features[x] for x in own_taps], [features[x] for x in their_taps]
                 )
-        if jax.tree.leaves(evaluated.statistics):
+        if targets.teacher_logits and jax.tree.leaves(evaluated.statistics):
             found["moments"] = batch_moments(student, evaluated, views.student)
             of_batch = student.network.apply(evaluated, views.student, train=True)
             found["kl_batch_nats"] = kl_to(targets, of_batch.logits, temperature)

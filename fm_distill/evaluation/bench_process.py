@@ -113,6 +113,8 @@ def _open(subject: Subject) -> tuple[str, int, str, Callable[[np.ndarray], Any]]
         teacher = teachers[subject.number]
         if teacher.variables is None:
             raise UserError("it is a custom function")
+        if not teacher.has_head:
+            raise UserError("it has no head, and so no probabilities to compute")
         network, variables = teacher.network, teacher.variables
     precision = run.resolved.precision
     branch = make_branch(network, run.classes, jnp.dtype(precision))

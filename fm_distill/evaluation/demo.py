@@ -84,7 +84,7 @@ def _teachers(
     """For images that are prepared as the student's are."""
     found: list[Judge] = []
     for teacher in teachers:
-        if teacher.variables is None:
+        if teacher.variables is None or not teacher.has_head:
             continue
         network = Student(
             network=teacher.network,

@@ -98,7 +98,8 @@ def teachers_of_file(
 ) -> tuple[Teacher, ...]:
     """Those of the run of the file at `path`, checked to be its own; none where they are not here.
 
-    `config` may name new places of those in `stored`. Raises `UserError`.
+    Those without a head are left out. `config` may name new places of those in `stored`. Raises
+    `UserError`.
     """
     if not teachers_of(config):
         return ()
@@ -115,7 +116,7 @@ def teachers_of_file(
     found = teachers_if_here(load, stored, config)
     if found and card.teacher_weights:  # older cards do not say them
         refuse_other_teachers(found, card.teacher_weights, f"the run of {path}")
-    return found
+    return tuple(x for x in found if x.has_head)
 
 
 def refuse_code_of_file(

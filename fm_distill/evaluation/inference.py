@@ -50,7 +50,7 @@ class Opened:
     teacher_branches: tuple[Branch, ...]
     layout: Layout
     student: Variables
-    frozen: tuple[Variables, ...]  # of all teachers
+    frozen: tuple[Variables, ...]  # of all teachers that have a head
     reader: Reader
     batch_size: int
 
@@ -96,7 +96,7 @@ def open_split(
     refuse_other_config(run.config, config, f"the run in {workdir}")
     refuse_code_of_run(run.stored, run.workdir.path, IMAGES, config)
     source = open_named(config, split)
-    teachers = teachers_of_run(run, config)
+    teachers = tuple(x for x in teachers_of_run(run, config) if x.has_head)
     layout = _evaluation_layout(config)
     dtype = jnp.dtype(run.resolved.precision)
     branches = tuple(make_branch(teacher.network, run.classes, dtype) for teacher in teachers)

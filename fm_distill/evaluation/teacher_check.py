@@ -11,12 +11,15 @@ from fm_distill.data.batch import Batch
 from fm_distill.data.feeding import Reader, stack
 from fm_distill.data.order import example_ids
 from fm_distill.models import Variables
-from fm_distill.networks.branch import Branch, step_views, teacher_outputs
+from fm_distill.networks.branch import Branch, step_views, teacher_outputs_with_features
+from fm_distill.objectives.features import pooled
+from fm_distill.objectives.terms import features_of
 from fm_distill.system.sharding import Layout
 from fm_distill.views.draws import ViewRoot, mix
 
 EXAMPLES = 512
-# Mean total variation between the teacher's outputs and their mean, below which they are constant.
+# Mean total variation between the teacher's outputs and their mean, below which they are constant;
+# of features, the mean distance to their mean over their mean length.
 CONSTANT = 0.01
 
 
@@ -31,20 +34,24 @@ def check_teacher(
 ) -> list[str]:
     """Warnings about a teacher that cannot teach: no better than chance, or almost constant.
 
-    Runs it on its views of the first steps of the run.
+    Runs it on its views of the first steps of the run. Of one without a head, the features that
+    the terms read are looked at.
     """
-    classes = teacher.network.classes
+    classes = student.network.classes
+    names = () if teacher.has_head else features_of(config.objective)[1]
     law = regime_of(config.objective.target, config.teaching).views
 
     def outputs(
         frozen: Variables, batch: Batch, root: ViewRoot, step: Array
-    ) -> tuple[Array, Array]:
+    ) -> tuple[list[Array], Array]:
         views = step_views(law, config.views, student, (teacher,), batch, root, step)
-        (logits,) = teacher_outputs((teacher,), (frozen,), views.teachers)
+        logits, features = teacher_outputs_with_features(
+            (teacher,), (frozen,), views.teachers, names
+        )
         # Of a mixture, the label of its larger part; -1 stays unlabelled.
         mixed = mix(views.draw, jax.nn.one_hot(batch.labels, classes))
         label = jnp.where((batch.labels >= 0).all(), mixed.argmax(-1), -1)
-        return jax.nn.softmax(logits), label
+        return [*map(jax.nn.softmax, logits), *(pooled(features[x]) for x in names)], label
 
     compiled = jax.jit(outputs, out_shardings=layout.replicated)
     rows = []
@@ -53,8 +60,26 @@ def check_teacher(
         ids = example_ids(config.seed, positions, len(reader))
         batch = jax.device_put(stack([reader[i] for i in ids.tolist()]), layout.batch)
         rows.append(jax.device_get(compiled(frozen, batch, root, jnp.int32(step))))
-    probabilities, labels = (np.concatenate(x) for x in zip(*rows, strict=True))
-    return teacher_warnings(probabilities, labels)
+    found = [np.concatenate(x) for x in zip(*(x for x, _ in rows), strict=True)]
+    if teacher.has_head:
+        return teacher_warnings(found[0], np.concatenate([x for _, x in rows]))
+    pairs = zip(names, found, strict=True)
+    return [warning for name, x in pairs for warning in feature_warnings(name, x)]
+
+
+def feature_warnings(name: str, features: np.ndarray) -> list[str]:
+    """Warnings about the teacher's feature called `name`, (examples, channels)."""
+    if not np.isfinite(features).all():
+        return [f"WARNING: the teacher's {name} is not of finite numbers on the training view"]
+    apart, length = (
+        np.linalg.norm(x, axis=1).mean() for x in (features - features.mean(axis=0), features)
+    )
+    if apart > CONSTANT * length:
+        return []
+    return [
+        f"WARNING: the teacher's {name} hardly differs between images (by {apart:.2g}, and is of "
+        f"length {length:.2g}): are its weights and input_range right?"
+    ]
 
 
 def teacher_warnings(probabilities: np.ndarray, labels: np.ndarray) -> list[str]:

@@ -168,7 +168,11 @@ def _outputs(intermediates: PyTree, excluded: Mapping[str, Array]) -> dict[str, 
     return {
         path: x
         for path, x in outputs.items()
-        if path and path not in excluded and isinstance(x, jax.Array) and x.ndim in (2, 4)
+        if path
+        and path not in excluded
+        and isinstance(x, jax.Array)
+        and x.ndim in (2, 4)
+        and x.size
     }
 
 

@@ -65,6 +65,7 @@ def no_features(modules: bool = False) -> dict[str, tuple[int, ...]]:
 class Network:
     """A network as pure functions."""
 
+    # 0 where there is no head: `apply` then returns logits of no column.
     classes: int
     init: Init
     apply: Apply

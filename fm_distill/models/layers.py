@@ -177,12 +177,17 @@ class Norm(nn.Module):
 
 
 class Head(QuantisableLayer):
-    """The classifier, in float32. It starts at zero (released configs: head_zeroinit)."""
+    """The classifier, in float32. It starts at zero (released configs: head_zeroinit).
+
+    Of no classes it has no parameters either: weights that come without a head.
+    """
 
     classes: int
 
     @nn.compact
     def __call__(self, pooled: Float[Array, "batch inputs"]) -> Float[Array, "batch classes"]:
+        if not self.classes:
+            return jnp.zeros((len(pooled), 0), jnp.float32)
         shape = (pooled.shape[-1], self.classes)
         kernel = self.param("kernel", nn.initializers.zeros, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.classes,), jnp.float32)

@@ -110,12 +110,14 @@ class Block(nn.Module):
 
 
 class DistilledHead(QuantisableLayer):
-    """The mean of two heads, of the class token and of the distillation token."""
+    """The mean of two heads, of the class token and of the distillation token; see `Head`."""
 
     classes: int
 
     @nn.compact
     def __call__(self, pooled: Float[Array, "batch 2 inputs"]) -> Float[Array, "batch classes"]:
+        if not self.classes:
+            return jnp.zeros((len(pooled), 0), jnp.float32)
         # The first's parameters lie where those of any head do.
         shape = (pooled.shape[-1], self.classes)
         kernel = self.param("kernel", nn.initializers.zeros, shape, jnp.float32)

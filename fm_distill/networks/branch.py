@@ -26,6 +26,11 @@ class Branch:
     network: Network
     input_spec: InputSpec
 
+    @property
+    def has_head(self) -> bool:
+        """Whether it has logits."""
+        return self.network.classes > 0
+
     def on_whole_grey_levels(self) -> "Branch":
         """The same for pictures that are rounded to uint8."""
         rounded = dataclasses.replace(self.input_spec, input_rounding="uint8")
@@ -33,7 +38,7 @@ class Branch:
 
 
 def make_branch(config: NetworkConfig, classes: int, dtype: jnp.dtype) -> Branch:
-    """The network of `config`, computing in `dtype`, with its input."""
+    """The network of `config`, computing in `dtype`, with its input; of no `classes` no head."""
     return Branch(build_network(config, classes, dtype), InputSpec.of(resolve(config)))
 
 
@@ -87,7 +92,7 @@ def render_central_views(batch: Batch, branches: tuple[Branch, ...], crop: Centr
 def teacher_outputs(
     teachers: tuple[Branch, ...], frozen: tuple[Variables, ...], views: Views
 ) -> tuple[Array, ...]:
-    """The logits of each teacher, float32 (batch, classes)."""
+    """The logits of each teacher that has a head, float32 (batch, classes)."""
     return teacher_outputs_with_features(teachers, frozen, views, ())[0]
 
 
@@ -97,14 +102,16 @@ def teacher_outputs_with_features(
     views: Views,
     features: tuple[str, ...],
 ) -> tuple[tuple[Array, ...], dict[str, Array]]:
-    """The logits of each teacher, and the named features of the first one."""
+    """The logits of each teacher that has a head, and the named features of the first one."""
     outputs = [
         branch.network.apply_frozen(
             variables, views[branch.input_spec], features=() if i else features
         )
         for i, (branch, variables) in enumerate(zip(teachers, frozen, strict=True))
     ]
-    return tuple(x.logits for x in outputs), outputs[0].features if outputs else {}
+    pairs = zip(teachers, outputs, strict=True)
+    logits = tuple(output.logits for branch, output in pairs if branch.has_head)
+    return logits, outputs[0].features if outputs else {}
 
 
 def freeze_of(network: Network) -> Freeze:

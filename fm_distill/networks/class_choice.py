@@ -51,6 +51,11 @@ def chosen(
     `names` are the teacher's own; of 1,000 classes without any they are ImageNet's. Raises
     `UserError` for one that it does not have.
     """
+    if not classes:
+        raise UserError(
+            f"{option}.classes chooses among a teacher's classes, and this one has no head; leave "
+            "it out"
+        )
     listed = read_names(IMAGENET, "imagenet") if names is None and classes == 1000 else names
     known = {name: i for i, name in enumerate(listed or ())}
 

@@ -108,8 +108,11 @@ def run_cost(
     With a `batch_size`, latency and memory are measured too, and `device` says where.
     """
     student, teacher = (
-        dataclasses.asdict(cost(x, resolved.classes, resolved.precision, batch_size)) if x else None
-        for x in ((resolved.student,), resolved.teachers)
+        dataclasses.asdict(cost(x, classes, resolved.precision, batch_size)) if x else None
+        for x, classes in (
+            ((resolved.student,), resolved.classes),
+            (resolved.teachers, resolved.teacher_classes),
+        )
     )
     device = None
     if batch_size is not None:
@@ -166,10 +169,17 @@ def _images(
 
 
 def _forward(branches: tuple[Branch, ...]) -> Callable[..., tuple[Array, ...]]:
+    """The logits; of networks without a head, the last of their features."""
+    last = tuple(() if x.has_head else (*x.network.feature_shapes(),)[-1:] for x in branches)
+
     def forward(frozen: tuple[Variables, ...], images: tuple[Array, ...]) -> tuple[Array, ...]:
+        answers = (
+            (branch, branch.network.apply_frozen(variables, x, features=name))
+            for branch, variables, x, name in zip(branches, frozen, images, last, strict=True)
+        )
         return tuple(
-            branch.network.apply_frozen(variables, x).logits
-            for branch, variables, x in zip(branches, frozen, images, strict=True)
+            output.logits if branch.has_head else next(iter(output.features.values()))
+            for branch, output in answers
         )
 
     return forward

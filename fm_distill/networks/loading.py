@@ -1,6 +1,7 @@
 """The networks of a run with the weights that they come with, agreed on their classes."""
 
 import dataclasses
+import itertools
 import pathlib
 
 from fm_distill.config import Config, NetworkConfig, PruningConfig
@@ -13,7 +14,6 @@ from fm_distill.networks.channel_scores import FLOAT32, read_scores
 from fm_distill.networks.shrinking import shrunk
 from fm_distill.networks.teachers import (
     Teacher,
-    agreed_classes,
     load_pretrained,
     load_teachers,
     recorded_teachers,
@@ -57,6 +57,7 @@ class Networks:
             )
             if self.recording
             else None,
+            headless=any(not teacher.has_head for teacher in self.teachers),
         )
 
     @property
@@ -108,6 +109,42 @@ def load_networks(
         recording=recording,
         undecided=undecided,
     )
+
+
+def agreed_classes(
+    requested: int | None,
+    data_classes: int | None,
+    data_names: tuple[str, ...] | None,
+    teachers: tuple[Teacher, ...],
+) -> int:
+    """Number of classes of the student. Raises `UserError` where its sources do not agree."""
+    given: dict[str, int | None] = {"data.classes": requested, "the data's labels": data_classes}
+    names = {"the data": data_names}
+    for i, teacher in enumerate(teachers, 1):
+        who = "the teacher" if i == 1 else f"teacher {i}"
+        given[f"{who}'s head"] = teacher.classes or None
+        names[who] = teacher.class_names
+    known = {name: count for name, count in given.items() if count is not None}
+    if not known:
+        headless = " and the teacher no head" if teachers else ""
+        raise UserError(
+            f"the number of classes is unknown: the data have no labels{headless}; set data.classes"
+        )
+    if len(set(known.values())) > 1:
+        counts = ", ".join(f"{name}: {count}" for name, count in known.items())
+        raise UserError(
+            f"the number of classes differs ({counts}); use a teacher that was trained on these "
+            "classes, choose some of its classes with teacher.classes, or set data.classes"
+        )
+    named = [(who, x) for who, x in names.items() if x]
+    for (one, a), (other, b) in itertools.pairwise(named):
+        for i, (left, right) in enumerate(zip(a, b, strict=True)):
+            if left != right:
+                raise UserError(
+                    f"class {i} is {left!r} in {one} and {right!r} in {other}: both must have the "
+                    "same classes in the same order; use a teacher that was trained on these"
+                )
+    return next(iter(known.values()))
 
 
 def _with_channels(

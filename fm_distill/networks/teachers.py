@@ -1,7 +1,6 @@
 """Frozen teachers and pretrained students, loaded from weights or from runs."""
 
 import dataclasses
-import itertools
 import pathlib
 
 from fm_distill.config import Config, DataConfig, NetworkConfig, QuantisationConfig, TeacherConfig
@@ -78,7 +77,7 @@ class Teacher:
     """A frozen network with its weights."""
 
     network: NetworkConfig  # nothing in it is `auto`
-    classes: int
+    classes: int  # 0 where it has no head, and so no logits
     class_names: tuple[str, ...] | None
     variables: Variables | None  # None where only its recorded outputs are here
     fingerprint: str  # SHA-256 of the weights, wherever they lie
@@ -86,6 +85,11 @@ class Teacher:
     function: TeacherFunction | None = None  # of a teacher that is no network of ours
     # As which it teaches; `network` and `variables` are in floats, as it is evaluated.
     quantisation: QuantisationConfig = FLOATS
+
+    @property
+    def has_head(self) -> bool:
+        """Whether it has logits."""
+        return self.classes > 0
 
     @property
     def teaching_network(self) -> NetworkConfig:
@@ -260,38 +264,3 @@ def _load_all_classes(teacher: TeacherConfig, option: str, where: str) -> Teache
         fingerprint=fingerprint(loaded.variables),
         notes=loaded.notes,
     )
-
-
-def agreed_classes(
-    requested: int | None,
-    data_classes: int | None,
-    data_names: tuple[str, ...] | None,
-    teachers: tuple[Teacher, ...],
-) -> int:
-    """Number of classes of the student. Raises `UserError` where its sources do not agree."""
-    given: dict[str, int | None] = {"data.classes": requested, "the data's labels": data_classes}
-    names = {"the data": data_names}
-    for i, teacher in enumerate(teachers, 1):
-        who = "the teacher" if i == 1 else f"teacher {i}"
-        given[f"{who}'s head"] = teacher.classes
-        names[who] = teacher.class_names
-    known = {name: count for name, count in given.items() if count is not None}
-    if not known:
-        raise UserError(
-            "the number of classes is unknown: the data have no labels; set data.classes"
-        )
-    if len(set(known.values())) > 1:
-        counts = ", ".join(f"{name}: {count}" for name, count in known.items())
-        raise UserError(
-            f"the number of classes differs ({counts}); use a teacher that was trained on these "
-            "classes, choose some of its classes with teacher.classes, or set data.classes"
-        )
-    named = [(who, x) for who, x in names.items() if x]
-    for (one, a), (other, b) in itertools.pairwise(named):
-        for i, (left, right) in enumerate(zip(a, b, strict=True)):
-            if left != right:
-                raise UserError(
-                    f"class {i} is {left!r} in {one} and {right!r} in {other}: both must have the "
-                    "same classes in the same order; use a teacher that was trained on these"
-                )
-    return next(iter(known.values()))

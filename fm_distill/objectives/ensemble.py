@@ -7,13 +7,13 @@ from fm_distill.objectives.distances import Logits
 
 
 def combine(teachers: tuple[Logits, ...], ensemble: str, temperature: float) -> tuple[Logits, ...]:
-    """The targets of several teachers: one, or one for each distance of a sum.
+    """The targets of several teachers: one, or one for each distance of a sum; none of none.
 
     The mean of probabilities is that at `temperature`, given as logits: the softmax of the result
     at this temperature is the mean. Source: Beyer et al. 2021, section 3.6 (mean of logits);
     big_vision's trainer (sum of the distances).
     """
-    if len(teachers) == 1 or ensemble == "sum_of_distances":
+    if len(teachers) <= 1 or ensemble == "sum_of_distances":
         return teachers
     return (_mean(teachers, ensemble, temperature),)
 

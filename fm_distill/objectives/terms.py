@@ -46,7 +46,7 @@ from fm_distill.system.references import entry
 class Targets:
     """What a student's output is compared with, for each example of a batch."""
 
-    # One for each distance of a sum, else one; none without a teacher.
+    # One for each distance of a sum, else one; none without a teacher that has a head.
     teacher_logits: tuple[Float[Array, "*batch classes"], ...] = ()
     # Class probabilities, smoothed and mixed as the student's view is; None without labels.
     labels: Float[Array, "*batch classes"] | None = None

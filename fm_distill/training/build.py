@@ -69,7 +69,7 @@ def build(
     dtype = jnp.dtype(resolved.precision)
     student = make_branch(resolved.student, resolved.classes, dtype)
     networks = (x for x in resolved.teachers if x.model != FUNCTION)
-    teachers = tuple(make_branch(x, resolved.classes, dtype) for x in networks)
+    teachers = tuple(make_branch(x, resolved.teacher_classes, dtype) for x in networks)
     _check_accumulation(config, student)
     term_shapes = check_features(config, resolved.examples, student, teachers)
     recorded = recording_of(config) is not None

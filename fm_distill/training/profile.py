@@ -26,7 +26,6 @@ from fm_distill.data.resident import Resident
 from fm_distill.data.splits import open_data
 from fm_distill.errors import UserError
 from fm_distill.networks.branch import StepViews, step_views
-from fm_distill.networks.loading import load_networks
 from fm_distill.runs.metrics import MetricsWriter
 from fm_distill.runs.state import TrainState
 from fm_distill.system.console import COMPILING, log
@@ -34,6 +33,7 @@ from fm_distill.system.device import device_name
 from fm_distill.system.sharding import check_batch_size, make_layout
 from fm_distill.training.channels import decided_networks
 from fm_distill.training.check import check
+from fm_distill.training.open_networks import open_networks
 from fm_distill.training.reporter import MOST_WAIT
 from fm_distill.training.resolve import resolve, with_any_moments
 from fm_distill.training.setup import Setup, prepare
@@ -132,7 +132,7 @@ def _open(config: Config, workdir: pathlib.Path, folder: pathlib.Path) -> Setup:
     check_batch_size(config, layout)
     config = dataclasses.replace(config, steps_per_dispatch=1)  # so that each step can be timed
     data, _ = open_data(config)
-    networks = load_networks(config, workdir, data.train.classes, data.train.class_names)
+    networks = open_networks(config, workdir, data)
     networks = dataclasses.replace(networks, student=with_any_moments(networks.facts).student)
     networks = decided_networks(config, networks, data, layout, folder)
     resolved = resolve(config, data.facts, networks.facts, layout)

@@ -91,7 +91,7 @@ class CalibratedTeachers:
 class FrozenTeachers(NamedTuple):
     """The teachers that are networks and lie here, on the devices."""
 
-    # In floats, as the student is evaluated by them.
+    # In floats, as the student is evaluated by them; none where there is no head.
     branches: tuple[Branch, ...]
     frozen: tuple[Variables, ...]
     # As they teach, by the teachers of `Build`: those that are quantised in integers.
@@ -120,8 +120,10 @@ def freeze_teachers(
     pairs = zip(teachers_of(config)[: len(loaded)], loaded, strict=True)
     here = [(named, x, x.variables) for named, x in pairs if x.variables]
     dtype = jnp.dtype(resolved.precision)
-    branches = tuple(make_branch(x.network, resolved.classes, dtype) for _, x, _ in here)
+    branches = tuple(make_branch(x.network, x.classes, dtype) for _, x, _ in here)
     frozen = frozen_teachers(branches, tuple(x for _, _, x in here), layout)
+    if resolved.headless:
+        return FrozenTeachers((), (), frozen, [])
     places = [i for i, (_, x, _) in enumerate(here) if x.quantisation.quantised]
     if not places:
         return FrozenTeachers(branches, frozen, frozen, [])

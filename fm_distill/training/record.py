@@ -22,7 +22,6 @@ from fm_distill.data.splits import open_data
 from fm_distill.errors import UserError
 from fm_distill.models import build_network
 from fm_distill.models import resolve as resolve_network
-from fm_distill.networks.loading import load_networks
 from fm_distill.recordings.header import (
     RecordedTap,
     RecordingHeader,
@@ -39,6 +38,7 @@ from fm_distill.system.sharding import check_batch_size, make_layout
 from fm_distill.training.check import check
 from fm_distill.training.check_features import feature_shape
 from fm_distill.training.experiment import load_experiment
+from fm_distill.training.open_networks import open_networks
 from fm_distill.training.recorded import make_header
 from fm_distill.training.recorder import Recorder
 from fm_distill.training.resolve import resolve, with_any_moments
@@ -91,7 +91,12 @@ def record(
         if not train_teachers(config, folder, stop):
             reason = stop.reason() or "its teacher is not complete"
             return RecordResult(False, None, reason)
-        networks = load_networks(config, folder, data.train.classes, data.train.class_names)
+        networks = open_networks(config, folder, data)
+        if not all(teacher.has_head for teacher in networks.teachers):
+            raise UserError(
+                "a recording holds the teacher's logits, and the teacher has no head: train with "
+                "the teacher itself, without a recording"
+            )
         # The student's moments are those of no data: it sees nothing here.
         facts = with_any_moments(networks.facts)
         resolved = resolve(config, data.facts, facts, layout)

@@ -178,7 +178,7 @@ def introduce(setup: Setup, start: int) -> None:
     config = setup.config
     shapes = setup.built.abstract_state
     students = parameter_count(shapes.student.params)
-    teachers = sum(parameter_count(x.params) for x in setup.frozen)
+    teachers = sum(parameter_count(x.params) for x in setup.frozen or setup.teaching)
     against = f", teacher of {teachers:,}" if teachers else ""
     devices = f"{setup.layout.mesh.size} x {jax.devices()[0].device_kind}"
     log(
@@ -203,7 +203,7 @@ def introduce(setup: Setup, start: int) -> None:
             )
         )
     if start == 0:
-        for branch, frozen in zip(setup.teachers_here, setup.frozen, strict=True):
+        for branch, frozen in setup.teachers_to_check:
             for warning in check_teacher(
                 config,
                 setup.built.student,

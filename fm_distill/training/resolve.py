@@ -16,7 +16,6 @@ from fm_distill.data.splits import Data, open_data
 from fm_distill.errors import UserError
 from fm_distill.models import is_own, own_code
 from fm_distill.models import resolve as resolve_network
-from fm_distill.networks.loading import load_networks
 from fm_distill.networks.shrinking import pruned_network
 from fm_distill.runs.workdir import Workdir
 from fm_distill.system.foreign_code import code_files
@@ -24,6 +23,7 @@ from fm_distill.system.references import is_reference, load_reference
 from fm_distill.system.sharding import Layout, make_layout
 from fm_distill.training.check import points_after
 from fm_distill.training.input_moments import with_input_moments
+from fm_distill.training.open_networks import open_networks
 from fm_distill.weights.card import only_network
 from fm_distill.weights.hub import PREFIX
 
@@ -71,6 +71,7 @@ def resolve(
         period_steps=_period_steps(config, steps, weights.recording),
         class_counts=data.class_counts,
         target_images=data.target_images,
+        headless=weights.headless,
     )
 
 
@@ -130,7 +131,7 @@ def resolve_here(config: Config, workdir: pathlib.Path) -> ResolvedRun:
             raise UserError(f"{option}.weights are at {weights}, which is not asked here")
     layout = make_layout(config.mesh)
     data, _ = open_data(config)
-    networks = load_networks(config, workdir, data.train.classes, data.train.class_names)
+    networks = open_networks(config, workdir, data)
     if networks.undecided:
         raise UserError(
             "student.pruning.criterion=taylor chooses channels by the gradient of the first "

@@ -46,29 +46,6 @@ CACHE_BYTES = 2**30
 STATISTICS_EXAMPLES = 10_000
 
 
-def warnings_on(config: Config, resolved: ResolvedRun) -> list[str]:
-    """What is likely to be a mistake, though it can be run."""
-    warmup, steps, size = (
-        config.schedule.warmup_steps,
-        resolved.total_steps,
-        config.data.canvas.size,
-    )
-    warnings = []
-    if warmup > steps / 5:
-        warnings.append(
-            f"WARNING: the warm-up of {warmup:,} steps is {warmup / steps:.0%} of the run of "
-            f"{steps:,}: the learning rate has little time at its height"
-        )
-    networks = [("student", resolved.student), *(("teacher", x) for x in resolved.teachers)]
-    warnings += [
-        f"WARNING: the canvas (data.canvas.size={size}) is smaller than the {name}'s resolution "
-        f"{network.resolution}: even the largest crop is enlarged"
-        for name, network in networks
-        if size < network.resolution
-    ]
-    return warnings
-
-
 @dataclasses.dataclass(frozen=True)
 class Setup:
     """Everything that the loop calls."""
@@ -79,7 +56,8 @@ class Setup:
     layout: Layout
     feed: ResidentFeed | StreamingFeed
     reader: Reader
-    # Of all teachers, in floats; none where only their recorded outputs are here.
+    # Of all teachers, in floats; none where they have no head, or only their recorded outputs are
+    # here.
     frozen: tuple[Variables, ...]
     # The same as they teach: those that are quantised in integers.
     teaching: tuple[Variables, ...]
@@ -117,6 +95,13 @@ class Setup:
     def live_teachers(self) -> tuple[Variables, ...]:
         """The frozen teachers that the step runs."""
         return self.teaching[: len(self.built.live_teachers)]
+
+    @property
+    def teachers_to_check(self) -> tuple[tuple[Branch, Variables], ...]:
+        """Those that are here, in floats."""
+        if self.resolved.headless:
+            return tuple(zip(self.built.live_teachers, self.live_teachers, strict=True))
+        return tuple(zip(self.teachers_here, self.frozen, strict=True))
 
     def with_final_statistics(self, state: TrainState) -> TrainState:
         """The state after the last step, with the statistics that it is to be used with."""

@@ -18,7 +18,6 @@ from fm_distill.config.teachers import recording_of, teachers_of
 from fm_distill.data.splits import open_data
 from fm_distill.errors import Diverged, TrainingFailed, UserError
 from fm_distill.networks.cost import run_cost
-from fm_distill.networks.loading import load_networks
 from fm_distill.networks.teachers import teacher_workdirs
 from fm_distill.runs.checkpoint import CheckpointWriter
 from fm_distill.runs.integrity import (
@@ -39,6 +38,7 @@ from fm_distill.training.check import check
 from fm_distill.training.experiment import check_chain, load_experiment
 from fm_distill.training.input_moments import with_input_moments
 from fm_distill.training.loop import Loop
+from fm_distill.training.open_networks import open_networks
 from fm_distill.training.recorded import refuse_another_recording, with_recording_here
 from fm_distill.training.reporter import Reporter, introduce, progress_bar
 from fm_distill.training.resolve import resolve
@@ -52,7 +52,8 @@ from fm_distill.training.rollback import (
     skipped_steps,
     slowness,
 )
-from fm_distill.training.setup import Setup, prepare, warnings_on
+from fm_distill.training.setup import Setup, prepare
+from fm_distill.training.warnings import warnings_on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +120,7 @@ def train_until(
                 reason = stop.reason() or "its teacher is not complete"
                 workdir.set_status("paused", done, steps, reason)
                 return Result(False, done, steps, workdir.path, None, reason)
-        networks = load_networks(config, workdir.path, data.train.classes, data.train.class_names)
+        networks = open_networks(config, workdir.path, data)
         before = workdir.stored().resolved.student if workdir.has_config() else None
         networks = with_input_moments(networks, config, data.train, before)
         networks = decided_networks(config, networks, data, layout, workdir.path)

@@ -49,8 +49,8 @@ def load_weights(path: str, network: NetworkConfig | None, option: str) -> Pretr
     """The weights at `path`: a file, a folder or `hf://OWNER/REPO`.
 
     `network` says what they are and how they are used; where it is None the file has to say it.
-    `option` is where both were given, `teacher` or `student`, and stands in messages; only a
-    student's weights may lack a head. Raises `UserError` where the file cannot be read, says
+    `option` is where both were given, `teacher` or `student`, and stands in messages. Raises
+    `UserError` where the file cannot be read, says
     otherwise than `network`, or does not hold it: then every missing, unexpected, mis-shaped and
     not finite tensor is listed.
     """
@@ -67,11 +67,6 @@ def load_weights(path: str, network: NetworkConfig | None, option: str) -> Pretr
         file, notes = dataclasses.replace(file, tensors=tensors), [*notes, note]
     naming, tensors, classes = _recognised(file)
     _check_bit(file, described, naming, fields)
-    if not classes and option != "student":
-        raise UserError(
-            f"{path} has no head, so it has no logits to teach: give weights with a head, for "
-            "example of a run that began with these (--student.weights)"
-        )
     notes = [f"{path}: {classes or 'no'} classes, names of the kind {naming}", *notes]
     chosen, more = without_auto(described, file, naming, fields)
     variables = _placed(file, chosen, classes, naming, tensors, fields)
@@ -133,10 +128,7 @@ def _placed(
     fields: str,
 ) -> Variables:
     """The tensors as the network's variables. Raises `UserError` that lists what does not fit."""
-    expected = _shapes(network, classes or 1)
-    if not classes:
-        body = {name: leaf for name, leaf in expected.params.items() if name != HEAD}
-        expected = dataclasses.replace(expected, params=body)
+    expected = _shapes(network, classes)
     names = NAMINGS[naming](network, expected)
     problems: list[str] = []
 
