@@ -286,3 +286,17 @@ def test_features_that_do_not_differ_are_warned_of():
     assert "the teacher's x hardly differs between images" in said
     features[3, 2] = np.nan
     assert "not of finite numbers" in feature_warnings("x", features)[0]
+
+
+def test_features_are_looked_at_before_a_teacher_is_trained(tmp_path):
+    teacher = write_experiment(tmp_path / "teacher.py")
+    for term, said in (
+        ({"kind": "hint", "student_tap": "root", "teacher_tap": "pre_logits"},
+         "objective.terms.0: no adapter joins root of shape .* and pre_logits of shape"),
+        ({"kind": "similarity", "student_tap": "root", "teacher_tap": "blok1"},
+         "teacher_tap is 'blok1', which the teacher does not have; did you mean 'block1'"),
+    ):  # fmt: skip
+        config = tiny_config(objective=one(**term), teacher=TeacherConfig(experiment=str(teacher)))
+        with pytest.raises(UserError, match=said):
+            train(config, tmp_path / "run")
+        assert not (tmp_path / "run" / "teacher").exists()

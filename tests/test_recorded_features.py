@@ -30,6 +30,7 @@ from fm_distill.data.batch import Batch
 from fm_distill.data.feeding import Reader, stack
 from fm_distill.data.splits import open_data
 from fm_distill.errors import UserError
+from fm_distill.models import build_network
 from fm_distill.networks.branch import StepViews, make_branch, step_views
 from fm_distill.networks.loading import load_networks
 from fm_distill.objectives.features import pooled
@@ -305,7 +306,7 @@ def test_a_recording_from_before_is_the_same_and_has_no_features(taught, tmp_pat
     with pytest.raises(UserError, match=r"lacks a feature: .* reads the teacher's block1, and the"):
         check_recording(student, resolved_run(student), open_recording(tmp_path), reader, 6)
     with pytest.raises(UserError, match=r"teacher_tap is 'block1', and the teacher is a function"):
-        check_features(student, 1259, make_branch(config.student, 10, jnp.dtype("float32")), ())
+        check_features(student, 1259, build_network(config.student, 10, jnp.dtype("float32")), ())
 
 
 def test_a_plan_knows_the_features_of_a_batch(taught):

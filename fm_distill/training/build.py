@@ -71,7 +71,8 @@ def build(
     networks = (x for x in resolved.teachers if x.model != FUNCTION)
     teachers = tuple(make_branch(x, resolved.teacher_classes, dtype) for x in networks)
     _check_accumulation(config, student)
-    term_shapes = check_features(config, resolved.examples, student, teachers)
+    networks_of_teachers = tuple(x.network for x in teachers)
+    term_shapes = check_features(config, resolved.examples, student.network, networks_of_teachers)
     recorded = recording_of(config) is not None
     regime = regime_of(config.objective.target, config.teaching, recorded)
     live = regime.targets == "teachers"

@@ -2,22 +2,26 @@
 
 import difflib
 
+import jax.numpy as jnp
+
 from fm_distill.config import Config, TermConfig
 from fm_distill.config.objective import BANK_SIMILARITY
 from fm_distill.config.teachers import recording_of
 from fm_distill.errors import UserError
-from fm_distill.models import Network
-from fm_distill.networks.branch import Branch
+from fm_distill.models import Network, build_network
 from fm_distill.objectives.adapters import AdapterShape
 from fm_distill.objectives.features import ADAPTED, OF_FEATURES, OF_MAPS
-from fm_distill.objectives.terms import named_terms
+from fm_distill.objectives.terms import features_of, named_terms
+from fm_distill.training.experiment import load_experiment
+from fm_distill.training.resolve import described_student
 from fm_distill.training.term_state import TermShapes
 
+FLOAT32 = jnp.dtype("float32")
 Shape = tuple[int, ...]
 
 
 def check_features(
-    config: Config, examples: int, student: Branch, teachers: tuple[Branch, ...]
+    config: Config, examples: int, student: Network, teachers: tuple[Network, ...]
 ) -> TermShapes:
     """The adapters and banks of the terms; `examples` are those of the training split.
 
@@ -52,21 +56,37 @@ def check_features(
     return TermShapes(adapters, banks)
 
 
-def _shape(option: str, side: str, branch: Branch, term: TermConfig, name: str | None) -> Shape:
+def check_features_of_experiment(config: Config, examples: int) -> None:
+    """`check_features` where the teacher is an experiment that may yet have to be trained.
+
+    Raises `UserError`, before that takes its time. Which channels are pruned is known later.
+    """
+    path = config.teacher and config.teacher.experiment
+    if not path or recording_of(config) is not None or not any(features_of(config.objective)):
+        return
+    both = config, load_experiment(path)
+    if any(x.student.pruning.pattern == "channels" for x in both):
+        return
+    # Classes are known with the data; they change no feature.
+    student, teacher = (build_network(described_student(x), 2, FLOAT32) for x in both)
+    check_features(config, examples, student, (teacher,))
+
+
+def _shape(option: str, side: str, network: Network, term: TermConfig, name: str | None) -> Shape:
     """That of what `term` reads of the feature called `name`, without the batch."""
     assert name is not None
-    shape = feature_shape(option, side, branch.network, name)
+    shape = feature_shape(option, side, network, name)
     if term.pool == "mean":
         return shape[-1:]
     if term.kind == BANK_SIMILARITY and len(shape) != 1:
-        named = branch.network.feature_shapes()
+        named = network.feature_shapes()
         vectors = [x for x, shape in named.items() if len(shape) == 2]
         raise UserError(
             f"{option}: {term.kind} compares vectors, and {name} is of shape {shape} for an "
             f"image; use one of {', '.join(vectors)}, or the term's pool=mean"
         )
     if term.kind in OF_MAPS and len(shape) != 3:
-        named = branch.network.feature_shapes()
+        named = network.feature_shapes()
         maps = [x for x, shape in named.items() if len(shape) == 4]
         raise UserError(
             f"{option}: {term.kind} compares maps, and {name} is of shape {shape} for an "

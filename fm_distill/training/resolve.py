@@ -88,7 +88,7 @@ def resolve_described(
     `teachers` may hold no `auto`. Where examples are weighted by class, all classes have the same
     number of them; where an input range adapts to data, its moments are `with_any_moments`.
     """
-    student = _described_student(config)
+    student = described_student(config)
     weights = with_any_moments(WeightFacts(student, teachers, classes))
     by_class = config.objective.example_weights.kind in BY_CLASS
     counts = (max(1, examples // classes),) * classes if by_class else None
@@ -108,7 +108,7 @@ def with_any_moments(weights: WeightFacts) -> WeightFacts:
     )
 
 
-def _described_student(config: Config) -> NetworkConfig:
+def described_student(config: Config) -> NetworkConfig:
     """As its weights will make it, where they are a run that is here."""
     network, weights = resolve_network(only_network(config.student)), config.student.weights
     if weights and not network.block_widths and Workdir(weights).has_config():

@@ -35,6 +35,7 @@ from fm_distill.system.processes import broadcast_from_first, first_process, onl
 from fm_distill.system.sharding import check_batch_size, make_layout
 from fm_distill.training.channels import decided_networks
 from fm_distill.training.check import check
+from fm_distill.training.check_features import check_features_of_experiment
 from fm_distill.training.experiment import check_chain, load_experiment
 from fm_distill.training.input_moments import with_input_moments
 from fm_distill.training.loop import Loop
@@ -105,6 +106,7 @@ def train_until(
     check_batch_size(config, layout)
     data, warnings = open_data(config)
     steps = total_steps(config, len(data.train))
+    check_features_of_experiment(config, len(data.train))
     with workdir.locked():
         done = newest_step(workdir.checkpoints)
         workdir.refuse_lost_checkpoints(done)
