@@ -80,7 +80,9 @@ def test_libraries_have_rooms(path):
     assert "tensorflow" not in roots or name in (
         "weights.saved_model", "exporting.litert_conversion"
     )  # fmt: skip
-    assert "ai_edge_litert" not in roots or name == "exporting.litert_file"
+    assert not roots & {"ai_edge_litert", "flatbuffers"} or name in (
+        "exporting.litert_file", "exporting.litert_weights"
+    )  # fmt: skip
     assert "fsspec" not in roots or name in ("runs.remote", "notebooks.backup")
     assert "huggingface_hub" not in roots or name == "weights.hub"
     assert "tensorstore" not in roots or name == "recordings.shards"

@@ -1,22 +1,26 @@
 """Steps of a function to LiteRT, by TensorFlow, in a process of its own: it shares much with JAX.
 
-Its argument is a folder, which has `steps.json` and `kind.json`, and for int8 after training
-`pixels.npy`; `function.tflite` is written there. The steps are those of `litert_quantisation`,
-whose arrays and functions lie beside.
+Its argument is a folder, which has `steps.json` and `kind.json`, and for int8 by the converter's
+own calibration `pixels.npy`; `function.tflite` is written there. The steps are those of
+`litert_quantisation`, whose arrays and functions lie beside.
 """
 
 import json
 import pathlib
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 STEPS, PIXELS, KIND, RESULT = "steps.json", "pixels.npy", "kind.json", "function.tflite"
-# The kind of a function that has ranges of training.
-TRAINED = "trained"
+# The kind of a function whose steps say what is rounded.
+ROUNDED = "rounded"
 # Of the range of activations; that of weights is symmetric.
 LOWEST, HIGHEST = -128, 127
+
+# Before and after each of two sides.
+Zeros = Sequence[Sequence[int]]
 
 
 def main(folder: pathlib.Path) -> None:
@@ -24,11 +28,15 @@ def main(folder: pathlib.Path) -> None:
     import tensorflow as tf
 
     described = json.loads((folder / STEPS).read_text())
+    makers = MAKERS
+    if all(step["kind"] != "round" for step in described["steps"]):
+        # Of a FakeQuant alone the converter makes layers that round what they read as they run.
+        makers = MAKERS | {"kernel": _plain_kernel}
 
     def function(pixels: Any) -> Any:
         known = {0: pixels}
         for step in described["steps"]:
-            found = MAKERS[step["kind"]](tf, folder, step, *(known[x] for x in step["reads"]))
+            found = makers[step["kind"]](tf, folder, step, *(known[x] for x in step["reads"]))
             known.update(zip(step["makes"], found, strict=True))
         return known[described["result"]]
 
@@ -69,23 +77,35 @@ def _kernel(tf: Any, folder: pathlib.Path, step: dict[str, Any]) -> Any:
     )
 
 
+def _plain_kernel(tf: Any, folder: pathlib.Path, step: dict[str, Any]) -> Any:
+    return (tf.constant(np.load(folder / step["weights"])),)
+
+
 def _convolved(tf: Any, folder: pathlib.Path, step: dict[str, Any], x: Any, kernel: Any) -> Any:
     strides, padding, dilations = (step[k] for k in ("strides", "padding", "dilations"))
-    name = "VALID"
-    if any(zeros != [0, 0] for zeros in padding):
-        same = [
-            _same(int(x.shape[1 + i]), (int(kernel.shape[i]) - 1) * dilations[i] + 1, strides[i])
-            for i in range(2)
-        ]
-        if same == padding:
-            name = "SAME"
-        else:
-            x = tf.pad(x, [[0, 0], *padding, [0, 0]])
+    name, zeros = padding_of(x.shape[1:3], kernel.shape[:2], strides, padding, dilations)
+    x = tf.pad(x, [[0, 0], *zeros, [0, 0]]) if zeros else x
     out = tf.nn.conv2d(x, kernel, strides, name, dilations=dilations)
     return (tf.nn.bias_add(out, np.load(folder / step["offset"])),)
 
 
-def _same(size: int, kernel: int, stride: int) -> list[int]:
+def padding_of(
+    sizes: Sequence[int],
+    kernel: Sequence[int],
+    strides: Sequence[int],
+    padding: Zeros,
+    dilations: Sequence[int],
+) -> tuple[str, Zeros]:
+    """TensorFlow's name of `padding`, and the zeros that have to stand there before; none: []."""
+    if all([*x] == [0, 0] for x in padding):
+        return "VALID", []
+    found = [
+        same(int(sizes[i]), (int(kernel[i]) - 1) * dilations[i] + 1, strides[i]) for i in range(2)
+    ]
+    return ("SAME", []) if found == [[*x] for x in padding] else ("VALID", padding)
+
+
+def same(size: int, kernel: int, stride: int) -> list[int]:
     """Zeros before and after a side, as TensorFlow's SAME has them."""
     total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
     return [total // 2, total - total // 2]

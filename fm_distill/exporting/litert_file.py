@@ -23,11 +23,15 @@ import numpy as np
 from fm_distill.errors import UserError
 from fm_distill.exporting import litert_conversion
 from fm_distill.exporting.function import BatchSize, Function, Pixels, Quantise, Runtime
-from fm_distill.exporting.litert_quantisation import steps_of
-from fm_distill.exporting.litert_steps import Step
+from fm_distill.exporting.litert_quantisation import traced, whole
+from fm_distill.exporting.litert_ranges import Batches, with_ranges
+from fm_distill.exporting.litert_steps import Step, joined
+from fm_distill.exporting.litert_weights import with_integers
 from fm_distill.system.files import DAMAGED_ARCHIVE
 
 SUFFIX = ".tflite"
+# Of a ViT and a ConvNeXt: LiteRT aborts in what the converter's own calibration makes of them.
+GELU = {"erf", "erfc"}
 CARD, LABELS, DIGEST = "card.json", "labels.txt", "flatbuffer.sha256"
 
 
@@ -54,23 +58,38 @@ def to_quantised(
             raise UserError(_missing(name))
     if batch == "dynamic":
         raise UserError(f"a {SUFFIX} file takes a fixed number of images; give --batch N")
-    # int8's own input is the uint8 pixels: a float of scale 1 before it is quantised.
-    dtype = np.float32 if quantise == "int8" else np.uint8
-    pixels = jax.ShapeDtypeStruct((batch, resolution, resolution, 3), dtype)
-    steps = steps_of(function, pixels)
-    rounded = any(step.kind == "round" for step in steps)
-    if rounded and quantise != "none":
+    pixels = jax.ShapeDtypeStruct((batch, resolution, resolution, 3), np.uint8)
+    found = traced(function, pixels)
+    if found.has("round") and quantise != "none":
         raise UserError(
             "the student was quantised in training and leaves with its own ranges; leave out "
             "--quantise"
         )
+    if shown is not None and (found.operations & GELU or found.has("kernel")):
+        # Layers that training left in floats stay so.
+        found = traced(function, pixels, calibrated=True, floats=not found.has("kernel"))
+        found = found._replace(steps=with_ranges(found.steps, _in_batches(shown, batch)))
+    elif quantise != "none" or not found.has("kernel"):
+        # int8's own input is the uint8 pixels: a float of scale 1 before it is quantised.
+        pixels = pixels.update(dtype=np.float32) if quantise == "int8" else pixels
+        return _converted(whole(function, pixels), pixels, quantise, shown, model)
+    steps = [*joined(found.steps, found.result)]
+    kind = litert_conversion.ROUNDED if found.has("round") else "none"
+    data = _converted(steps, pixels, kind, None, model)
+    return with_integers(data, steps)
+
+
+def _converted(
+    steps: list[Step], pixels: jax.ShapeDtypeStruct, kind: str, shown: Pixels | None, model: str
+) -> bytes:
+    """The flatbuffer that TensorFlow makes of `steps`. Raises `UserError`."""
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         _write_steps(folder, steps, pixels)
-        kind = litert_conversion.TRAINED if rounded else quantise
         (folder / litert_conversion.KIND).write_text(json.dumps(kind))
         if shown is not None:
-            (folder / litert_conversion.PIXELS).write_bytes(_npy(_calibration(shown, batch)))
+            calibration = _calibration(shown, pixels.shape[0])
+            (folder / litert_conversion.PIXELS).write_bytes(_npy(calibration))
         done = subprocess.run(
             [sys.executable, "-m", litert_conversion.__name__, name],
             capture_output=True,
@@ -107,6 +126,12 @@ def _npy(array: np.ndarray) -> bytes:
     return content.getvalue()
 
 
+def _in_batches(shown: Pixels, batch: int) -> Batches:
+    """`shown` in whole batches, its first images again where the last one is not full."""
+    rows = np.resize(shown, (-(-len(shown) // batch) * batch, *shown.shape[1:]))
+    return rows.reshape(-1, batch, *shown.shape[1:])
+
+
 def _calibration(shown: Pixels, batch: int) -> np.ndarray:
     """`shown` in whole batches, (batches, batch, resolution, resolution, 3) as float32.
 
@@ -114,8 +139,7 @@ def _calibration(shown: Pixels, batch: int) -> np.ndarray:
     """
     ends = np.zeros((batch, *shown.shape[1:]), np.float32)
     ends[:, ::2] = 255
-    rows = np.resize(shown, (-(-len(shown) // batch) * batch, *shown.shape[1:]))
-    return np.concatenate([ends[None], rows.reshape(-1, *ends.shape).astype(np.float32)])
+    return np.concatenate([ends[None], _in_batches(shown, batch).astype(np.float32)])
 
 
 def _reason(stderr: str) -> str:

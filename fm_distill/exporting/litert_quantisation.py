@@ -4,9 +4,11 @@ What multiplies a channel behind a convolution, such as a BatchNorm, multiplies 
 weights and leaves their integers as they are (see `onnx_folding`).
 """
 
+import collections
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -22,7 +24,6 @@ from fm_distill.exporting.litert_steps import (
     Unknown,
     Weights,
     exported,
-    joined,
     once,
 )
 from fm_distill.exporting.operations import CALLS, inside
@@ -32,21 +33,44 @@ SAME = ("copy", "name", "stop_gradient")
 NHWC = ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
 
 
-def steps_of(function: Function, pixels: jax.ShapeDtypeStruct) -> list[Step]:
-    """Those of `function` of such `pixels`; the last one makes its result alone."""
-    traced = jax.make_jaxpr(function)(pixels)
-    steps = Steps()
+class Traced(NamedTuple):
+    """A function in steps."""
+
+    steps: list[Step]
+    # The number of its result.
+    result: int
+    # Names of the operations of its calls.
+    operations: set[str]
+
+    def has(self, kind: str) -> bool:
+        """Whether a step is of that kind."""
+        return any(step.kind == kind for step in self.steps)
+
+
+def traced(
+    function: Function, pixels: jax.ShapeDtypeStruct, calibrated: bool = False, floats: bool = False
+) -> Traced:
+    """`function` of such `pixels`.
+
+    If `calibrated`, layers of rounded weights round what they read and make, too, by unknown
+    ranges; with `floats`, weights of the others are rounded, and they are such layers.
+    """
+    jaxpr = jax.make_jaxpr(function)(pixels)
+    steps = Steps(calibrated, floats)
     given = Unknown(0, pixels.shape, np.dtype(pixels.dtype))
-    (found,) = _run(steps, traced.jaxpr, [np.asarray(x) for x in traced.consts], [given])
-    if not any(step.kind == "round" for step in steps.found):  # it stays one whole
-        return [Step("call", (0,), (1,), {"function": exported(function, [pixels])})]
-    return [*joined(steps.found, steps.tensor(found).number)]
+    (found,) = _run(steps, jaxpr.jaxpr, [np.asarray(x) for x in jaxpr.consts], [given])
+    return Traced(steps.found, steps.tensor(found).number, steps.operations)
+
+
+def whole(function: Function, pixels: jax.ShapeDtypeStruct) -> list[Step]:
+    """`function` in a single step."""
+    return [Step("call", (0,), (1,), {"function": exported(function, [pixels])})]
 
 
 def _run(steps: Steps, jaxpr: Jaxpr, consts: list[Any], inputs: list[Any]) -> list[Any]:
     known: dict[Any, Any] = {}
-    known.update(zip(jaxpr.constvars, consts, strict=True))
-    known.update(zip(jaxpr.invars, inputs, strict=True))
+    variables = [x for equation in jaxpr.eqns for x in equation.invars] + jaxpr.outvars
+    reads = collections.Counter(x for x in variables if not isinstance(x, Written))
 
     def read(variable: Any) -> Any:
         if not isinstance(variable, Written):
@@ -54,9 +78,16 @@ def _run(steps: Steps, jaxpr: Jaxpr, consts: list[Any], inputs: list[Any]) -> li
         kind: Any = variable.aval  # the value may be a number of Python's
         return np.asarray(variable.val, kind.dtype)
 
+    def know(names: Sequence[Any], values: list[Any]) -> None:
+        for name, value in zip(names, values, strict=True):
+            known[name] = value
+            if isinstance(value, Product) and reads[name] > 1:
+                steps.share(value)
+
+    know(jaxpr.constvars, consts)
+    know(jaxpr.invars, inputs)
     for equation in jaxpr.eqns:
-        results = _of_equation(steps, equation, [read(x) for x in equation.invars])
-        known.update(zip(equation.outvars, results, strict=True))
+        know(equation.outvars, _of_equation(steps, equation, [read(x) for x in equation.invars]))
     return [read(x) for x in jaxpr.outvars]
 
 
@@ -77,33 +108,37 @@ def _of_equation(steps: Steps, equation: JaxprEqn, inputs: list[Any]) -> list[An
     if known:
         out = bind(*inputs)
         return [np.asarray(x) for x in (out if equation.primitive.multiple_results else [out])]
-    if name in ("conv_general_dilated", "dot_general") and _is_layer(equation, inputs):
+    if name in ("conv_general_dilated", "dot_general") and _is_layer(steps, equation, inputs):
         images, weights = inputs
+        weights = weights if isinstance(weights, Weights) else Weights.of(weights)
         ones = np.ones(len(weights.scales))
         return [Product(equation, steps.tensor(images), weights, ones, np.zeros_like(ones))]
-    if name in ("mul", "add") and (product := _followed(name, *inputs)) is not None:
+    if name in ("mul", "add") and (product := _followed(steps, name, *inputs)) is not None:
         return [product]
+    steps.operations.add(name)
     return list(steps.call(bind, inputs))
 
 
-def _is_layer(equation: JaxprEqn, inputs: list[Any]) -> bool:
+def _is_layer(steps: Steps, equation: JaxprEqn, inputs: list[Any]) -> bool:
     """Whether it is one with rounded weights in a form that layers of `models` have."""
     params, weights = equation.params, inputs[1]
-    if not isinstance(weights, Weights):
+    if not isinstance(weights, (Weights, np.ndarray) if steps.floats else Weights):
         return False
+    places, inner, outer = (x.aval.shape for x in (*equation.invars, *equation.outvars))  # type: ignore[attr-defined]
     numbers = params["dimension_numbers"]
     if equation.primitive.name == "dot_general":
-        plain: tuple[Any, ...] = (((1,), (0,)), ((), ()))
-        return numbers == plain and weights.integers.ndim == 2
+        plain: tuple[Any, ...] = (((len(places) - 1,), (0,)), ((), ()))
+        return numbers == plain and len(inner) == 2 and len(places) > 1
     layout = (numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec)
-    groups = params["feature_group_count"]
-    return layout == NHWC and groups in (1, weights.integers.shape[-1])
+    # A transposed convolution, which sets its pixels apart, is another operation in LiteRT.
+    apart = set(params["lhs_dilation"]) != {1} or params["batch_group_count"] != 1
+    return layout == NHWC and not apart and params["feature_group_count"] in (1, outer[-1])
 
 
-def _followed(name: str, x: Any, other: Any) -> Product | None:
+def _followed(steps: Steps, name: str, x: Any, other: Any) -> Product | None:
     if not isinstance(x, Product):
         x, other = other, x
-    if not isinstance(x, Product) or not isinstance(other, np.ndarray):
+    if not isinstance(x, Product) or not isinstance(other, np.ndarray) or steps.shared(x):
         return None
     values = _by_channel(other, len(x.factor))
     if values is None:

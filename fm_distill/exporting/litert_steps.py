@@ -7,16 +7,19 @@ makes one of each rounding, and reads StableHLO of what lies between them.
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import export
 from jax.extend.core import JaxprEqn
 from jaxtyping import Float, Int8
 
 from fm_distill.exporting.stablehlo import ANYWHERE, PLATFORM
+from fm_distill.models.quantisation import OF_WEIGHTS, weight_scale
 
 # A factor this near to zero leaves nothing of its channel.
 SMALLEST_SCALE = 1e-30
@@ -26,9 +29,10 @@ SMALLEST_SCALE = 1e-30
 class Step:
     """One of the four; numbers name what is read and made, and 0 is the pixels.
 
-    round: to int8, affine, with `scale` and `zero_point`. kernel: the constant `weights`, which are
-    integers up to `highest` times `scales` of the last axis. convolution: of pictures with such a
-    kernel (height, width, inputs, outputs), and `offset` added. call: `function`, by `jax.export`.
+    round: to int8, affine, with `scale` and `zero_point`; with neither, before `litert_ranges` has
+    seen images. kernel: the constant `weights`, which are integers up to `highest` times `scales`
+    of the last axis. convolution: of pictures with such a kernel (height, width, inputs, outputs),
+    and `offset` added. call: `function`, by `jax.export`.
     """
 
     kind: Literal["round", "kernel", "convolution", "call"]
@@ -54,6 +58,14 @@ class Weights:
     scales: Float[np.ndarray, " outputs"]
     highest: int
 
+    @classmethod
+    def of(cls, kernel: Float[np.ndarray, "*_ outputs"]) -> "Weights":
+        """Of a kernel in floats: eight bits, symmetric, by the largest of each output channel."""
+        levels = OF_WEIGHTS["int8"]
+        scales = np.asarray(weight_scale(jnp.asarray(kernel), levels))
+        integers = np.clip(np.rint(kernel / scales), *levels).astype(np.int8)
+        return cls(integers, scales, levels[1])
+
     @property
     def floats(self) -> np.ndarray:
         return (self.integers * self.scales).astype(np.float32)
@@ -74,12 +86,19 @@ class Product:
 
 
 class Steps:
-    """The steps as they come in; those of a call with a function that is not exported yet."""
+    """The steps as they come in; those of a call with a function that is not exported yet.
 
-    def __init__(self) -> None:
+    Where `calibrated`, what layers read and make is rounded, without a range; where `floats`, those
+    of float weights, too.
+    """
+
+    def __init__(self, calibrated: bool, floats: bool) -> None:
+        self.calibrated, self.floats = calibrated, floats
         self.found: list[Step] = []
+        self.operations: set[str] = set()  # what is called, by JAX's names
         self.done: dict[int, Unknown] = {}  # products, by their identity
         self.kept: list[Product] = []  # so that no identity is given twice
+        self._shared: set[int] = set()  # products that several read, by their identity
         self._count = itertools.count(1)
 
     def new(self, shape: tuple[int, ...], dtype: Any = np.float32) -> Unknown:
@@ -89,6 +108,15 @@ class Steps:
         numbers = tuple(x.number for x in reads)
         self.found.append(Step(kind, numbers, (make.number,), values))
         return make
+
+    def share(self, product: Product) -> None:
+        """`product` becomes one step, however many read it."""
+        self._shared.add(id(product))
+        self.kept.append(product)
+
+    def shared(self, product: Product) -> bool:
+        """Whether several read it: with what follows in it, it would be computed for each."""
+        return id(product) in self._shared
 
     def call(self, function: Callable[..., Any], inputs: list[Any]) -> list[Unknown]:
         """`function`, of tensors and of arrays that are known."""
@@ -129,12 +157,15 @@ class Steps:
         kernel = (product.weights.integers * signs * scales).astype(np.float32)
         offset, shape = product.offset.astype(np.float32), equation.outvars[0].aval.shape  # type: ignore[attr-defined]
         rounded = {"scales": scales, "highest": product.weights.highest}
+        images = self._rounded(images)
         if equation.primitive.name == "dot_general":
-            (images,) = self.call(lambda x: x[:, None, None], [images])
-            out = self._convolution(
-                images, kernel[None, None], rounded, offset, (shape[0], 1, 1, shape[1])
-            )
-            return self.call(lambda x: x[:, 0, 0], [out])[0]
+            # A convolution of one pixel, whose kernel the converter takes as it lies here.
+            places = images.shape[:-1]
+            places = places if len(places) == 3 else (places[0], math.prod(places[1:]), 1)
+            pictures = self._reshaped(images, (*places, images.shape[-1]))
+            out = (*places, shape[-1])
+            made = self._convolution(pictures, kernel[None, None], rounded, offset, out)
+            return self._reshaped(made, shape)
         params = equation.params
         if params["feature_group_count"] == 1:
             return self._convolution(images, kernel, rounded, offset, shape, params)
@@ -154,7 +185,13 @@ class Steps:
             )
             return out + offset
 
-        return self.call(depthwise, [images, made])[0]
+        return self._rounded(self.call(depthwise, [images, made])[0])
+
+    def _reshaped(self, x: Unknown, shape: tuple[int, ...]) -> Unknown:
+        return x if x.shape == shape else self.call(lambda x: x.reshape(shape), [x])[0]
+
+    def _rounded(self, x: Unknown) -> Unknown:
+        return self.add("round", [x], self.new(x.shape)) if self.calibrated else x
 
     def _convolution(
         self,
@@ -167,7 +204,7 @@ class Steps:
     ) -> Unknown:
         made = self.add("kernel", [], self.new(kernel.shape), weights=kernel, **rounded)
         p = params or {}
-        return self.add(
+        out = self.add(
             "convolution",
             [images, made],
             self.new(shape),
@@ -176,6 +213,7 @@ class Steps:
             padding=tuple(map(tuple, p.get("padding", ((0, 0), (0, 0))))),
             dilations=tuple(p.get("rhs_dilation", (1, 1))),
         )
+        return self._rounded(out)
 
 
 def joined(steps: list[Step], result: int) -> Iterator[Step]:
