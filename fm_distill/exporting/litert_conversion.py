@@ -100,12 +100,13 @@ def padding_of(
     if all([*x] == [0, 0] for x in padding):
         return "VALID", []
     found = [
-        same(int(sizes[i]), (int(kernel[i]) - 1) * dilations[i] + 1, strides[i]) for i in range(2)
+        same_padding(int(sizes[i]), (int(kernel[i]) - 1) * dilations[i] + 1, strides[i])
+        for i in range(2)
     ]
     return ("SAME", []) if found == [[*x] for x in padding] else ("VALID", padding)
 
 
-def same(size: int, kernel: int, stride: int) -> list[int]:
+def same_padding(size: int, kernel: int, stride: int) -> list[int]:
     """Zeros before and after a side, as TensorFlow's SAME has them."""
     total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
     return [total // 2, total - total // 2]

@@ -23,7 +23,7 @@ import numpy as np
 from fm_distill.errors import UserError
 from fm_distill.exporting import litert_conversion
 from fm_distill.exporting.function import BatchSize, Function, Pixels, Quantise, Runtime
-from fm_distill.exporting.litert_quantisation import traced, whole
+from fm_distill.exporting.litert_quantisation import in_one_step, traced
 from fm_distill.exporting.litert_ranges import Batches, with_ranges
 from fm_distill.exporting.litert_steps import Step, joined
 from fm_distill.exporting.litert_weights import with_integers
@@ -72,7 +72,7 @@ def to_quantised(
     elif quantise != "none" or not found.has("kernel"):
         # int8's own input is the uint8 pixels: a float of scale 1 before it is quantised.
         pixels = pixels.update(dtype=np.float32) if quantise == "int8" else pixels
-        return _converted(whole(function, pixels), pixels, quantise, shown, model)
+        return _converted(in_one_step(function, pixels), pixels, quantise, shown, model)
     steps = [*joined(found.steps, found.result)]
     kind = litert_conversion.ROUNDED if found.has("round") else "none"
     data = _converted(steps, pixels, kind, None, model)

@@ -24,12 +24,12 @@ from fm_distill.exporting.litert_steps import (
     Unknown,
     Weights,
     exported,
-    once,
+    without_repeats,
 )
 from fm_distill.exporting.operations import CALLS, inside
 
 # Operations that change nothing.
-SAME = ("copy", "name", "stop_gradient")
+UNCHANGING = ("copy", "name", "stop_gradient")
 NHWC = ((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
 
 
@@ -62,7 +62,7 @@ def traced(
     return Traced(steps.found, steps.tensor(found).number, steps.operations)
 
 
-def whole(function: Function, pixels: jax.ShapeDtypeStruct) -> list[Step]:
+def in_one_step(function: Function, pixels: jax.ShapeDtypeStruct) -> list[Step]:
     """`function` in a single step."""
     return [Step("call", (0,), (1,), {"function": exported(function, [pixels])})]
 
@@ -97,7 +97,7 @@ def _of_equation(steps: Steps, equation: JaxprEqn, inputs: list[Any]) -> list[An
         return [_rounded(steps, *inputs)]
     if (found := inside(equation)) is not None:
         return _run(steps, found[0], [np.asarray(x) for x in found[1]], inputs)
-    if name in SAME:
+    if name in UNCHANGING:
         return inputs
     known = all(isinstance(x, np.ndarray) for x in inputs)
     if known and name == "broadcast_in_dim":
@@ -150,7 +150,7 @@ def _followed(steps: Steps, name: str, x: Any, other: Any) -> Product | None:
 
 def _by_channel(array: np.ndarray, channels: int) -> np.ndarray | None:
     """Its values for each channel, the last axis, where it has nothing else."""
-    small = once(array)
+    small = without_repeats(array)
     if small.size == 1:
         return np.full(channels, float(small.reshape(())))
     if small.size != channels or small.shape[-1] != channels:

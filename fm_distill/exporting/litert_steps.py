@@ -258,14 +258,14 @@ def exported(function: Callable[..., Any], specs: Sequence[jax.ShapeDtypeStruct]
     return bytes(made(*specs).serialize())
 
 
-def once(array: np.ndarray) -> np.ndarray:
+def without_repeats(array: np.ndarray) -> np.ndarray:
     """What NumPy repeats, once."""
     return array[(..., *(slice(0, 1) if x == 0 else slice(None) for x in array.strides))]
 
 
 def _repeated(array: Any) -> Any:
     """Not written out, as `array` may be large where it is repeated."""
-    return jax.lax.broadcast_in_dim(once(array), array.shape, range(array.ndim))
+    return jax.lax.broadcast_in_dim(without_repeats(array), array.shape, range(array.ndim))
 
 
 def _spec(x: Unknown) -> jax.ShapeDtypeStruct:

@@ -141,7 +141,7 @@ class Rules(NamedTuple):
     calls: dict[str, Rule]
 
 
-def whole(name: str, output: Any) -> Values:
+def full_shaped(name: str, output: Any) -> Values:
     """A tensor that is held in its whole shape."""
     return [Value(name, output.shape, output.shape, np.dtype(output.dtype))]
 

@@ -14,7 +14,7 @@ from fm_distill.exporting.onnx_graph import (
     Unsupported,
     Value,
     Values,
-    whole,
+    full_shaped,
 )
 
 NHWC_TO_NCHW, NCHW_TO_NHWC = (0, 3, 1, 2), (0, 2, 3, 1)
@@ -37,10 +37,10 @@ def product(graph: Graph, inputs: Values, params: Params, outputs: list[Any]) ->
     plain = plain and len(right.shape) == 2
     if plain and right.quantised is not None:
         weights = dequantised(graph, right.quantised, (0, 1))
-        return whole(graph.add("MatMul", graph.full(left), weights), outputs[0])
+        return full_shaped(graph.add("MatMul", graph.full(left), weights), outputs[0])
     names = [graph.full(x) for x in inputs]
     if plain:
-        return whole(graph.add("MatMul", *names), outputs[0])
+        return full_shaped(graph.add("MatMul", *names), outputs[0])
     letters = iter(string.ascii_lowercase)
     of_left = [next(letters) for _ in left.shape]
     of_right = [next(letters) for _ in right.shape]
@@ -50,7 +50,7 @@ def product(graph: Graph, inputs: Values, params: Params, outputs: list[Any]) ->
     out += [x for i, x in enumerate(of_left) if i not in (*left_sum, *left_batch)]
     out += [x for i, x in enumerate(of_right) if i not in (*right_sum, *right_batch)]
     equation = f"{''.join(of_left)},{''.join(of_right)}->{''.join(out)}"
-    return whole(graph.add("Einsum", *names, equation=equation), outputs[0])
+    return full_shaped(graph.add("Einsum", *names, equation=equation), outputs[0])
 
 
 def convolution(graph: Graph, inputs: Values, params: Params, outputs: list[Any]) -> Values:
@@ -76,7 +76,7 @@ def convolution(graph: Graph, inputs: Values, params: Params, outputs: list[Any]
         group=params["feature_group_count"],
     )
     back = np.argsort(numbers.out_spec).tolist()
-    return whole(graph.add("Transpose", found, perm=back), outputs[0])
+    return full_shaped(graph.add("Transpose", found, perm=back), outputs[0])
 
 
 def _pool(graph: Graph, kind: str, x: Value, params: Params, attributes: Params) -> str:
@@ -99,10 +99,10 @@ def _pool(graph: Graph, kind: str, x: Value, params: Params, attributes: Params)
 
 
 def max_pool(graph: Graph, inputs: Values, params: Params, outputs: list[Any]) -> Values:
-    return whole(_pool(graph, "MaxPool", inputs[0], params, {}), outputs[0])
+    return full_shaped(_pool(graph, "MaxPool", inputs[0], params, {}), outputs[0])
 
 
 def sum_pool(graph: Graph, inputs: Values, params: Params, outputs: list[Any]) -> Values:
     mean = _pool(graph, "AveragePool", inputs[0], params, {"count_include_pad": 1})
     pixels = np.array(np.prod(params["window_dimensions"]), inputs[0].dtype)
-    return whole(graph.add("Mul", mean, graph.constant(pixels)), outputs[0])
+    return full_shaped(graph.add("Mul", mean, graph.constant(pixels)), outputs[0])

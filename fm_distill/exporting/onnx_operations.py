@@ -14,7 +14,7 @@ from fm_distill.exporting.onnx_graph import (
     Unsupported,
     Value,
     Values,
-    whole,
+    full_shaped,
 )
 from fm_distill.exporting.onnx_layers import convolution, max_pool, product, sum_pool
 from fm_distill.exporting.onnx_quantisation import fake_quantise
@@ -103,23 +103,23 @@ def _broadcast(graph: Graph, inputs: Values, params: Params, outputs: list[Any])
 
 
 def _reshape(graph: Graph, inputs: Values, params: Params, outputs: list[Any]) -> Values:
-    return whole(graph.reshaped(graph.full(inputs[0]), outputs[0].shape), outputs[0])
+    return full_shaped(graph.reshaped(graph.full(inputs[0]), outputs[0].shape), outputs[0])
 
 
 def _transpose(graph: Graph, inputs: Values, params: Params, outputs: list[Any]) -> Values:
     order = params["permutation"]
-    return whole(graph.add("Transpose", graph.full(inputs[0]), perm=order), outputs[0])
+    return full_shaped(graph.add("Transpose", graph.full(inputs[0]), perm=order), outputs[0])
 
 
 def _concatenate(graph: Graph, inputs: Values, params: Params, outputs: list[Any]) -> Values:
     parts = [graph.full(x) for x in inputs]
-    return whole(graph.add("Concat", *parts, axis=params["dimension"]), outputs[0])
+    return full_shaped(graph.add("Concat", *parts, axis=params["dimension"]), outputs[0])
 
 
 def _slice(graph: Graph, inputs: Values, params: Params, outputs: list[Any]) -> Values:
     steps = params["strides"] or (1,) * len(inputs[0].shape)
     name = _cut(graph, inputs[0], params["start_indices"], params["limit_indices"], steps)
-    return whole(name, outputs[0])
+    return full_shaped(name, outputs[0])
 
 
 def _cut(graph: Graph, x: Value, starts: Shape, ends: Shape, steps: tuple[int, ...]) -> str:
@@ -152,14 +152,14 @@ def _gather(graph: Graph, inputs: Values, params: Params, outputs: list[Any]) ->
     if any(i < 0 or j > k for i, j, k in zip(starts, ends, x.shape, strict=True) if j != k):
         raise Unsupported("places outside of the array")
     name = _cut(graph, x, tuple(starts), tuple(ends), (1,) * len(sizes))
-    return whole(graph.reshaped(name, outputs[0].shape), outputs[0])
+    return full_shaped(graph.reshaped(name, outputs[0].shape), outputs[0])
 
 
 def _split(graph: Graph, inputs: Values, params: Params, outputs: list[Any]) -> Values:
     names = [graph.new_name("Split") for _ in outputs]
     source = [graph.full(inputs[0]), graph.integers(params["sizes"])]
     graph.nodes.append(helper.make_node("Split", source, names, axis=params["axis"]))
-    return [whole(name, output)[0] for name, output in zip(names, outputs, strict=True)]
+    return [full_shaped(name, output)[0] for name, output in zip(names, outputs, strict=True)]
 
 
 def _pad(graph: Graph, inputs: Values, params: Params, outputs: list[Any]) -> Values:
@@ -168,13 +168,13 @@ def _pad(graph: Graph, inputs: Values, params: Params, outputs: list[Any]) -> Va
         raise Unsupported("zeros between the numbers, or negative padding")
     x, filling = inputs
     amounts = graph.integers([*low, *high])
-    return whole(graph.add("Pad", graph.full(x), amounts, graph.full(filling)), outputs[0])
+    return full_shaped(graph.add("Pad", graph.full(x), amounts, graph.full(filling)), outputs[0])
 
 
 def _reduction(kind: str) -> Rule:
     def rule(graph: Graph, inputs: Values, params: Params, outputs: list[Any]) -> Values:
         axes = graph.integers(params["axes"])
-        return whole(graph.add(kind, graph.full(inputs[0]), axes, keepdims=0), outputs[0])
+        return full_shaped(graph.add(kind, graph.full(inputs[0]), axes, keepdims=0), outputs[0])
 
     return rule
 

@@ -17,7 +17,7 @@ from fm_distill.exporting.onnx_graph import (
     Unsupported,
     Value,
     Values,
-    whole,
+    full_shaped,
 )
 
 SIGNED = np.iinfo(np.int8)
@@ -41,7 +41,7 @@ def fake_quantise(graph: Graph, inputs: Values, params: Params, outputs: list[An
             of_range = graph.constant(of_scale, np.float32), shifted
             rounded = graph.add("QuantizeLinear", graph.full(x), *of_range)
             graph.quantised[key] = graph.add("DequantizeLinear", rounded, *of_range)
-        return whole(graph.quantised[key], outputs[0])
+        return full_shaped(graph.quantised[key], outputs[0])
     array = np.broadcast_to(x.content, x.shape)
     integers = np.clip(np.rint(array / of_scale) + zero, lowest, highest)
     found = Value.of(((integers - zero) * of_scale).astype(np.float32))
