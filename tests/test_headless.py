@@ -300,3 +300,7 @@ def test_features_are_looked_at_before_a_teacher_is_trained(tmp_path):
         with pytest.raises(UserError, match=said):
             train(config, tmp_path / "run")
         assert not (tmp_path / "run" / "teacher").exists()
+    # What is wrong with the teacher's own config is said first.
+    write_experiment(teacher, "batch_size=0")
+    with pytest.raises(UserError, match="batch_size is 0"):
+        train(config, tmp_path / "run")

@@ -4,14 +4,23 @@ Nothing is compiled here but the views of a teacher that is a function.
 """
 
 import dataclasses
+import shutil
 
 import jax
 import numpy as np
 import pytest
+from conftest import write_experiment
 from test_function_teachers import FUNCTION, taught_by
 from tiny import resolved_run, tiny_config
 
-from fm_distill.config import MeshConfig, StudentConfig, TeacherConfig, ViewConfig
+from fm_distill.config import (
+    MeshConfig,
+    ObjectiveConfig,
+    StudentConfig,
+    TeacherConfig,
+    TermConfig,
+    ViewConfig,
+)
 from fm_distill.config.resolved import RecordingFacts
 from fm_distill.data.feeding import Reader
 from fm_distill.data.sources import open_source
@@ -20,9 +29,10 @@ from fm_distill.recordings import shards
 from fm_distill.recordings.manifest import ManifestWriter, Shard, open_recording
 from fm_distill.recordings.rows import decode, encode
 from fm_distill.recordings.shards import RecordedSteps, read_shard, write_shard
+from fm_distill.runs.workdir import Workdir
 from fm_distill.system.preemption import Stop
 from fm_distill.system.sharding import make_layout
-from fm_distill.training import quantised_teachers
+from fm_distill.training import quantised_teachers, recorded
 from fm_distill.training import record as record_module
 from fm_distill.training.check import problems
 from fm_distill.training.record import record
@@ -34,6 +44,8 @@ from fm_distill.training.recorded import (
     make_header,
 )
 from fm_distill.training.resolve import _period_steps
+
+FEATURES = TermConfig(kind="hint", student_tap="block1", teacher_tap="blok1")
 
 
 def block(value):
@@ -70,7 +82,23 @@ def test_the_line_of_the_last_session_counts(tmp_path):
         manifest = ManifestWriter(tmp_path, header, {})
         manifest.add(Shard(0, 2, {"values": str(number)}))
         manifest.close()
+    # As earlier versions named them.
+    shutil.copy(min(tmp_path.glob("manifest-*")), tmp_path / "manifest-ffffffffffff.jsonl")
     assert [x.files for x in open_recording(tmp_path).shards] == [{"values": "11"}]
+
+
+def test_of_steps_that_were_lost_twice_the_last_lines_count(tmp_path):
+    config = tiny_config()
+    header = make_header(config, resolved_run(config), "float32", None)
+    for pieces in ([(0, 4), (4, 6)], [(0, 2), (2, 4)], [(1, 3)]):
+        manifest = ManifestWriter(tmp_path, header, {})
+        for start, stop in pieces:
+            manifest.add(Shard(start, stop, {}))
+        manifest.close()
+    found = open_recording(tmp_path)
+    assert found.ranges == ((1, 3), (4, 6))
+    (tmp_path / "steps-00000000-00000004").mkdir()
+    assert open_recording(tmp_path).ranges == ((0, 6),)
 
 
 @pytest.mark.parametrize("top_k", [None, 2])
@@ -111,6 +139,11 @@ def test_the_steps_before_a_failure_of_the_teacher_are_kept(tmp_path):
         ({}, {"top_k": 10}, "--top-k is 10; expected less than the 10 classes"),
         ({"seed": 3}, {}, "seed: 0 in the recording, 3 in this run"),
         (
+            {"objective": ObjectiveConfig(terms=(FEATURES,))},
+            {},
+            "did you mean 'block1'",
+        ),
+        (
             {
                 "student": StudentConfig(
                     model="bit_r50x1", resolution=32, final_statistics="central"
@@ -129,10 +162,31 @@ def test_what_is_wrong_is_known_before_a_teacher_is_trained(
     manifest = ManifestWriter(tmp_path, header, {})
     manifest.add(Shard(0, 2, {}))
     manifest.close()
+    teacher = str(write_experiment(tmp_path / "teacher.py"))
     monkeypatch.setattr(record_module, "train_teachers", lambda *_: pytest.fail("trained"))
-    config = dataclasses.replace(config, teacher=TeacherConfig(experiment=__file__), **changes)
+    config = dataclasses.replace(config, teacher=TeacherConfig(experiment=teacher), **changes)
     with pytest.raises(UserError, match=said):
         record(config, tmp_path, Stop(), **options)
+
+
+def test_processes_end_together_where_a_recording_at_a_url_is_refused(tmp_path, monkeypatch):
+    config = dataclasses.replace(
+        tiny_config(objective=ObjectiveConfig()),
+        teacher=TeacherConfig(recording=f"file://{tmp_path / 'none'}"),
+    )
+    told = []
+
+    def from_first(number):
+        told.append(number)
+        return 1
+
+    monkeypatch.setattr(recorded, "broadcast_from_first", from_first)
+    with pytest.raises(UserError, match="there is no folder file://"):
+        recorded.with_recording_here(config, Workdir(tmp_path / "run"))
+    monkeypatch.setattr(recorded, "first_process", lambda: False)
+    with pytest.raises(UserError, match="is refused; the first process says why"):
+        recorded.with_recording_here(config, Workdir(tmp_path / "run"))
+    assert told == [1, 0]
 
 
 def test_a_curriculum_that_a_short_recording_would_cut_off():
@@ -181,6 +235,6 @@ def test_a_coefficient_that_another_device_rounds_otherwise_is_the_same(mixup):
         for x in (border - 1e-6, border + 1e-6, border + 2 / 4096)
     )
     assert digests_of_draw(one)[0] != digests_of_draw(other)[0]
-    for recorded, now in ((one, other), (other, one)):
-        assert _same(digests_of_draw(recorded), now)
-        assert not _same(digests_of_draw(recorded), far)
+    for before, now in ((one, other), (other, one)):
+        assert _same(digests_of_draw(before), now)
+        assert not _same(digests_of_draw(before), far)

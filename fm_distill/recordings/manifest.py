@@ -93,8 +93,7 @@ def open_recording(path: str | os.PathLike[str]) -> Recording:
     """The recording in a folder. Raises `UserError` where it is none, or cannot be one."""
     folder = pathlib.Path(path)
     header, shards = read_manifests(folder)
-    # The same line twice is a shard that was lost and recorded again; the last one counts.
-    ordered = _without_replaced(folder, sorted({shard.name: shard for shard in shards}.values()))
+    ordered = _without_replaced(folder, shards)
     for one, other in itertools.pairwise(ordered):
         if other.start < one.stop:
             raise UserError(
@@ -125,17 +124,21 @@ def read_manifests(folder: pathlib.Path) -> tuple[RecordingHeader, list[Shard]]:
     return header, shards
 
 
-def _without_replaced(folder: pathlib.Path, shards: list[Shard]) -> tuple[Shard, ...]:
-    """Without those that were lost and whose steps, or some of them, were recorded again.
+def _without_replaced(folder: pathlib.Path, lines: list[Shard]) -> tuple[Shard, ...]:
+    """The shards that count, by their steps.
 
-    They may have been recorded in other pieces: those that are there count.
+    One that was lost is recorded again, in the same piece or in others: what is there counts, and
+    of what was lost again, the last line.
     """
-    there = {x for x in shards if (folder / x.name).is_dir()}
-
-    def replaced(lost: Shard) -> bool:
-        return any(x.start < lost.stop and lost.start < x.stop for x in there)
-
-    return tuple(x for x in shards if x in there or not replaced(x))
+    latest: dict[str, Shard] = {}
+    for line in reversed(lines):
+        latest.setdefault(line.name, line)
+    counted = [x for x in latest.values() if (folder / x.name).is_dir()]
+    there = {x.name for x in counted}
+    for lost in (x for x in latest.values() if x.name not in there):
+        if not any(x.start < lost.stop and lost.start < x.stop for x in counted):
+            counted.append(lost)
+    return tuple(sorted(counted))
 
 
 def present(recording: Recording) -> Recording:
@@ -149,7 +152,8 @@ class ManifestWriter:
 
     def __init__(self, folder: pathlib.Path, header: RecordingHeader, versions: dict[str, Any]):
         # In the order of their names, the line of a later session replaces that of an earlier one.
-        now = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S%f")
+        # The letter is behind those of hexadecimal numbers, which names were once.
+        now = datetime.datetime.now(datetime.UTC).strftime("t%Y%m%d-%H%M%S-%f")
         self.path = folder / f"manifest-{now}-{uuid.uuid4().hex[:12]}.jsonl"
         self.first = msgspec.to_builtins(header) | {"versions": versions}
         self._file: IO[str] | None = None

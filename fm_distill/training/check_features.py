@@ -12,6 +12,7 @@ from fm_distill.models import Network, build_network
 from fm_distill.objectives.adapters import AdapterShape
 from fm_distill.objectives.features import ADAPTED, OF_FEATURES, OF_MAPS
 from fm_distill.objectives.terms import features_of, named_terms
+from fm_distill.training.check import check
 from fm_distill.training.experiment import load_experiment
 from fm_distill.training.resolve import described_student
 from fm_distill.training.term_state import TermShapes
@@ -65,6 +66,7 @@ def check_features_of_experiment(config: Config, examples: int) -> None:
     if not path or recording_of(config) is not None or not any(features_of(config.objective)):
         return
     both = config, load_experiment(path)
+    check(both[1])
     if any(x.student.pruning.pattern == "channels" for x in both):
         return
     # Classes are known with the data; they change no feature.

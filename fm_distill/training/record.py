@@ -36,7 +36,7 @@ from fm_distill.system.files import lock
 from fm_distill.system.preemption import Stop
 from fm_distill.system.sharding import check_batch_size, make_layout
 from fm_distill.training.check import check
-from fm_distill.training.check_features import feature_shape
+from fm_distill.training.check_features import check_features_of_experiment, feature_shape
 from fm_distill.training.experiment import load_experiment
 from fm_distill.training.open_networks import open_networks
 from fm_distill.training.recorded import make_header
@@ -82,7 +82,8 @@ def record(
     # What is known without the teachers comes before the training of one.
     total = total_steps(config, len(data.train))
     first, last = _range(steps, min(config.views.period_steps or total, total))
-    _check_top_k(top_k, data.train.classes)
+    _check_top_k(top_k, data.train.classes or config.data.classes)
+    check_features_of_experiment(config, len(data.train))
     if is_recording(folder) and (
         differ := header_differences(open_recording(folder).header, rendered(config))
     ):

@@ -106,9 +106,15 @@ def with_recording_here(config: Config, workdir: Workdir) -> Config:
     def check(manifests: pathlib.Path) -> None:
         _refuse_header(config, read_manifests(manifests)[0], url)
 
+    refused = None
     if first_process() and not (workdir.has_config() and copy.exists()):
-        fetch_recording(url, workdir.path, check)
-    broadcast_from_first(0)  # the others wait until it is there
+        try:
+            fetch_recording(url, workdir.path, check)
+        except UserError as error:
+            refused = error
+    # The others wait until it is there, or end with the first one.
+    if broadcast_from_first(int(refused is not None)):
+        raise refused or UserError(f"{url} is refused; the first process says why")
     here = dataclasses.replace(
         config, teacher=dataclasses.replace(config.teacher, recording=str(copy))
     )

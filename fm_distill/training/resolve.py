@@ -177,7 +177,7 @@ def _period_steps(config: Config, total: int, recording: RecordingFacts | None) 
             )
         period = min(period, steps)
         if period < total and (late := list(points_after(config.views, period, recording.path))):
-            raise UserError(late[0])
+            raise UserError(f"{late[0]}, or record the rest of the run, or shorten it")
     return period if period < total else None
 
 
