@@ -106,8 +106,13 @@ def sampled_batches(reader: Reader, seed: int, batch_size: int, examples: int) -
 
     This process's rows of each, with the settings of the reader's data.
     """
-    first, rows = process_rows(batch_size)
     steps = max(1, min(examples, len(reader)) // batch_size)
+    return first_batches(reader, seed, batch_size, steps)
+
+
+def first_batches(reader: Reader, seed: int, batch_size: int, steps: int) -> Iterator[Batch]:
+    """This process's rows of the first `steps` batches of the training's stream."""
+    first, rows = process_rows(batch_size)
     stream = TrainingStream(reader, seed, steps, batch_size, first, rows)
     return map(host_batch, read_stream(stream, 0))
 

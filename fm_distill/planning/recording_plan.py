@@ -6,10 +6,7 @@ from typing import Any
 from fm_distill.config import Config
 from fm_distill.config.regime import regime_of
 from fm_distill.config.teachers import recording_of, teachers_of
-from fm_distill.recordings.rows import row_bytes
-from fm_distill.recordings.writing import IDENTITY_BYTES
-
-FLOAT16_BYTES = 2
+from fm_distill.recordings.writing import example_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +33,7 @@ def recording_plan(
         return None
     assert config.data.classes is not None
     teachers = len(teachers_of(config))
-    logits = row_bytes(config.data.classes, teachers, "float16", None)
-    rows = logits + sum(taps.values()) * FLOAT16_BYTES + IDENTITY_BYTES
+    rows = example_bytes(config.data.classes, teachers, "float16", None, sum(taps.values()))
     steps = min(config.views.period_steps or analysis["total_steps"], analysis["total_steps"])
     flops = analysis["flops"]
     recorded = (flops["teacher"] + flops["views"]) / flops["total"]

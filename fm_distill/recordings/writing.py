@@ -10,7 +10,7 @@ import numpy as np
 from fm_distill.errors import UserError
 from fm_distill.recordings.header import RecordingHeader
 from fm_distill.recordings.manifest import ManifestWriter, Shard
-from fm_distill.recordings.rows import row_bytes
+from fm_distill.recordings.rows import RowType, row_bytes
 from fm_distill.recordings.shards import RecordedSteps, shard_name, write_shard
 from fm_distill.system.preemption import Stop
 
@@ -21,11 +21,20 @@ SHARD_S = 600.0
 IDENTITY_BYTES = 12  # of a row: its example and the digest of its view
 
 
+def example_bytes(
+    classes: int, teachers: int, dtype: RowType, top_k: int | None, channels: int
+) -> int:
+    """What one example of a step needs on disk; `channels` are those of all its features."""
+    of_row = row_bytes(classes, teachers, dtype, top_k)
+    return of_row + channels * np.dtype(dtype).itemsize + IDENTITY_BYTES
+
+
 def step_bytes(header: RecordingHeader) -> int:
     """What one step of a recording needs on disk."""
-    of_row = row_bytes(header.classes, len(header.teachers), header.dtype, header.top_k)
-    of_features = sum(x.channels for x in header.taps) * np.dtype(header.dtype).itemsize
-    return header.batch_size * (of_row + of_features + IDENTITY_BYTES)
+    channels = sum(x.channels for x in header.taps)
+    return header.batch_size * example_bytes(
+        header.classes, len(header.teachers), header.dtype, header.top_k, channels
+    )
 
 
 class ShardWriter:

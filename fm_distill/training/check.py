@@ -33,6 +33,9 @@ from fm_distill.training.optim import OPTIMIZERS
 from fm_distill.views.crops import CROPS
 from fm_distill.weights.card import only_network
 
+# Of a curriculum: steps, and values from there on.
+Points = tuple[tuple[int, float], ...]
+
 
 def check(config: Config) -> None:
     """Raises one `UserError` with everything that is wrong."""
@@ -198,11 +201,7 @@ def _wrong_views(config: Config) -> Iterator[str]:
     low, high = views.crop_aspect
     if not 0 < low <= high < float("inf"):
         yield f"views.crop_aspect is ({low}, {high}); expected 0 < lowest <= highest"
-    for name, points, greatest in (
-        ("smallest_area_points", views.smallest_area_points, views.crop_area[1]),
-        ("resolution_points", views.resolution_points, float("inf")),
-        ("mixup_strength_points", views.mixup_strength_points, 1.0),
-    ):
+    for name, (points, greatest) in _curricula(views).items():
         yield from _wrong_points(f"views.{name}", points, greatest)
     if views.period_steps is not None:
         yield from points_after(views, views.period_steps, "views.period_steps")
@@ -235,16 +234,21 @@ def _wrong_fourier(config: Config) -> Iterator[str]:
         )
 
 
+def _curricula(views: ViewConfig) -> dict[str, tuple[Points, float]]:
+    """The points of each, and the greatest value that they may have."""
+    return {
+        "smallest_area_points": (views.smallest_area_points, views.crop_area[1]),
+        "resolution_points": (views.resolution_points, float("inf")),
+        "mixup_strength_points": (views.mixup_strength_points, 1.0),
+    }
+
+
 def points_after(views: ViewConfig, period: int, option: str) -> Iterator[str]:
     """A sentence for each curriculum that views which repeat after `period` steps would cut off.
 
     They repeat so by `option`.
     """
-    for name, points in (
-        ("smallest_area_points", views.smallest_area_points),
-        ("resolution_points", views.resolution_points),
-        ("mixup_strength_points", views.mixup_strength_points),
-    ):
+    for name, (points, _) in _curricula(views).items():
         if points and points[-1][0] >= period:
             yield (
                 f"views.{name} go to step {points[-1][0]:,}, and the views repeat after {period:,} "
@@ -252,9 +256,7 @@ def points_after(views: ViewConfig, period: int, option: str) -> Iterator[str]:
             )
 
 
-def _wrong_points(
-    option: str, points: tuple[tuple[int, float], ...], greatest: float
-) -> Iterator[str]:
+def _wrong_points(option: str, points: Points, greatest: float) -> Iterator[str]:
     steps = [step for step, _ in points]
     if sorted(set(steps)) != steps or any(step < 0 for step in steps):
         yield f"{option}: the steps have to rise from 0 or more; got {steps}"

@@ -25,8 +25,10 @@ def open_networks(config: Config, workdir: pathlib.Path, data: Data) -> Networks
     train = data.train
     networks = load_networks(config, workdir, train.classes, train.class_names)
     for i, teacher in enumerate(networks.teachers):
-        if not teacher.has_head and (wrong := [*_wrong(config, teachers_of(config)[i].option)]):
-            raise UserError(wrong[0])
+        if not teacher.has_head and (
+            wrong := next(_wrong(config, teachers_of(config)[i].option), "")
+        ):
+            raise UserError(wrong)
     return networks
 
 

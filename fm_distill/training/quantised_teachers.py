@@ -24,14 +24,7 @@ from fm_distill.config.resolved import ResolvedRun
 from fm_distill.config.serialization import converted
 from fm_distill.config.teachers import NamedTeacher, teachers_of
 from fm_distill.data.batch import Batch
-from fm_distill.data.feeding import (
-    Reader,
-    TrainingStream,
-    host_batch,
-    process_rows,
-    read_stream,
-    send,
-)
+from fm_distill.data.feeding import Reader, first_batches, send
 from fm_distill.errors import UserError
 from fm_distill.models import Variables, ranges_of, with_ranges
 from fm_distill.networks.branch import (
@@ -251,10 +244,8 @@ def _batches(
     config: Config, reader: Reader, layout: Layout, count: int
 ) -> Iterator[tuple[int, Batch]]:
     """The first steps of the run, and their batches, of which each process sends its rows."""
-    size = config.batch_size
-    stream = TrainingStream(reader, config.seed, count, size, *process_rows(size))
-    for step, item in enumerate(read_stream(stream, 0)):
-        yield step, jax.tree.map(lambda x: send(x, layout.batch, 0), host_batch(item))
+    for step, batch in enumerate(first_batches(reader, config.seed, config.batch_size, count)):
+        yield step, jax.tree.map(lambda x: send(x, layout.batch, 0), batch)
 
 
 def _refuse_unlike(teacher: NamedTeacher, fidelity: Fidelity) -> None:
