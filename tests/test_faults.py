@@ -8,6 +8,7 @@ import bench_startup
 import disturb
 import faults
 import long_run
+import process_faults
 import pytest
 from conftest import command_environment
 
@@ -17,7 +18,9 @@ from fm_distill.runs.integrity import newest_valid, steps_in
 @pytest.fixture(autouse=True)
 def shared_compilations(monkeypatch):
     monkeypatch.setattr(disturb, "environment", lambda devices=1: command_environment(devices))
-    monkeypatch.setattr(faults, "environment", lambda devices=1: command_environment(devices))
+    monkeypatch.setattr(
+        process_faults, "environment", lambda devices=1: command_environment(devices)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +85,20 @@ def test_more_meshes(tmp_path):
 
 def test_two_processes(tmp_path):
     assert next(faults.processes(tmp_path / "processes", 0)).times == 1
+
+
+@pytest.mark.slow
+def test_two_processes_from_a_recording(tmp_path):
+    assert len(list(faults.recorded_processes(tmp_path / "processes", 0))) == 2
+
+
+def test_the_faults_that_are_named_are_tried(tmp_path, monkeypatch, capsys):
+    tried = {x: lambda folder, count, x=x: [faults.Tried(x, count, "survived")] for x in "ab"}
+    monkeypatch.setattr(faults, "FAULTS", tried)
+    faults.main(["a", "--moments", "3"])
+    assert capsys.readouterr().out.splitlines()[2:] == ["| a | 3 | survived |"]
+    faults.main([])
+    assert capsys.readouterr().out.splitlines()[2:] == [f"| {x} | 25 | survived |" for x in "ab"]
 
 
 @pytest.mark.slow

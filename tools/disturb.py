@@ -225,6 +225,23 @@ def differences(a: pathlib.Path, b: pathlib.Path) -> list[str]:
     return wrong
 
 
+def furthest(a: pathlib.Path, b: pathlib.Path) -> float:
+    """The largest difference of two runs' parameters."""
+    left, right = arrays_of(a), arrays_of(b)
+    names = [x for x in left if ".student" in x]
+    assert names and left.keys() == right.keys()
+    return max(float(np.abs(left[x] - right[x]).max()) for x in names)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tried:
+    """A line of the table; what was not survived raised before."""
+
+    fault: str
+    times: int
+    outcome: str
+
+
 @dataclasses.dataclass(frozen=True)
 class Disturbed:
     """What was done to a run that ended as if nothing had been done."""

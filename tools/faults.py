@@ -9,30 +9,25 @@ tests run short forms of these.
 """
 
 import argparse
-import dataclasses
-import json
 import pathlib
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
-import numpy as np
 from disturb import (
     ROOT,
-    TIMEOUT_S,
+    Tried,
     Watched,
-    arrays_of,
-    command,
     differences,
     disturbed,
-    environment,
+    furthest,
     logged,
     tiny_experiment,
 )
+from process_faults import processes, recorded_processes
 
 from fm_distill.errors import (
     EXIT_COMPLETE,
@@ -41,7 +36,6 @@ from fm_distill.errors import (
     EXIT_WRONG_INPUT,
 )
 from fm_distill.runs.integrity import newest_step, newest_valid, steps_in
-from fm_distill.runs.workdir import Workdir
 
 CASES = (
     ("resident", "batch"),
@@ -50,15 +44,6 @@ CASES = (
     ("streaming", "batch"),
 )
 MOUNT_REASON = "mounting a file system needs root"
-
-
-@dataclasses.dataclass(frozen=True)
-class Tried:
-    """A line of the table; what was not survived raised before."""
-
-    fault: str
-    times: int
-    outcome: str
 
 
 def killed(folder: pathlib.Path, count: int) -> Iterator[Tried]:
@@ -228,86 +213,6 @@ def _after(seconds: float) -> Callable[[Watched], bool]:
     return lambda run: time.monotonic() - run.started > seconds
 
 
-def furthest(a: pathlib.Path, b: pathlib.Path) -> float:
-    """The largest difference of two runs' parameters."""
-    left, right = arrays_of(a), arrays_of(b)
-    names = [x for x in left if ".student" in x]
-    assert names and left.keys() == right.keys()
-    return max(float(np.abs(left[x] - right[x]).max()) for x in names)
-
-
-def start_two(
-    experiment: pathlib.Path, workdir: pathlib.Path, folder: pathlib.Path
-) -> list[tuple[subprocess.Popen, pathlib.Path]]:
-    """Two processes of four devices each, over loopback."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    started = []
-    for i in range(2):
-        said = folder / f"process_{i}_{time.monotonic_ns()}.txt"
-        options = {"coordinator-address": f"127.0.0.1:{port}", "process-id": i, "process-count": 2}
-        words = [x for k, v in options.items() for x in (f"--distributed.{k}", str(v))]
-        with said.open("w") as file:
-            line = command(experiment, workdir, *words)
-            process = subprocess.Popen(line, cwd=ROOT, env=environment(4), stdout=file, stderr=file)
-        started.append((process, said))
-    return started
-
-
-def processes(folder: pathlib.Path, count: int) -> Iterator[Tried]:
-    """Two processes against one of as many devices; then one of the two dies."""
-    folder.mkdir(parents=True)
-    # Short: small differences grow with each step, in any training.
-    experiment = tiny_experiment(folder / "short.py", "streaming", "batch", 20, "adapt")
-    one = Watched(experiment, folder / "one", devices=8)
-    assert one.finish() == EXIT_COMPLETE, one.text()
-    two = start_two(experiment, folder / "two", folder)
-    for process, said in two:
-        assert process.wait(timeout=TIMEOUT_S) == EXIT_COMPLETE, said.read_text()
-    apart = furthest(folder / "one", folder / "two")
-    assert apart < 1e-3, apart
-    # Each counted half of the images, or one all of them: the moments are the same in every bit.
-    students = [Workdir(folder / x).stored().resolved.student for x in ("one", "two")]
-    assert students[0] == students[1] and students[0].input_mean, students
-    steps = [x["step"] for x in logged(folder / "two") if x["split"] == "train"]
-    assert steps == sorted(set(steps))
-    yield Tried("two processes instead of one", 1, f"parameters at most {apart:.1e} apart")
-    yield lost_peer(folder, tiny_experiment(folder / "long.py", "streaming", "batch", steps=120))
-
-
-def lost_peer(folder: pathlib.Path, experiment: pathlib.Path) -> Tried:
-    """One of two processes dies, and the other says so; started again, one is asked to stop, and
-    both do; started again, they finish."""
-    workdir = folder / "lost"
-    (first, said), (second, _) = start_two(experiment, workdir, folder)
-    _wait_for_checkpoint(workdir, 1, first)
-    second.send_signal(signal.SIGKILL)
-    died = time.monotonic()
-    code = first.wait(timeout=TIMEOUT_S)
-    seconds = time.monotonic() - died
-    assert code == EXIT_TRAINING_FAILED, (code, said.read_text())
-    assert "another process of the run" in said.read_text(), said.read_text()
-    stopped = start_two(experiment, workdir, folder)
-    _wait_for_checkpoint(workdir, newest_step(workdir / "checkpoints") + 1, stopped[0][0])
-    stopped[1][0].send_signal(signal.SIGTERM)
-    for process, words in stopped:
-        assert process.wait(timeout=TIMEOUT_S) == EXIT_PAUSED, words.read_text()
-    for process, words in start_two(experiment, workdir, folder):
-        assert process.wait(timeout=TIMEOUT_S) == EXIT_COMPLETE, words.read_text()
-    assert json.loads((workdir / "evaluation.json").read_text())["step"] == 120
-    return Tried(
-        "one of two processes dies", 1, f"the other ends with exit code 4 after {seconds:.0f} s"
-    )
-
-
-def _wait_for_checkpoint(workdir: pathlib.Path, step: int, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + TIMEOUT_S
-    while newest_step(workdir / "checkpoints") < step:
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.01)
-
-
 FAULTS: dict[str, Callable[[pathlib.Path, int], Iterator[Tried]]] = {
     "killed": killed,
     "polite": polite,
@@ -315,16 +220,17 @@ FAULTS: dict[str, Callable[[pathlib.Path, int], Iterator[Tried]]] = {
     "broken_disk": broken_disk,
     "meshes": meshes,
     "processes": processes,
+    "recorded_processes": recorded_processes,
 }
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("faults", nargs="*", choices=[*FAULTS, []], help="all, if none is named")
     parser.add_argument("--moments", type=int, default=25)
-    asked = parser.parse_args()
+    asked = parser.parse_args(arguments)
     print("| fault | times | outcome |\n|---|---|---|")
-    for name in asked.integrity_errors or FAULTS:
+    for name in asked.faults or FAULTS:
         with tempfile.TemporaryDirectory() as folder:
             for tried in FAULTS[name](pathlib.Path(folder) / name, asked.moments):
                 print(f"| {tried.fault} | {tried.times} | {tried.outcome} |", flush=True)
