@@ -6,7 +6,7 @@ Command:  pip install onnxruntime
           fm-distill train experiments/onnx_teacher.py --data.data-dir FOLDER \\
               --teacher.recording recordings/onnx
           The file takes one float32 input (batch, 3, 224, 224), normalised as ImageNet's usually
-          are, and returns logits first. With other classes, pictures or order of channels, change
+          are, and returns logits first. With other classes, images or order of channels, change
           `config` and `teacher` here.
 Source:   the recipe of Beyer et al. 2021 (arXiv 2106.05237), shrunk as `unlabelled.py`.
 Expected: not measured; depends on the teacher and the images.

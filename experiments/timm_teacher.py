@@ -5,7 +5,7 @@ Command:  pip install timm
               --data.data-dir FOLDER --to recordings/timm
           fm-distill train experiments/timm_teacher.py --data.data-dir FOLDER \\
               --teacher.recording recordings/timm
-          Its pictures have 224 pixels, normalised as ImageNet's usually are; see its
+          Its images have 224 pixels, normalised as ImageNet's usually are; see its
           `pretrained_cfg`, and change `config` where it says otherwise.
 Source:   the recipe of Beyer et al. 2021 (arXiv 2106.05237), shrunk as `unlabelled.py`.
 Expected: not measured; depends on the teacher and the images.

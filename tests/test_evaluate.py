@@ -37,7 +37,7 @@ def lookup_network(logits: np.ndarray) -> Network:
 
 
 def batches(labels, size):
-    """Pictures of their own index, in padded batches with masks."""
+    """Images of their own index, in padded batches with masks."""
     count = -(-len(labels) // size) * size
     index = np.minimum(np.arange(count), 255).astype(np.uint8)
     canvases = np.tile(index[:, None, None, None], (1, 4, 4, 3))

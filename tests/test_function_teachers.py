@@ -85,14 +85,17 @@ def teacher(images):
     ("body", "said"),
     [
         ("return np.zeros((len(x), 10), np.int64)", "returned int64; expected logits in floating"),
-        ("return np.zeros((10, len(x) + 1), np.float32)", r"shape \(10, 3\) for 2 pictures; exp"),
+        ("return np.zeros((10, len(x) + 1), np.float32)", r"shape \(10, 3\) for 2 images; exp"),
         ("return np.full((len(x), 10), np.nan)", "returned numbers that are not finite"),
-        ("return np.random.default_rng().random((len(x), 10))", "answers otherwise when it is ask"),
+        (
+            "return np.random.default_rng().random((len(x), 10))",
+            "returns other logits in a second call",
+        ),
         (
             "raise ValueError('no model here')",
-            "failed for pictures of shape .*ValueError: no model",
+            "failed for images of shape .*ValueError: no model",
         ),
-        ("return None", r"shape \(\) for 2 pictures"),
+        ("return None", r"shape \(\) for 2 images"),
     ],
 )
 def test_what_cannot_teach_is_refused(tmp_path, body, said):
@@ -106,7 +109,7 @@ def test_what_cannot_teach_is_refused(tmp_path, body, said):
     [
         ("{}/none.py:teacher", "there is no file .*none.py"),
         ("{}/mine.py:other", "has no 'other'; it has teacher"),
-        ("{}/mine.py:NUMBER", "is a int; expected a function from pictures to logits"),
+        ("{}/mine.py:NUMBER", "is a int; expected a function from images to logits"),
         ("{}/broken.py:teacher", "broken.py cannot be run: ZeroDivisionError"),
         ("no.such.module:teacher", "no.such.module cannot be imported: No module named 'no'"),
         ("teacher", r"is 'teacher'; expected FILE.py:NAME or package.module:name"),
@@ -124,7 +127,7 @@ def test_a_reference_that_is_none_is_refused(tmp_path, reference, said):
 def test_its_pictures_have_to_be_described(tmp_path):
     config = taught_by("x")
     teacher = dataclasses.replace(config.teacher, network=None)
-    with pytest.raises(UserError, match=r"needs to know its pictures: give teacher\.network"):
+    with pytest.raises(UserError, match=r"needs to know its images: give teacher\.network"):
         record(dataclasses.replace(config, teacher=teacher), tmp_path / "recording", Stop())
 
 

@@ -324,7 +324,7 @@ def test_a_teacher_does_not_adapt():
     with pytest.raises(UserError, match=r"^teacher\.network\.input_range=adapt: a teacher keeps"):
         check(tiny_config(teacher=TeacherConfig(weights="x.npz", network=network)))
     function = TeacherConfig(function="x:y", network=dataclasses.replace(network, model="function"))
-    with pytest.raises(UserError, match="needs to know its pictures"):
+    with pytest.raises(UserError, match="needs to know its images"):
         check(tiny_config(teacher=function))
 
 

@@ -216,8 +216,8 @@ def test_a_network_that_was_moved_is_the_same(mine, tmp_path, monkeypatch):
     [
         ("{}:Missing", "has no 'Missing'; it has"),
         ("{}:NUMBER", "is a int; expected a function"),
-        ("{}:Wrong", r"returned an array of shape \(2, 3\) for 2 pictures; expected logits"),
-        ("{}:Failing", "does not run on pictures of 16 pixels: ValueError: not today"),
+        ("{}:Wrong", r"returned an array of shape \(2, 3\) for 2 images; expected logits"),
+        ("{}:Failing", "does not run on images of 16 pixels: ValueError: not today"),
         ("{}:Fixed", "has no field `classes`; give it one"),
         ("{}:nothing", r"returned a NoneType; expected a fm_distill\.models\.Network"),
         ("nowhere.py:Small", r"there is no file nowhere\.py"),

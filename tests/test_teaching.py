@@ -268,7 +268,7 @@ def test_fixed_targets_that_do_not_say_what_made_them_are_refused(tmp_path):
     kept = tmp_path / "targets.npz"
     np.savez(kept, targets=np.zeros((20, 1, 10), np.float32))
     branches, frozen = teacher_of(FIXED)
-    with pytest.raises(UserError, match=r"data: \(not said\) there, digits now"):
+    with pytest.raises(UserError, match=r"data: \(missing\) there, digits now"):
         fixed_targets(
             FIXED, described(FIXED), branches, frozen, some_digits(FIXED),
             make_layout(MeshConfig()), kept,

@@ -25,7 +25,7 @@ from fm_distill.cli.options import OverConfig, first_experiment, guarded, parse_
 from fm_distill.config import Config, TeacherConfig
 from fm_distill.data.feeding import Reader
 from fm_distill.data.splits import open_data
-from fm_distill.errors import EXIT_COMPLETE
+from fm_distill.errors import EXIT_COMPLETE, EXIT_WRONG_INPUT
 from fm_distill.networks.branch import teacher_outputs
 from fm_distill.networks.loading import load_networks
 from fm_distill.runs.workdir import Workdir
@@ -113,7 +113,10 @@ def recording_rate(config: Config, folder: pathlib.Path, steps: int) -> tuple[fl
 
 
 def main(own: list[str]) -> int:
-    experiment, default, rest = first_experiment(own, "EXPERIMENT.py")
+    if not own or own[0].startswith("-"):
+        print(__doc__, file=sys.stderr)
+        return EXIT_WRONG_INPUT
+    experiment, default, rest = first_experiment(own, "record EXPERIMENT.py")
     asked = parse_over(_Bench, default, rest, experiment)
     config, rounds = asked.config, asked.rounds
     with tempfile.TemporaryDirectory() as place:

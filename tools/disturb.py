@@ -94,12 +94,12 @@ class Watched:
         workdir: pathlib.Path,
         *options: str,
         devices: int = 1,
-        said: pathlib.Path | None = None,
+        output: pathlib.Path | None = None,
     ):
         self.workdir = workdir
-        self.said = said or workdir.with_name(workdir.name + f".{time.monotonic_ns()}.txt")
+        self.output = output or workdir.with_name(workdir.name + f".{time.monotonic_ns()}.txt")
         self.started = time.monotonic()
-        with self.said.open("w") as file:
+        with self.output.open("w") as file:
             self.process = subprocess.Popen(
                 command(experiment, workdir, *options),
                 cwd=ROOT,
@@ -109,7 +109,7 @@ class Watched:
             )
 
     def text(self) -> str:
-        return self.said.read_text(errors="replace")
+        return self.output.read_text(errors="replace")
 
     def step(self) -> int:
         """The last step that was logged."""

@@ -147,7 +147,7 @@ def broken_disk(folder: pathlib.Path, count: int) -> Iterator[Tried]:
         assert not wrong, wrong
         yield Tried("a full disk", 1, "exit code 4; with room again it goes on, the same bits")
         subprocess.run(["mount", "-o", "remount,ro", str(mounted)], check=True)
-        read_only = Watched(experiment, mounted / "other", said=folder / "read_only.txt")
+        read_only = Watched(experiment, mounted / "other", output=folder / "read_only.txt")
         assert read_only.finish() == EXIT_WRONG_INPUT, read_only.text()
         assert "cannot be written" in read_only.text()
         yield Tried("a read-only workdir", 1, "refused with exit code 2")

@@ -12,7 +12,7 @@ import json
 import pathlib
 import statistics
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 from fm_distill.config import ViewConfig
 from fm_distill.errors import UserError
@@ -31,6 +31,7 @@ NAMES = {
 }
 
 
+SMALL = "bit at 64"  # the student of `experiments/flowers102_patience.py`
 SHORTEST = 100.0  # epochs of a recording whose runs are in the picture over epochs
 OF_VIEWS = 300.0  # epochs of the runs in the picture over views
 
@@ -42,6 +43,14 @@ def teaching_of(stored: StoredRun) -> str:
         return config.teaching
     same = drawn_views(config.views) == drawn_views(ViewConfig())
     return "labels_same_views" if same else "labels"
+
+
+def student_of(stored: StoredRun) -> str:
+    """Model, resolution, and the weights that it started from."""
+    student = stored.resolved.student
+    name = f"{student.model} at {student.resolution}"
+    weights = stored.config.student.weights
+    return f"{name}, from {pathlib.Path(weights).stem}" if weights else name
 
 
 def row_of(path: str) -> dict[str, Any]:
@@ -70,7 +79,7 @@ def row_of(path: str) -> dict[str, Any]:
         "agreement": figures["agreement"]["top1"],
         "kl": figures["kl"]["one"],
         "recorded_epochs": recorded,
-        "student": f"{resolved.student.model} at {resolved.student.resolution}",
+        "student": student_of(stored),
         "temperature": config.objective.temperature,
         "learning_rate": config.optimizer.learning_rate,
         "crop_area": config.views.crop_area,
@@ -92,20 +101,39 @@ def read(path: str) -> list[dict[str, Any]]:
     return rows
 
 
-Group = tuple[str, float, float | None, str]  # teaching, epochs, recorded epochs, statistics
+class Group(NamedTuple):
+    """What rows share that differ by their seed alone."""
+
+    student: str
+    teaching: str
+    statistics: str
+    epochs: float
+    recorded_epochs: float | None
+    smallest_crop: float
+
+    def named(self) -> str:
+        if self.teaching == "labels":
+            return f"{NAMES['labels']} of {100 * self.smallest_crop:.0f} % and more"
+        return NAMES[self.teaching]
 
 
 def groups(rows: list[dict[str, Any]]) -> dict[Group, list[dict[str, Any]]]:
-    """Rows that differ by their seed alone."""
     found: dict[Group, list[dict[str, Any]]] = {}
     for row in rows:
-        key = row["teaching"], row["epochs"], row["recorded_epochs"], row["final_statistics"]
+        key = Group(
+            row["student"],
+            row["teaching"],
+            row["final_statistics"],
+            row["epochs"],
+            row["recorded_epochs"],
+            row["crop_area"][0],
+        )
         found.setdefault(key, []).append(row)
     order = list(NAMES)
 
-    def place(key: Group) -> tuple[int, str, float, float]:
-        teaching, epochs, recorded, moments = key
-        return order.index(teaching), moments, epochs, recorded or 0
+    def place(key: Group) -> tuple[Any, ...]:
+        small, teaching = key.student != SMALL, order.index(key.teaching)
+        return (small, teaching, *key[2:4], key.recorded_epochs or 0, key.smallest_crop)
 
     return dict(sorted(found.items(), key=lambda x: place(x[0])))
 
@@ -113,17 +141,18 @@ def groups(rows: list[dict[str, Any]]) -> dict[Group, list[dict[str, Any]]]:
 def table(path: str) -> str:
     """Markdown: mean, and the range over the seeds where there are several."""
     lines = [
-        "| learns from | BatchNorm's statistics | epochs | different views of an image | seeds | "
-        "test top-1, % | of the teacher's, % | agreement, % | KL at T=1, nats |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| student | learns from | BatchNorm's statistics | epochs | different views of an image | "
+        "seeds | test top-1, % | of the teacher's, % | agreement, % | KL at T=1, nats |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for (teaching, epochs, recorded, moments), rows in groups(read(path)).items():
-        views = epochs if recorded is None else recorded
+    for group, rows in groups(read(path)).items():
+        views = group.epochs if group.recorded_epochs is None else group.recorded_epochs
         kept = [x["student_top1"] / x["teacher_top1"] for x in rows if x["teacher_top1"]]
         cells = [
-            NAMES[teaching],
-            moments,
-            f"{epochs:,.0f}",
+            group.student,
+            group.named(),
+            group.statistics,
+            f"{group.epochs:,.0f}",
             f"{views:,.0f}",
             str(len(rows)),
             _cell([100 * x["student_top1"] for x in rows], 1),
@@ -163,20 +192,21 @@ def plot(path: str, out: str) -> None:
 def _over_epochs(axes: Any, rows: list[dict[str, Any]]) -> None:
     """With the range over the seeds."""
     found = groups(rows)
-    for teaching, moments in dict.fromkeys((x[0], x[3]) for x in found):
-        # How many views are enough is another question: see the table.
-        own = [
-            (epochs, [100 * x["student_top1"] for x in group])
-            for (kind, epochs, recorded, used), group in found.items()
-            if (kind, used) == (teaching, moments) and (recorded is None or recorded >= SHORTEST)
-        ]
-        if not own:
-            continue
+    # How many views are enough is another question: see the table.
+    shown = {x: y for x, y in found.items() if (x.recorded_epochs or SHORTEST) >= SHORTEST}
+    for line_of in dict.fromkeys((x.student, x.named(), x.statistics) for x in shown):
+        of_epochs: dict[float, list[dict[str, Any]]] = {}
+        for x, y in shown.items():
+            if (x.student, x.named(), x.statistics) == line_of:
+                # Of recordings of different length, the one with more seeds.
+                of_epochs[x.epochs] = max(y, of_epochs.get(x.epochs, []), key=len)
+        own = [(x, [100 * row["student_top1"] for row in y]) for x, y in of_epochs.items()]
+        student, named, moments = line_of
         epochs = [x for x, _ in own]
         (line,) = axes.plot(
             epochs, [statistics.mean(x) for _, x in own], marker="o",
             linestyle="-" if moments == "central" else ":",
-            label=f"{NAMES[teaching]} (statistics: {moments})",
+            label=f"{named} ({moments if student == SMALL else student})",
         )  # fmt: skip
         axes.fill_between(
             epochs, [min(x) for _, x in own], [max(x) for _, x in own],
@@ -195,7 +225,8 @@ def _over_views(axes: Any, rows: list[dict[str, Any]]) -> None:
         (x["recorded_epochs"], 100 * x["student_top1"])
         for x in rows
         if x["epochs"] == OF_VIEWS
-        and (x["teaching"], x["final_statistics"]) == ("function_matching", "central")
+        and (x["student"], x["teaching"]) == (SMALL, "function_matching")
+        and x["final_statistics"] == "central"
     )
     if points:
         axes.plot(*zip(*points, strict=True), marker="o")

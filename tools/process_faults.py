@@ -38,13 +38,13 @@ def start_two(
         port = free.getsockname()[1]
     started = []
     for i in range(2):
-        said = folder / f"process_{i}_{time.monotonic_ns()}.txt"
+        output = folder / f"process_{i}_{time.monotonic_ns()}.txt"
         place = {"coordinator-address": f"127.0.0.1:{port}", "process-id": i, "process-count": 2}
         words = [x for k, v in place.items() for x in (f"--distributed.{k}", str(v))]
-        with said.open("w") as file:
+        with output.open("w") as file:
             line = command(experiment, workdir, *options, *words)
             process = subprocess.Popen(line, cwd=ROOT, env=environment(4), stdout=file, stderr=file)
-        started.append((process, said))
+        started.append((process, output))
     return started
 
 
@@ -56,8 +56,8 @@ def processes(folder: pathlib.Path, count: int) -> Iterator[Tried]:
     one = Watched(experiment, folder / "one", devices=8)
     assert one.finish() == EXIT_COMPLETE, one.text()
     two = start_two(experiment, folder / "two", folder)
-    for process, said in two:
-        assert process.wait(timeout=TIMEOUT_S) == EXIT_COMPLETE, said.read_text()
+    for process, output in two:
+        assert process.wait(timeout=TIMEOUT_S) == EXIT_COMPLETE, output.read_text()
     apart = furthest(folder / "one", folder / "two")
     assert apart < 1e-3, apart
     # Each counted half of the images, or one all of them: the moments are the same in every bit.
@@ -90,8 +90,8 @@ def recorded_processes(folder: pathlib.Path, count: int) -> Iterator[Tried]:
         options = [*learns, "--data.feeding", feeding]
         one = Watched(experiment, folder / f"one_{feeding}", *options, devices=8)
         assert one.finish() == EXIT_COMPLETE, one.text()
-        for process, said in start_two(experiment, folder / f"two_{feeding}", folder, *options):
-            assert process.wait(timeout=TIMEOUT_S) == EXIT_COMPLETE, said.read_text()
+        for process, output in start_two(experiment, folder / f"two_{feeding}", folder, *options):
+            assert process.wait(timeout=TIMEOUT_S) == EXIT_COMPLETE, output.read_text()
         apart = furthest(folder / f"one_{feeding}", folder / f"two_{feeding}")
         assert apart < 1e-3, apart
         yield Tried(
@@ -105,14 +105,14 @@ def lost_peer(folder: pathlib.Path, experiment: pathlib.Path) -> Tried:
     """One of two processes dies, and the other says so; started again, one is asked to stop, and
     both do; started again, they finish."""
     workdir = folder / "lost"
-    (first, said), (second, _) = start_two(experiment, workdir, folder)
+    (first, output), (second, _) = start_two(experiment, workdir, folder)
     _wait_for_checkpoint(workdir, 1, first)
     second.send_signal(signal.SIGKILL)
     died = time.monotonic()
     code = first.wait(timeout=TIMEOUT_S)
     seconds = time.monotonic() - died
-    assert code == EXIT_TRAINING_FAILED, (code, said.read_text())
-    assert "another process of the run" in said.read_text(), said.read_text()
+    assert code == EXIT_TRAINING_FAILED, (code, output.read_text())
+    assert "another process of the run" in output.read_text(), output.read_text()
     stopped = start_two(experiment, workdir, folder)
     _wait_for_checkpoint(workdir, newest_step(workdir / "checkpoints") + 1, stopped[0][0])
     stopped[1][0].send_signal(signal.SIGTERM)

@@ -59,7 +59,7 @@ Over = TypeVar("Over", bound=OverConfig)
 
 
 def guarded(command: Callable[[list[str]], int], arguments: list[str]) -> int:
-    """The exit code of a command; says what went wrong."""
+    """The exit code of a command; prints what went wrong."""
     try:
         with trusted_code(FLAG in arguments):
             code = command(arguments)
@@ -122,7 +122,7 @@ def _thread_failed(failure: threading.ExceptHookArgs) -> None:
 
 
 def first(arguments: list[str], usage: str) -> tuple[str, list[str]]:
-    """The positional argument, which says what options there are, and the options.
+    """The positional argument, which decides what options there are, and the options.
 
     Help is also there without it.
     """

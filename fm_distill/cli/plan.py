@@ -18,7 +18,7 @@ class _Plan(OverConfig):
     weekly_hours: float = 20.0
     """Hours that there are in a week."""
     num_examples: int | None = None
-    """Training examples, where the experiment does not say them."""
+    """Training examples, where the experiment does not give them."""
     by_operation: bool = False
     """Print the lines of code whose operations move the most memory too."""
     json: bool = False

@@ -18,7 +18,7 @@ OptionValue = bool | int | float | str | tuple[bool | int | float | str, ...]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NetworkConfig:
-    """A network and the picture that it wants to see."""
+    """A network and the image that it wants to see."""
 
     model: str
     (
@@ -62,7 +62,7 @@ class NetworkConfig:
     """Of `input_range=adapt`, the standard deviations beside `input_mean`, in grey levels."""
     input_rounding: Literal["none", "uint8"] = "none"
     (
-        "Whether a resized picture is rounded to whole grey levels before it is mixed and "
+        "Whether a resized image is rounded to whole grey levels before it is mixed and "
         "normalised, as by a pipeline that stores 8-bit images (`uint8`)."
     )
     options: Mapping[str, OptionValue] = frozendict()
@@ -101,7 +101,7 @@ class StudentConfig(NetworkConfig):
     keep_statistics: bool = False
     (
         "Whether BatchNorm keeps the statistics of the student's weights: for fine-tuning where a "
-        "batch says little."
+        "batch is too small for statistics."
     )
     final_statistics: Literal["kept", "central"] = "kept"
     (
@@ -119,7 +119,7 @@ class TeacherConfig:
     weights: str | None = None
     """The teacher's weights: a file, `hf://OWNER/REPO`, a SavedModel, or the workdir of a run."""
     network: NetworkConfig | None = None
-    """The teacher's network, where its weights do not say it themselves."""
+    """The teacher's network, where its weights do not describe it."""
     classes: tuple[str, ...] = ()
     (
         "The classes that the student learns of the teacher's, in the student's order: names or "
@@ -132,8 +132,8 @@ class TeacherConfig:
     """Workdir of the teacher's run; None is `WORKDIR/teacher`. Alone, it names a complete run."""
     function: str | None = None
     (
-        "Any function from pictures to logits, as FILE.py:NAME or package.module:name, instead of "
-        "weights; `fm-distill record` calls it, with pictures as `network` says "
+        "Any function from images to logits, as FILE.py:NAME or package.module:name, instead of "
+        "weights; `fm-distill record` calls it, with images prepared as in `network` "
         '(model="function").'
     )
     recording: str | None = None
@@ -159,5 +159,5 @@ def with_options(network: Network, options: Mapping[str, OptionValue]) -> Networ
 
 
 def with_quantisation(network: NetworkConfig, asked: QuantisationConfig) -> NetworkConfig:
-    """`network`, quantised as is `asked` where that is anything."""
+    """`network`, quantised as is `asked` where that quantises anything."""
     return dataclasses.replace(network, quantisation=asked) if asked.quantised else network

@@ -9,7 +9,7 @@ from fm_distill.config.bounds import Decay, NotNegative, Positive, PositiveInt, 
 LABELS = "labels"
 # The one that compares with a bank of the teacher's features.
 BANK_SIMILARITY = "bank_similarity"
-# Kinds of example weights: by the class of the label, and by what the networks say.
+# Kinds of example weights: by the class of the label, and by what the networks predict.
 BY_CLASS = ("inverse_frequency", "effective_number")
 BY_DIFFICULTY = ("teacher_entropy", "teacher_distance")
 

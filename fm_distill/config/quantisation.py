@@ -26,7 +26,7 @@ class QuantisationConfig:
     )
     first_layer: Literal["int8", "none"] = "int8"
     (
-        "Of the layer that reads the picture, weights and, where they are quantised at all, "
+        "Of the layer that reads the image, weights and, where they are quantised at all, "
         "activations: `int8` as elsewhere (or above `int4`), or `none`."
     )
     head: Literal["int8", "none"] = "int8"

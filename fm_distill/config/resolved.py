@@ -11,7 +11,7 @@ import msgspec
 
 from fm_distill.config.networks import NetworkConfig
 
-# Fields that say what the run is made from, wherever the files lie: another value is another run.
+# What the run is made from, wherever the files lie: another value is another run.
 # The others may differ between the machines on which a run goes on.
 IDENTITY = (
     "data",
@@ -78,7 +78,7 @@ class WeightFacts:
 
 
 def _same(mine: Any, other: Any) -> bool:
-    """Equal, wherever a network of one's own lies: `code` knows what its file says."""
+    """Equal wherever the file of an own network lies: `code` has the digest of its contents."""
     if isinstance(mine, dict) and isinstance(other, dict) and "model" in mine:
         mine, other = ({**x, "model": x["model"].rpartition("/")[2]} for x in (mine, other))
     if isinstance(mine, list | tuple) and isinstance(other, list | tuple):

@@ -14,7 +14,7 @@ from fm_distill.errors import UserError
 
 Part = TypeVar("Part")
 
-# Fields that say where things lie or what is written, not which student comes out. What holds for
+# Fields about where things lie or what is written, not which student comes out. What holds for
 # `teacher` holds for all teachers.
 NOT_IDENTITY = (
     "name",

@@ -13,7 +13,7 @@ BIT_HYPER_RULE: tuple[tuple[float, tuple[int, int, int, int, int]], ...] = (
 
 
 def transfer_examples(data: DataConfig) -> int | None:
-    """How many examples are trained on, as far as the config says."""
+    """How many examples are trained on, as far as the config knows."""
     parts = [part.examples for part in data.transfer] or [data.train.examples]
     known = [count for count in parts if count is not None]
     return sum(known) if len(known) == len(parts) else None

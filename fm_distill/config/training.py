@@ -49,7 +49,7 @@ class ScheduleConfig:
     shape: Literal["cosine", "bit_hyper_rule"] = "cosine"
     (
         "Shape of the learning rate: `cosine` to zero, with exactly one of steps and epochs; or "
-        "BiT's hyper-rule, where the number of examples says all: steps, warm-up and three drops "
+        "BiT's hyper-rule, where the number of examples sets all: steps, warm-up and three drops "
         "by ten."
     )
     total_steps: PositiveInt | None = None

@@ -20,5 +20,5 @@ class Batch:
     labels: Int32[AnyArray, " batch"]
     # Teacher logits of each example, where the targets are a table.
     targets: Float32[AnyArray, "batch targets classes"] | None = None
-    # What the teachers answered to these views, where they teach by a recording.
+    # The recorded outputs of the teachers for these views, where a recording teaches.
     recorded: TargetRows | None = None

@@ -188,7 +188,7 @@ def refuse_other_examples(found: RecordedSteps, examples: np.ndarray) -> None:
 def evaluation_batches(reader: Reader, batch_size: int) -> Iterator[tuple[Batch, np.ndarray]]:
     """Every example once in order, as host batches of this process's rows, and their mask.
 
-    The last batch is padded with black pictures that the mask leaves out, as are corrupt images.
+    The last batch is padded with black images that the mask leaves out, as are corrupt images.
     """
     first, rows = process_rows(batch_size)
     count = -(-len(reader) // batch_size)

@@ -23,7 +23,7 @@ from fm_distill.recordings.reading import RecordingReader
 from fm_distill.recordings.rows import TargetRows
 from fm_distill.system.console import progress
 
-SMALLEST_DEVICE_BYTES = 8 * 2**30  # a TPU v2 core's, where a device does not say
+SMALLEST_DEVICE_BYTES = 8 * 2**30  # a TPU v2 core's, where a device does not report it
 # What a TPU moves at once, of bytes. Source: shapes and layouts in its compiler's output.
 TILE = (32, 128)
 

@@ -44,7 +44,7 @@ class Data:
 
 
 def open_data(config: Config) -> tuple[Data, list[str]]:
-    """All splits that the experiment names, and what to say of them. Raises `UserError`."""
+    """All splits that the experiment names, and notes on them. Raises `UserError`."""
 
     def opened(split: SplitConfig | None) -> Source | None:
         return None if split is None else open_source(config.data, split.name)

@@ -73,7 +73,7 @@ def view_root(config: Config, resolved: ResolvedRun, layout: Layout) -> ViewRoot
 
 
 def spectra(targets: TargetImages, beta: float, sides: set[int]) -> Spectra:
-    """The low amplitudes of `targets` for pictures of each of `sides`. Raises `UserError`.
+    """The low amplitudes of `targets` for images of each of `sides`. Raises `UserError`.
 
     Each image is squeezed into the square first, as the authors do.
     """

@@ -1,4 +1,4 @@
-"""Linear CKA of features, unbiased: how alike two layers order the same examples.
+"""Linear CKA of features, unbiased: how similarly two layers order the same examples.
 
 CKA = sum HSIC(K, L) / sqrt(sum HSIC(K, K) sum HSIC(L, L)), with the sums over minibatches before
 the ratio, so that it does not depend on their number. Source: Kornblith et al. 2019

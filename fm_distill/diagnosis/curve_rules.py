@@ -8,7 +8,7 @@ from fm_distill.diagnosis.evidence import Evidence, Log
 from fm_distill.diagnosis.finding import CLEAR, LIKELY, POSSIBLE, Finding
 from fm_distill.training.reporter import MOST_WAIT
 
-# Lines of the log below which a curve says nothing.
+# Lines of the log below which a curve is not judged.
 FEWEST_LINES = 20
 # The level of the start is the mean of the first lines, of this share and no fewer than three.
 START_SHARE = 0.04

@@ -17,10 +17,10 @@ LEAST_ORDER_GAIN = 0.2
 # Of what the teacher knows of the central crop above chance; the digits' recipe, whose crops go
 # down to 5 % of the image, mixed, leaves a half.
 LEAST_SKILL_KEPT = 0.25
-# Of log C: what a class of the teacher says of the view; 0.5 for the digits' recipe.
+# Information of the teacher's class about the view, over log C; 0.5 for the digits' recipe.
 LEAST_INFORMATION = 0.05
-# Of what the teacher says of a view: so much is noise to a student that saw another one. Rounding
-# makes less than a thousandth, mild crops of pictures that are alike everywhere half a hundredth,
+# Share of the teacher's output that is noise to a student that saw another view. Rounding
+# makes less than a thousandth, mild crops of uniform images half a hundredth,
 # and independent crops of the digits a quarter.
 MOST_NOISE = 0.02
 LEAST_NOISE_NATS = 0.005

@@ -35,7 +35,7 @@ def diagnose(
 ) -> Diagnosis:
     """What is wrong with the run in `workdir`, complete or not, which is only read.
 
-    `config` may name new places of data and teacher. What cannot be examined is left out and said.
+    `config` may name new places of data and teacher. What cannot be examined is left out and noted.
     Raises `UserError` where there is no run, no checkpoint yet, or nothing to match.
     """
     run = open_run(workdir)

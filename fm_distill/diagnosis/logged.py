@@ -1,4 +1,4 @@
-"""What a run's config, status and log say of it, before anything is opened."""
+"""Evidence from a run's config, status and log, before anything is opened."""
 
 import numpy as np
 

@@ -145,7 +145,7 @@ def page(found: Diagnosis) -> str:
             "<h2>CKA</h2><figure><img alt='CKA' src='data:image/svg+xml;base64,"
             f"{picture}'><figcaption>Linear CKA, unbiased, of each tap of the student with each of "
             f"the teacher on {evidence.cka.examples:,} training views that both networks saw: "
-            "about 0 for independent features, 1 where both order the examples alike."
+            "about 0 for independent features, 1 where both order the examples in the same way."
             "</figcaption></figure>"
         )
     if parts_of_log := over_the_run(evidence.log):

@@ -45,7 +45,7 @@ class Subject:
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """What a process says first."""
+    """The first message of a process."""
 
     network: str
     resolution: int
@@ -57,7 +57,7 @@ class Opened:
 
 @dataclasses.dataclass(frozen=True)
 class Burst:
-    """What a process says of the calls of some seconds."""
+    """The message of a process about the calls of some seconds."""
 
     calls_ms: list[float]
     peak_bytes: int

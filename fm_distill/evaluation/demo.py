@@ -41,7 +41,7 @@ class Judge:
 
 @dataclasses.dataclass(frozen=True)
 class Judgement:
-    """What one network says of one image, as the page shows it."""
+    """One network's prediction for one image, as the page shows it."""
 
     name: str
     description: str
@@ -116,7 +116,7 @@ def warm_up(judge: Judge) -> None:
 
 
 def judged(judge: Judge, image: bytes) -> Judgement:
-    """What `judge` says of an encoded image. Raises `UserError` where it is none."""
+    """The predictions of `judge` for an encoded image. Raises `UserError` where it is none."""
     try:
         pixels = judge.predictor.prepare(image)
     except CorruptImage as error:

@@ -45,7 +45,7 @@ from fm_distill.system.sharding import make_layout
 from fm_distill.views.rendering import as_pixels
 from fm_distill.weights.card import Card
 
-# A file of probabilities may say 0 where the logarithm of that is asked for.
+# A file of probabilities may hold a 0 of which the logarithm is needed.
 SMALLEST_PROBABILITY = 1e-7
 
 
@@ -114,7 +114,7 @@ def teachers_of_file(
         return teachers
 
     found = teachers_if_here(load, stored, config)
-    if found and card.teacher_weights:  # older cards do not say them
+    if found and card.teacher_weights:  # older cards lack them
         refuse_other_teachers(found, card.teacher_weights, f"the run of {path}")
     return tuple(x for x in found if x.has_head)
 

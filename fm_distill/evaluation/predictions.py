@@ -46,11 +46,11 @@ def predict_split(opened: Opened) -> SplitPredictions:
 
     def program(student: Variables, frozen: tuple[Variables, ...], batch: Batch) -> list[Array]:
         branches = (opened.student_branch, *opened.teacher_branches)
-        pictures = render_central_views(batch, branches, CentralCrop.of(config.views))
-        logits = student_logits(opened.student_branch, student, pictures)
+        views = render_central_views(batch, branches, CentralCrop.of(config.views))
+        logits = student_logits(opened.student_branch, student, views)
         if not frozen:
             return [*top(logits)]
-        teacher = teacher_logits(opened.teacher_branches, frozen, pictures, config.objective)
+        teacher = teacher_logits(opened.teacher_branches, frozen, views, config.objective)
         return [*top(logits), *top(teacher), kl_divergence(logits, teacher)]
 
     compiled = jax.jit(program, out_shardings=layout.replicated)

@@ -1,7 +1,7 @@
 """A trained student as one file for others, and a card: its weights, or its whole function.
 
 Weights are tensors under timm's or Keras's names (`.safetensors`). timm loads the file of a network
-that it has; ours is loaded back by `weights.load` in every bit, with nothing else said. A function
+that it has; ours is loaded back by `weights.load` in every bit, without options. A function
 (`.onnx`, `.stablehlo`, `.tflite`) needs nothing of this package; see `function.py`. Where the
 run keeps an average of the student, that is exported.
 """
@@ -227,8 +227,8 @@ def _write(path: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
 
 
 def _for_timm(card: Card) -> dict[str, str]:
-    """What timm's own files say in their metadata."""
-    said = {
+    """The metadata that timm's own files have."""
+    metadata = {
         "num_classes": str(card.classes),
         "mean": json.dumps(card.mean),
         "std": json.dumps(card.std),
@@ -236,4 +236,4 @@ def _for_timm(card: Card) -> dict[str, str]:
     }
     # timm knows the published widths alone.
     architecture = None if card.network.block_widths else model_of(card.model).timm
-    return said | ({"architecture": architecture} if architecture else {})
+    return metadata | ({"architecture": architecture} if architecture else {})

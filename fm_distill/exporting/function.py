@@ -44,7 +44,7 @@ def function_of(student: Student, output: Output) -> Function:
     """
     network = build_network(student.network, student.classes, jnp.dtype("float32"))
     frozen = jax.jit(network.freeze)(student.variables)
-    # Whole numbers come in, whether the student rounded its pictures or not.
+    # Whole numbers come in, whether the student rounded its images or not.
     spec = dataclasses.replace(InputSpec.of(student.network), input_rounding="none")
 
     def function(pixels: GreyLevels) -> Float[Array, "batch classes"]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 STEPS, PIXELS, KIND, RESULT = "steps.json", "pixels.npy", "kind.json", "function.tflite"
-# The kind of a function whose steps say what is rounded.
+# The kind of a function whose steps name what is rounded.
 ROUNDED = "rounded"
 # Of the range of activations; that of weights is symmetric.
 LOWEST, HIGHEST = -128, 127

@@ -31,7 +31,7 @@ class Step:
 
     round: to int8, affine, with `scale` and `zero_point`; with neither, before `litert_ranges` has
     seen images. kernel: the constant `weights`, which are integers up to `highest` times `scales`
-    of the last axis. convolution: of pictures with such a kernel (height, width, inputs, outputs),
+    of the last axis. convolution: of images with such a kernel (height, width, inputs, outputs),
     and `offset` added. call: `function`, by `jax.export`.
     """
 
@@ -75,7 +75,7 @@ class Weights:
 class Product:
     """A convolution or matrix product with rounded weights, and what follows: x * factor + offset.
 
-    It is a step when somebody reads it.
+    It is a step when it is read.
     """
 
     equation: JaxprEqn

@@ -17,7 +17,7 @@ from fm_distill.weights.load import load_weights
 def load_student(path: str | os.PathLike[str]) -> Student:
     """The student that `export` wrote to `path`, with its preparation of images.
 
-    Raises `UserError` where the file is not intact, or says nothing of the preparation because
+    Raises `UserError` where the file is not intact, or lacks the preparation because
     another tool wrote it.
     """
     card = read(os.fspath(path)).facts.card

@@ -51,7 +51,7 @@ SHIFT = 128
 class Value:
     """A result on the way: the name of a tensor in the graph, or an array that is known already.
 
-    A broadcast costs nothing until somebody needs it: `held` is the shape in the graph, which
+    A broadcast costs nothing until it is needed: `held` is the shape in the graph, which
     broadcasts to `shape`.
     """
 

@@ -155,7 +155,7 @@ def compare(
 
 @contextlib.contextmanager
 def runs(what: str) -> Iterator[None]:
-    """Whatever a runtime raises for a function that was just converted, as `UserError`."""
+    """Any error of a runtime with a function that was just converted, as `UserError`."""
     try:
         yield
     except UserError:

@@ -192,6 +192,6 @@ def _fold(params: PyTree, fold: Callable[[Kernel], Kernel], dtype: jnp.dtype) ->
 
 
 def check_resolution(config: NetworkConfig, stride: int) -> None:
-    """The network's last picture has at least one pixel."""
+    """The network's last feature map has at least one pixel."""
     if config.resolution < stride:
         raise ValueError(f"resolution {config.resolution} is below the network's stride {stride}")

@@ -71,7 +71,7 @@ def _response_norm(
 
 
 class GlobalResponseNorm(nn.Module):
-    """Weighs each channel by its norm over the picture against the mean of all norms."""
+    """Weighs each channel by its norm over the feature map against the mean of all norms."""
 
     @nn.compact
     def __call__(self, x: Activations) -> Activations:

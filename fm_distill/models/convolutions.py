@@ -16,13 +16,13 @@ Kernel = Float[Array, "_ _ inputs outputs"]
 Convolved = Float[Array, "batch _ _ outputs"]
 
 # `symmetric`: kernel // 2 zeros on each side, as in PyTorch. `same`: as in TensorFlow, which puts
-# the odd zero after the picture, so that with stride 2 it depends on the picture's size. `valid`:
+# the odd zero after the image, so that with stride 2 it depends on the image's size. `valid`:
 # none, for kernels that do not overlap.
 Padding = Literal["symmetric", "same", "valid"]
 Around = tuple[tuple[int, int], tuple[int, int]]
 
-# Outputs up to this many pixels are one product with the columns of their pictures. For larger
-# ones it is no faster (`tools/bench_convolutions.py`) and takes as many times the picture's memory
+# Outputs up to this many pixels are one product with the columns of their images. For larger
+# ones it is no faster (`tools/bench_convolutions.py`) and takes as many times the image's memory
 # as the kernel has taps.
 MOST_PIXELS_AS_COLUMNS = 64
 # Larger kernels (the patches of a ViT) would be too many slices to compile.
@@ -30,7 +30,7 @@ LARGEST_AS_COLUMNS = 7
 
 
 def _padding(size: int, kernel: int, stride: int, padding: Padding) -> tuple[int, int]:
-    """Zeros before and after one side of the picture."""
+    """Zeros before and after one side of the image."""
     if padding == "symmetric":
         return kernel // 2, kernel // 2
     if padding == "valid":
@@ -137,7 +137,7 @@ def convolve_depthwise(
     """A convolution of each channel with a kernel of its own; `portable` as for `convolve`.
 
     On a CPU, XLA's grouped convolution is an order of magnitude slower than the same sum of
-    shifted pictures, forward and backward.
+    shifted images, forward and backward.
     """
     around = _around(images, kernel, stride, padding)
     grouped = functools.partial(_xla, stride=stride, around=around, groups=images.shape[-1])

@@ -54,7 +54,7 @@ class Design:
 
     @property
     def stride(self) -> int:
-        """Of the whole network; the stem halves the picture."""
+        """Of the whole network; the stem halves the image."""
         return 2 ** (1 + sum(block.stride == 2 for stage in self.stages for block in stage))
 
 

@@ -22,7 +22,7 @@ Activations = Float[Array, "batch _ _ _"]
 # Units, and stride of the last, of Keras's conv2 to conv5. Source: keras/applications/resnet_v2.py.
 STAGES = ((3, 2), (4, 2), (6, 2), (3, 1))
 ROOT_CHANNELS = 64
-# Root and pool halve the picture, and so do three of the stages.
+# Root and pool halve the image, and so do three of the stages.
 STRIDE = 32
 
 BATCH_NORM_EPSILON = 1.001e-5

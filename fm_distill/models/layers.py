@@ -63,7 +63,7 @@ def group_norm(
 
 @functools.partial(jax.jit, inline=True)
 def channel_moments(x: Activations) -> tuple[PerChannel, PerChannel]:
-    """Mean and variance over the batch and the picture, in float32.
+    """Mean and variance over the batch and the image, in float32.
 
     Of the global batch: under `jit` the mean runs over the shards.
     """

@@ -102,7 +102,7 @@ def design_of(size: Literal["large", "small"], groups: int | None) -> Design:
 
 
 class LastStage(nn.Module):
-    """The 1x1 convolution that widens the last picture."""
+    """The 1x1 convolution that widens the last feature map."""
 
     design: Design
     train: bool

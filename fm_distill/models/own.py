@@ -119,7 +119,7 @@ def check_logits(network: Network, config: NetworkConfig) -> None:
         raise
     except Exception as error:
         raise UserError(
-            f"the model {model} does not run on pictures of {config.resolution} pixels: "
+            f"the model {model} does not run on images of {config.resolution} pixels: "
             f"{type(error).__name__}: {error}"
         ) from error
     if config.quantisation.quantised and not network.quantised_layers:
@@ -129,6 +129,6 @@ def check_logits(network: Network, config: NetworkConfig) -> None:
         )
     if shape != (2, classes):
         raise UserError(
-            f"the model {model} returned an array of shape {shape} for 2 pictures; expected logits "
+            f"the model {model} returned an array of shape {shape} for 2 images; expected logits "
             f"of shape (2, {classes})"
         )

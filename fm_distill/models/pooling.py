@@ -16,10 +16,10 @@ def _forward_pass(x: Activations) -> Activations:
 
 @jax.custom_vjp
 def max_pool(x: Activations) -> Activations:
-    """The maximum of what is inside of the picture: outside is minus infinity.
+    """The maximum of what is inside of the image: outside is minus infinity.
 
     The gradient goes to the first of equal pixels. XLA has one instruction for that, which is right
-    on a TPU, several times slower on a CPU than a sum of nine shifted pictures, and on a GPU not
+    on a TPU, several times slower on a CPU than a sum of nine shifted images, and on a GPU not
     deterministic (XLA's documentation, determinism).
     """
     return _forward_pass(x)
@@ -63,7 +63,7 @@ def _by_shifts(x: Activations, out: Activations, gradient: Activations) -> Activ
 
 
 def max_pool_zero_padded(x: Activations) -> Activations:
-    """The same where what is outside of the picture counts as zero.
+    """The same where what is outside of the image counts as zero.
 
     As the maximum of what is inside, and of zero at the border: a padded copy of the activations,
     and of their gradient, would move a tenth of a small student's memory.

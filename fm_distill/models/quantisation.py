@@ -145,7 +145,7 @@ def weight_scale(
 def quantised_activations(
     x: Float[Array, "*places channels"], seen: Range, levels: tuple[int, int]
 ) -> Float[Array, "*places channels"]:
-    """Affine, such that zero, which pads pictures, is one of the numbers."""
+    """Affine, such that zero, which pads images, is one of the numbers."""
     scale, zero_point = affine(seen, levels)
     return fake_quantise(x, scale, zero_point, *map(float, levels))
 

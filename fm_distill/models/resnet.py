@@ -45,7 +45,7 @@ DESIGNS = {
 ROOT_CHANNELS = 64
 # Of the first two convolutions of a deep root.
 DEEP_ROOT_CHANNELS = 32
-# Root and pool halve the picture, and so do three of the stages.
+# Root and pool halve the image, and so do three of the stages.
 STRIDE = 32
 
 # PyTorch's default.

@@ -32,7 +32,7 @@ class Branch:
         return self.network.classes > 0
 
     def on_whole_grey_levels(self) -> "Branch":
-        """The same for pictures that are rounded to uint8."""
+        """The same for images that are rounded to uint8."""
         rounded = dataclasses.replace(self.input_spec, input_rounding="uint8")
         return dataclasses.replace(self, input_spec=rounded)
 
@@ -62,7 +62,7 @@ def step_views(
 ) -> StepViews:
     """The views of `step`, a function of the run's root of views, the step and the batch.
 
-    The one place where they are made, for the step itself and for whatever shows or checks it.
+    The one place where they are made, for the step itself and for all that shows or checks it.
     """
     draws = step_draws(law, root, step, batch.sizes, views)
     if draws.shared:

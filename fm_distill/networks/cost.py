@@ -35,7 +35,7 @@ class Calls:
     median_ms: float
     p95_ms: float  # 95th percentile
     # XLA's temporary memory of the program (`temp_size_in_bytes`), without weights and images.
-    # None where the compiler does not say.
+    # None where the compiler does not report it.
     activation_bytes: int | None
 
 
@@ -173,13 +173,13 @@ def _forward(branches: tuple[Branch, ...]) -> Callable[..., tuple[Array, ...]]:
     last = tuple(() if x.has_head else (*x.network.feature_shapes(),)[-1:] for x in branches)
 
     def forward(frozen: tuple[Variables, ...], images: tuple[Array, ...]) -> tuple[Array, ...]:
-        answers = (
+        outputs = (
             (branch, branch.network.apply_frozen(variables, x, features=name))
             for branch, variables, x, name in zip(branches, frozen, images, last, strict=True)
         )
         return tuple(
             output.logits if branch.has_head else next(iter(output.features.values()))
-            for branch, output in answers
+            for branch, output in outputs
         )
 
     return forward

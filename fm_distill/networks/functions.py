@@ -1,4 +1,4 @@
-"""Teachers that are no networks of ours: any function from pictures to logits.
+"""Teachers that are no networks of ours: any function from images to logits.
 
 `(images: float32 NumPy array, (batch, resolution, resolution, 3)) -> logits (batch, classes)`, at
 the resolution and input range of `teacher.network`. `fm-distill record` alone calls them.
@@ -16,11 +16,11 @@ from fm_distill.errors import UserError
 from fm_distill.system.references import load_reference
 
 Images = Float32[np.ndarray, "batch resolution resolution 3"]
-# Pictures to logits, checked in each batch.
+# Images to logits, checked in each batch.
 TeacherFunction = Callable[[Images], Float32[np.ndarray, "batch classes"]]
 
-PROBES = 2  # pictures that a function is tried with
-# Two answers to the same pictures may differ by so much of their size.
+PROBES = 2  # images that a function is tried with
+# Largest difference of two calls with the same images, relative to the largest logit.
 SAME = 1e-3
 
 
@@ -29,40 +29,40 @@ def load_function(
 ) -> tuple[TeacherFunction, int, str]:
     """The function, its number of classes, and a fingerprint: of its code, not of its weights.
 
-    It is called twice with the same pictures. Raises `UserError` where it does not answer, or not
-    the same again.
+    It is called twice with the same images. Raises `UserError` where a call fails, or the second
+    returns other logits.
     """
     found = load_reference(reference, f"{option}.function")
     if not callable(found.value):
         raise UserError(
             f"{option}.function={reference} is a {type(found.value).__name__}; expected a function "
-            "from pictures to logits"
+            "from images to logits"
         )
-    pictures = probes(network)
-    first = answers(found.value, pictures, reference)
-    again = answers(found.value, pictures, reference)
+    images = probes(network)
+    first = logits_of(found.value, images, reference)
+    again = logits_of(found.value, images, reference)
     if first.shape != again.shape or np.abs(first - again).max() > SAME * np.abs(first).max():
         raise UserError(
-            f"{reference} answers otherwise when it is asked again for the same pictures (by up to "
+            f"{reference} returns other logits in a second call with the same images (by up to "
             f"{np.abs(first - again).max():.3g}): put it into evaluation mode, without dropout"
         )
     code = hashlib.sha256(f"{found.sha256} {reference.rpartition(':')[2]}".encode()).hexdigest()
     classes = int(first.shape[1])
 
     def checked(images: Images) -> Float32[np.ndarray, "batch classes"]:
-        return answers(found.value, images, reference, classes)
+        return logits_of(found.value, images, reference, classes)
 
     return checked, classes, code
 
 
 def probes(network: NetworkConfig) -> Images:
-    """Pictures of noise, the same everywhere."""
+    """Images of noise, the same everywhere."""
     bits = np.random.Philox(key=7).random_raw(PROBES * network.resolution**2 * 3)
     noise = (bits >> np.uint64(40)).astype(np.float32) / np.float32(2**24)
     return noise.reshape(PROBES, network.resolution, network.resolution, 3)
 
 
-def answers(
+def logits_of(
     function: Callable[[Images], Any], images: Images, reference: str, classes: int | None = None
 ) -> Float32[np.ndarray, "batch classes"]:
     """The logits of a batch. Raises `UserError` where the function fails or they cannot be that."""
@@ -72,13 +72,13 @@ def answers(
         raise
     except Exception as error:
         raise UserError(
-            f"{reference} failed for pictures of shape {images.shape}: {type(error).__name__}: "
+            f"{reference} failed for images of shape {images.shape}: {type(error).__name__}: "
             f"{error}"
         ) from error
     expected = f"({len(images)}, {'classes' if classes is None else classes})"
     if found.ndim != 2 or len(found) != len(images) or classes not in (None, found.shape[1]):
         raise UserError(
-            f"{reference} returned an array of shape {found.shape} for {len(images)} pictures; "
+            f"{reference} returned an array of shape {found.shape} for {len(images)} images; "
             f"expected logits of shape {expected}"
         )
     if not np.issubdtype(found.dtype, np.floating):

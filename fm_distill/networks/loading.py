@@ -34,7 +34,7 @@ class Networks:
     classes: int
     class_names: tuple[str, ...] | None
     recording: Recording | None = None  # of the teachers' outputs
-    # Whether the gradient of the run has yet to say which channels of the student stay.
+    # Whether the run has yet to choose, by its gradient, which channels of the student stay.
     undecided: bool = False
 
     @property
@@ -155,7 +155,7 @@ def _with_channels(
         return start, False
     if not pruning.by_gradient:
         return shrunk(start, pruning), False
-    # Without a config nobody has said whose scores these are.
+    # Without a config it is unknown which run these scores belong to.
     scores = None
     if workdir.has_config():
         blocks = build_network(start.network, 2, FLOAT32).inner_channels

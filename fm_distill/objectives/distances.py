@@ -102,7 +102,7 @@ def _correlation(
 def dkd_target(
     student: Logits, teacher: Logits, labels: Labels, temperature: Temperature = 1.0
 ) -> PerExample:
-    """KL of (the classes of the label, all others together): what the teacher says of the label.
+    """KL of (the classes of the label, all others together): the teacher's weight of the label.
 
     Source: Zhao et al. 2022 (DKD, arXiv 2203.08679), TCKD, with one class a label. A mixed view
     has two, each of its own (mdistiller, issue 13). Without T^2; computed from log-probabilities.

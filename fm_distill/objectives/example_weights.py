@@ -83,7 +83,7 @@ def make_example_weights(objective: ObjectiveConfig) -> ExampleWeights | None:
     """The weights of a batch; None where all are one.
 
     Weights by class come with the targets. A difficulty is divided by its mean over the batch,
-    which therefore has to be whole. Whoever calls stops the gradient.
+    which therefore has to be whole. The caller stops the gradient.
     """
     kind = objective.example_weights.kind
     if kind == "none":

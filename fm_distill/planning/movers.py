@@ -19,7 +19,7 @@ PARTS = {
     "transpose(jvp(student))": "student, backwards",
     "update": "update",
 }
-HOPS = 4  # from a copy to whoever uses it
+HOPS = 4  # from a copy to its user
 EVERYTHING = 2**62
 SLICES = ("dynamic-slice", "gather", "slice")
 
@@ -30,7 +30,7 @@ class Mover:
 
     part: str  # a value of `PARTS`, or "" for what is in none of them
     operation: str  # JAX's name of it, of the kind that moves most
-    place: str  # file:line; "" where the program does not say
+    place: str  # file:line; "" where the program does not record it
     bytes: float  # of HBM, a step and a device
     share: float  # of what all operations together move
     count: float  # operations a step

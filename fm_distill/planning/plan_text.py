@@ -14,7 +14,7 @@ def _amount(value: float) -> str:
 
 def _recording(found: RecordingPlan) -> str:
     command = " ".join(["fm-distill record", *(["--taps", *found.taps] if found.taps else [])])
-    size = f"with `{command}` the teacher is asked once: {_amount(found.bytes)}B"
+    size = f"with `{command}` the teacher runs once: {_amount(found.bytes)}B"
     if found.hours is None or found.student_hours is None:
         return size
     return f"{size}, {found.hours:,.1f} hours, then {found.student_hours:,.1f} for each student"

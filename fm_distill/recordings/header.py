@@ -54,13 +54,13 @@ class RecordingHeader:
     examples: int
     canvas: CanvasConfig
     target_images: str | None = None  # SHA-256 of those of `views.fourier`
-    # Who answers.
+    # The teachers.
     teachers: tuple[NetworkConfig, ...]
     teacher_weights: tuple[str, ...]
     classes: int
     class_names: tuple[str, ...] | None
     precision: str
-    # How the answers are stored.
+    # How their outputs are stored.
     dtype: RowType
     top_k: int | None = None
     temperature: float | None = None  # at which the rest of the top K is lumped together

@@ -36,7 +36,7 @@ class RecordingReader:
                 block = ahead.result()
 
     def at(self, step: int) -> RecordedSteps:
-        """One step, for whoever looks before the training, or beside it.
+        """One step, for checks before the training or beside it.
 
         Raises `UserError` where its shard is damaged.
         """

@@ -86,7 +86,7 @@ def compress(
         raise UserError("log.final_evaluation=False leaves nothing to compare; leave it on")
     parsed = tuple(map(parse_step, steps))
     own = stored.config
-    _refuse_what_steps_say(config, own)
+    _refuse_options_of_steps(config, own)
     check_order(parsed, own.student.pruning)
     schedule = recovery_schedule(config.schedule, own.schedule, stored.resolved.total_steps)
     config = dataclasses.replace(_with_teachers_here(config, place.path), schedule=schedule)
@@ -97,7 +97,7 @@ def compress(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error}; give another --to") from None
-    # Before the first step, since whatever is not installed is missed here.
+    # Before the first step, so that a library that is not installed is reported now.
     data_dir = config.data.data_dir
     moved = data_dir if data_dir != stored.config.data.data_dir else None
     for format in formats:
@@ -148,8 +148,8 @@ def _with_teachers_here(config: Config, path: pathlib.Path) -> Config:
     )
 
 
-def _refuse_what_steps_say(config: Config, own: Config) -> None:
-    """Raises `UserError` where an option says what `--steps` is there for, or judges otherwise."""
+def _refuse_options_of_steps(config: Config, own: Config) -> None:
+    """Raises `UserError` where an option sets what `--steps` sets, or judges by other data."""
     asked, before = config.student, own.student
     for option, same in (
         ("weights", asked.weights == before.weights),

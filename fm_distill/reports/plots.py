@@ -1,4 +1,4 @@
-"""Pictures of runs, as SVG: curves, schedule, views, confusions, disagreements.
+"""Images of runs, as SVG: curves, schedule, views, confusions, disagreements.
 
 Data in, bytes out; the only file that knows matplotlib, which the extra `plots` brings.
 """
@@ -38,7 +38,7 @@ class Rates:
 
 @dataclasses.dataclass(frozen=True)
 class Disagreement:
-    """One picture, and what is said of it, a line each."""
+    """One picture and its caption, a line each."""
 
     pixels: np.ndarray  # uint8 (height, width, 3)
     lines: tuple[str, ...]
@@ -270,7 +270,7 @@ def _svg(figure: Any) -> bytes:
 
     out = io.BytesIO()
     with warnings.catch_warnings(), matplotlib.rc_context({"svg.hashsalt": "fm-distill"}):
-        # A letter that the font has not is drawn as a box, and nobody here can help it.
+        # A character that the font lacks is drawn as a box; a warning of it helps nobody.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(out, format="svg", dpi=PHOTO_DPI, metadata={"Date": None})
     return out.getvalue()

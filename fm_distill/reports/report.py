@@ -1,7 +1,7 @@
 """One self-contained HTML file about runs: figures side by side, curves, views, disagreements.
 
 It reads workdirs and runs no code from them. What cannot be shown, because the data or the teacher
-are not there any more, is said with the option that gives it.
+are not there any more, is named with the option that gives it.
 """
 
 import base64
@@ -254,18 +254,18 @@ def _judged(opened: Opened) -> str:
     parts = [f"<p>The student after {opened.run.step:,} steps.</p>"]
     if classes is not None:
         picture = plots.confusion(confusions(found, opened.run.classes), names, expected)
-        says = (
+        caption = (
             f"Rows: the {expected}'s class; columns: the student's. The darker, the larger the "
             "share of the row. Of many classes, the most frequent confusions are listed instead."
         )
-        parts.append(_image("confusions", picture, says))
+        parts.append(_image("confusions", picture, caption))
     wanted = most_disagreeing(found, DISAGREEMENTS)
     if disagree := [_disagreement(opened, found, names, row) for row in wanted]:
-        says = (
+        caption = (
             "The examples on which the student is furthest from its teacher: those of the largest "
             "KL(teacher || student) at temperature 1. With each class, its probability."
         )
-        parts.append(_image("disagreements", plots.disagreements(disagree), says))
+        parts.append(_image("disagreements", plots.disagreements(disagree), caption))
     return "\n".join(parts)
 
 

@@ -17,7 +17,7 @@ from fm_distill.runs.workdir import Workdir
 
 MEANINGS = {
     "compression": "The teacher's parameters over the student's.",
-    "recording": "Where the teacher's answers were read from; it was not asked itself.",
+    "recording": "Where the teacher's outputs were read from; the teacher itself did not run.",
     "views repeat": "Order and views begin again: each image has so many different ones.",
     "example weights": "What the terms of each example are multiplied by; the mean is one.",
     "long tail": "The training split was thinned: the first class over the last, in examples.",

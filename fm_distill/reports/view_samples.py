@@ -37,7 +37,7 @@ class ViewSamples:
 
     titles: tuple[str, ...]  # one an example: its step and its mixture
     seen: tuple[NetworkView, ...]  # the student first
-    note: str  # what the pictures do not say
+    note: str  # what the pictures do not show
 
 
 def sample_views(config: Config, workdir: Workdir) -> ViewSamples:
@@ -93,7 +93,7 @@ def views_of_step(
 ) -> tuple[Draw, list[np.ndarray]]:
     """The student's draw for the first `rows` of a step, and what each network saw of them.
 
-    `branches` begins with the student's. Pictures are uint8 (rows, resolution, resolution, 3).
+    `branches` begins with the student's. Images are uint8 (rows, resolution, resolution, 3).
     """
     batch = config.batch_size
     regime = regime_of(config.objective.target, config.teaching)

@@ -46,7 +46,7 @@ def read_history(workdir: str | os.PathLike[str]) -> History:
 
 
 def _is_intact(line: dict[str, Any]) -> bool:
-    """Whether it says which step and split it is of, and all else in it are numbers, or null."""
+    """Whether it has a step and a split, and all else in it are numbers or null."""
     numbers = {name: x for name, x in line.items() if name != "split"}
     known = isinstance(line.get("split"), str) and {"step", "epoch"} <= line.keys()
     return known and all(

@@ -9,7 +9,7 @@ Unit = Literal["fraction", "nats", "images/s", "1", "parameters", "FLOP", "ms", 
 # `line`: in the progress line. `table`: what `evaluate` prints. `sweep`: a column of a sweep.
 # `report`: a row of a report. `cost`: of each network of a run; `measured`: the same, on request.
 Place = Literal["log", "best", "line", "table", "sweep", "report", "cost", "measured"]
-# What a column says instead of the unit.
+# Heads of columns, in place of the unit.
 COLUMN_UNITS: dict[Unit, str] = {
     "fraction": "%", "parameters": "millions", "FLOP": "millions", "bytes": "MB"
 }  # fmt: skip

@@ -29,13 +29,13 @@ class MetricsWriter:
     ):
         """Without a path nothing is written: of several processes one writes.
 
-        `owed`: the evaluation at `resumed_step` is done anew.
+        `evaluation_pending`: the evaluation at `resumed_step` is done anew.
         """
         self._file = self._board = None
         if path is None:
             return
         _drop_after(path, resumed_step, evaluation_pending)
-        self._file = path.open("a", buffering=1)  # whoever watches sees each line at once
+        self._file = path.open("a", buffering=1)  # a reader sees each line at once
         if tensorboard:
             folder = str(path.parent / "tensorboard")
             self._board = SummaryWriter(folder, purge_step=resumed_step + 1)

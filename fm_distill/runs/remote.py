@@ -19,7 +19,7 @@ def is_remote(place: str) -> bool:
 
 @contextlib.contextmanager
 def opened(url: str) -> Iterator[tuple[Any, str]]:
-    """Its file system and the path there. Raises `UserError` for whatever goes wrong with it."""
+    """Its file system and the path there. Raises `UserError` for any error with it."""
     try:
         import fsspec
 

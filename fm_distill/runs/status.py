@@ -49,7 +49,7 @@ def status(workdir: str | os.PathLike[str]) -> RunStatus:
         state = "running" if place.in_use() else "paused"
         reason = "; ".join(x for x in (reason, teacher) if x)
     elif state == "running" and not place.in_use():
-        state, reason = "paused", "its process is gone, though it did not say so"
+        state, reason = "paused", "its process is gone and reported no stop"
         step = max(steps, default=0)
     checked = []
     for number in progress(steps, "reading checkpoints", "checkpoints", len(steps)):

@@ -67,7 +67,7 @@ class ProgressLines(Progress):
             self._write()
 
     def close(self) -> None:
-        # Of something short, nobody has to know.
+        # Something short needs no line.
         if self.written != self.first and self.written[0] != self.done:
             self._write()
 

@@ -1,6 +1,6 @@
 """Code that a run, an export or a recording names: whether it may be run here.
 
-Whoever opens what another wrote must not run that person's code unawares. So code runs where it
+Opening what someone else wrote must not run their code unnoticed. So code runs where it
 lies in the very place in which the run found it, outside of the run, and with the same contents;
 anywhere else its reader has to agree, by `--trust-code` or in `trusted_code`. Nothing is imported
 to find this out. A config that its user wrote is not asked about.
@@ -74,10 +74,10 @@ def refuse_foreign_code(
     whose: str,
     folder: pathlib.Path | None = None,
 ) -> None:
-    """Raises `UserError` where one of `references` may not be run; says which files will be.
+    """Raises `UserError` where one of `references` may not be run; logs which files will be.
 
     `known` is where `whose` found them, `folder` what may have come with code inside. A file that
-    is not there is left to whoever needs it.
+    is not there is refused where it is loaded.
     """
     for reference in references:
         file = file_of(reference)

@@ -102,7 +102,7 @@ def broadcast_from_first(number: int) -> int:
 
 
 def gathered(own: bytes) -> list[bytes]:
-    """What each process says, the first one first: as many bytes each, once all are here."""
+    """The bytes of all processes, the first one first; all send equally many and wait."""
     if only_process():
         return [own]
     import jax.experimental.multihost_utils as multihost

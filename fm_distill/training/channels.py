@@ -92,7 +92,7 @@ def _refuse_own_teacher(config: Config, networks: Networks) -> None:
     own = fingerprint(networks.pretrained.variables)
     if {x.fingerprint for x in networks.teachers} == {own} and not needs_labels(config.objective):
         raise UserError(
-            "student.pruning.criterion=taylor needs a loss that says something, and the student's "
+            "student.pruning.criterion=taylor needs a loss that is not zero, and the student's "
             f"weights are its teacher's own: {INSTEAD}, or the teacher that taught them"
         )
 
@@ -109,7 +109,7 @@ def gradient_scores(
 
     The mean over the first batches of the run, without a step between them; see `taylor_scores`.
     What is computed of the teachers is kept in `folder`. Raises `UserError` where the gradient
-    says nothing.
+    ranks nothing.
     """
     config = dataclasses.replace(config, ema_decay=None)
     blocks = build(config, resolved).student.network.inner_channels

@@ -1,4 +1,4 @@
-"""The checks of a config that hold whatever the data and the devices are.
+"""The checks of a config that need neither data nor devices.
 
 What depends on those is refused where they are opened.
 """

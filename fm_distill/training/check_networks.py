@@ -110,7 +110,7 @@ def _wrong_function(option: str, teacher: TeacherConfig) -> Iterator[str]:
     network = teacher.network
     if network is None or network.model != FUNCTION or network.input_range in ("auto", "adapt"):
         yield (
-            f"{option}.function needs to know its pictures: give {option}.network = "
+            f"{option}.function needs to know its images: give {option}.network = "
             f"NetworkConfig(model={FUNCTION!r}, resolution=..., input_range='imagenet')"
         )
     if teacher.weights or teacher.experiment or teacher.workdir:

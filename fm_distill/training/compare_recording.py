@@ -44,14 +44,14 @@ def compare_with_teachers(
         apart += [float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in pairs]
     difference, kl, same = np.array(found).T
     numbers = ", ".join(f"{x:,}" for x in steps)
-    said = (
+    logits = (
         f"the recording against the teachers here, in the steps {numbers}: logits differ by at "
         f"most {difference.max():.2g}, KL {kl.mean():.2g} nats, agreement {same.mean():.2%}"
     )
     if not recording.taps:
-        return said
+        return logits
     taps = ", ".join(recording.taps)
-    return f"{said}; features of {taps} by at most {max(apart):.2g} of their largest number"
+    return f"{logits}; features of {taps} by at most {max(apart):.2g} of their largest number"
 
 
 def compared(found: TargetRows, logits: tuple[AnyArray, ...]) -> tuple[float, float, float]:

@@ -85,7 +85,7 @@ class Loop:
 
     def _dispatch(self, state: TrainState, batch: Any, root: ViewRoot) -> tuple[TrainState, Any]:
         setup = self.setup
-        # Whatever were sent to the devices unasked for, each step would wait for.
+        # An implicit transfer to the devices would hold up every step.
         with jax.transfer_guard("disallow"):
             return setup.program(state, setup.live_teachers, setup.feed.data, batch, root)
 

@@ -1,7 +1,7 @@
 """Masks of the weights that are left: which are removed, after which step.
 
 Sources: Zhu and Gupta 2017 (arXiv 1710.01878) for the schedule, and for leaving the layer that
-reads the picture and depthwise convolutions whole, which have few weights; Mishra et al. 2021
+reads the image and depthwise convolutions whole, which have few weights; Mishra et al. 2021
 (arXiv 2104.08378) for n of four neighbouring inputs. The head stays whole too: it starts at zero,
 and by magnitude would go first. A weight that is removed is zero from then on: its gradient is
 masked, and so are the weights after each update, and their moving average.
@@ -21,7 +21,7 @@ from fm_distill.errors import UserError
 from fm_distill.models import HEAD, Network
 from fm_distill.weights.names import leaves_by_path
 
-# Kernels with at most as many inputs of an output are left whole: of pictures and depthwise ones.
+# Kernels with at most as many inputs of an output are left whole: of images and depthwise ones.
 FEWEST_INPUTS = 3
 # The metric: the share of the weights of all other kernels that is zero.
 SPARSITY = "sparsity"

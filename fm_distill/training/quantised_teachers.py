@@ -1,7 +1,7 @@
 """Teachers in eight bits: ranges on the run's own training views, and whether they may teach.
 
 Before the first step. The ranges follow the first views of the run; on the next ones, the float
-teacher's outputs say what the rounding costs. Sources: Krishnamoorthi 2018 (arXiv 1806.08342),
+teacher's outputs measure what the rounding costs. Sources: Krishnamoorthi 2018 (arXiv 1806.08342),
 section 3.1, for ranges from some batches alone.
 """
 
@@ -143,7 +143,7 @@ def freeze_teachers(
 def _stored(folder: pathlib.Path, teachers: list[Teacher]) -> tuple[CalibratedTeacher, ...] | None:
     """What is in the file, of these very teachers; None where they are to be calibrated."""
     workdir, path = Workdir(folder), folder / NAME
-    # Without a config or a recording nobody has said whose ranges these are.
+    # Without a config or a recording it is unknown which run these ranges belong to.
     if not (workdir.has_config() or is_recording(folder)):
         return None
     tree = workdir.read(NAME)

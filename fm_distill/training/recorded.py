@@ -82,7 +82,7 @@ def make_header(
 def refuse_another_recording(config: Config) -> None:
     """Raises `UserError` where the recording that `config` names is of another run.
 
-    Only of what the config says: the data and the teachers are compared when they are open. Also
+    Only of what the config fixes: the data and the teachers are compared when they are open. Also
     where a teacher is a function and there is no recording.
     """
     path = recording_of(config)
@@ -280,7 +280,7 @@ def golden_digests(config: Config) -> tuple[str, ...]:
 
 
 def repeated(resolved: ResolvedRun, batch_size: int) -> list[str]:
-    """What to say where the views of a run repeat."""
+    """The note on a run whose views repeat."""
     if resolved.period_steps is None:
         return []
     epochs = resolved.period_steps * batch_size / resolved.examples

@@ -99,7 +99,7 @@ class Reporter:
         pace_s = (time.monotonic() - self.first[1]) / (self.step - self.first[0])
         return (self.setup.resolved.total_steps - self.step) * pace_s / 3600
 
-    def say_pace(self, blocked_s: float) -> None:
+    def log_pace(self, blocked_s: float) -> None:
         """What this session did after its first dispatch, and what its checkpoints cost."""
         if self.first is None or self.step == self.first[0]:
             return
@@ -174,7 +174,7 @@ def progress_bar(setup: Setup, start: int) -> Progress:
 
 
 def introduce(setup: Setup, start: int) -> None:
-    """Says what is about to run, and warns of a teacher that cannot teach."""
+    """Logs what is about to run, and warns of a teacher that cannot teach."""
     config = setup.config
     shapes = setup.built.abstract_state
     students = parameter_count(shapes.student.params)

@@ -134,7 +134,7 @@ def _read(kept: pathlib.Path, identity: dict[str, Any]) -> Targets | None:
         return None
     if stored != identity:
         differ = [name for name in identity if stored.get(name) != identity[name]]
-        lines = [f"{x}: {stored.get(x, '(not said)')} there, {identity[x]} now" for x in differ]
+        lines = [f"{x}: {stored.get(x, '(missing)')} there, {identity[x]} now" for x in differ]
         raise UserError(
             f"{kept} holds the targets of another run ({'; '.join(lines)}); remove it, so that it "
             "is made again, or choose another --workdir"

@@ -256,7 +256,7 @@ def _session(
             stop.idle()
             state, done, reason = loop.run(state, start, evaluation_pending)
             hours = reporter.hours_left()
-            reporter.say_pace(checkpoints.blocked_s)
+            reporter.log_pace(checkpoints.blocked_s)
         if reason:
             workdir.set_status("paused", done, total, reason, hours)
             return Result(False, done, total, workdir.path, None, reason, hours)

@@ -22,7 +22,7 @@ def warnings_on(config: Config, resolved: ResolvedRun) -> list[str]:
     if all(x.kind in OF_FEATURES for x in terms_of(config.objective)):
         warnings.append(
             "WARNING: no term reads the student's logits, so that its head learns nothing and its "
-            "accuracy says nothing: add a term, such as labels, or train the head afterwards "
+            "accuracy means nothing: add a term, such as labels, or train the head afterwards "
             "(another run with --student.weights)"
         )
     networks = [("student", resolved.student), *(("teacher", x) for x in resolved.teachers)]

@@ -164,7 +164,7 @@ def _target_images(
 
 
 def mix(draw: Draw, values: Float[Array, "batch ..."]) -> Float[Array, "batch ..."]:
-    """The mixture of each example's values with its partner's: pictures, or class probabilities.
+    """The mixture of each example's values with its partner's: images, or class probabilities.
 
     Source: big_vision's get_mixup rolls the batch by one, so example i is mixed with i - 1. A roll
     moves one example between neighbouring devices; a permutation gathers the whole batch.

@@ -1,4 +1,4 @@
-"""Fourier domain adaptation: pictures with the amplitudes of target images at low frequencies.
+"""Fourier domain adaptation: images with the amplitudes of target images at low frequencies.
 
 Source: Yang and Soatto 2020, equation 2, and `FDA_source_to_target_np` of their code
 (YanchaoYang/FDA, `utils/__init__.py`).
@@ -10,10 +10,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from fm_distill.array_tree import AnyArray
-from fm_distill.views.sampling import Pictures
+from fm_distill.views.sampling import Images
 
 Amplitudes = Float[AnyArray, "targets rows rows 3"]
-# By the pixels a side of a picture: the amplitudes of the target images in the square of low
+# By the pixels a side of an image: the amplitudes of the target images in the square of low
 # frequencies, the lowest one in its middle.
 Spectra = dict[int, Amplitudes]
 
@@ -22,7 +22,7 @@ ROUNDING = 1e-6
 
 
 def square_rows(beta: float, side: int) -> int:
-    """Rows of the square of low frequencies of a picture of `side` x `side` pixels."""
+    """Rows of the square of low frequencies of an image of `side` x `side` pixels."""
     return min(2 * int(beta * side) + 1, side)
 
 
@@ -31,7 +31,7 @@ def square_start(rows: int, side: int) -> int:
     return side // 2 - rows // 2
 
 
-def with_amplitudes(pixels: Pictures, amplitudes: Float[Array, "batch rows rows 3"]) -> Pictures:
+def with_amplitudes(pixels: Images, amplitudes: Float[Array, "batch rows rows 3"]) -> Images:
     """`pixels` with these amplitudes at low frequencies, and their own phases everywhere.
 
     On uint8's scale and within it: unlike the authors', who leave what the inverse transform

@@ -11,7 +11,7 @@ from fm_distill.errors import UserError
 from fm_distill.views.crops import Sizes
 from fm_distill.views.draws import Draw, mix
 from fm_distill.views.fourier import Spectra, with_amplitudes
-from fm_distill.views.sampling import Canvases, Pictures, sample, sample_area, sample_reduced
+from fm_distill.views.sampling import Canvases, Images, sample, sample_area, sample_reduced
 
 # (mean, deviation) of the input ranges on uint8's scale; ImageNet's are torchvision's, times 255.
 INPUT_RANGES: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
@@ -56,7 +56,7 @@ class InputSpec:
         return INPUT_RANGES[self.input_range]
 
     def in_range(self, input_range: str) -> "InputSpec":
-        """The same picture, normalised in another way that has a name."""
+        """The same image, normalised in another way that has a name."""
         return dataclasses.replace(self, input_range=input_range, mean=(), deviation=())
 
 
@@ -75,7 +75,7 @@ class CentralCrop:
 
 def render(
     draw: Draw, canvases: Canvases, input_spec: InputSpec, spectra: Spectra | None = None
-) -> Pictures:
+) -> Images:
     """What a network with this `input_spec` sees of `draw`: cropped, flipped, normalised, mixed.
 
     Before it is normalised it is adapted to the target images, where `draw` has such; `spectra`
@@ -85,7 +85,7 @@ def render(
     high = low + draw.boxes[:, 2:] - 1
     resolution, fewer = input_spec.resolution, draw.resolution
 
-    def whole() -> Pictures:
+    def whole() -> Images:
         return sample(canvases, draw.boxes, low, high, draw.flips, resolution)
 
     if fewer is None:
@@ -108,15 +108,13 @@ def render(
 
 def render_central(
     canvases: Canvases, sizes: Sizes, crop: CentralCrop, input_spec: InputSpec
-) -> Pictures:
+) -> Images:
     """The view of evaluation, as a network gets it; see `central_pixels`."""
     pixels = central_pixels(canvases, sizes, crop, input_spec.resolution)
     return normalise(pixels, input_spec)
 
 
-def central_pixels(
-    canvases: Canvases, sizes: Sizes, crop: CentralCrop, resolution: int
-) -> Pictures:
+def central_pixels(canvases: Canvases, sizes: Sizes, crop: CentralCrop, resolution: int) -> Images:
     """The image resized, then its central square at whole pixels, on uint8's scale.
 
     The resized image's short side is `round(resolution / crop.fraction)`. Source: the released
@@ -138,7 +136,7 @@ def central_pixels(
     return sample(canvases, boxes, jnp.zeros_like(size), size - 1, flips, resolution)
 
 
-def normalise(pixels: Pictures, input_spec: InputSpec) -> Pictures:
+def normalise(pixels: Images, input_spec: InputSpec) -> Images:
     """What a network gets of pixels on uint8's scale."""
     mean, deviation = input_spec.moments
     if input_spec.input_rounding == "uint8":
@@ -147,8 +145,8 @@ def normalise(pixels: Pictures, input_spec: InputSpec) -> Pictures:
     return (pixels - jnp.asarray(mean)) / jnp.asarray(deviation)
 
 
-def as_pixels(pictures: Pictures, input_spec: InputSpec) -> Canvases:
-    """The grey levels that `normalise` made `pictures` of, rounded to uint8."""
+def as_pixels(views: Images, input_spec: InputSpec) -> Canvases:
+    """The grey levels that `normalise` made `views` of, rounded to uint8."""
     mean, deviation = input_spec.moments
-    pixels = pictures * jnp.asarray(deviation) + jnp.asarray(mean)
+    pixels = views * jnp.asarray(deviation) + jnp.asarray(mean)
     return jnp.round(pixels).clip(0, 255).astype(jnp.uint8)

@@ -1,4 +1,4 @@
-"""Boxes of canvases as pictures of a fixed size: bilinear, by area, or of fewer pixels."""
+"""Boxes of canvases as images of a fixed size: bilinear, by area, or of fewer pixels."""
 
 import jax
 import jax.numpy as jnp
@@ -7,10 +7,10 @@ from jaxtyping import Array, Bool, Float, UInt8
 from fm_distill.views.crops import Boxes
 
 Canvases = UInt8[Array, "batch side side 3"]
-Pictures = Float[Array, "batch resolution resolution 3"]
-# On the canvas, of each row or column of a picture.
+Images = Float[Array, "batch resolution resolution 3"]
+# On the canvas, of each row or column of an image.
 Places = Float[Array, "batch resolution"]
-# How much each row or column of the canvas adds to each one of a picture.
+# How much each row or column of the canvas adds to each one of an image.
 Weights = Float[Array, "batch resolution side"]
 
 
@@ -21,11 +21,11 @@ def sample(
     high: Float[Array, "batch 2"],
     flips: Bool[Array, " batch"],
     resolution: int,
-) -> Pictures:
+) -> Images:
     """Bilinear sampling of `boxes`, clamped to pixels `low` to `high`, in uint8's scale.
 
     Half-pixel centres and no antialiasing, as in the released recipe (TensorFlow's resize). On
-    accelerators it is two matrix products a picture, which is what they are good at; on a CPU the
+    accelerators it is two matrix products an image, which is what they are good at; on a CPU the
     four neighbours of each pixel are gathered, instead of products with all rows and columns of
     the canvas. The two differ by rounding, less than 1e-4 grey levels.
     """
@@ -35,8 +35,8 @@ def sample(
     return jax.lax.platform_dependent(canvases, rows, columns, cpu=_gathered, default=_multiplied)
 
 
-def sample_area(canvases: Canvases, boxes: Boxes, resolution: int) -> Pictures:
-    """The mean of what each pixel of a picture covers of its box, in uint8's scale."""
+def sample_area(canvases: Canvases, boxes: Boxes, resolution: int) -> Images:
+    """The mean of what each pixel of an image covers of its box, in uint8's scale."""
     side, cells = canvases.shape[1], jnp.full(len(boxes), resolution, jnp.float32)
     of_rows, of_columns = (_covered(axis, side, boxes, resolution, cells) for axis in (0, 1))
     return _products(canvases, of_rows, of_columns)
@@ -48,11 +48,11 @@ def sample_reduced(
     flips: Bool[Array, " batch"],
     resolution: int,
     pixels: Float[Array, ""],
-) -> Pictures:
+) -> Images:
     """`boxes` reduced to `pixels` a side by area, and enlarged bilinearly, in uint8's scale.
 
     A box of fewer pixels keeps those that it has. `pixels` is less than `resolution`: shapes do
-    not depend on values, so the picture's own size is that of the reduced box, too.
+    not depend on values, so the image's own size is that of the reduced box, too.
     """
 
     def weights(axis: int) -> Weights:
@@ -83,14 +83,14 @@ def _covered(
     return jnp.maximum(overlap, 0) / scale
 
 
-def _multiplied(canvases: Canvases, rows: Places, columns: Places) -> Pictures:
+def _multiplied(canvases: Canvases, rows: Places, columns: Places) -> Images:
     pixel = jnp.arange(canvases.shape[1], dtype=jnp.float32)
     of_rows, of_columns = (_weights(x[..., None], pixel) for x in (rows, columns))
     return _products(canvases, of_rows, of_columns)
 
 
-def _products(canvases: Canvases, of_rows: Weights, of_columns: Weights) -> Pictures:
-    """Pictures as sums over rows and columns of the canvas with these weights."""
+def _products(canvases: Canvases, of_rows: Weights, of_columns: Weights) -> Images:
+    """Images as sums over rows and columns of the canvas with these weights."""
     # In bfloat16, a TPU's default, the weights of a pixel would not add up to 1.
     precision = jax.lax.Precision.HIGHEST
     pixels = canvases.astype(jnp.float32)
@@ -122,7 +122,7 @@ def _places(
     low: Float[Array, "batch 2"],
     high: Float[Array, "batch 2"],
 ) -> Places:
-    """Where on the canvas each row (or column) of the picture lies."""
+    """Where on the canvas each row (or column) of the image lies."""
     centres = (jnp.arange(resolution, dtype=jnp.float32) + 0.5) / resolution
     at = boxes[:, axis, None] + centres * boxes[:, 2 + axis, None] - 0.5
     return jnp.clip(at, low[:, axis, None], high[:, axis, None])

@@ -25,7 +25,7 @@ TOLERANCE = 1e-3
 def describe(
     file: WeightFile, requested: NetworkConfig | None, fields: str
 ) -> tuple[NetworkConfig, list[str]]:
-    """The requested network, checked against what the file says of itself."""
+    """The requested network, checked against the file's own description."""
     stated = _said(file.facts)
     if requested is None:
         if stated is not None:

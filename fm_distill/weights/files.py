@@ -2,8 +2,8 @@
 
 Nothing that can run code is ever loaded: pickles in any form are refused. Damage is found where
 the format lets it be found: an `.npz` has a checksum a tensor, our exports have one in the card,
-files of the hub one in the cache. Of another safetensors file only its header, tensors of a wrong
-shape and values that are not finite can be told.
+files of the hub one in the cache. Of another safetensors file only a damaged header, tensors of a
+wrong shape and values that are not finite can be found.
 """
 
 import dataclasses

@@ -48,11 +48,10 @@ class Pretrained:
 def load_weights(path: str, network: NetworkConfig | None, option: str) -> Pretrained:
     """The weights at `path`: a file, a folder or `hf://OWNER/REPO`.
 
-    `network` says what they are and how they are used; where it is None the file has to say it.
+    `network` describes them and how they are used; where it is None the file has to.
     `option` is where both were given, `teacher` or `student`, and stands in messages. Raises
-    `UserError` where the file cannot be read, says
-    otherwise than `network`, or does not hold it: then every missing, unexpected, mis-shaped and
-    not finite tensor is listed.
+    `UserError` where the file cannot be read, describes another network, or does not hold it: then
+    every missing, unexpected, mis-shaped and not finite tensor is listed.
     """
     fields = option if option == "student" else f"{option}.network"
     file = read(path)
