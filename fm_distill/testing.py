@@ -25,7 +25,10 @@ from fm_distill.views.crops import Crop
 
 
 def check_distance(distance: Distance) -> None:
-    """One finite float32 number per example, of that example alone, least where both agree."""
+    """One finite float32 number per example, of that example alone, least where both agree.
+
+    Its gradient moves a student that disagrees.
+    """
     rng = np.random.Generator(np.random.Philox(1))
     student, teacher = jnp.asarray(rng.normal(0, 3, (2, 5, 7)), jnp.float32)
     found = distance(student, teacher, 2.0)
@@ -39,6 +42,7 @@ def check_distance(distance: Distance) -> None:
     )
     gradient = jax.grad(lambda x: distance(x, teacher, 2.0).sum())
     assert jnp.isfinite(gradient(student)).all(), "the gradient is not finite"
+    assert jnp.abs(gradient(student)).max(-1).all(), "the gradient is zero where both disagree"
     assert jnp.isfinite(gradient(teacher)).all(), "the gradient is not finite where both agree"
 
 

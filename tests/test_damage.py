@@ -145,6 +145,37 @@ def test_evaluate_reads_what_is_whole(damaged, capsys):
     assert contents_of(damaged) == before
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("evaluation.json", {"student": {"top1": 0.5, "top5": "x", "ece": [1]}}),
+        ("evaluation.json", {"retention_interval": [None, 1]}),
+        ("config.json", {"resolved": {"class_names": ["one"]}}),
+        ("config.json", {"resolved": {"classes": -1}}),
+    ],
+)
+def test_values_that_no_run_has(made, tmp_path, capsys, name, change):
+    run = shutil.copytree(made / "run", tmp_path / "run")
+    tree = json.loads((run / name).read_text())
+    for field, value in change.items():
+        tree[field] = tree[field] | value if isinstance(value, dict) else value
+    (run / name).write_text(json.dumps(tree))
+    before = contents_of(run)
+    code, printed = command(capsys, "report", run, "--out", tmp_path / "page.html")
+    if name == "config.json":
+        assert code == 2 and "is damaged: it has" in printed
+    else:
+        assert code == 0 and "evaluation.json is damaged and left out" in printed
+    assert contents_of(run) == before
+
+
+def test_a_lost_status_is_read_off_config_and_checkpoints(made, tmp_path, capsys):
+    run = shutil.copytree(made / "run", tmp_path / "run")
+    (run / "status.json").unlink()
+    code, printed = command(capsys, "status", run)
+    assert code == 0 and "step 4 of 4" in printed
+
+
 def test_a_complete_run_without_checkpoints(made, tmp_path, capsys):
     run = shutil.copytree(made / "run", tmp_path / "run")
     shutil.rmtree(run / "checkpoints")

@@ -43,6 +43,7 @@ from fm_distill.diagnosis.diagnose import Diagnosis, as_json, diagnose
 from fm_distill.diagnosis.evidence import Cka
 from fm_distill.diagnosis.page import cka_picture, text
 from fm_distill.diagnosis.probes import gradient_products
+from fm_distill.errors import UserError
 from fm_distill.exporting.export import export
 from fm_distill.models import Network, Output, Variables
 from fm_distill.networks.batch_statistics import batch_moments
@@ -271,6 +272,38 @@ def no_checkpoint(tmp_path):
     return run
 
 
+def test_a_run_without_a_checkpoint_is_judged_by_what_it_logged(healthy_run, tmp_path):
+    no_checkpoint = tmp_path / "run"
+    no_checkpoint.mkdir()
+    shutil.copy(healthy_run / "config.json", no_checkpoint)
+    with pytest.raises(UserError, match="has no checkpoint yet; train it first"):
+        diagnose(no_checkpoint)
+    status = {"state": "failed", "step": 0, "total_steps": 9, "reason": "loss not finite at step 1"}
+    (no_checkpoint / "status.json").write_text(json.dumps(status))
+    found = diagnose(no_checkpoint)
+    assert names(found.causes) == ["learning-rate-too-high"]
+    assert "not finite at step 1" in found.causes[0].evidence
+    left_out = {x.what: x.why for x in found.evidence.not_examined}
+    assert left_out["networks and views"] == "the run has no checkpoint yet"
+    assert left_out["the curve of the loss"].endswith("and it has 0")
+
+
+def test_a_curve_that_is_not_judged_is_left_out(healthy_run, tmp_path):
+    run = shutil.copytree(healthy_run, tmp_path / "run")
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:5]))
+    (left_out,) = diagnose(run).evidence.not_examined
+    assert left_out.what == "the curve of the loss" and "20 lines" in left_out.why
+
+
+def test_a_place_that_was_given_has_to_be_right(healthy_run):
+    config = open_run(healthy_run).config
+    with pytest.raises(UserError, match="/gone"):
+        diagnose(healthy_run, changed(config, {"teacher.workdir": "/gone"}))
+    with pytest.raises(UserError, match="examples is 0; expected 1 or more"):
+        diagnose(healthy_run, examples=0)
+
+
 @pytest.mark.parametrize(
     ("out", "said"),
     [
@@ -304,14 +337,10 @@ def test_a_page_that_cannot_be_written_costs_no_diagnosis(
     ("place", "said"),
     [
         ("nowhere", "is not the workdir of a run"),
-        ("empty", "has no checkpoint yet; train it first"),
         ("teacher", "learns from labels, without a teacher"),
     ],
 )
 def test_wrong_input_is_refused(capsys, folder, healthy_run, place, said):
-    if place == "empty":
-        shutil.copytree(healthy_run, folder / "empty", dirs_exist_ok=True)
-        shutil.rmtree(folder / "empty" / "checkpoints")
     error = refused(capsys, "diagnose", folder / place, "--json")
     assert said in error and len(error.strip().splitlines()) == 1
 

@@ -360,6 +360,10 @@ def test_what_a_student_refuses(workdir, exported, tmp_path):
     ):
         with pytest.raises(UserError, match=said):
             predict(workdir, [tmp_path / place])
+        with pytest.raises(UserError, match=said):  # one place, which is no list of letters
+            predict(workdir, str(tmp_path / place))
+    with pytest.raises(UserError, match="top is 0; expected 1 or more"):
+        predict(workdir, [tmp_path], top=0)
 
 
 def test_the_group_may_read_an_export(exported):

@@ -21,7 +21,7 @@ from fm_distill.evaluation.inference import open_student, predict
 from fm_distill.exporting import export as exporting
 from fm_distill.exporting import stablehlo
 from fm_distill.exporting.export import export
-from fm_distill.exporting.function import function_of
+from fm_distill.exporting.function import function_of, in_batches
 from fm_distill.exporting.parity import IMAGES, compare, examples_of
 from fm_distill.models import Variables, build_network, resolve
 from fm_distill.runs.open_run import open_run
@@ -147,6 +147,12 @@ def test_a_changed_weight_is_refused(workdir, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="so nothing was written"):
         export(workdir, tmp_path / "x.stablehlo")
     assert not [*tmp_path.iterdir()]
+
+
+def test_outputs_of_other_classes_than_the_card_s_are_refused():
+    pixels = np.zeros((3, 4, 4, 3), np.uint8)
+    with pytest.raises(UserError, match=r"shape \(2, 5\) for 2 images.*describes 7 classes"):
+        in_batches(lambda x: np.zeros((len(x), 5), np.float32), pixels, 2, 7)
 
 
 def test_numbers_that_are_none_do_not_agree(workdir):

@@ -25,6 +25,7 @@ from fm_distill.exporting.operations import operations_in
 from fm_distill.exporting.parity import compare, examples_of
 from fm_distill.models.pooling import average_pool, max_pool
 from fm_distill.runs.open_run import open_run
+from fm_distill.weights.card import CARD_KEY
 
 __all__ = ["workdir"]  # a fixture
 
@@ -163,6 +164,16 @@ def test_predict_takes_the_file(workdir, tmp_path, capsys):
             assert theirs[name] == pytest.approx(probability, abs=5e-3)
 
 
+def renamed_operation(model):
+    next(x for x in model.graph.node if x.op_type == "Add").op_type = "Mul"
+
+
+def another_card(model):
+    card = next(x for x in model.metadata_props if x.key == CARD_KEY)
+    card.value = card.value.replace('"classes": 10', '"classes": 7')
+    assert '"classes": 7' in card.value
+
+
 def test_what_is_refused(workdir, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="the operation cumsum has no form there"):
         onnx_file.to_onnx(of_pixels(lambda x: jnp.cumsum(x, axis=1)), 4, 1, "mine")
@@ -184,8 +195,15 @@ def test_what_is_refused(workdir, tmp_path, monkeypatch):
     weight = max(onnx.load(path).graph.initializer, key=lambda x: len(x.raw_data))
     data[data.index(weight.raw_data) + 7] ^= 1
     path.write_bytes(data)
-    with pytest.raises(UserError, match="is damaged or was changed: its weights"):
+    with pytest.raises(UserError, match="is damaged or was changed: its contents"):
         open_student(path)
+    for change in (renamed_operation, another_card):
+        export(workdir, path, overwrite=True)
+        model = onnx.load(path)
+        change(model)
+        onnx.save(model, path)
+        with pytest.raises(UserError, match="is damaged or was changed: its contents"):
+            open_student(path)
     path.unlink()
     for missing in ("onnx", "onnxruntime"):
         with monkeypatch.context() as patch:

@@ -273,6 +273,20 @@ def test_an_experiment_is_packed_with_all_that_it_reads(tmp_path):
         pack(tmp_path / "x.py")
 
 
+def test_own_parts_are_packed(tmp_path):
+    (tmp_path / "my-parts.py").write_text("def huber(student, teacher, temperature): ...\n")
+    shutil.copy(ROOT / "experiments" / "digits_teacher.py", tmp_path / "base.py")
+    (tmp_path / "x.py").write_text(
+        "import dataclasses, pathlib\nfrom fm_distill import load_experiment\n"
+        "from fm_distill.config import ObjectiveConfig, TeacherConfig\n"
+        "config = dataclasses.replace(\n"
+        "    load_experiment(pathlib.Path(__file__).with_name('base.py')),\n"
+        "    objective=ObjectiveConfig(distance='my-parts.py:huber'),\n"
+        "    teacher=TeacherConfig(workdir='runs/teacher'))\n"
+    )
+    assert set(pack(tmp_path / "x.py")) == {"x.py", "base.py", "my-parts.py"}
+
+
 def install_cells(path: pathlib.Path) -> str:
     """The code of a notebook up to the installation."""
     cells = [x.source for x in nbformat.read(path, as_version=4).cells if x.cell_type == "code"]
@@ -388,6 +402,17 @@ def test_an_interrupted_cell_stops_the_command_politely(tmp_path, capsys):
     finally:
         signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().out.endswith("ready\na checkpoint\n")
+
+
+def test_a_picture_that_fails_does_not_stop_the_training(tmp_path, capsys, monkeypatch):
+    def failing(screen):
+        raise ModuleNotFoundError("No module named 'matplotlib'")
+
+    monkeypatch.setattr("fm_distill.notebooks.live.Screen.draw", failing)
+    assert run_and_show([sys.executable, "-c", "print('trained')"], tmp_path / "run") == 0
+    printed = capsys.readouterr().out
+    assert "trained\n" in printed
+    assert "no picture of the run: ModuleNotFoundError: No module named 'matplotlib'" in printed
 
 
 def test_what_is_not_installed_is_named(monkeypatch, tmp_path):

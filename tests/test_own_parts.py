@@ -290,6 +290,20 @@ def test_the_distances_here_pass(name):
     testing.check_distance(DISTANCES[name])
 
 
+@pytest.mark.parametrize(
+    "distance",
+    [
+        lambda student, teacher, temperature: 0 * student.sum(-1),
+        lambda student, teacher, temperature: (
+            (student.argmax(-1) != teacher.argmax(-1)) + 0 * student.sum(-1)
+        ),
+    ],
+)
+def test_a_distance_that_moves_nothing_does_not_pass(distance):
+    with pytest.raises(AssertionError, match="the gradient is zero where both disagree"):
+        testing.check_distance(distance)
+
+
 @pytest.mark.parametrize("name", CROPS)
 def test_the_crops_here_pass(name):
     testing.check_crop(CROPS[name])

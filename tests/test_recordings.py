@@ -27,6 +27,7 @@ from fm_distill.config import (
     ScheduleConfig,
     TeacherConfig,
 )
+from fm_distill.config.serialization import changed
 from fm_distill.data.feeding import Reader, StreamingFeed
 from fm_distill.data.resident import ResidentFeed
 from fm_distill.data.sources import open_source
@@ -42,6 +43,7 @@ from fm_distill.recordings.rows import decode, encode, indices_of, unseen
 from fm_distill.recordings.shards import read_shard, write_shard
 from fm_distill.recordings.view_digest import same_views, view_digests
 from fm_distill.reports.sweep import sweep
+from fm_distill.runs.open_run import open_run
 from fm_distill.runs.workdir import Workdir
 from fm_distill.system.preemption import Stop
 from fm_distill.system.sharding import make_layout
@@ -188,6 +190,9 @@ def test_a_recorded_teacher_teaches_as_the_live_one(taught, tmp_path, feeding):
     if feeding == "resident":
         found, live = (evaluate(x) for x in (tmp_path / "run", folder / "live"))
         assert found["teacher"]["top1"] is None
+        with pytest.raises(UserError, match="/gone"):  # what was asked for has to be there
+            gone = changed(open_run(tmp_path / "run").config, {"teacher.workdir": "/gone"})
+            evaluate(tmp_path / "run", config=gone)
         assert found["student"] == pytest.approx(live["student"], rel=1e-5)
 
 

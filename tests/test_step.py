@@ -12,13 +12,16 @@ from tiny import NETWORK, logits_of, resolved_run, tiny_config, train_step_of
 from fm_distill.config import MemoryConfig, MeshConfig, ObjectiveConfig, ViewConfig, with_options
 from fm_distill.data.batch import Batch
 from fm_distill.data.resident import Resident, ResidentSteps
+from fm_distill.errors import UserError
 from fm_distill.models import Network, Output, Variables
 from fm_distill.networks.branch import Branch, freeze_on_devices
 from fm_distill.objectives.distances import kl_divergence
+from fm_distill.objectives.terms import Targets, make_terms
 from fm_distill.runs.state import TrainState, init_state
 from fm_distill.system.sharding import make_layout
 from fm_distill.training.build import build
 from fm_distill.training.program import make_program
+from fm_distill.training.step import make_update
 from fm_distill.views.draws import ViewRoot, draw
 from fm_distill.views.rendering import InputSpec, render
 
@@ -301,3 +304,12 @@ def test_init_is_a_function_of_the_key():
     )
     jax.tree.map(np.testing.assert_array_equal, a, b)
     assert (a.student.params["root"]["kernel"] != c.student.params["root"]["kernel"]).any()
+
+
+def test_an_average_that_would_not_move_is_refused():
+    config = tiny_config(ema_decay=0.5)
+    built = build(config, resolved_run(config))
+    update = make_update(built.student, built.optimizer, make_terms(config.objective), 9)
+    view, labels = jnp.zeros((2, 16, 16, 3)), jnp.zeros((2, 10))
+    with pytest.raises(UserError, match="an average that would never move; give ema_decay"):
+        update(built.init(jax.random.key(0)), view, Targets(labels=labels))

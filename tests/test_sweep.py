@@ -133,6 +133,21 @@ def test_unknown_option_and_wrong_value_are_refused_before_the_first_run(tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("over", "said"),
+    [
+        ({"seed": (0, 1, 0)}, "seed=0 is there twice"),
+        ({"optimizer.learning_rate": (1e-3, 0.001)}, "learning_rate=0.001 is there twice"),
+        ({"seed": ()}, "seed has no values to sweep over"),
+        ({"data.name": ("a/b", "a_b")}, "would share the folder data.name=a_b"),
+    ],
+)
+def test_each_combination_is_there_once(tmp_path, over, said):
+    with pytest.raises(UserError, match=said):
+        sweep(quick_config(), over, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_missing_figure_is_a_dash_and_names_are_no_html():
     none = {"top1": None}
     figures = {

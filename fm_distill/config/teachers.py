@@ -26,6 +26,15 @@ def recording_of(config: Config) -> str | None:
     return config.teacher.recording if config.teacher else None
 
 
+def moved(config: Config, stored: Config) -> bool:
+    """Whether `config` names other teachers than `stored`, or other places, recordings aside."""
+
+    def places(of: Config) -> list[NamedTeacher]:
+        return [NamedTeacher(x, dataclasses.replace(y, recording=None)) for x, y in teachers_of(of)]
+
+    return places(config) != places(stored)
+
+
 def with_teachers(config: Config, teachers: Sequence[TeacherConfig]) -> Config:
     """`config` with these teachers instead of its own."""
     return dataclasses.replace(

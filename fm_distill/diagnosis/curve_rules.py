@@ -97,10 +97,18 @@ def path_over_norm(evidence: Evidence) -> float | None:
     return float(mean * evidence.setting.step / gradients.parameter_norm)
 
 
+def why_not_readable(evidence: Evidence) -> str | None:
+    """Why the curve of the loss cannot be judged; None where it can."""
+    finite = int(np.isfinite(evidence.log.loss).sum())
+    if finite < FEWEST_LINES:
+        return f"{FEWEST_LINES} lines of the log are needed (log.every_steps), and it has {finite}"
+    if not evidence.setting.comparable:
+        return "views or terms follow a schedule, so that losses cannot be compared over the run"
+    return None
+
+
 def _readable(evidence: Evidence) -> bool:
-    """Whether the curve of the loss can be judged."""
-    finite = np.isfinite(evidence.log.loss).sum()
-    return bool(finite >= FEWEST_LINES and evidence.setting.comparable)
+    return why_not_readable(evidence) is None
 
 
 def learning_rate_too_high(evidence: Evidence) -> Finding | None:

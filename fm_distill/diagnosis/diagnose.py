@@ -11,11 +11,15 @@ from fm_distill.config import Config
 from fm_distill.config.regime import regime_of
 from fm_distill.config.serialization import refuse_other_config
 from fm_distill.diagnosis.causes import Cause, causes_of
-from fm_distill.diagnosis.evidence import Evidence, Log
-from fm_distill.diagnosis.measure import measure
+from fm_distill.diagnosis.curve_rules import why_not_readable
+from fm_distill.diagnosis.evidence import Evidence, Log, NotExamined
+from fm_distill.diagnosis.measure import measure, measure_log
 from fm_distill.errors import UserError
+from fm_distill.runs.integrity import steps_in
 from fm_distill.runs.open_run import open_run
 from fm_distill.runs.run_code import refuse_code_of_run
+from fm_distill.runs.workdir import Workdir
+from fm_distill.system.console import COMPILING, log
 
 EXAMPLES = 1024  # of the newest steps, so many are looked at
 PARTS = 6  # in which the log is summed up
@@ -36,18 +40,28 @@ def diagnose(
     """What is wrong with the run in `workdir`, complete or not, which is only read.
 
     `config` may name new places of data and teacher. What cannot be examined is left out and noted.
-    Raises `UserError` where there is no run, no checkpoint yet, or nothing to match.
+    Raises `UserError` where there is no run, or nothing that it did or has to match.
     """
-    run = open_run(workdir)
-    config = config or run.config
-    refuse_other_config(run.config, config, f"the run in {workdir}")
+    if examples < 1:
+        raise UserError(f"examples is {examples}; expected 1 or more")
+    place = Workdir(workdir)
+    stored = place.stored()
+    config = config or stored.config
+    refuse_other_config(stored.config, config, f"the run in {workdir}")
     if regime_of(config.objective.target, config.teaching).targets == "labels":
         raise UserError(
             f"the run in {workdir} learns from labels, without a teacher: diagnose examines how a "
             "student matches its teacher; look at such a run with `fm-distill report`"
         )
-    refuse_code_of_run(run.stored, run.workdir.path, config=config)
-    evidence = measure(run, config, examples)
+    refuse_code_of_run(stored, place.path, config=config)
+    if steps_in(place.checkpoints):
+        log(COMPILING)
+        evidence = measure(open_run(workdir), config, examples)
+    else:
+        evidence = measure_log(place)
+    if (why := why_not_readable(evidence)) is not None:
+        left_out = NotExamined("the curve of the loss", why)
+        evidence = dataclasses.replace(evidence, not_examined=(*evidence.not_examined, left_out))
     return Diagnosis(str(workdir), causes_of(evidence), evidence)
 
 
@@ -104,30 +118,30 @@ def _gradients(evidence: Evidence) -> dict[str, Any] | None:
     }
 
 
-def over_the_run(log: Log) -> list[dict[str, Any]]:
+def over_the_run(logged: Log) -> list[dict[str, Any]]:
     """Means over parts of the log; of a loss of several terms, the share of each and its deviation.
 
     Shares are of the weighted values; norms and cosines of the terms' gradients are there where
     the run logged them (`log.term_gradients`).
     """
-    count = len(log.step)
-    total = sum((np.abs(x) for x in log.terms.values()), np.zeros(count))
+    count = len(logged.step)
+    total = sum((np.abs(x) for x in logged.terms.values()), np.zeros(count))
     parts = []
     for part in np.array_split(np.arange(count), min(PARTS, count)) if count else []:
-        shares = {name: np.abs(x)[part] / total[part] for name, x in log.terms.items()}
+        shares = {name: np.abs(x)[part] / total[part] for name, x in logged.terms.items()}
         parts.append(
             {
-                "last_step": int(log.step[part][-1]),
-                "loss": _mean(log.loss[part]),
-                "gradient_norm": _mean(log.gradient_norm[part]),
-                "update_norm": _mean(log.update_norm[part]),
-                "data_wait": _mean(log.data_wait[part]),
+                "last_step": int(logged.step[part][-1]),
+                "loss": _mean(logged.loss[part]),
+                "gradient_norm": _mean(logged.gradient_norm[part]),
+                "update_norm": _mean(logged.update_norm[part]),
+                "data_wait": _mean(logged.data_wait[part]),
                 "terms": {
                     name: {"share": _mean(x), "deviation": float(x.std())}
                     for name, x in shares.items()
                 },
-                "term_gradients": {x: _mean(y[part]) for x, y in log.term_gradients.items()},
-                "term_cosines": {x: _mean(y[part]) for x, y in log.term_cosines.items()},
+                "term_gradients": {x: _mean(y[part]) for x, y in logged.term_gradients.items()},
+                "term_cosines": {x: _mean(y[part]) for x, y in logged.term_cosines.items()},
             }
         )
     return parts

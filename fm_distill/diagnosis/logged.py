@@ -6,32 +6,33 @@ from fm_distill.config.objective import terms_of
 from fm_distill.diagnosis.evidence import Log, Setting
 from fm_distill.objectives.curves import progress_of, value_at
 from fm_distill.runs.history import History
-from fm_distill.runs.open_run import Run
+from fm_distill.runs.stored_run import StoredRun
+from fm_distill.runs.workdir import Workdir
 from fm_distill.training.rollback import read_rollbacks
 from fm_distill.training.step import ADAPTER_GRADIENT, TERM_COSINE, TERM_GRADIENT
 
 
-def setting_of(run: Run) -> Setting:
+def setting_of(stored: StoredRun, workdir: Workdir, step: int, complete: bool) -> Setting:
     """What the run was asked for, and how far it is."""
-    config, resolved = run.config, run.resolved
-    objective, status = config.objective, run.workdir.read_status()
-    progress = progress_of(max(run.step - 1, 0), resolved.total_steps)
+    config, resolved = stored.config, stored.resolved
+    objective, status = config.objective, workdir.read_status()
+    progress = progress_of(max(step - 1, 0), resolved.total_steps)
     views, curves = (
         config.views,
         [objective.temperature_schedule, *(x.schedule for x in terms_of(objective))],
     )
     return Setting(
         teaching=config.teaching,
-        step=run.step,
+        step=step,
         total_steps=resolved.total_steps,
         warmup_steps=config.schedule.warmup_steps,
         temperature=objective.temperature
         * float(value_at(objective.temperature_schedule, progress)),
-        complete=run.complete,
+        complete=complete,
         keeps_statistics=config.student.keep_statistics,
         ends_with_central_statistics=config.student.final_statistics == "central",
         failure=status.reason if status is not None and status.state == "failed" else "",
-        rollbacks=len(read_rollbacks(run.workdir)),
+        rollbacks=len(read_rollbacks(workdir)),
         comparable=not any(x.points for x in curves)
         and not any(
             (views.smallest_area_points, views.resolution_points, views.mixup_strength_points)

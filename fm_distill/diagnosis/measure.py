@@ -41,6 +41,7 @@ from fm_distill.networks.batch_statistics import with_central_statistics
 from fm_distill.objectives.terms import make_terms
 from fm_distill.runs.history import read_history
 from fm_distill.runs.open_run import Run
+from fm_distill.runs.workdir import Workdir
 from fm_distill.views.draws import run_keys
 from fm_distill.views.rendering import CentralCrop
 
@@ -48,14 +49,34 @@ EPSILON = 1e-5  # of a variance that BatchNorm keeps
 
 
 def measure(run: Run, config: Config, examples: int) -> Evidence:
-    """All that can be known of `run`, from about so many of the examples that it saw last."""
-    setting, log = setting_of(run), log_of(read_history(run.workdir.path), config.batch_size)
+    """All that can be known of `run`, from about so many of the examples that it saw last.
+
+    Raises `UserError` where `config` names other places of the teachers, and they are not there.
+    """
+    setting = setting_of(run.stored, run.workdir, run.step, run.complete)
+    log = log_of(read_history(run.workdir.path), config.batch_size)
     try:
         examined = examine(run, config)
         return _probed(examined, setting, log, examples)
     except (UserError, TrainingFailed) as error:
+        if teachers_of(config) != teachers_of(run.config):
+            raise
         why = (NotExamined("networks and views", str(error)),)
         return Evidence(setting, log, not_examined=why)
+
+
+def measure_log(workdir: Workdir) -> Evidence:
+    """What is known of a run that has no checkpoint yet. Raises `UserError` if it logged nothing.
+
+    A run may have failed so early.
+    """
+    stored = workdir.stored()
+    setting = setting_of(stored, workdir, 0, False)
+    log = log_of(read_history(workdir.path), stored.config.batch_size)
+    if not setting.failure and not len(log.step):
+        raise UserError(f"the run in {workdir.path} has no checkpoint yet; train it first")
+    why = (NotExamined("networks and views", "the run has no checkpoint yet"),)
+    return Evidence(setting, log, not_examined=why)
 
 
 def _probed(examined: Examined, setting: Setting, log: Log, examples: int) -> Evidence:

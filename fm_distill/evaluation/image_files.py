@@ -13,13 +13,15 @@ from fm_distill.runs.student import Predictor, checked
 
 
 def prepared(
-    student: Predictor, places: Sequence[str | os.PathLike[str]]
+    student: Predictor, places: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 ) -> Iterator[tuple[str, Pixels]]:
     """Name and pixels of each image: of a file, of all in a folder, of the rows of a `.npy` array.
 
     Rows are named `ARRAY.npy[ROW]`. Raises `UserError`, for places that are not there before the
     first image.
     """
+    if isinstance(places, str | os.PathLike):
+        places = [places]
     for path in [path for place in places for path in _files(pathlib.Path(place))]:
         if path.suffix == ".npy":
             for row, image in enumerate(_array(path)):

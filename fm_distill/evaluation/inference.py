@@ -15,7 +15,7 @@ from jaxtyping import Float
 from fm_distill.config import Config, MeshConfig
 from fm_distill.config.code import IMAGES, TEACHERS
 from fm_distill.config.serialization import refuse_other_config
-from fm_distill.config.teachers import recording_of, teachers_of
+from fm_distill.config.teachers import moved, recording_of
 from fm_distill.data.feeding import Reader, evaluation_batches
 from fm_distill.data.splits import open_named
 from fm_distill.errors import UserError
@@ -123,7 +123,8 @@ def teachers_of_run(run: Run, config: Config) -> tuple[Teacher, ...]:
     """
     refuse_code_of_run(run.stored, run.workdir.path, TEACHERS, config)
     here = recording_of(config) is None or teachers_here(config, run.workdir.path)
-    teachers = load_teachers(config, run.workdir.path) if here else ()
+    # What was asked for and is not there is an error, which loading has the words for.
+    teachers = load_teachers(config, run.workdir.path) if here or moved(config, run.config) else ()
     if teachers:
         expected = run.resolved.teacher_weights
         refuse_other_teachers(teachers, expected, f"the run in {run.workdir.path}")
@@ -140,7 +141,7 @@ def teachers_if_here(
     try:
         return load()
     except UserError as error:
-        if teachers_of(config) != teachers_of(stored):
+        if moved(config, stored):
             raise
         log(
             f"without the teacher, which is not here ({error}); --teacher.workdir DIR or "
@@ -165,7 +166,9 @@ class Prediction:
 
 
 def predict(
-    student: str | os.PathLike[str], images: Sequence[str | os.PathLike[str]], top: int = 5
+    student: str | os.PathLike[str],
+    images: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    top: int = 5,
 ) -> list[Prediction]:
     """The `top` classes of each image, by the student of a run or of an export.
 
@@ -173,6 +176,8 @@ def predict(
     files, folders of them and `.npy` arrays, uint8 of shape (batch, height, width, 3). Each image
     gets the central view of evaluation. Raises `UserError`, also for a file that is no image.
     """
+    if top < 1:
+        raise UserError(f"top is {top}; expected 1 or more")
     asked = open_student(student)
     found = []
     waiting = prepared(asked, images)

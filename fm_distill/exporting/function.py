@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32, UInt8
 
+from fm_distill.errors import UserError
 from fm_distill.models import build_network
 from fm_distill.runs.student import BATCH, Student
 from fm_distill.views.rendering import CentralCrop, InputSpec, central_pixels, normalise
@@ -87,5 +88,11 @@ def in_batches(
         part = pixels[start : start + size]
         missing = 0 if batch == "dynamic" else size - len(part)
         padded = np.pad(part, ((0, missing), (0, 0), (0, 0), (0, 0)))
-        found.append(np.asarray(call(padded), np.float32)[: len(part)])
+        outputs = np.asarray(call(padded), np.float32)
+        if outputs.shape != (len(padded), classes):
+            raise UserError(
+                f"the function returned an array of shape {outputs.shape} for {len(padded)} "
+                f"images, and its card describes {classes} classes; export it again"
+            )
+        found.append(outputs[: len(part)])
     return np.concatenate(found)

@@ -13,7 +13,7 @@ from fm_distill.weights.card import CARD_KEY
 
 SUFFIX = ".onnx"
 # In the metadata, beside the card: see `_digest`.
-DIGEST_KEY = "weights_sha256"
+DIGEST_KEY = "model_sha256"
 # Bytes of weights. Protobuf's limit is 2 GiB, with nodes and card.
 LARGEST = 2_000_000_000
 
@@ -56,12 +56,13 @@ def load_function(data: bytes, threads: int | None = None) -> Runtime:
 def write_model(path: pathlib.Path, function: bytes, card: str) -> None:
     """The file. Raises `OSError`."""
     model = _onnx().ModelProto.FromString(function)
-    stated = {CARD_KEY: card, DIGEST_KEY: _digest(model)}
+    stated = {CARD_KEY: card}
     # For tools that do not know the card.
     if names := json.loads(card)["class_names"]:
         stated["class_names"] = json.dumps(names)
     for key, value in stated.items():
         model.metadata_props.add(key=key, value=value)
+    model.metadata_props.add(key=DIGEST_KEY, value=_digest(model))
     path.write_bytes(model.SerializeToString(deterministic=True))
 
 
@@ -83,8 +84,8 @@ def read_model(path: pathlib.Path) -> tuple[bytes, str]:
         )
     if stated.get(DIGEST_KEY) != _digest(model):
         raise UserError(
-            f"{path} is damaged or was changed: its weights are not those that its card was "
-            "written for; export it again"
+            f"{path} is damaged or was changed: its contents are not those that were exported; "
+            "export it again"
         )
     if broken := _broken_scale(onnx, model):
         raise UserError(
@@ -106,12 +107,14 @@ def _broken_scale(onnx: Any, model: Any) -> str | None:
 
 
 def _digest(model: Any) -> str:
-    """SHA-256 of the weights in a model, which nothing in its format checks."""
-    found = hashlib.sha256()
-    for weight in model.graph.initializer:
-        found.update(f"{weight.name} {weight.data_type} {[*weight.dims]}\n".encode())
-        found.update(weight.raw_data)
-    return found.hexdigest()
+    """SHA-256 of a model without this digest: nothing in its format checks its contents."""
+    rest = type(model)()
+    rest.CopyFrom(model)
+    for i, entry in enumerate(rest.metadata_props):
+        if entry.key == DIGEST_KEY:
+            del rest.metadata_props[i]
+            break
+    return hashlib.sha256(rest.SerializeToString(deterministic=True)).hexdigest()
 
 
 def _onnx() -> Any:

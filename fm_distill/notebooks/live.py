@@ -107,7 +107,10 @@ def _follow(lines: queue.SimpleQueue[str | None], screen: "Screen", every_s: flo
         if line:
             print(line, end="", flush=True)
         if line is None or time.monotonic() >= due:
-            screen.draw()
+            try:
+                screen.draw()
+            except Exception as error:  # the training goes on without pictures
+                print(f"no picture of the run: {type(error).__name__}: {error}", flush=True)
             due = time.monotonic() + every_s
         if line is None:
             return

@@ -92,7 +92,7 @@ def pack(experiment: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def _named(text: str) -> list[str]:
-    """Names of Python files in a file's strings and imports, in order."""
+    """Python files in a file's strings (`FILE.py` or `FILE.py:NAME`) and imports, in order."""
     imports = []
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -101,7 +101,8 @@ def _named(text: str) -> list[str]:
             imports += [f"{alias.name}.py" for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
             imports.append(f"{node.module}.py")
-    return [x for x in imports if re.fullmatch(r"\w+\.py", x)]
+    found = (re.fullmatch(r"([\w-]+\.py)(:\w+)?", x) for x in imports)
+    return [x[1] for x in found if x]
 
 
 def archive() -> str:

@@ -42,6 +42,7 @@ from fm_distill.reports.view_samples import sample_views
 from fm_distill.runs.history import History, read_history
 from fm_distill.runs.run_code import refuse_code_of_run
 from fm_distill.runs.workdir import Workdir
+from fm_distill.system.console import COMPILING, log
 from fm_distill.system.files import replacing
 from fm_distill.training.optim import make_schedule
 
@@ -57,7 +58,7 @@ figure { margin: 1em 0 } img { max-width: 100% } figcaption { max-width: 50em }
 
 
 def report(
-    workdirs: Sequence[str | os.PathLike[str]],
+    workdirs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     out: str | os.PathLike[str],
     *,
     overwrite: bool = False,
@@ -71,6 +72,8 @@ def report(
     where data and teacher lie now. With `cost`, latency and memory of the networks are measured
     too. Raises `UserError`.
     """
+    if isinstance(workdirs, str | os.PathLike):
+        workdirs = [workdirs]
     out = pathlib.Path(out)
     if out.is_dir() or (out.exists() and not overwrite):
         raise UserError(f"{out} is there already; choose another --out, or give --overwrite")
@@ -248,24 +251,25 @@ def _views(run: ReportedRun, config: Config) -> str:
 
 
 def _judged(opened: Opened) -> str:
+    log(COMPILING)
     found = predict_split(opened)
     names = opened.run.class_names
     expected, classes = found.expected
     parts = [f"<p>The student after {opened.run.step:,} steps.</p>"]
     if classes is not None:
         picture = plots.confusion(confusions(found, opened.run.classes), names, expected)
-        caption = (
+        explanation = (
             f"Rows: the {expected}'s class; columns: the student's. The darker, the larger the "
             "share of the row. Of many classes, the most frequent confusions are listed instead."
         )
-        parts.append(_image("confusions", picture, caption))
+        parts.append(_image("confusions", picture, explanation))
     wanted = most_disagreeing(found, DISAGREEMENTS)
     if disagree := [_disagreement(opened, found, names, row) for row in wanted]:
-        caption = (
+        explanation = (
             "The examples on which the student is furthest from its teacher: those of the largest "
             "KL(teacher || student) at temperature 1. With each class, its probability."
         )
-        parts.append(_image("disagreements", plots.disagreements(disagree), caption))
+        parts.append(_image("disagreements", plots.disagreements(disagree), explanation))
     return "\n".join(parts)
 
 

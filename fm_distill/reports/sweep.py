@@ -51,7 +51,13 @@ def sweep(
     before the first run where a combination is wrong.
     """
     folder = pathlib.Path(workdir)
+    for option, given in over.items():
+        _refuse_repeated(option, given)
     chosen = [dict(zip(over, x, strict=True)) for x in itertools.product(*over.values())]
+    folders = [_folder_name(_name(x, "__")) for x in chosen]
+    if len({*folders}) < len(folders):
+        twice = next(x for x in folders if folders.count(x) > 1)
+        raise UserError(f"two runs of the sweep would share the folder {twice}; rename a value")
     runs = [_with_shared_teachers(changed(config, x), folder, over) for x in chosen]
     _refuse_shared_workdirs(runs)
     for run in runs:
@@ -77,6 +83,14 @@ def sweep(
         done = _measured(done, folder)
     save(done, folder)
     return as_markdown(done)
+
+
+def _refuse_repeated(option: str, values: tuple[Any, ...]) -> None:
+    if not values:
+        raise UserError(f"{option} has no values to sweep over; give one or more")
+    for i, value in enumerate(values):
+        if value in values[:i]:
+            raise UserError(f"{option}={value} is there twice; give each value once")
 
 
 def _measured(runs: list[SweptRun], folder: pathlib.Path) -> list[SweptRun]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 from typing import Any
@@ -50,6 +51,7 @@ def _is_intact(line: dict[str, Any]) -> bool:
     numbers = {name: x for name, x in line.items() if name != "split"}
     known = isinstance(line.get("split"), str) and {"step", "epoch"} <= line.keys()
     return known and all(
-        isinstance(x, int | float) or (x is None and name not in ("step", "epoch"))
+        (isinstance(x, int | float) and (math.isfinite(x) or name not in ("step", "epoch")))
+        or (x is None and name not in ("step", "epoch"))
         for name, x in numbers.items()
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Collection
 
 from fm_distill.errors import UserError
 from fm_distill.runs.integrity import integrity_errors, steps_in
@@ -42,8 +43,8 @@ def status(workdir: str | os.PathLike[str]) -> RunStatus:
     teacher = None if place.has_config() else _teacher(place)
     if not (place.path / "config.json").is_file() and teacher is None:
         raise UserError(f"{workdir} is not the workdir of a run: it has no config.json")
-    stored = place.read_status() or StoredStatus("paused", 0, 0)
     steps = steps_in(place.checkpoints)
+    stored = place.read_status() or _status_of(place, steps)
     state, reason, step = stored.state, stored.reason, stored.step
     if teacher is not None:
         state = "running" if place.in_use() else "paused"
@@ -67,6 +68,12 @@ def status(workdir: str | os.PathLike[str]) -> RunStatus:
         updated=stored.updated,
         checkpoints=tuple(checked),
     )
+
+
+def _status_of(place: Workdir, steps: Collection[int]) -> StoredStatus:
+    """Of a run whose `status.json` is lost, by its config and checkpoints."""
+    total = place.stored().resolved.total_steps if place.has_config() else 0
+    return StoredStatus("paused", max(steps, default=0), total)
 
 
 def _teacher(place: Workdir) -> str | None:

@@ -5,6 +5,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from fm_distill.runs.metric_table import METRICS
+
 Status = Literal["running", "paused", "complete", "failed"]
 
 
@@ -85,6 +87,12 @@ def as_status(tree: Any) -> StoredStatus:
 
 
 def as_evaluation(tree: Any) -> dict[str, Any]:
-    """`tree` itself. Raises `msgspec.ValidationError` where figures are missing in it."""
+    """`tree` itself. Raises `msgspec.ValidationError` where figures are missing or no numbers."""
     msgspec.convert(tree, _Evaluation)
+    for metric in (x for x in METRICS if x.path):
+        try:
+            metric.of(tree)
+            metric.interval_of(tree)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise msgspec.ValidationError(f"{metric.name} is no number: {error}") from None
     return tree

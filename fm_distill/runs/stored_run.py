@@ -66,9 +66,14 @@ def stored_run(tree: Any, path: pathlib.Path) -> StoredRun:
             "another workdir"
         )
     try:
-        return converted(tree, StoredRun)
+        stored = converted(tree, StoredRun)
     except msgspec.ValidationError as error:
         raise UserError(f"{path} is not the config of a run of this version: {error}") from None
+    classes, names = stored.resolved.classes, stored.resolved.class_names
+    if classes < 1 or (names is not None and len(names) != classes):
+        named = "no names" if names is None else f"{len(names)} names of classes"
+        raise UserError(f"{path} is damaged: it has {classes} classes and {named}")
+    return stored
 
 
 def _networks(resolved: Any) -> list[Any]:

@@ -110,6 +110,7 @@ def canvases_of(
 
 def checked(images: np.ndarray, name: str = "images") -> np.ndarray:
     """`images` where they are a batch of pixels. Raises `UserError`."""
+    images = np.asarray(images)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
         raise UserError(
             f"{name}: got {images.dtype} of shape {images.shape}, expected uint8 of shape "

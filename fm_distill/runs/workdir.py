@@ -157,7 +157,7 @@ class Workdir:
         try:
             return checked(self.read(name))
         except (UserError, msgspec.ValidationError) as error:
-            log(f"WARNING: {self.path / name} is damaged and is made again ({error})")
+            log(f"WARNING: {self.path / name} is damaged and left out ({error})")
             return None
 
     def read(self, name: str) -> Any:

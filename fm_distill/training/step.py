@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, PyTree
 from fm_distill.config import MemoryConfig, ViewConfig
 from fm_distill.config.regime import ViewLaw
 from fm_distill.data.batch import Batch
+from fm_distill.errors import UserError
 from fm_distill.models import Output, Variables
 from fm_distill.networks.branch import Branch, step_views
 from fm_distill.objectives.curves import progress_of
@@ -73,6 +74,7 @@ def make_update(
     `memory` changes what is kept at a time, not what comes out. What the terms have of their own,
     where the state has it, changes by `term_update`, and the masks of pruned weights by `prune`.
     With `term_gradients` the metrics of several terms have their gradients' norms and cosines.
+    Raises `UserError` where the state has an average and there is no `ema_decay`.
     """
 
     def apply(variables: Variables, images: Array) -> Output:
@@ -81,6 +83,8 @@ def make_update(
         return run(variables, images, train=train, features=features)
 
     def update(state: TrainState, view: Array, targets: Targets) -> tuple[TrainState, Metrics]:
+        if state.ema is not None and ema_decay is None:
+            raise UserError("the state has an average that would never move; give ema_decay")
         progress = progress_of(state.step, total_steps)
         own = state.terms or NOTHING
 
