@@ -92,6 +92,14 @@ def complete(tmp_path_factory):
     return trained_by(banked(), tmp_path_factory.mktemp("banked"))
 
 
+def test_the_row_does_not_overflow():
+    """Beyond 2^31 examples."""
+    step, batch, rows = 858_994, 2500, 50_000
+    bank, teacher = jnp.zeros((rows, 1)), jnp.ones((batch, 1))
+    found = np.flatnonzero(np.asarray(replaced(bank, teacher, jnp.int32(step)))[:, 0])
+    assert (found[0], len(found)) == (step * batch % rows, batch)
+
+
 def test_a_run_with_a_bank_goes_on_after_a_stop(complete, tmp_path, monkeypatch):
     config, folder = complete
     (bank,) = (y for x, y in arrays_of(folder / "run").items() if "banks" in x)

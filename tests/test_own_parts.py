@@ -21,6 +21,7 @@ from fm_distill.config import (
     NetworkConfig,
     ObjectiveConfig,
     OptimizerConfig,
+    SplitConfig,
     with_options,
 )
 from fm_distill.data.sources import open_source
@@ -344,3 +345,28 @@ def test_a_part_that_is_wrong_is_told_so(check, part, said):
 def test_the_defaults_of_an_own_part_are_those_of_the_config():
     assert ObjectiveConfig().distance in DISTANCES
     assert OptimizerConfig(learning_rate=1.0).name in OPTIMIZERS
+
+
+@pytest.mark.parametrize(
+    ("classes", "said"), [(None, "has no labels"), (10, "has none for example 0")]
+)
+def test_labels_that_an_own_source_does_not_have_are_refused(tmp_path, classes, said):
+    (tmp_path / "own.py").write_text(
+        "import numpy as np\nfrom fm_distill.data.sources import Raw\n"
+        "class Unlabelled:\n"
+        f"    identity, classes, class_names = 'own', {classes}, None\n"
+        "    def __len__(self): return 64\n"
+        "    def __getitem__(self, i): return Raw(np.zeros((8, 8, 3), np.uint8), -1, f'own[{i}]')\n"
+        "def source(config, name): return Unlabelled()\n"
+    )
+    config = tiny_config()
+    data = dataclasses.replace(
+        config.data,
+        source=f"{tmp_path}/own.py:source",
+        train=SplitConfig(name="train"),
+        validation=None,
+        test=None,
+    )
+    with pytest.raises(UserError, match=f"needs the label of each training image, .* {said}"):
+        train(dataclasses.replace(config, data=data), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -16,7 +16,7 @@ from conftest import write_experiment
 from test_accelerator_paths import matching
 from test_recordings import QUIET, learning, nearly_the_same, record_now
 from test_train import lines_of, same_bits, stop_at
-from tiny import resolved_run
+from tiny import resolved_run, tiny_config
 
 from fm_distill.config import (
     BankConfig,
@@ -424,3 +424,11 @@ def test_taps_that_cannot_be_recorded_are_refused(
 def test_pool_where_there_is_nothing_to_pool(taught, term, said):
     config, _ = taught
     assert said in "\n".join(problems(dataclasses.replace(config, objective=reading(**term))))
+
+
+@pytest.mark.parametrize("kind", ["hint", "labels", "l2", "hard", "euclidean", "rkd_angle"])
+def test_a_temperature_where_there_is_none(kind):
+    term = TermConfig(kind=kind, temperature=4.0)
+    config = tiny_config(objective=ObjectiveConfig(terms=(TermConfig(kind="kl"), term)))
+    said = f"objective.terms.1.kind={kind} has no temperature: leave out "
+    assert said in "\n".join(problems(config))

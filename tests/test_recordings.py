@@ -19,6 +19,7 @@ from test_accelerator_paths import matching
 from test_train import lines_of, same_bits, stop_at
 
 from fm_distill.config import (
+    CurveConfig,
     DivergenceConfig,
     ExampleWeightsConfig,
     LogConfig,
@@ -26,6 +27,7 @@ from fm_distill.config import (
     ObjectiveConfig,
     ScheduleConfig,
     TeacherConfig,
+    TermConfig,
 )
 from fm_distill.config.serialization import changed
 from fm_distill.data.feeding import Reader, StreamingFeed
@@ -442,6 +444,36 @@ def test_a_top_k_recording_teaches_at_its_temperature_alone(taught, tmp_path):
             train(dataclasses.replace(student, objective=objective), tmp_path / "other")
     with pytest.raises(UserError, match="--top-k is 10; expected less than the 10 classes"):
         record(config, tmp_path / "all", Stop(), top_k=10)
+
+
+def test_the_rest_of_a_top_k_recording_has_the_temperature_of_the_terms(taught, tmp_path):
+    config, _ = taught
+    kl = TermConfig(kind="kl", temperature=4.0)
+    own = dataclasses.replace(
+        config, objective=ObjectiveConfig(terms=(kl, TermConfig(kind="labels", weight=0.1)))
+    )
+    recorded = record_now(own, tmp_path / "top", top_k=3)
+    assert recorded.header.temperature == 4.0
+    assert train(learning(own, tmp_path / "top"), tmp_path / "run").complete
+    weights = ExampleWeightsConfig(kind="teacher_distance")  # at objective.temperature
+    weighted = dataclasses.replace(own.objective, example_weights=weights)
+    with pytest.raises(UserError, match=r"4\.0 in the recording of the top 3, .* 1\.0 in this run"):
+        train(
+            dataclasses.replace(learning(own, tmp_path / "top"), objective=weighted),
+            tmp_path / "weighted",
+        )
+    for objective, said in (
+        (weighted, r"this objective has 1\.0, 4\.0; record all classes"),
+        (
+            dataclasses.replace(
+                config.objective, temperature_schedule=CurveConfig(points=((0.0, 1.0), (1.0, 2.0)))
+            ),
+            "this objective has a schedule of it",
+        ),
+    ):
+        with pytest.raises(UserError, match=said):
+            record(dataclasses.replace(own, objective=objective), tmp_path / "x", Stop(), top_k=3)
+    assert not (tmp_path / "x").exists()
 
 
 def copied(folder, tmp_path):

@@ -52,6 +52,23 @@ class _Reading:
         return np.int64(self.source[index].label)
 
 
+def refuse_unlabelled(source: Source) -> None:
+    """Raises `UserError` where the examples of `source` have no labels, for an objective on them.
+
+    Of a source whose labels are read with its images, the first example is asked.
+    """
+    labels = known_labels(source)
+    if labels is None and len(source):
+        labels = np.array([source[0].label])
+    wrong = np.flatnonzero(labels < 0) if labels is not None else np.zeros(0, int)
+    if source.classes is None or wrong.size:
+        raise UserError(
+            f"the objective needs the label of each training image, and {source.identity} has "
+            f"{'no labels' if source.classes is None else f'none for example {wrong[0]}'}; use "
+            "labelled images, or terms that read the teacher alone (objective.target=teacher)"
+        )
+
+
 def every_class(source: Source, wanted: str) -> Labels:
     """The label of each example, read if need be, where each class has one.
 

@@ -47,7 +47,8 @@ def replaced(bank: Bank, teacher: Vectors, step: Int[Array, ""]) -> Bank:
 
     The batch has to divide the number of rows.
     """
-    row = step * len(teacher) % len(bank)
+    # The remainder first: the number of examples so far need not fit into 32 bits.
+    row = step % (len(bank) // len(teacher)) * len(teacher)
     return jax.lax.dynamic_update_slice(bank, _unit(teacher), (row, jnp.zeros_like(row)))
 
 

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from fm_distill.config import CurveConfig, ObjectiveConfig, TermConfig
-from fm_distill.config.objective import BANK_SIMILARITY, LABELS, terms_of
+from fm_distill.config.objective import BANK_SIMILARITY, BY_DIFFICULTY, LABELS, terms_of
+from fm_distill.errors import UserError
 from fm_distill.objectives.adapters import AdapterParams, adapt
 from fm_distill.objectives.bank import Bank, bank_similarity
 from fm_distill.objectives.curves import Progress, value_at
@@ -46,10 +47,11 @@ from fm_distill.system.references import entry
 class Targets:
     """What a student's output is compared with, for each example of a batch."""
 
-    # One for each distance of a sum, else one; none without a teacher that has a head.
+    # One for each distance of a sum, else one; none without a teacher that has a head. Of a top-K
+    # recording they have fewer columns than there are classes.
     teacher_logits: tuple[Float[Array, "*batch classes"], ...] = ()
     # Class probabilities, smoothed and mixed as the student's view is; None without labels.
-    labels: Float[Array, "*batch classes"] | None = None
+    labels: Float[Array, "*batch all_classes"] | None = None
     # Those of the teacher that a term reads.
     teacher_features: Mapping[str, Array] = dataclasses.field(default_factory=dict)
     # The classes of `teacher_logits` where only the most likely ones are known: these columns,
@@ -126,6 +128,30 @@ def named_terms(objective: ObjectiveConfig) -> tuple[tuple[str, TermConfig], ...
 def needs_labels(objective: ObjectiveConfig) -> bool:
     """Whether a term compares with labels, beside a teacher or alone."""
     return any(x.kind == LABELS or x.kind in LABELLED_DISTANCES for x in terms_of(objective))
+
+
+def temperatures_of(objective: ObjectiveConfig) -> set[float]:
+    """Those at which terms and the weights of examples read the teacher's logits."""
+    terms = (x for x in terms_of(objective) if x.kind != LABELS and x.kind not in OF_FEATURES)
+    found = {x.temperature or objective.temperature for x in terms}
+    weights = objective.example_weights.kind in BY_DIFFICULTY
+    return found | ({objective.temperature} if weights else set())
+
+
+def temperature_of_rest(objective: ObjectiveConfig) -> float:
+    """That at which a recording of the largest logits lumps the other classes together.
+
+    Raises `UserError` where there is no single one.
+    """
+    found = temperatures_of(objective) or {objective.temperature}
+    scheduled = objective.temperature_schedule.points
+    if len(found) > 1 or scheduled:
+        several = "a schedule of it" if scheduled else ", ".join(map(str, sorted(found)))
+        raise UserError(
+            "--top-k lumps the other classes together at one temperature, and this objective has "
+            f"{several}; record all classes, or give all terms one temperature"
+        )
+    return found.pop()
 
 
 def features_of(objective: ObjectiveConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -27,6 +27,9 @@ KINDS = dict.fromkeys(
     (LABELS, *DISTANCES, *BATCH_DISTANCES, *LABELLED_DISTANCES, *sorted(OF_FEATURES))
 )
 
+# Of the bank's two temperatures, `bank` has its own sentence.
+WITHOUT_TEMPERATURE = {LABELS, "l2", "euclidean", "hard", *OF_FEATURES} - {BANK_SIMILARITY}
+
 
 def wrong_objective(config: Config) -> Iterator[str]:
     """A sentence for each thing that is wrong, with what to change."""
@@ -196,6 +199,12 @@ def _wrong_features(config: Config) -> Iterator[str]:
 def _wrong_temperatures(config: Config) -> Iterator[str]:
     """The mean of probabilities is taken at one temperature, before the terms."""
     objective = config.objective
+    for i, term in enumerate(objective.terms):
+        if term.temperature is not None and term.kind in WITHOUT_TEMPERATURE:
+            yield (
+                f"objective.terms.{i}.kind={term.kind} has no temperature: leave out "
+                f"objective.terms.{i}.temperature={term.temperature:g}"
+            )
     own = {x.temperature for x in objective.terms if x.temperature is not None}
     if objective.ensemble != "mean_probabilities" or not config.more_teachers:
         return

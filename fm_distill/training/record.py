@@ -22,6 +22,7 @@ from fm_distill.data.splits import open_data
 from fm_distill.errors import UserError
 from fm_distill.models import build_network
 from fm_distill.models import resolve as resolve_network
+from fm_distill.objectives.terms import temperature_of_rest
 from fm_distill.recordings.header import (
     RecordedTap,
     RecordingHeader,
@@ -136,8 +137,10 @@ def _check(config: Config, top_k: int | None, taps: tuple[str, ...]) -> None:
             "there is nothing to record: objective.target=labels and teaching=fixed do not ask the "
             "teacher in each step"
         )
-    if top_k is not None and top_k < 1:
-        raise UserError(f"--top-k is {top_k}; expected 1 or more")
+    if top_k is not None:
+        if top_k < 1:
+            raise UserError(f"--top-k is {top_k}; expected 1 or more")
+        temperature_of_rest(config.objective)
     if jax.process_count() > 1:
         raise UserError(
             "record runs in one process; give each its own --steps and --to, and move all files "

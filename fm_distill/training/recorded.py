@@ -17,7 +17,7 @@ from fm_distill.config.teachers import recording_of, teachers_of
 from fm_distill.data.feeding import Reader
 from fm_distill.errors import UserError
 from fm_distill.objectives.features import OF_FEATURES
-from fm_distill.objectives.terms import features_of
+from fm_distill.objectives.terms import features_of, temperature_of_rest, temperatures_of
 from fm_distill.recordings.header import (
     VIEW_VERSION,
     RecordedTap,
@@ -69,7 +69,7 @@ def make_header(
         target_images=resolved.target_images,
         dtype=dtype,
         top_k=top_k,
-        temperature=None if top_k is None else config.objective.temperature,
+        temperature=None if top_k is None else temperature_of_rest(config.objective),
         taps=taps,
         code_files={
             x: file
@@ -126,8 +126,7 @@ def _refuse_header(config: Config, header: RecordingHeader, place: str) -> None:
     differ = header_differences(header, rendered(config))
     objective = config.objective
     if header.top_k is not None:
-        own = {x.temperature or objective.temperature for x in terms_of(objective)}
-        others = own - {header.temperature}
+        others = temperatures_of(objective) - {header.temperature}
         if others or objective.temperature_schedule.points:
             differ.append(
                 f"objective.temperature: {header.temperature} in the recording of the top "

@@ -15,10 +15,12 @@ import jax
 from fm_distill.config import Config
 from fm_distill.config.steps import total_steps
 from fm_distill.config.teachers import recording_of, teachers_of
+from fm_distill.data.labels import refuse_unlabelled
 from fm_distill.data.splits import open_data
 from fm_distill.errors import Diverged, TrainingFailed, UserError
 from fm_distill.networks.cost import run_cost
 from fm_distill.networks.teachers import teacher_workdirs
+from fm_distill.objectives.terms import needs_labels
 from fm_distill.runs.checkpoint import CheckpointWriter
 from fm_distill.runs.integrity import (
     NewestCheckpoint,
@@ -106,6 +108,8 @@ def train_until(
     check_batch_size(config, layout)
     data, warnings = open_data(config)
     steps = total_steps(config, len(data.train))
+    if needs_labels(config.objective):
+        refuse_unlabelled(data.train)
     check_features_of_experiment(config, len(data.train))
     with workdir.locked():
         done = newest_step(workdir.checkpoints)
