@@ -182,10 +182,11 @@ def plot(path: str, out: str) -> None:
 
     rows = read(path)
     figure, (left, right) = pyplot.subplots(
-        1, 2, figsize=(11, 4.5), sharey=True, layout="constrained"
+        1, 2, figsize=(11, 6), sharey=True, layout="constrained"
     )
     _over_epochs(left, rows)
     _over_views(right, rows)
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     figure.savefig(out, dpi=130, metadata={"Date": None} if out.endswith(".svg") else None)
 
 
@@ -216,21 +217,20 @@ def _over_epochs(axes: Any, rows: list[dict[str, Any]]) -> None:
         axes.axhline(statistics.mean(teachers), linestyle="--", color="grey", label="the teacher")
     _log_axis(axes, sorted({x["epochs"] for x in rows}), "epochs")
     axes.set_ylabel("test top-1, %")
-    axes.legend(fontsize="small")
 
 
 def _over_views(axes: Any, rows: list[dict[str, Any]]) -> None:
     """Function matching for as many epochs, from recordings of which the views repeat."""
     points = sorted(
-        (x["recorded_epochs"], 100 * x["student_top1"])
-        for x in rows
-        if x["epochs"] == OF_VIEWS
-        and (x["student"], x["teaching"]) == (SMALL, "function_matching")
-        and x["final_statistics"] == "central"
+        (x.recorded_epochs, statistics.mean(100 * row["student_top1"] for row in y))
+        for x, y in groups(rows).items()
+        if (x.student, x.teaching, x.statistics) == (SMALL, "function_matching", "central")
+        and x.epochs == OF_VIEWS
+        and x.recorded_epochs
     )
     if points:
         axes.plot(*zip(*points, strict=True), marker="o")
-    label = f"different views of an image, in {OF_VIEWS:,.0f} epochs of function matching"
+    label = f"different views of an image in {OF_VIEWS:,.0f} epochs"
     _log_axis(axes, [x for x, _ in points], label)
 
 
