@@ -156,7 +156,8 @@ def test_commands_that_read_the_run(run, tmp_path, capsys):
     assert found["training_view"] is None and found["central_view"] is None
     assert set(found["gradients"]["terms"]) == {"bank_similarity", "labels"}
     assert found["cka"]["teacher"] == ["stem", "block1", "block2", "pre_logits"]
-    (left,) = found["not_examined"]
+    left, curve = found["not_examined"]
+    assert curve["what"] == "the curve of the loss"
     assert "the teacher has no head" in left["why"] and "CKA" in page(diagnosis)
     code, _, err = command(capsys, "report", folder, "--out", tmp_path / "report.html")
     shown = (tmp_path / "report.html").read_text()

@@ -161,7 +161,9 @@ def test_figures_of_runs_are_collected_and_shown(trained, tmp_path):
     assert row["recorded_epochs"] is None
     out.write_text(json.dumps([row | {"seed": i, "student_top1": i / 10} for i in (1, 3)]))
     line = run_tool("patience.py", "table", out).stdout.splitlines()[-1]
-    assert line.startswith("| function matching | kept | 0 | 0 | 2 | 20.0 (10.0 to 30.0) |")
+    assert line.startswith(
+        "| bit at 16 | function matching | kept | 0 | 0 | 2 | 20.0 (10.0 to 30.0) |"
+    )
     drawn = run_tool("patience.py", "plot", out, tmp_path / "one.png")
     assert drawn.returncode == 0, drawn.stderr
     picture = Image.open(tmp_path / "one.png").convert("RGB")
