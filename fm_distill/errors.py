@@ -1,4 +1,4 @@
-"""The exceptions that carry an exit code. Any other that escapes is a fault of ours (exit 1)."""
+"""The exceptions that carry an exit code. Any other that escapes is a bug (exit 1)."""
 
 
 class UserError(Exception):

@@ -133,14 +133,14 @@ def test_help_needs_no_experiment(capsys, name):
     for option in option_names(empty(Config)):
         if not re.search(r"\.\d\.", option):
             assert "--" + option.replace("_", "-") + " " in out, option
-    assert "Decay of the student's moving average" in out
+    assert "Decay per step of the student's" in out
 
 
 def test_sections_show_their_own_text(capsys, tiny):
     code, out, _ = command(capsys, "train", tiny, "--help")
     assert code == 0
     plain = " ".join(out.replace("│", " ").split())
-    assert plain.count("Steps that the device does for one call") == 1
+    assert plain.count("Training steps per call of the device") == 1
     assert "What is drawn for each image of each step" in plain
 
 

@@ -28,7 +28,7 @@ class _Compress(OverConfig):
     seconds: float = 2.0
     """Time for which each file is called, beside its warm-up."""
     max_hours: float | None = None
-    """Stop training inside this many hours, all safe on disk."""
+    """Stop training within this many hours, with everything saved."""
 
 
 def compress_command(arguments: list[str]) -> int:

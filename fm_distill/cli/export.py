@@ -41,7 +41,7 @@ class _Export:
         "images show."
     )
     data_dir: str | None = None
-    """Where the data lie now that a function is compared with its run on."""
+    """Where the data are now on which a function is compared with its run."""
     overwrite: bool = False
     """Replace what is there."""
 

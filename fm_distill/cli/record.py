@@ -19,15 +19,15 @@ class _Record(OverConfig):
     to: str = ""
     """The folder of the recording; recordings/NAME if it is not given."""
     steps: str = ":"
-    """The steps to record, as A:B, B excluded; all of the run without them."""
+    """The steps to record, as A:B, B excluded; by default the whole run."""
     dtype: Literal["float16", "float32"] = "float16"
-    """Type of the stored logits; float16 holds them less the largest of the row."""
+    """Type of the stored logits; float16 stores each row minus its maximum."""
     top_k: int | None = None
-    """Store the K largest logits alone, and what the others weigh together."""
+    """Store the K largest logits alone, and the log-sum-exp of the others."""
     taps: tuple[str, ...] = ()
     """Features of the teacher to store too, each in the mean over its places; `show --taps`."""
     max_hours: float | None = None
-    """Stop inside this many hours, all safe on disk."""
+    """Stop within this many hours, with everything saved."""
 
 
 def record_command(arguments: list[str]) -> int:

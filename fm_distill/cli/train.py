@@ -28,7 +28,7 @@ class _Train(OverConfig):
     """Where the run lies."""
     max_hours: float | None = None
     (
-        "Stop inside this many hours, teachers that are trained first included, all safe on disk; "
+        "Stop within this many hours, those of teachers that are trained first too, all saved; "
         "at least one step is done."
     )
     resume_from: str | None = None
@@ -117,7 +117,7 @@ class _Sweep(OverConfig):
     workdir: str = ""
     """Where the runs lie, each in a folder of its own."""
     max_hours: float | None = None
-    """Stop inside this many hours, all safe on disk."""
+    """Stop within this many hours, with everything saved."""
     cost: bool = False
     """Measure latency and activation memory of the networks, too, when all runs are complete."""
 

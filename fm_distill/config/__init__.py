@@ -83,16 +83,16 @@ class Config:
     seed: Seed = 0
     """Seed of the initial weights, of the order of the examples and of all random draws."""
     batch_size: PositiveInt
-    """Examples of one step, over all devices."""
+    """Global batch size: examples of a step over all devices."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     (
         "Type in which networks compute; parameters, losses and metrics are float32. `auto`: "
         "bfloat16 on TPU and GPU."
     )
     ema_decay: Decay | None = None
-    """Decay of the student's moving average (EMA) in a step; None for no average."""
+    """Decay per step of the student's moving average (EMA); None for no average."""
     steps_per_dispatch: PositiveInt | Literal["auto"] = "auto"
-    """Steps that the device does for one call; `auto` is 1 on a CPU and in streaming."""
+    """Training steps per call of the device; `auto` is 1 on a CPU and in streaming."""
     data: DataConfig
     views: ViewConfig = ViewConfig()
     student: StudentConfig

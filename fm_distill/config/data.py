@@ -40,7 +40,7 @@ class CanvasConfig:
     """The fixed uint8 square on which each image lies, in its own aspect ratio."""
 
     size: PositiveInt
-    """Pixels of the side of an image that `fit` names. Images are shrunk to it, never enlarged."""
+    """Size in pixels of the side that `fit` selects. Images are shrunk to it, never enlarged."""
     fit: Literal["short", "long"] = "short"
     (
         "Which side of an image becomes `size` pixels: `short` keeps more of them, `long` needs "
@@ -62,23 +62,24 @@ class DataConfig:
     source: str
     (
         "Where the images come from: `tfds`, `class_folders`, `images` (no labels) or `digits`; or "
-        "one's own source as FILE.py:NAME."
+        "a custom source as FILE.py:NAME."
     )
     name: str = ""
     """Name of the TFDS data set, e.g. `oxford_flowers102`; unused by the other sources."""
     data_dir: str = ""
-    """Where the data lie: TFDS's `data_dir`, or the folder of images."""
+    """Where the data are: TFDS's `data_dir`, or the folder of images."""
     train: SplitConfig
     """The split that is trained on."""
     transfer: tuple[TransferConfig, ...] = ()
     (
-        "What is distilled on instead of `train`: other images, or a mixture with the own data set "
-        "named among them."
+        "What is distilled on instead of `train`: other images, or a mixture that lists this data "
+        "set too."
     )
     long_tail: Annotated[float, Bounds(least=1)] | None = None
     (
-        "Thins `train` to a long tail: the examples of a class fall exponentially with its index, "
-        "and the first has so many times those of the last; None: as it is."
+        "Imbalance factor of a long tail to which `train` is thinned: examples of the largest "
+        "class over those of the smallest; they fall exponentially with the index of the class. "
+        "None: as it is."
     )
     validation: SplitConfig | None = None
     """The split that is evaluated while training; None for no such evaluation."""
@@ -113,9 +114,9 @@ class FourierConfig:
     """Folder of the target images, of all of its sub-folders too; None: views stay as they are."""
     beta: Annotated[float, Bounds(above=0, most=0.5)] = 0.01
     (
-        "Half the width of the square of low frequencies whose amplitudes are the target's, over "
-        "the pixels a side of each network, rounded down; 0 of them is the mean of each channel "
-        "alone."
+        "Half the width of the square of low frequencies whose amplitudes are the target's, as a "
+        "fraction of each network's resolution, rounded down to pixels; 0 pixels are the mean of "
+        "each channel alone."
     )
     probability: Annotated[float, Bounds(above=0, most=1)] = 1.0
     """Probability that a view is adapted."""
@@ -127,22 +128,22 @@ class ViewConfig:
 
     crop: str = "tensorflow"
     (
-        "Law of the random crop: `tensorflow` (Inception's), `torchvision` or `whole`; or one's "
-        "own as FILE.py:NAME."
+        "Distribution of the random crop: `tensorflow` (Inception's), `torchvision` or `whole`; or "
+        "a custom one as FILE.py:NAME."
     )
     crop_area: tuple[float, float] = (0.05, 1.0)
     """Smallest and largest share of the image's area that a crop covers."""
     smallest_area_points: tuple[tuple[int, float], ...] = ()
     (
-        "Over the run, instead of one smallest area: pairs of a step and the smallest area there, "
-        "with straight lines between, e.g. [[0,0.5],[9000,0.05]]."
+        "Schedule of the smallest area of a crop: pairs of a step and an area, linear in between, "
+        "e.g. [[0,0.5],[9000,0.05]]."
     )
     crop_aspect: tuple[float, float] = (0.75, 1.33)
     """Smallest and largest width / height of a crop."""
     resolution_points: tuple[tuple[int, float], ...] = ()
     (
-        "Over the run: pairs of a step and the pixels a side to which crops are reduced there "
-        "before they are enlarged for each network, with straight lines between; a network of no "
+        "Schedule of the resolution of crops: pairs of a step and pixels a side, linear between, "
+        "to which crops are reduced before they are enlarged for each network; a network of no "
         "more pixels than that sees them as they are."
     )
     flip_probability: Share = 0.5

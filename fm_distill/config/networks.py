@@ -18,7 +18,7 @@ OptionValue = bool | int | float | str | tuple[bool | int | float | str, ...]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NetworkConfig:
-    """A network and the image that it wants to see."""
+    """A network and the form of its input."""
 
     model: str
     (
@@ -90,8 +90,8 @@ class StudentConfig(NetworkConfig):
 
     weights: str | None = None
     (
-        "What the student starts from, in any form of `teacher.weights`, with a new head for other "
-        "classes; None: from scratch."
+        "What the student starts from, in any form that `teacher.weights` takes, with a new head "
+        "for other classes; None: from scratch."
     )
     seed: Seed | None = None
     (
@@ -142,11 +142,11 @@ class TeacherConfig:
         "learns from it, and needs the teachers themselves for the evaluation alone."
     )
     quantisation: QuantisationConfig = QuantisationConfig()
-    """How the teacher is rounded before it teaches, with ranges of the run's training views."""
+    """Post-training quantisation of the teacher, calibrated on the run's training views."""
     least_agreement: Annotated[float, Bounds(least=0, most=1)] = 0.95
     (
-        "Share of the training views on which a teacher that `teacher.quantisation` rounds has to "
-        "have the same most likely class as in floats; below it, it may not teach."
+        "Least top-1 agreement, on training views, of a teacher that `teacher.quantisation` rounds "
+        "with the same one in floats; below it, it may not teach."
     )
 
 

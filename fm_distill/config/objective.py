@@ -16,7 +16,7 @@ BY_DIFFICULTY = ("teacher_entropy", "teacher_distance")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CurveConfig:
-    """A factor over the run, through points; it stays at its first and its last value."""
+    """A factor over the run through points, constant before the first and after the last."""
 
     points: tuple[tuple[float, float], ...] = ()
     (
@@ -82,7 +82,7 @@ class TermConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExampleWeightsConfig:
-    """What the loss of each example is multiplied by; the mean stays one."""
+    """Weights of the examples in the loss, normalised to a mean of one."""
 
     kind: Literal[
         "none", "inverse_frequency", "effective_number", "teacher_entropy", "teacher_distance"

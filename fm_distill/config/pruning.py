@@ -20,22 +20,22 @@ class PruningConfig:
         "inner `channels` of each block, before the first step, for a smaller network."
     )
     sparsity: Share = 0.5
-    """Share of the weights that may be pruned, or of the inner channels, that goes."""
+    """Share of the weights that may be pruned, or of the inner channels, to remove."""
     scope: Literal["global", "layer"] = "global"
     (
         "Of `unstructured`: the weights that are smallest in the whole network, or in each layer "
         "by itself."
     )
     begin_step: Count = 0
-    """The step after which weights are removed, or from which on more and more are."""
+    """Step of the first removal of weights, or of the only one."""
     end_step: Count | None = None
     """Of `unstructured`: the step after which no more are; None: all at once at `begin_step`."""
     every_steps: PositiveInt = 100
     """Of `unstructured`: steps between two removals from `begin_step` to `end_step`."""
     power: Positive = 3.0
     (
-        "Of `unstructured`: 1 - (1 - p)^power of the sparsity is reached at the share p of the "
-        "way from `begin_step` to `end_step`."
+        "Of `unstructured`, the exponent of the schedule: 1 - (1 - p)^power of the sparsity is "
+        "reached at the share p of the way from `begin_step` to `end_step`."
     )
     criterion: Literal["magnitude", "norm_scale", "taylor"] = "magnitude"
     (

@@ -27,7 +27,7 @@ class QuantisationConfig:
     first_layer: Literal["int8", "none"] = "int8"
     (
         "Of the layer that reads the image, weights and, where they are quantised at all, "
-        "activations: `int8` as elsewhere (or above `int4`), or `none`."
+        "activations: `int8`, also where other weights are `int4`, or `none`."
     )
     head: Literal["int8", "none"] = "int8"
     """Of the classifier, as `first_layer`."""

@@ -1,4 +1,4 @@
-"""How it is minimised, on which devices, and what is written."""
+"""Optimizer, schedule, devices, memory, checkpoints and logs."""
 
 import dataclasses
 from typing import Annotated, Literal
@@ -11,13 +11,13 @@ class OptimizerConfig:
     """Clipping, Adam or SGD, and decoupled weight decay."""
 
     name: str = "adam"
-    """The optimizer: `adam` or `sgd`, or one's own as FILE.py:NAME."""
+    """The optimizer: `adam` or `sgd`, or a custom one as FILE.py:NAME."""
     learning_rate: Positive
     """The learning rate at its peak, after the warm-up; `--lr` for short."""
     head_learning_rate: Positive | None = None
     (
-        "The learning rate of the head alone, where it starts anew on a pretrained body; None: as "
-        "the body's."
+        "The learning rate of the head alone, for a new head on a pretrained backbone; None: as "
+        "the backbone's."
     )
     adapter_learning_rate: Positive | None = None
     """The learning rate of the adapters between features; None: `learning_rate`."""
@@ -68,7 +68,7 @@ class MeshConfig:
     """How the devices are arranged: batches over both axes, large arrays over `fsdp`."""
 
     data: PositiveInt | Literal["auto"] = "auto"
-    """Devices along the batch; `auto` takes all that there are."""
+    """Devices along the batch; `auto`: all devices over `fsdp`."""
     fsdp: PositiveInt = 1
     """Devices over which large arrays are split."""
 
@@ -79,14 +79,14 @@ class MemoryConfig:
 
     accumulate: PositiveInt = 1
     (
-        "Parts in which the student's batch is computed, one after another. Not with BatchNorm, "
+        "Gradient accumulation: the student's batch in so many parts, in turn. Not with BatchNorm, "
         "whose statistics would be those of the parts."
     )
     teacher_parts: PositiveInt = 1
     """Parts in which the teachers' batch is computed, one after another; any network."""
     rematerialise: str = "nothing"
     (
-        "What of the student's forward pass is computed again for the gradient instead of kept: "
+        "What of the student's forward pass is recomputed in the backward pass, not stored: "
         "`nothing`, `norms` (and activations), or `units` (all inside of residual blocks)."
     )
 
@@ -130,7 +130,7 @@ class DivergenceConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    """How often is written what; nothing here changes the student."""
+    """What is logged, and how often; nothing here changes the student."""
 
     every_steps: PositiveInt = 50
     """Steps between two lines of `metrics.jsonl`."""
@@ -141,7 +141,7 @@ class LogConfig:
     term_gradients: bool = False
     (
         "Of a loss of several terms: whether each line has the norm of each term's gradient and "
-        "the cosine of each pair; every step then takes a backward pass for each term more."
+        "the cosine of each pair; every step then takes one more backward pass per term."
     )
     final_evaluation: bool = True
     """Evaluate the finished student on the test split; `fm-distill evaluate` does it later."""

@@ -1,8 +1,8 @@
 """One stream of batches, fed in two ways: read as it is needed, or from device memory.
 
-Position p of the stream is example `p % batch_size` of step `p // batch_size`, whoever asks. Called
-by `train.py`; what it yields is the argument of the compiled step in `step.py`. Device memory:
-`resident.py`.
+Position p of the stream is example `p % batch_size` of step `p // batch_size`, whoever asks.
+`setup.py` makes a feed and `loop.py` calls it; what it yields is the argument of the compiled step
+in `step.py`. Device memory: `resident.py`.
 """
 
 import collections

@@ -62,7 +62,7 @@ def step_views(
 ) -> StepViews:
     """The views of `step`, a function of the run's root of views, the step and the batch.
 
-    The one place where they are made, for the step itself and for all that shows or checks it.
+    The step itself, its plan and the diagnosis get them here.
     """
     draws = step_draws(law, root, step, batch.sizes, views)
     if draws.shared:

@@ -1,8 +1,8 @@
 """The state of a run on disk; the only file that imports Orbax.
 
 Student, optimizer, average and step are all there is to save: order and randomness are functions
-of the step. Orbax writes into a folder aside; when it is done, `digests.seal` lists what was
-written and one rename makes the checkpoint visible.
+of the step. Orbax writes into a folder aside; when it is done, `integrity.write_manifest` lists
+what was written and one rename makes the checkpoint visible.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""A run in a bucket, brought to a folder of this machine: with `keep.py` all that knows fsspec."""
+"""A run in a bucket, brought to a folder here; only this and `backup.py` know fsspec."""
 
 import contextlib
 import fnmatch

@@ -26,9 +26,9 @@ from fm_distill.system.processes import first_process
 
 Contents = TypeVar("Contents")
 
-# Its files; each of them a run may have or not have yet.
 # What a run may compute before it writes its config.
 COMPUTED_FIRST = ("fixed_targets.npz", "channel_scores.npz", "quantised_teachers.json")
+# Its files; each of them a run may have or not have yet.
 FILES = (
     "config.json",
     "status.json",

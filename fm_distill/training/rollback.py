@@ -29,7 +29,7 @@ class Rollback:
 
 
 def read_rollbacks(workdir: Workdir) -> tuple[Rollback, ...]:
-    """Of the run in `place`. Raises `UserError` where the file is damaged."""
+    """Of the run in `workdir`. Raises `UserError` where the file is damaged."""
     stored = workdir.read(ROLLBACKS) if (workdir.path / ROLLBACKS).exists() else []
     try:
         return msgspec.convert(stored, tuple[Rollback, ...])
