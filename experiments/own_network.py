@@ -3,7 +3,7 @@
 Command:  fm-distill train experiments/own_network.py
 Source:   the recipe of Beyer et al. 2021 (arXiv 2106.05237); docs/own-parts.md says what a network
           needs.
-Expected: not measured yet; LOG.md says how far it was run.
+Expected: 76.04 % of the teacher's 73.54 % (seed 0, LOG.md).
 """
 
 import dataclasses
