@@ -8,6 +8,7 @@ import pytest
 from conftest import CACHE, write_experiment
 
 from fm_distill.cli.main import main
+from fm_distill.runs.history import read_history
 from fm_distill.runs.workdir import Workdir
 
 CHANGES = (
@@ -167,6 +168,14 @@ def test_values_that_no_run_has(made, tmp_path, capsys, name, change):
     else:
         assert code == 0 and "evaluation.json is damaged and left out" in printed
     assert contents_of(run) == before
+
+
+def test_lines_without_a_finite_step_are_left_out(tmp_path):
+    good = {"step": 4, "epoch": 0.1, "split": "train", "loss": float("nan")}
+    wrong = [good | {"step": float("nan")}, good | {"epoch": float("inf")}, good | {"step": None}]
+    text = "".join(json.dumps(x) + "\n" for x in (good, *wrong))
+    (tmp_path / "metrics.jsonl").write_text(text)
+    assert [x["step"] for x in read_history(tmp_path).lines] == [4]
 
 
 def test_a_lost_status_is_read_off_config_and_checkpoints(made, tmp_path, capsys):

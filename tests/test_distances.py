@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from fm_distill.config import ObjectiveConfig
-from fm_distill.objectives.distances import DISTANCES, cross_entropy, kl_divergence, smooth
+from fm_distill.objectives.distances import (
+    DISTANCES,
+    WITHOUT_TEMPERATURE,
+    cross_entropy,
+    kl_divergence,
+    smooth,
+)
 from fm_distill.objectives.terms import Outputs, Targets, make_terms, values_of, weighted_sum
 
 
@@ -69,6 +75,13 @@ def test_against_numpy(name, temperature, squared, logits):
     assert found.shape == (6,) and found.dtype == jnp.float32
     expected = REFERENCES[name](student, teacher, objective)
     np.testing.assert_allclose(found, expected, rtol=5e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_those_without_a_temperature_are_named(name, logits):
+    student, teacher = map(jnp.float32, logits)
+    one, four = (DISTANCES[name](student, teacher, x) for x in (1.0, 4.0))
+    assert np.array_equal(one, four) == (name in WITHOUT_TEMPERATURE)
 
 
 def test_every_distance_has_a_reference():

@@ -164,6 +164,10 @@ def test_figures_of_runs_are_collected_and_shown(trained, tmp_path):
     assert line.startswith(
         "| bit at 16 | function matching | kept | 0 | 0 | 2 | 20.0 (10.0 to 30.0) |"
     )
+    labels = row | {"teaching": "labels", "seed": 3, "student_top1": 0.25}
+    out.write_text(json.dumps([*json.loads(out.read_text()), labels]))
+    line = run_tool("patience.py", "ahead", out).stdout.splitlines()[-1]
+    assert line == "| bit at 16 | kept | 0 | 3 | 30.00 | 25.00 | 5.0 |"
     drawn = run_tool("patience.py", "plot", out, tmp_path / "one.png")
     assert drawn.returncode == 0, drawn.stderr
     picture = Image.open(tmp_path / "one.png").convert("RGB")

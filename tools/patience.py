@@ -2,6 +2,7 @@
 
     python tools/patience.py collect experiments/results/flowers102_patience.json runs/a runs/b ...
     python tools/patience.py table experiments/results/flowers102_patience.json
+    python tools/patience.py ahead experiments/results/flowers102_patience.json
     python tools/patience.py plot experiments/results/flowers102_patience.json patience.png
 
 `collect` reads `config.json` and `evaluation.json` of each workdir and adds to what the file has; a
@@ -133,7 +134,8 @@ def groups(rows: list[dict[str, Any]]) -> dict[Group, list[dict[str, Any]]]:
 
     def place(key: Group) -> tuple[Any, ...]:
         small, teaching = key.student != SMALL, order.index(key.teaching)
-        return (small, teaching, *key[2:4], key.recorded_epochs or 0, key.smallest_crop)
+        views = key.recorded_epochs or 0
+        return small, teaching, key.statistics, key.epochs, views, key.smallest_crop
 
     return dict(sorted(found.items(), key=lambda x: place(x[0])))
 
@@ -161,6 +163,28 @@ def table(path: str) -> str:
             _cell([x["kl"] for x in rows if x["kl"] is not None], 3),
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def ahead(path: str) -> str:
+    """Markdown: for each initial seed, how far function matching is above labels."""
+    lines = [
+        "| student | BatchNorm's statistics | epochs | seed | function matching, % | labels, % | "
+        "ahead, points |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    found = groups(read(path))
+    matched = [(x, row) for x, y in found.items() if x.teaching == "function_matching" for row in y]
+    labelled = [(x, row) for x, y in found.items() if x.teaching == "labels" for row in y]
+    for x, one in matched:
+        for y, other in labelled:
+            same = (x.student, x.statistics, x.epochs, one["seed"])
+            enough = (x.recorded_epochs or SHORTEST) >= SHORTEST
+            if enough and same == (y.student, y.statistics, y.epochs, other["seed"]):
+                top1 = [100 * row["student_top1"] for row in (one, other)]
+                cells = [f"{x.epochs:,.0f}", str(one["seed"]), *(f"{z:.2f}" for z in top1)]
+                cells = [x.student, x.statistics, *cells, f"{top1[0] - top1[1]:.1f}"]
+                lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -248,6 +272,8 @@ def main(arguments: list[str]) -> None:
             collect(out, workdirs)
         case ["table", path]:
             print(table(path))
+        case ["ahead", path]:
+            print(ahead(path))
         case ["plot", path, out]:
             plot(path, out)
         case _:

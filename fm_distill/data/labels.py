@@ -57,16 +57,21 @@ def refuse_unlabelled(source: Source) -> None:
 
     Of a source whose labels are read with its images, the first example is asked.
     """
-    labels = known_labels(source)
-    if labels is None and len(source):
-        labels = np.array([source[0].label])
-    wrong = np.flatnonzero(labels < 0) if labels is not None else np.zeros(0, int)
-    if source.classes is None or wrong.size:
-        raise UserError(
-            f"the objective needs the label of each training image, and {source.identity} has "
-            f"{'no labels' if source.classes is None else f'none for example {wrong[0]}'}; use "
-            "labelled images, or terms that read the teacher alone (objective.target=teacher)"
-        )
+    if source.classes is None:
+        missing = "no labels"
+    else:
+        labels = known_labels(source)
+        if labels is None:
+            labels = np.array([source[0].label])
+        wrong = np.flatnonzero(labels < 0)
+        if not wrong.size:
+            return
+        missing = f"none for example {wrong[0]}"
+    raise UserError(
+        f"the objective needs the label of each training image, and {source.identity} has "
+        f"{missing}; use labelled images, or terms that read the teacher alone "
+        "(objective.target=teacher)"
+    )
 
 
 def every_class(source: Source, wanted: str) -> Labels:

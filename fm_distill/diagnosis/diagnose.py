@@ -58,7 +58,7 @@ def diagnose(
         log(COMPILING)
         evidence = measure(open_run(workdir), config, examples)
     else:
-        evidence = measure_log(place)
+        evidence = measure_log(stored, place)
     if (why := why_not_readable(evidence)) is not None:
         left_out = NotExamined("the curve of the loss", why)
         evidence = dataclasses.replace(evidence, not_examined=(*evidence.not_examined, left_out))

@@ -41,6 +41,7 @@ from fm_distill.networks.batch_statistics import with_central_statistics
 from fm_distill.objectives.terms import make_terms
 from fm_distill.runs.history import read_history
 from fm_distill.runs.open_run import Run
+from fm_distill.runs.stored_run import StoredRun
 from fm_distill.runs.workdir import Workdir
 from fm_distill.views.draws import run_keys
 from fm_distill.views.rendering import CentralCrop
@@ -51,7 +52,8 @@ EPSILON = 1e-5  # of a variance that BatchNorm keeps
 def measure(run: Run, config: Config, examples: int) -> Evidence:
     """All that can be known of `run`, from about so many of the examples that it saw last.
 
-    Raises `UserError` where `config` names other places of the teachers, and they are not there.
+    Raises `UserError` where `config` names other places of the teachers or of their recording, and
+    they are not there.
     """
     setting = setting_of(run.stored, run.workdir, run.step, run.complete)
     log = log_of(read_history(run.workdir.path), config.batch_size)
@@ -65,12 +67,11 @@ def measure(run: Run, config: Config, examples: int) -> Evidence:
         return Evidence(setting, log, not_examined=why)
 
 
-def measure_log(workdir: Workdir) -> Evidence:
+def measure_log(stored: StoredRun, workdir: Workdir) -> Evidence:
     """What is known of a run that has no checkpoint yet. Raises `UserError` if it logged nothing.
 
     A run may have failed so early.
     """
-    stored = workdir.stored()
     setting = setting_of(stored, workdir, 0, False)
     log = log_of(read_history(workdir.path), stored.config.batch_size)
     if not setting.failure and not len(log.step):

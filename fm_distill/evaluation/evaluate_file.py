@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool
 from fm_distill.config import Config, MeshConfig
 from fm_distill.config.code import IMAGES, STUDENT, TEACHERS, named_code
 from fm_distill.config.serialization import converted, refuse_other_config
-from fm_distill.config.teachers import moved, recording_of, teachers_of
+from fm_distill.config.teachers import teachers_of
 from fm_distill.data.batch import Batch
 from fm_distill.data.feeding import Reader, evaluation_batches
 from fm_distill.data.splits import open_named
@@ -37,8 +37,8 @@ from fm_distill.networks.branch import Branch, frozen_teachers, make_branch
 from fm_distill.networks.teachers import (
     Teacher,
     load_teachers,
+    only_recorded,
     refuse_other_teachers,
-    teachers_here,
 )
 from fm_distill.system.foreign_code import refuse_foreign_code
 from fm_distill.system.sharding import make_layout
@@ -105,8 +105,7 @@ def teachers_of_file(
         return ()
 
     def load() -> tuple[Teacher, ...]:
-        recorded = recording_of(config) is not None and not teachers_here(config, path.parent)
-        if recorded and not moved(config, stored):
+        if only_recorded(config, stored, path.parent):
             raise UserError("only what was recorded of it is known")
         refuse_code_of_file(path, card, stored, config, TEACHERS)
         teachers = load_teachers(config, path.parent)

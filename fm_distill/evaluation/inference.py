@@ -15,7 +15,7 @@ from jaxtyping import Float
 from fm_distill.config import Config, MeshConfig
 from fm_distill.config.code import IMAGES, TEACHERS
 from fm_distill.config.serialization import refuse_other_config
-from fm_distill.config.teachers import moved, recording_of
+from fm_distill.config.teachers import moved
 from fm_distill.data.feeding import Reader, evaluation_batches
 from fm_distill.data.splits import open_named
 from fm_distill.errors import UserError
@@ -30,8 +30,8 @@ from fm_distill.networks.cost import run_cost
 from fm_distill.networks.teachers import (
     Teacher,
     load_teachers,
+    only_recorded,
     refuse_other_teachers,
-    teachers_here,
 )
 from fm_distill.runs.open_run import Run, open_run
 from fm_distill.runs.run_code import refuse_code_of_run
@@ -122,9 +122,9 @@ def teachers_of_run(run: Run, config: Config) -> tuple[Teacher, ...]:
     `config` may name new places of theirs. Raises `UserError`.
     """
     refuse_code_of_run(run.stored, run.workdir.path, TEACHERS, config)
-    here = recording_of(config) is None or teachers_here(config, run.workdir.path)
-    # What was asked for and is not there is an error, which loading has the words for.
-    teachers = load_teachers(config, run.workdir.path) if here or moved(config, run.config) else ()
+    if only_recorded(config, run.config, run.workdir.path):
+        return ()
+    teachers = load_teachers(config, run.workdir.path)
     if teachers:
         expected = run.resolved.teacher_weights
         refuse_other_teachers(teachers, expected, f"the run in {run.workdir.path}")

@@ -6,7 +6,7 @@ import pathlib
 from fm_distill.config import Config, DataConfig, NetworkConfig, QuantisationConfig, TeacherConfig
 from fm_distill.config.code import named_code
 from fm_distill.config.networks import with_quantisation
-from fm_distill.config.teachers import recording_of, teachers_of
+from fm_distill.config.teachers import moved, recording_of, teachers_of
 from fm_distill.data.class_names import named_classes
 from fm_distill.errors import UserError
 from fm_distill.models import Variables, check_network, is_own
@@ -137,6 +137,15 @@ def teachers_here(config: Config, workdir: pathlib.Path) -> bool:
 
     places = zip(teachers_of(config), teacher_workdirs(config, workdir), strict=True)
     return all(here(teacher.config, where) for teacher, where in places)
+
+
+def only_recorded(config: Config, stored: Config, workdir: pathlib.Path) -> bool:
+    """Whether there are no teachers to load, but what a recording holds of them.
+
+    Where `config` names other places of theirs than `stored`, they have to be there.
+    """
+    recorded = recording_of(config) is not None and not moved(config, stored)
+    return recorded and not teachers_here(config, workdir)
 
 
 def recorded_teachers(

@@ -173,5 +173,7 @@ LABELLED_DISTANCES: dict[str, LabelledDistance] = {
     "dkd_target": dkd_target,
     "dkd_others": dkd_others,
 }
+# Those that have no temperature.
+WITHOUT_TEMPERATURE = frozenset({"l2", "euclidean", "hard"})
 # Those that are multiplied by T^2 where the objective says so: their gradient goes with 1 / T^2.
 SQUARED = frozenset({"kl", "standardised_kl", "dkd_target", "dkd_others"})

@@ -1,4 +1,4 @@
-"""Images of runs, as SVG: curves, schedule, views, confusions, disagreements.
+"""Pictures of runs, as SVG: curves, schedule, views, confusions, disagreements.
 
 Data in, bytes out; the only file that knows matplotlib, which the extra `plots` brings.
 """

@@ -69,9 +69,8 @@ def sweep(
             )
     done = []
     with stop_signals(Stop(max_hours)) as stop:
-        for i, (values, run) in enumerate(zip(chosen, runs, strict=True), 1):
+        for i, (values, name, run) in enumerate(zip(chosen, folders, runs, strict=True), 1):
             log(f"run {i} of {len(runs)}: {_name(values, ', ')}")
-            name = _folder_name(_name(values, "__"))
             result = train_until(run, folder / name, stop)
             if not result.complete:
                 return None

@@ -48,10 +48,9 @@ def read_history(workdir: str | os.PathLike[str]) -> History:
 
 def _is_intact(line: dict[str, Any]) -> bool:
     """Whether it has a step and a split, and all else in it are numbers or null."""
-    numbers = {name: x for name, x in line.items() if name != "split"}
-    known = isinstance(line.get("split"), str) and {"step", "epoch"} <= line.keys()
-    return known and all(
-        (isinstance(x, int | float) and (math.isfinite(x) or name not in ("step", "epoch")))
-        or (x is None and name not in ("step", "epoch"))
-        for name, x in numbers.items()
-    )
+    places = (line.get("step"), line.get("epoch"))
+    if not all(isinstance(x, int | float) and math.isfinite(x) for x in places):
+        return False
+    numbers = (x for name, x in line.items() if name != "split")
+    known = all(x is None or isinstance(x, int | float) for x in numbers)
+    return known and isinstance(line.get("split"), str)

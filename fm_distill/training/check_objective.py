@@ -18,7 +18,12 @@ from fm_distill.config.objective import (
     terms_of,
 )
 from fm_distill.config.teachers import recording_of, teachers_of
-from fm_distill.objectives.distances import BATCH_DISTANCES, DISTANCES, LABELLED_DISTANCES
+from fm_distill.objectives.distances import (
+    BATCH_DISTANCES,
+    DISTANCES,
+    LABELLED_DISTANCES,
+    WITHOUT_TEMPERATURE,
+)
 from fm_distill.objectives.features import ADAPTED, OF_FEATURES, OF_MAPS, OVER_BATCH
 from fm_distill.objectives.terms import needs_labels
 from fm_distill.system.references import not_an_entry
@@ -27,8 +32,8 @@ KINDS = dict.fromkeys(
     (LABELS, *DISTANCES, *BATCH_DISTANCES, *LABELLED_DISTANCES, *sorted(OF_FEATURES))
 )
 
-# Of the bank's two temperatures, `bank` has its own sentence.
-WITHOUT_TEMPERATURE = {LABELS, "l2", "euclidean", "hard", *OF_FEATURES} - {BANK_SIMILARITY}
+# The bank has two temperatures of its own, and a sentence of its own.
+NO_TEMPERATURE = {LABELS, *WITHOUT_TEMPERATURE, *OF_FEATURES} - {BANK_SIMILARITY}
 
 
 def wrong_objective(config: Config) -> Iterator[str]:
@@ -200,7 +205,7 @@ def _wrong_temperatures(config: Config) -> Iterator[str]:
     """The mean of probabilities is taken at one temperature, before the terms."""
     objective = config.objective
     for i, term in enumerate(objective.terms):
-        if term.temperature is not None and term.kind in WITHOUT_TEMPERATURE:
+        if term.temperature is not None and term.kind in NO_TEMPERATURE:
             yield (
                 f"objective.terms.{i}.kind={term.kind} has no temperature: leave out "
                 f"objective.terms.{i}.temperature={term.temperature:g}"
