@@ -1,7 +1,7 @@
 """The teacher of `digits.py`: a GroupNorm ResNet-v2 trained on labels, on crops without flips.
 
 Command:  fm-distill train experiments/digits_teacher.py
-Source:   scikit-learn's handwritten digits, 1797 images, split by writer.
+Source:   scikit-learn's handwritten digits, 1797 images; test has other writers than train.
 """
 
 from fm_distill.config import (

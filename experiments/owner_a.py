@@ -1,8 +1,8 @@
 """An owner of a part of the digits: a teacher that is trained on it alone, for `owners.py`.
 
 Command:  fm-distill train experiments/owner_a.py
-Source:   as `digits_teacher.py`, on the first 40 % of the training digits. Other people wrote them
-          than those of `owner_b.py`.
+Source:   as `digits_teacher.py`, on the first 41 % of the training digits. They come writer by
+          writer, each filling in the same form of about 130 digits; this is the end of the fourth.
 """
 
 import dataclasses
@@ -16,5 +16,5 @@ teacher = load_experiment(pathlib.Path(__file__).with_name("digits_teacher.py"))
 config = dataclasses.replace(
     teacher,
     name="owner_a",
-    data=dataclasses.replace(teacher.data, train=SplitConfig(name="train[:40%]")),
+    data=dataclasses.replace(teacher.data, train=SplitConfig(name="train[:41%]")),
 )

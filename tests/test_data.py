@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import re
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ from conftest import SHARED
 from PIL import Image
 from tiny import tiny_config
 
+from fm_distill import load_experiment
 from fm_distill.config import CanvasConfig, DataConfig, MeshConfig, SplitConfig
 from fm_distill.data.feeding import Reader, StreamingFeed, evaluation_batches
 from fm_distill.data.images import CorruptImage, decode, shrink
@@ -178,6 +180,25 @@ def test_digits_are_split_by_writer():
     assert len({x.identity for x in owners}) == 3
     parts = [source[i].label for source in owners for i in range(len(source))]
     assert parts == theirs.target[:1259].tolist()
+
+
+def test_owners_and_the_test_split_share_no_writer():
+    """Each writer filled in a form, which begins with 0 to 9, three times."""
+    from sklearn.datasets import load_digits
+
+    labels = load_digits().target
+    begin = [*map(int, [*range(10)] * 3)]
+    forms = [i for i in range(len(labels) - 29) if labels[i : i + 30].tolist() == begin]
+
+    def rows(experiment):
+        name = load_experiment(f"experiments/{experiment}.py").data.train.name
+        first, last = re.fullmatch(r"train(?:\[(\d*)%?:(\d*)%?\])?", name).groups()
+        return int(first or 0) * 1259 // 100, int(last or 100) * 1259 // 100
+
+    parts = [rows(x) for x in ("owner_a", "owner_b", "owners")]
+    assert parts == [(0, 516), (516, 1019), (1032, 1259)]
+    for (_, end), (start, _) in zip(parts, [*parts[1:], (1438, 1797)], strict=True):
+        assert any(end <= form <= start for form in forms)
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def features_of_the_teacher(config, folder, step):
     reader = Reader(data.train, config.data, 10)
     examples = RecordingReader(open_recording(folder / "recording"), 6).at(step).examples[0]
     batch = jax.device_put(stack([reader[int(i)] for i in examples]))
-    law = regime_of("teacher", config.teaching).views
+    law = regime_of(config).views
 
     @jax.jit
     def features(variables, batch, step):

@@ -15,12 +15,12 @@ from fm_distill.data.resident import ResidentSteps
 from fm_distill.data.splits import open_data
 from fm_distill.networks.branch import step_views
 from fm_distill.networks.loading import load_networks
-from fm_distill.objectives.terms import make_terms
 from fm_distill.recordings.manifest import open_recording
 from fm_distill.recordings.reading import RecordingReader
 from fm_distill.runs.state import init_state
 from fm_distill.system.preemption import Stop
 from fm_distill.system.sharding import make_layout
+from fm_distill.training.loss import make_loss
 from fm_distill.training.record import record
 from fm_distill.training.resolve import resolve
 from fm_distill.training.setup import prepare
@@ -77,10 +77,10 @@ def test_the_first_hundred_steps_are_those_of_the_live_teacher(tmp_path):
     np.testing.assert_array_equal(recorded.examples, ids)
 
     optimizer = remembering(built.optimizer)
-    update = make_update(built.student, optimizer, make_terms(config.objective), STEPS)
+    update = make_update(make_loss(config, built.student, STEPS), optimizer)
     live = make_teach("teachers", built.teachers, classes, config.objective)
     replayed = make_teach("recording", (), classes, config.objective)
-    law = regime_of(config.objective.target, config.teaching).views
+    law = regime_of(config).views
     key = setup.keys.draws
 
     @jax.jit

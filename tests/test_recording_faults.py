@@ -189,6 +189,14 @@ def test_processes_end_together_where_a_recording_at_a_url_is_refused(tmp_path, 
     assert told == [1, 0]
 
 
+def test_a_curriculum_that_ends_after_the_run():
+    config = tiny_config(views=ViewConfig(resolution_points=((0, 4.0), (6, 16.0))))
+    resolved_run(config)
+    longer = ViewConfig(resolution_points=((0, 4.0), (7, 16.0)))
+    with pytest.raises(UserError, match="resolution_points go to step 7, and the run ends after 6"):
+        resolved_run(dataclasses.replace(config, views=longer))
+
+
 def test_a_curriculum_that_a_short_recording_would_cut_off():
     views = ViewConfig(smallest_area_points=((0, 0.9), (5, 0.05)))
     config = tiny_config(views=views)

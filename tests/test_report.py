@@ -176,7 +176,7 @@ def test_views_are_those_of_the_step(teaching, target, views):
     read = [stream[2 * size + row] for row in range(size)]
     canvases = jnp.stack([x["canvas"] for x in read])
     sizes = jnp.stack([x["size"] for x in read])
-    regime = regime_of(target, teaching)
+    regime = regime_of(config)
     drawn, seen, _ = step_draws(regime.views, root, 2, sizes, config.views)
     student = render(drawn, canvases, branches[0], low)
     teacher = (

@@ -16,7 +16,7 @@ from fm_distill.errors import UserError
 from fm_distill.models import Network, Output, Variables
 from fm_distill.networks.branch import Branch, freeze_on_devices
 from fm_distill.objectives.distances import kl_divergence
-from fm_distill.objectives.terms import Targets, make_terms
+from fm_distill.objectives.terms import Targets
 from fm_distill.runs.state import TrainState, init_state
 from fm_distill.system.sharding import make_layout
 from fm_distill.training.build import build
@@ -309,7 +309,7 @@ def test_init_is_a_function_of_the_key():
 def test_an_average_that_would_not_move_is_refused():
     config = tiny_config(ema_decay=0.5)
     built = build(config, resolved_run(config))
-    update = make_update(built.student, built.optimizer, make_terms(config.objective), 9)
+    update = make_update(built.loss, built.optimizer)
     view, labels = jnp.zeros((2, 16, 16, 3)), jnp.zeros((2, 10))
     with pytest.raises(UserError, match="an average that would never move; give ema_decay"):
         update(built.init(jax.random.key(0)), view, Targets(labels=labels))

@@ -105,7 +105,7 @@ def test_each_teaching_shows_what_the_paper_says():
     assert loss_of("independent", batch) == pytest.approx(expected, rel=1e-5) and expected > 1
     # Fixed: the batch brings the targets, the student sees a crop of its own.
     targets = np.random.default_rng(0).standard_normal((16, 1, 48)).astype(np.float32)
-    assert regime_of("teacher", "fixed") == Regime("unmixed", "table")
+    assert regime_of(FIXED) == Regime("unmixed", "table")
     own = VIEW_LAWS["unmixed"](key, batch.sizes, VIEWS, 0).student
     expected = ((seen_by(own, batch) - targets[:, 0]) ** 2).sum(-1).mean()
     found = loss_of("fixed", dataclasses.replace(batch, targets=targets))

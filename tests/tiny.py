@@ -25,9 +25,8 @@ from fm_distill.config.regime import regime_of
 from fm_distill.config.resolved import ResolvedRun
 from fm_distill.models import Network, Variables
 from fm_distill.networks.branch import Branch
-from fm_distill.objectives.example_weights import make_example_weights
-from fm_distill.objectives.terms import features_of, make_terms
 from fm_distill.system.sharding import make_layout
+from fm_distill.training.loss import make_loss
 from fm_distill.training.resolve import resolve_described
 from fm_distill.training.step import TrainStep, make_train_step, make_update
 from fm_distill.training.teach import make_teach
@@ -94,19 +93,13 @@ def train_step_of(
     class_counts: tuple[int, ...] | None = None,
 ) -> TrainStep:
     """A step of its halves, without a run."""
-    regime = regime_of(objective.target, teaching)
+    own = dataclasses.replace(NETWORK, keep_statistics=keep_statistics)
+    config = tiny_config(objective=objective, teaching=teaching, memory=memory, student=own)
+    regime = regime_of(config)
     classes = student.network.classes
     teach = make_teach(regime.targets, teachers, classes, objective, memory, class_counts)
-    update = make_update(
-        student,
-        optimizer,
-        make_terms(objective),
-        total_steps,
-        keep_statistics=keep_statistics,
-        memory=memory,
-        features=features_of(objective)[0],
-        example_weights=make_example_weights(objective),
-    )
+    loss = make_loss(config, student, total_steps)
+    update = make_update(loss, optimizer, accumulate=memory.accumulate)
     return make_train_step(student, teachers, teach, update, views, regime.views)
 
 

@@ -72,7 +72,7 @@ def main(own: list[str]) -> int:
     state = jax.jit(built.init, out_shardings=layout.variables(built.abstract_state))(key)
     frozen = frozen_teachers(teachers, tuple(x.network.init(key) for x in teachers), layout)
     program = make_program(built.train_step, built.abstract_state, frozen, None, layout)
-    law = regime_of(config.objective.target, config.teaching).views
+    law = regime_of(config).views
 
     # What is timed is an argument, or XLA computes it once, when it compiles.
     @jax.jit

@@ -6,6 +6,9 @@ Source: Beyer et al. 2021, figure 2. `teaching` and `objective.target` name the 
 import dataclasses
 from typing import Literal
 
+from fm_distill.config import Config
+from fm_distill.config.teachers import recording_of
+
 ViewLaw = Literal["mixed", "unmixed", "independent"]
 TargetSource = Literal["teachers", "labels", "table", "recording"]
 
@@ -32,9 +35,10 @@ TEACHINGS: dict[str, Regime] = {
 LABELS = Regime("mixed", "labels")
 
 
-def regime_of(target: str, teaching: str, recorded: bool = False) -> Regime:
-    """The regime of `objective.target` and `teaching`; `recorded`: of a recording."""
-    if target == "labels":
+def regime_of(config: Config) -> Regime:
+    """The regime of `objective.target` and `teaching`, perhaps from a recording."""
+    if config.objective.target == "labels":
         return LABELS
-    regime = TEACHINGS[teaching]
+    regime = TEACHINGS[config.teaching]
+    recorded = recording_of(config) is not None
     return dataclasses.replace(regime, targets="recording") if recorded else regime

@@ -48,7 +48,8 @@ class Source(Protocol):
 class Digits:
     """scikit-learn's handwritten digits: 1797 real images of 8 x 8, enlarged to 32 x 32.
 
-    They are ordered by writer, so the splits are consecutive: no writer is in two of them.
+    They are ordered by writer, and the splits are consecutive: no writer of the test images is in
+    train. One writer is in train and validation, and one in validation and test.
     Enlarged, since a crop of whole pixels of an 8 x 8 image has too few places to lie.
     """
 

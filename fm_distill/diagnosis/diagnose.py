@@ -48,7 +48,7 @@ def diagnose(
     stored = place.stored()
     config = config or stored.config
     refuse_other_config(stored.config, config, f"the run in {workdir}")
-    if regime_of(config.objective.target, config.teaching).targets == "labels":
+    if regime_of(config).targets == "labels":
         raise UserError(
             f"the run in {workdir} learns from labels, without a teacher: diagnose examines how a "
             "student matches its teacher; look at such a run with `fm-distill report`"

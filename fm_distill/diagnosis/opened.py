@@ -28,6 +28,7 @@ from fm_distill.runs.remote import is_remote, recording_in
 from fm_distill.runs.state import TermState
 from fm_distill.system.sharding import Layout, make_layout, on_devices
 from fm_distill.training.build import Build, build
+from fm_distill.training.loss import Loss
 from fm_distill.training.quantised_teachers import freeze_teachers
 from fm_distill.training.targets import fixed_targets
 from fm_distill.training.teach import Teach
@@ -49,7 +50,9 @@ class Examined:
     trained: Variables  # the student that the steps move
     terms: TermState  # what the terms of the loss have of their own
     frozen: tuple[Variables, ...]
-    teach: Teach  # the targets of a batch, as the step makes them
+    # The targets and the loss of a batch, as the step makes them.
+    teach: Teach
+    loss: Loss
     reader: Reader
     recording: RecordingReader | None
     table: np.ndarray | None  # targets of each example, where the teachers are fixed
@@ -93,7 +96,7 @@ class Examined:
 def examine(run: Run, config: Config) -> Examined:
     """Opens data, networks and targets of `run`. Raises `UserError` where one is not here."""
     recorded = recording_of(config)
-    regime = regime_of(config.objective.target, config.teaching, recorded is not None)
+    regime = regime_of(config)
     # A smaller mesh than the training's: any number of devices that divides a batch.
     layout = make_layout(MeshConfig(data=math.gcd(jax.device_count(), config.batch_size)))
     built = build(config, run.resolved)
@@ -140,6 +143,7 @@ def examine(run: Run, config: Config) -> Examined:
         terms=_terms(run, built, layout),
         frozen=frozen,
         teach=built.teach,
+        loss=built.loss,
         reader=reader,
         recording=recording,
         table=table,

@@ -26,20 +26,10 @@ from fm_distill.networks.branch import (
     step_views,
     teacher_outputs_with_features,
 )
-from fm_distill.objectives.curves import progress_of, value_at
+from fm_distill.objectives.curves import value_at
 from fm_distill.objectives.distances import kl_divergence
 from fm_distill.objectives.ensemble import combine
-from fm_distill.objectives.example_weights import make_example_weights
-from fm_distill.objectives.terms import (
-    Outputs,
-    Targets,
-    Term,
-    features_of,
-    first_choice,
-    make_terms,
-    student_columns,
-    values_of,
-)
+from fm_distill.objectives.terms import Targets, first_choice, student_columns
 from fm_distill.runs.state import TermState
 from fm_distill.views.draws import ViewRoot, mix
 from fm_distill.views.rendering import INPUT_RANGES, CentralCrop
@@ -69,9 +59,7 @@ def training_probe(examined: Examined) -> TrainingProbe:
     config, student, teachers = examined.config, examined.student, examined.teachers
     objective, classes = config.objective, examined.run.classes
     live = teachers if examined.regime.targets == "teachers" else ()
-    terms, weigh = make_terms(objective), make_example_weights(objective)
-    of_terms, _ = features_of(objective)
-    total = examined.run.resolved.total_steps
+    loss = examined.loss
     own_taps = taps_of(student)
     their_taps = taps_of(teachers[0]) if teachers else ()
     compare = config.batch_size >= FEWEST and bool(own_taps and their_taps)
@@ -86,8 +74,8 @@ def training_probe(examined: Examined) -> TrainingProbe:
         drawn: Int[Array, ""],
         step: Int[Array, ""],
     ) -> Found:
-        progress = progress_of(step, total)
-        temperature = objective.temperature * value_at(objective.temperature_schedule, progress)
+        schedule = value_at(objective.temperature_schedule, loss.progress(step))
+        temperature = objective.temperature * schedule
         views = step_views(
             examined.regime.views, config.views, student, teachers, batch, root, drawn
         )
@@ -124,25 +112,16 @@ def training_probe(examined: Examined) -> TrainingProbe:
 
         def losses(params: PyTree) -> Float[Array, " terms"]:
             variables = dataclasses.replace(trained, params=params)
-            train = not config.student.keep_statistics
-            answer = student.network.apply(variables, views.student, train=train, features=of_terms)
-            outputs = Outputs(answer.logits, answer.features, own.params, own.banks)
-            values = values_of(terms, outputs, targets, progress)
-            if weigh is not None:
-                weights = jax.lax.stop_gradient(weigh(outputs, targets, progress))
-                values = tuple(weights * x for x in values)
-            return weighted(terms, values, progress)
+            values = loss.evaluate(
+                variables, own.params, own.banks, views.student, targets, step
+            ).values
+            one_by_one = (slice(i, i + 1) for i in range(len(values)))
+            return jnp.stack([loss.mean(values, step, x) for x in one_by_one])
 
         found["products"] = gradient_products(losses, trained.params)
         return found
 
     return jax.jit(probe, out_shardings=examined.layout.replicated)
-
-
-def weighted(terms: tuple[Term, ...], values: tuple[Array, ...], progress: Array) -> Array:
-    """The share of each term in the loss of the batch."""
-    pairs = zip(terms, values, strict=True)
-    return jnp.stack([term.weight_at(progress) * value.mean() for term, value in pairs])
 
 
 def gradient_products(

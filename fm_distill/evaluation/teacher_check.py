@@ -39,7 +39,7 @@ def check_teacher(
     """
     classes = student.network.classes
     names = () if teacher.has_head else features_of(config.objective)[1]
-    law = regime_of(config.objective.target, config.teaching).views
+    law = regime_of(config).views
 
     def outputs(
         frozen: Variables, batch: Batch, root: ViewRoot, step: Array

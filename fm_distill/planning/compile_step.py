@@ -86,7 +86,7 @@ def split_of(request: Request) -> Resident:
 def _zeros(request: Request, count: int) -> Batch:
     config, side = request.config, request.config.data.canvas.side
     targets = None
-    if regime_of(config.objective.target, config.teaching).targets == "table":
+    if regime_of(config).targets == "table":
         sums = config.objective.ensemble == "sum_of_distances"
         requested = len(request.teachers) if sums else 1
         targets = jnp.zeros((count, requested, request.classes), jnp.float32)
@@ -214,7 +214,7 @@ def flops(config: Config, resolved: ResolvedRun, arguments: tuple[PyTree, ...]) 
     built = build(config, resolved)
     state, frozen, batch, root = arguments
     teachers = built.live_teachers
-    law = regime_of(config.objective.target, config.teaching).views
+    law = regime_of(config).views
 
     def views(root: ViewRoot, batch: Batch) -> PyTree:
         seen = step_views(law, config.views, built.student, teachers, batch, root, 0)

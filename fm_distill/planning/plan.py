@@ -222,7 +222,7 @@ def _notes(config: Config, feeding: str, rate: float | None) -> Iterator[str]:
     for _, teacher in teachers_of(config):
         if teacher.experiment:
             yield f"without the training of the teacher first: {teacher.experiment}, a plan itself"
-    if regime_of(config.objective.target, config.teaching).targets == "table":
+    if regime_of(config).targets == "table":
         yield "without the teachers' targets, which are computed before the training"
     pruning = config.student.pruning
     if pruning.pattern == "channels" and pruning.ranking == "network":

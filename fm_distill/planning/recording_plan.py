@@ -5,7 +5,7 @@ from typing import Any
 
 from fm_distill.config import Config
 from fm_distill.config.regime import regime_of
-from fm_distill.config.teachers import recording_of, teachers_of
+from fm_distill.config.teachers import teachers_of
 from fm_distill.recordings.writing import example_bytes
 
 
@@ -27,7 +27,7 @@ def recording_plan(
 
     None where nothing is left to record, or where a term compares what no recording holds.
     """
-    regime = regime_of(config.objective.target, config.teaching, recording_of(config) is not None)
+    regime = regime_of(config)
     taps = analysis["recorded_taps"]
     if regime.targets != "teachers" or taps is None:
         return None

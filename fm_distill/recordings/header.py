@@ -120,7 +120,7 @@ def rendered(config: Config) -> dict[str, Any]:
     return {
         "seed": config.seed,
         "batch_size": config.batch_size,
-        "view_law": regime_of(config.objective.target, config.teaching).views,
+        "view_law": regime_of(config).views,
         "views": drawn_views(config.views),
         "canvas": config.data.canvas,
     }

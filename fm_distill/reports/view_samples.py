@@ -47,7 +47,7 @@ def sample_views(config: Config, workdir: Workdir) -> ViewSamples:
     data are not there.
     """
     resolved = workdir.stored().resolved
-    regime = regime_of(config.objective.target, config.teaching)  # of a recording, the same views
+    regime = regime_of(config)  # of a recording, the same views
     networks = [("student", resolved.student)]
     if regime.targets != "labels":
         names = ["teacher", *(f"teacher {i}" for i in range(2, len(resolved.teachers) + 1))]
@@ -96,7 +96,7 @@ def views_of_step(
     `branches` begins with the student's. Images are uint8 (rows, resolution, resolution, 3).
     """
     batch = config.batch_size
-    regime = regime_of(config.objective.target, config.teaching)
+    regime = regime_of(config)
     # Partners do not depend on sizes, and boxes only on the own one: the others are not read.
     unknown = jnp.ones((batch, 2), jnp.int32)
     drawn = step_draws(regime.views, root, step, unknown, config.views).student

@@ -13,13 +13,11 @@ from fm_distill.config import Config
 from fm_distill.config.networks import FUNCTION
 from fm_distill.config.regime import regime_of
 from fm_distill.config.resolved import ResolvedRun
-from fm_distill.config.teachers import recording_of
 from fm_distill.errors import UserError
 from fm_distill.networks.branch import Branch, make_branch
-from fm_distill.objectives.example_weights import make_example_weights
-from fm_distill.objectives.terms import features_of, make_terms
 from fm_distill.runs.state import TrainState, init_state
 from fm_distill.training.check_features import check_features
+from fm_distill.training.loss import Loss, make_loss
 from fm_distill.training.optim import adapter_optimizer, make_optimizer, make_schedule
 from fm_distill.training.pruning import Prune, initial_masks, make_prune
 from fm_distill.training.step import TrainStep, Update, make_train_step, make_update
@@ -35,6 +33,7 @@ class Build:
     teachers: tuple[Branch, ...]  # those that are networks
     schedule: Callable[[Array | int], Array]
     optimizer: optax.GradientTransformation
+    loss: Loss
     # The two halves of the step, and the step itself.
     teach: Teach
     update: Update
@@ -73,8 +72,7 @@ def build(
     _check_accumulation(config, student)
     networks_of_teachers = tuple(x.network for x in teachers)
     term_shapes = check_features(config, resolved.examples, student.network, networks_of_teachers)
-    recorded = recording_of(config) is not None
-    regime = regime_of(config.objective.target, config.teaching, recorded)
+    regime = regime_of(config)
     live = regime.targets == "teachers"
     live_teachers = teachers if live else ()
     schedule = make_schedule(config.schedule, resolved.total_steps)
@@ -90,19 +88,15 @@ def build(
         config.memory,
         resolved.class_counts,
     )
+    loss = make_loss(config, student, resolved.total_steps)
     update = make_update(
-        student,
+        loss,
         optimizer,
-        make_terms(objective),
-        resolved.total_steps,
-        config.ema_decay,
-        config.student.keep_statistics,
-        config.memory,
-        features_of(objective)[0],
-        make_term_update(objective, of_adapters),
-        make_example_weights(objective),
-        prune,
-        config.log.term_gradients,
+        ema_decay=config.ema_decay,
+        accumulate=config.memory.accumulate,
+        term_update=make_term_update(objective, of_adapters),
+        prune=prune,
+        term_gradients=config.log.term_gradients,
     )
     step = make_train_step(
         student,
@@ -118,6 +112,7 @@ def build(
         teachers=teachers,
         schedule=schedule,
         optimizer=optimizer,
+        loss=loss,
         teach=teach,
         update=update,
         train_step=step,

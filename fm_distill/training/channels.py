@@ -18,7 +18,6 @@ from jaxtyping import Array, PyTree
 from fm_distill.config import Config
 from fm_distill.config.regime import regime_of
 from fm_distill.config.resolved import ResolvedRun
-from fm_distill.config.teachers import recording_of
 from fm_distill.data.batch import Batch
 from fm_distill.data.feeding import StreamingFeed
 from fm_distill.data.splits import Data
@@ -85,7 +84,7 @@ def decided_networks(
 
 def _refuse_own_teacher(config: Config, networks: Networks) -> None:
     """Raises `UserError` where the student equals its only teacher: nothing is left to learn."""
-    regime = regime_of(config.objective.target, config.teaching, recording_of(config) is not None)
+    regime = regime_of(config)
     if regime.targets not in ("teachers", "recording") or regime.views == "independent":
         return
     assert networks.pretrained is not None

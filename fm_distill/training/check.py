@@ -256,6 +256,16 @@ def points_after(views: ViewConfig, period: int, option: str) -> Iterator[str]:
             )
 
 
+def points_after_run(views: ViewConfig, total_steps: int) -> Iterator[str]:
+    """A sentence for each curriculum of which a run of `total_steps` would not see the end."""
+    for name, (points, _) in _curricula(views).items():
+        if points and points[-1][0] > total_steps:
+            yield (
+                f"views.{name} go to step {points[-1][0]:,}, and the run ends after "
+                f"{total_steps:,} steps; end them by then, or train longer"
+            )
+
+
 def _wrong_points(option: str, points: Points, greatest: float) -> Iterator[str]:
     steps = [step for step, _ in points]
     if sorted(set(steps)) != steps or any(step < 0 for step in steps):

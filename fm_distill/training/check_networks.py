@@ -98,7 +98,7 @@ def _wrong_use_of_quantised(config: Config) -> Iterator[str]:
             f"{option}.quantisation is that of the teacher that was recorded; leave it out, and "
             "give it to `fm-distill record`"
         )
-    elif (targets := regime_of(config.objective.target, config.teaching).targets) != "teachers":
+    elif (targets := regime_of(config).targets) != "teachers":
         what = {"labels": "labels teach", "table": "teaching=fixed asks each teacher once"}
         yield (
             f"{option}.quantisation is for a teacher that answers in each step, and "

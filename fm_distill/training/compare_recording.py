@@ -29,7 +29,7 @@ def compare_with_teachers(
     root: ViewRoot,
 ) -> str:
     """How far the recorded outputs of some steps are from those of the teachers here and now."""
-    law = regime_of(config.objective.target, config.teaching).views
+    law = regime_of(config).views
     program = make_record_program(config, law, teachers, layout, taps=recording.taps)
     steps = checked_steps(config, recording.period_steps)
     found, apart = [], list[float]()

@@ -19,7 +19,6 @@ from jaxtyping import Array, Int32, PyTree
 
 from fm_distill.config import Config
 from fm_distill.config.regime import regime_of
-from fm_distill.config.teachers import recording_of
 from fm_distill.data.batch import Batch
 from fm_distill.data.feeding import StreamingFeed
 from fm_distill.data.resident import Resident
@@ -197,8 +196,7 @@ def _traced(folder: str | None) -> Iterator[None]:
 def _parts(setup: Setup, state: TrainState, steps: int) -> dict[str, float]:
     """Views, targets, student and update as programs of their own, on the first batch."""
     config, built, layout = setup.config, setup.built, setup.layout
-    recorded = recording_of(config) is not None
-    law = regime_of(config.objective.target, config.teaching, recorded).views
+    law = regime_of(config).views
     batch, key = _first_batch(setup), setup.keys.draws
 
     # What is timed is an argument, or XLA computes it once, when it compiles.

@@ -182,7 +182,7 @@ def _calibrated(
 ) -> CalibratedTeacher:
     """Ranges and fidelity of `teacher`, whose float form is `plain` with `frozen`."""
     parts, temperature = config.memory.teacher_parts, config.objective.temperature
-    law = regime_of(config.objective.target, config.teaching).views
+    law = regime_of(config).views
     # Of whole batches: parts of them would have other ranges.
     observing = rounded.network.apply_observing
     assert observing is not None and teacher.variables is not None

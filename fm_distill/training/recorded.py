@@ -54,7 +54,7 @@ def make_header(
     return RecordingHeader(
         seed=config.seed,
         batch_size=config.batch_size,
-        view_law=regime_of(config.objective.target, config.teaching).views,
+        view_law=regime_of(config).views,
         views=drawn_views(config.views),
         view_version=VIEW_VERSION,
         golden=golden_digests(config),
@@ -257,7 +257,7 @@ def _same(recorded: UInt64[np.ndarray, " batch"], draw: Draw) -> bool:
 
 def make_draws(config: Config) -> Draws:
     """What the teachers see in a step of images of these sizes; compiled once."""
-    law = regime_of(config.objective.target, config.teaching).views
+    law = regime_of(config).views
 
     @jax.jit
     def drawn(step: Int[jax.Array, ""], sizes: Int32[jax.Array, "batch 2"]) -> Draw:

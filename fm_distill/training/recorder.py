@@ -98,7 +98,7 @@ class Recorder:
             feed = ResidentFeed(
                 reader, config.seed, config.batch_size, layout.replicated, layout.ids
             )
-        law = regime_of(config.objective.target, config.teaching).views
+        law = regime_of(config).views
         shown = tuple(sorted({InputSpec.of(x.network) for x in teachers if x.function}))
         program = make_record_program(config, law, built.teachers, layout, shown, header.tap_names)
         return cls(

@@ -21,7 +21,7 @@ from fm_distill.runs.workdir import Workdir
 from fm_distill.system.foreign_code import code_files
 from fm_distill.system.references import is_reference, load_reference
 from fm_distill.system.sharding import Layout, make_layout
-from fm_distill.training.check import points_after
+from fm_distill.training.check import points_after, points_after_run
 from fm_distill.training.input_moments import with_input_moments
 from fm_distill.training.open_networks import open_networks
 from fm_distill.weights.card import only_network
@@ -164,6 +164,8 @@ def _own_code(config: Config, networks: tuple[NetworkConfig, ...]) -> tuple[str,
 
 def _period_steps(config: Config, total: int, recording: RecordingFacts | None) -> int | None:
     """After how many steps the views repeat; None where they do not."""
+    if late := list(points_after_run(config.views, total)):
+        raise UserError(late[0])
     period = config.views.period_steps or total
     if recording is not None:
         steps = recording.steps

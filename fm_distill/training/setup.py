@@ -167,7 +167,7 @@ def open_inputs(
         config, resolved, built, networks.teachers, reader, layout, folder, root
     )
     targets = None
-    if regime_of(config.objective.target, config.teaching).targets == "table":
+    if regime_of(config).targets == "table":
         here, frozen = teachers.branches, teachers.frozen
         table = Workdir(folder).fixed_targets
         targets = fixed_targets(config, resolved, here, frozen, reader, layout, table)
