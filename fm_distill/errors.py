@@ -13,13 +13,13 @@ class TrainingFailed(Exception):
 
 
 class Diverged(TrainingFailed):
-    """The loss, its gradient or the update is not finite any more, found out at `step`."""
+    """The loss, its gradient or the update is no longer finite, noticed at `step`."""
 
     def __init__(self, step: int):
         super().__init__(
             f"the loss, its gradient or the update is not finite at step {step:,}; the last "
             "checkpoint before it is kept. Try a lower optimizer.learning_rate, a longer "
-            "schedule.warmup_steps or --precision float32, or go on past it with "
+            "schedule.warmup_steps or --precision float32, or continue past it with "
             "--divergence.action skip or slow"
         )
         self.step = step

@@ -1,4 +1,4 @@
-"""Checks of parts of one's own: what the tests of this project ask of each line of its tables.
+"""Checks of custom parts: what the tests of this project ask of each line of its tables.
 
 Each raises `AssertionError` with what is wrong. For instance, in a test file:
 
@@ -36,14 +36,16 @@ def check_distance(distance: Distance) -> None:
     assert found.dtype == jnp.float32, f"expected float32, got {found.dtype}"
     assert jnp.isfinite(found).all(), "a distance is not finite"
     alone = distance(student[2:3], teacher[2:3], 2.0)
-    assert jnp.allclose(found[2], alone[0], rtol=1e-5), "an example's distance depends on others"
+    assert jnp.allclose(found[2], alone[0], rtol=1e-5), (
+        "an example's distance depends on other examples"
+    )
     assert distance(teacher, teacher, 2.0).sum() <= found.sum() + 1e-5, (
-        "the distance of the teacher to itself is larger than that of another function"
+        "the teacher's distance to itself is larger than that of another function"
     )
     gradient = jax.grad(lambda x: distance(x, teacher, 2.0).sum())
     assert jnp.isfinite(gradient(student)).all(), "the gradient is not finite"
-    assert jnp.abs(gradient(student)).max(-1).all(), "the gradient is zero where both disagree"
-    assert jnp.isfinite(gradient(teacher)).all(), "the gradient is not finite where both agree"
+    assert jnp.abs(gradient(student)).max(-1).all(), "the gradient is zero where the two disagree"
+    assert jnp.isfinite(gradient(teacher)).all(), "the gradient is not finite where the two agree"
 
 
 def check_crop(crop: Crop) -> None:
@@ -55,7 +57,7 @@ def check_crop(crop: Crop) -> None:
     assert (start >= 0).all() and (length > 0).all(), "a box begins outside or is empty"
     assert (start + length <= sizes + 1e-4).all(), "a box ends outside of its image"
     again = crop(jax.random.key(1), sizes, ViewConfig(), ViewConfig().crop_area[0])
-    assert (boxes == again).all(), "the same key draws other boxes"
+    assert (boxes == again).all(), "the same key draws different boxes"
 
 
 def check_network(
@@ -68,7 +70,7 @@ def check_network(
     leaves = zip(
         jax.tree.leaves(variables), jax.tree.leaves(network.init(jax.random.key(1))), strict=True
     )
-    assert all((a == b).all() for a, b in leaves), "the same key makes other parameters"
+    assert all((a == b).all() for a, b in leaves), "the same key makes different parameters"
     shape = 3, config.resolution, config.resolution, 3
     images = jax.random.normal(jax.random.key(2), shape)
     logits = network.apply(variables, images, train=False).logits
@@ -76,10 +78,12 @@ def check_network(
     assert logits.dtype == jnp.float32, f"expected float32 logits, got {logits.dtype}"
     alone = network.apply(variables, images[1:2], train=False).logits
     assert jnp.allclose(alone, logits[1:2], atol=1e-4), (
-        "an example's logits depend on others in evaluation"
+        "in evaluation an example's logits depend on other examples"
     )
     frozen = network.apply_frozen(network.freeze(variables), images).logits
-    assert jnp.allclose(frozen, logits, atol=1e-4), "frozen, the network computes something else"
+    assert jnp.allclose(frozen, logits, atol=1e-4), (
+        "when frozen, the network computes a different function"
+    )
 
     # A head of zeros would hide the gradient of all that is before it.
     params = jax.tree.map(
@@ -102,13 +106,15 @@ def check_source(source: Source) -> None:
     ForkingPickler.dumps(source)  # as reader processes get it
     for index in {0, len(source) // 2, len(source) - 1}:
         one, again = source[index], source[index]
-        assert np.array_equal(one.image, again.image), f"example {index} is another one now"
-        assert one.label == again.label, f"example {index} has another label now"
+        assert np.array_equal(one.image, again.image), (
+            f"example {index} is not the same when it is read again"
+        )
+        assert one.label == again.label, f"example {index} has another label when it is read again"
         classes = source.classes or 0
         assert -1 <= one.label < max(classes, 0) or (classes == 0 and one.label == -1), (
             f"example {index} has the label {one.label}; expected -1, or 0 to {classes - 1}"
         )
-    assert source.identity, "the source has no identity, by which a run knows its data again"
+    assert source.identity, "the source has no identity, by which a run recognises its data"
 
 
 def check_optimizer(make: Callable[[OptimizerConfig], optax.GradientTransformation]) -> None:

@@ -218,7 +218,7 @@ def taps(student, teacher, **term):
         ),
         (
             taps("root", "block1", adapter="none"),
-            "adapter=none needs as many channels on both sides, and root has 8, block1 32; use",
+            "adapter=none needs the same number of channels on both sides, and root has 8",
         ),
         (taps("blok1", "root"), "did you mean 'block1'"),
     ],
@@ -247,7 +247,7 @@ def test_features_that_no_adapter_joins_are_refused(adapted, tmp_path, objective
         ),
         (
             {"optimizer": OptimizerConfig(learning_rate=0.1, adapter_learning_rate=0.2)},
-            "optimizer.adapter_learning_rate=0.2 is that of adapters, and no term of",
+            "optimizer.adapter_learning_rate=0.2 is for adapters, and no term of",
         ),
     ],
 )

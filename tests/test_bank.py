@@ -120,7 +120,7 @@ def test_a_run_with_a_bank_goes_on_after_a_stop(complete, tmp_path, monkeypatch)
         (banked(40), r"bank.rows=40 is not divisible by batch_size=16; use 32"),
         (
             banked(student_tap="root"),
-            "student_tap: bank_similarity compares vectors, and root is of shape .* use one of pre",
+            "student_tap: bank_similarity compares vectors, and root has shape .* use one of pre",
         ),
     ],
 )

@@ -97,7 +97,7 @@ def test_what_is_refused(workdir, exported, tmp_path, capsys, monkeypatch):
         ("--batch-size is 0; expected 1 or more", workdir, "--batch-size", 0),
         ("--threads is 0; expected 1 or more", workdir, "--threads", 0),
         ("--seconds is 0; expected more than 0", workdir, "--seconds", 0),
-        ("is nothing to time; expected a workdir, or ", other),
+        ("cannot be timed; expected a workdir, or ", other),
         ("is not the workdir of a run", tmp_path),
         ("or was damaged", damaged),
     ):
@@ -121,5 +121,7 @@ def test_a_missing_runtime_is_named_with_its_extra(workdir, exported, tmp_path, 
 def test_a_file_of_another_batch_is_refused(workdir, tmp_path):
     path = pathlib.Path(tmp_path / "two.stablehlo")
     export(workdir, path, batch=2)
-    with pytest.raises(UserError, match="takes 2 images at once and --batch-size is 3; export it"):
+    with pytest.raises(
+        UserError, match="takes batches of 2 images and --batch-size is 3; export it"
+    ):
         bench([path], batch_size=3, seconds=0.01)

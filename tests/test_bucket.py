@@ -39,7 +39,7 @@ def test_a_run_comes_from_a_bucket_whole(bucket, tmp_path, capsys):
     assert f"is a copy of the run in {URL}" in capsys.readouterr().err
     assert [x.name for x in tmp_path.iterdir()] == ["run"]
     copy_run(URL, tmp_path / "run")  # the same line again
-    assert "has its run already" in capsys.readouterr().err
+    assert "already has its run" in capsys.readouterr().err
 
 
 def test_a_damaged_checkpoint_stays_in_the_bucket(bucket, tmp_path):
@@ -102,7 +102,7 @@ def test_a_run_that_has_only_its_teacher_comes_too(trained, tmp_path, capsys):
         copy_run(place, run)
         assert contents(run / "teacher") == contents(trained / "run" / "teacher")
         copy_run(place, run)
-        assert "has its run already, with 6 steps of its teacher" in capsys.readouterr().err
+        assert "already has its run, with 6 steps of its teacher" in capsys.readouterr().err
         shutil.rmtree(run / "teacher" / "checkpoints" / "6")
         with pytest.raises(UserError, match=f"and the one in {place} has 6 steps of its teacher"):
             copy_run(place, run)

@@ -154,8 +154,8 @@ def test_the_file_computes_the_calibrated_student(run, tmp_path):
 def test_the_command_names_the_worst_layers_and_judges_the_file(run, tmp_path, capsys):
     path = tmp_path / "x.onnx"
     code, out, _ = command(capsys, "export", run, path, "--quantise", "int8")
-    assert code == 0 and "largest errors of layers" in out
-    assert "layers that alone move the logits most" in out
+    assert code == 0 and "layers with the largest errors" in out
+    assert "layers whose quantisation alone changes the logits most" in out
     code, out, _ = command(capsys, "evaluate", path, "--json")
     assert code == 0
     of_run = json.loads((run / "evaluation.json").read_text())["student"]["top1"]

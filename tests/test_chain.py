@@ -36,7 +36,7 @@ def test_a_chain_that_leads_back_is_refused(tmp_path):
         write_experiment(tmp_path / f"{name}.py", TAUGHT.format(f"{teacher}.py", 2))
     config = load_experiment(tmp_path / "a.py")
     with pytest.raises(
-        UserError, match=r"b.py -> \S*c.py -> \S*b.py; a chain of teachers has to end"
+        UserError, match=r"b.py -> \S*c.py -> \S*b.py; a chain of teachers must end"
     ):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -1,6 +1,7 @@
 """What bad input gets: one clear message, the right exit code, nothing overwritten."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -52,9 +53,9 @@ def tiny(tmp_path):
         (["--views.crop", "random"], "expected one of tensorflow, torchvision, whole"),
         (["--views.crop-area", "0.5", "0.1"], "expected 0 < lowest <= highest"),
         (["--views.mixup", "cutmix"], "invalid choice"),
-        (["--views.smallest-area-points", "5", "0.5", "5", "0.1"], "have to rise"),
-        (["--views.smallest-area-points", "0", "0.5", "9", "0"], "a crop has an area"),
-        (["--views.resolution-points", "0", "0.5"], "a crop has pixels"),
+        (["--views.smallest-area-points", "5", "0.5", "5", "0.1"], "must increase"),
+        (["--views.smallest-area-points", "0", "0.5", "9", "0"], "an area of 0 or less"),
+        (["--views.resolution-points", "0", "0.5"], "got less than 1 pixel"),
         (["--views.smallest-area-points", "0", "2"], "expected values from 0 to 1"),
         (["--views.mixup-strength-points", "0", "0", "--views.mixup", "none"], "has none"),
         (
@@ -90,8 +91,8 @@ def test_wrong_options(capsys, tiny, tmp_path, options, said):
             ["distill"],
             "there is no command 'distill'; expected train, record, sweep, evaluate, ",
         ),
-        (["train"], "expected: fm-distill train EXPERIMENT.py"),
-        (["train", "--seed", "3"], "expected: fm-distill train EXPERIMENT.py"),
+        (["train"], "expected fm-distill train EXPERIMENT.py"),
+        (["train", "--seed", "3"], "expected fm-distill train EXPERIMENT.py"),
         (["train", "none.py"], "there is no experiment file none.py"),
         (["evaluate", "none"], "none is not the workdir of a run"),
         (["predict", "none", "x.jpg"], "none is not the workdir of a run"),
@@ -150,8 +151,8 @@ class Mine:
         ("import no_such_module", "ModuleNotFoundError"),
         ("config = (", "SyntaxError"),
         (SETTINGS + "Mine(nam='x', rate=1)", "Mine has no field 'nam'"),
-        (SETTINGS + "Mine(name='x')", "leaves out what Mine needs: 'rate'"),
-        (SETTINGS + "Mine()", "leaves out what Mine needs: 'name' and 'rate'"),
+        (SETTINGS + "Mine(name='x')", "does not set what Mine needs: 'rate'"),
+        (SETTINGS + "Mine()", "does not set what Mine needs: 'name' and 'rate'"),
         ("int(None)", "TypeError: int() argument"),
     ],
 )
@@ -166,7 +167,7 @@ def test_a_field_that_is_left_out_is_named(tmp_path):
     path.write_text("from fm_distill.config import *\ndata = DataConfig(source='digits')")
     done = run_command("show", path)
     assert done.returncode == 2
-    assert "leaves out what DataConfig needs: 'train' and 'canvas'" in done.stderr
+    assert "does not set what DataConfig needs: 'train' and 'canvas'" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -202,6 +203,10 @@ def test_a_workdir_of_another_run(capsys, trained, tmp_path):
     assert "optimizer.learning_rate: 0.003 in the workdir, 0.5 now" in error
     assert "log.every_steps" not in error
     assert {p: p.read_bytes() for p in before} == before
+    assert "can also remove" not in error
+    shutil.copy(trained / "run" / "config.json", tmp_path)
+    error = refused(capsys, "train", trained / "student.py", "--workdir", tmp_path, "--seed", "3")
+    assert f"no step was done here, so you can also remove {tmp_path}/config.json" in error
 
 
 def test_a_folder_that_is_no_workdir(capsys, tiny, tmp_path):
@@ -211,7 +216,13 @@ def test_a_folder_that_is_no_workdir(capsys, tiny, tmp_path):
     assert "is not empty and not a workdir of a run (it has me.jpg)" in error
     assert [p.name for p in (tmp_path / "photos").iterdir()] == ["me.jpg"]
     (tmp_path / "file").write_text("x")
-    assert "cannot be written" in refused(capsys, "train", tiny, "--workdir", tmp_path / "file")
+    error = refused(capsys, "train", tiny, "--workdir", tmp_path / "file")
+    assert "is a file; give a folder as --workdir" in error
+    taught = "--objective.target", "teacher", "--teacher.experiment", tiny
+    error = refused(capsys, "record", tiny, *taught, "--to", tmp_path / "file")
+    assert "is a file; give --to a folder" in error
+    error = refused(capsys, "record", tiny, *taught, "--to", tmp_path / "photos")
+    assert "is not empty and not the folder of a recording (it has me.jpg)" in error
 
 
 def test_a_workdir_in_use(capsys, tiny, tmp_path):
@@ -285,7 +296,7 @@ def test_splits_of_evaluate(capsys, trained):
     error = refused(capsys, "evaluate", trained / "run", "--split", "dev")
     assert "split is 'dev'; expected one of test, train, validation" in error
     error = refused(capsys, "evaluate", trained / "run", "--seed", "9")
-    assert "was trained otherwise" in error and "seed: 0 in the workdir, 9 now" in error
+    assert "was trained with another config" in error and "seed: 0 in the workdir, 9 now" in error
 
 
 def test_evaluate_prints_one_object(trained):
@@ -376,7 +387,8 @@ def test_a_full_disk_below_standard_output(tmp_path, unbuffered):
         )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr == (
-        "fm-distill: the disk or its quota is full; make room, and run the same command again\n"
+        "fm-distill: the disk or its quota is full; free some space, and run the same command "
+        "again\n"
     )
 
 

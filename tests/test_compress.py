@@ -159,7 +159,7 @@ def test_inputs_that_do_not_come_in_fours_are_refused_before_the_first_step(tmp_
     train(tiny_config(student=BATCH_NORM), tmp_path / "run")
     config = Workdir(tmp_path / "run").stored().config
     steps = ("prune:structured:0.25", "prune:2:4")  # 6 of 8 channels
-    with pytest.raises(UserError, match="no multiple of 4"):
+    with pytest.raises(UserError, match="not a multiple of 4"):
         compress(tmp_path / "run", steps, config, tmp_path / "out")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
@@ -188,8 +188,8 @@ def test_the_configs_of_steps():
 @pytest.mark.parametrize(
     ("steps", "said"),
     [
-        (("prune:structured",), "is none of prune:structured:SHARE"),
-        (("prune:unstructured:half",), "is none of"),
+        (("prune:structured",), "is not one of prune:structured:SHARE"),
+        (("prune:unstructured:half",), "is not one of"),
         (("prune:2:4", PRUNED), "cannot follow prune:2:4"),
         (("quantise:int8", "prune:2:4", "quantise:int4-weights"), "cannot follow quantise:int8"),
     ],
@@ -204,14 +204,14 @@ def test_what_cannot_follow_what(steps, said):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ((), "compress needs what to do"),
+        ((), "compress needs --steps"),
         (("--steps", "prune:structured:0.95"), "leaves none of the 8 inner channels"),
         (("--steps", "prune:unstructured:0.5"), "standardises its kernels"),
         (("--steps", PRUNED, "--log.final-evaluation", "False"), "leaves nothing to compare"),
         (("--steps", PRUNED, "--max-hours", "0"), "--max-hours is 0"),
         (("--step", PRUNED), "there is no option --step"),
         (("--steps", PRUNED, "--student.pruning.scope", "layer"), "follows from --steps"),
-        (("--steps", PRUNED, "--views.central-fraction", "0.5"), "by which the run was judged"),
+        (("--steps", PRUNED, "--views.central-fraction", "0.5"), "that the run was evaluated with"),
     ],
 )
 def test_wrong_input_is_refused_before_anything_is_written(trained, capsys, options, said):
@@ -231,7 +231,7 @@ def test_another_run_in_the_same_folder_is_refused(compressed, tmp_path, capsys)
     shutil.copytree(compressed, tmp_path / "run")
     with pytest.raises(SystemExit) as error:
         main(["compress", str(tmp_path / "run"), *options[:2], "--schedule.total-steps", "5"])
-    assert error.value.code == 2 and "is of another compression" in capsys.readouterr().err
+    assert error.value.code == 2 and "belongs to another compression" in capsys.readouterr().err
     train(tiny_config(seed=5, ema_decay=0.5), tmp_path / "other")
     start = tmp_path / "run" / "checkpoints"
     shutil.rmtree(start)
@@ -239,7 +239,7 @@ def test_another_run_in_the_same_folder_is_refused(compressed, tmp_path, capsys)
     with pytest.raises(SystemExit) as error:
         main(["compress", str(tmp_path / "run"), *options])
     assert error.value.code == 2
-    assert "began with other weights or teachers" in capsys.readouterr().err
+    assert "was started from other weights or teachers" in capsys.readouterr().err
 
 
 def test_a_run_that_is_not_complete_is_refused(trained, tmp_path):

@@ -119,7 +119,7 @@ def test_of_a_function_nothing_is_known_and_a_dash_is_shown():
     assert [*rows] == [student.label.removeprefix("student ") for student, _ in COSTS]
     assert {x[-1].strip() for x in rows.values()} == {"-"}
     assert "1,810" in rows["parameters"][0] and "ms" in rows["latency p95 at full batch"][0]
-    assert text[-1].endswith("a full batch is of 2 images") and "CPU" in text[-1]
+    assert text[-1].endswith("a full batch is 2 images") and "CPU" in text[-1]
 
 
 def test_evaluate_prints_and_measures_on_request(trained, capsys):
@@ -140,7 +140,7 @@ def test_evaluate_prints_and_measures_on_request(trained, capsys):
     lines = [" ".join(x.split()) for x in out.splitlines()]
     assert "parameters 1,810 1,810" in lines and "latency" not in out
     flops = f"{found['cost']['student']['flops'] / 1e3:.2f} kFLOP"
-    assert f"FLOPs {flops} {flops}" in lines and "2 a multiply-add" in lines[-1]
+    assert f"FLOPs {flops} {flops}" in lines and "2 per multiply-add" in lines[-1]
     low, high = (f"{100 * x:.2f} %" for x in stored["retention_interval"])
     assert any(x.startswith("accuracy kept") and f"({low} to {high})" in x.replace("95 %: ", "")
                for x in lines)  # fmt: skip
@@ -151,6 +151,6 @@ def test_a_report_knows_the_costs(trained, tmp_path):
     for student, teacher in COSTS:
         for metric in (student, teacher):
             assert f"<tr><th>{metric.label}</th><td>" in page, metric.label
-    assert "<th>measured on</th><td>CPU" in page and "2 a multiply-add" in page
+    assert "<th>measured on</th><td>CPU" in page and "2 per multiply-add" in page
     low, high = Workdir(trained / "run").read_evaluation()["retention_interval"]
     assert f"(95 %: {100 * low:.2f} % to {100 * high:.2f} %)</td>" in page

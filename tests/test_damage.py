@@ -166,7 +166,7 @@ def test_values_that_no_run_has(made, tmp_path, capsys, name, change):
     if name == "config.json":
         assert code == 2 and "is damaged: it has" in printed
     else:
-        assert code == 0 and "evaluation.json is damaged and left out" in printed
+        assert code == 0 and "evaluation.json is damaged and is ignored" in printed
     assert contents_of(run) == before
 
 
@@ -192,7 +192,7 @@ def test_a_complete_run_without_checkpoints(made, tmp_path, capsys):
     code, printed = command(capsys, "status", run)
     assert code == 0 and "it was complete, but its checkpoint 4 is not intact" in printed
     code, printed = command(capsys, "train", made / "x.py", "--workdir", run)
-    assert code == 2 and "has no checkpoint any more" in printed
+    assert code == 2 and "no longer has a checkpoint" in printed
     assert contents_of(run) == before
 
 
@@ -205,7 +205,9 @@ def test_status_while_the_teacher_comes_first(made, tmp_path, capsys):
     (teacher / "status.json").write_text(json.dumps(said))
     code, printed = command(capsys, "status", run)
     assert code == 0
-    assert printed.startswith(f"paused: its teacher in {teacher} comes first, after 2 of 4 steps\n")
+    assert printed.startswith(
+        f"paused: its teacher in {teacher} is trained first, after 2 of 4 steps\n"
+    )
     with Workdir(run).locked():
         assert command(capsys, "status", run)[1].startswith("running: its teacher in")
     Workdir(run).set_status("paused", 0, 6, "stopped by SIGTERM")

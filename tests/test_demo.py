@@ -110,8 +110,8 @@ def test_the_page_needs_no_other_machine(port):
         ("POST", "/judge", photo()[:-60], {}, 400, "not an image that can be read"),
         ("POST", "/judge", b"", {}, 413, "expected an image of up to 64 MiB"),
         ("POST", "/judge", None, {"Content-Length": str(2**40)}, 413, "up to 64 MiB"),
-        ("POST", "/other", b"x", {}, 404, "nothing here"),
-        ("GET", "/../etc/passwd", None, {}, 404, "nothing here"),
+        ("POST", "/other", b"x", {}, 404, "not found"),
+        ("GET", "/../etc/passwd", None, {}, 404, "not found"),
         ("GET", "/", None, {"Host": "example.org"}, 403, "for 127.0.0.1 alone"),
         ("POST", "/judge", None, {"Content-Length": "9" * 5000}, 413, "up to 64 MiB"),
         ("POST", "/judge", photo(), {"Origin": "https://example.org"}, 403, "for 127.0.0.1 alone"),
@@ -137,10 +137,10 @@ def test_an_export_is_shown_beside_the_teacher_of_its_run(trained, tmp_path):
 def test_the_command_refuses(trained, capsys, tmp_path):
     export(trained / "run", tmp_path / "student.safetensors")
     for arguments, message in (
-        ((tmp_path / "student.safetensors",), "holds weights; give the run that it is of"),
+        ((tmp_path / "student.safetensors",), "holds weights only; give the run"),
         ((tmp_path / "nowhere",), "not the workdir of a run"),
         ((trained / "run", "--port", "70000"), "port 70000 of 127.0.0.1 cannot be used"),
-        ((trained / "run", "--seed", "5"), "was trained otherwise"),
+        ((trained / "run", "--seed", "5"), "was trained with another config"),
         ((trained / "run", "--teacher.workdir", tmp_path), "not the workdir of a run"),
     ):
         with pytest.raises(SystemExit) as exit_:

@@ -307,8 +307,8 @@ def test_a_place_that_was_given_has_to_be_right(healthy_run):
 @pytest.mark.parametrize(
     ("out", "said"),
     [
-        ("page.html", "is there already; choose another --out, or give --overwrite"),
-        ("run", "is there already"),
+        ("page.html", "already exists; choose another --out, or give --overwrite"),
+        ("run", "already exists"),
         ("gone/page.html", "there is no folder"),
     ],
 )

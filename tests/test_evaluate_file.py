@@ -80,7 +80,7 @@ def central_pixels(batch) -> np.ndarray:
 def test_without_its_teacher_labels_judge_alone(workdir, exported, tmp_path, capsys):
     code, out, said = command(capsys, "evaluate", exported, "--split", "validation", "--json")
     found = json.loads(out)
-    assert code == 0 and "without the teacher, which is not here" in said
+    assert code == 0 and "without the teacher, which is not available" in said
     assert found["agreement"]["top1"] is None and found["teacher"]["top1"] is None
     stored = json.loads((workdir / "evaluation.json").read_text())
     assert found["student"]["top1"] is not None and found["examples"] == 179
@@ -93,7 +93,7 @@ def test_what_is_refused(workdir, exported, tmp_path, capsys):
     for said, *arguments in (
         ("--step and --cost are for runs", exported, "--step", 2),
         ("--step and --cost are for runs", exported, "--cost"),
-        ("was trained otherwise", exported, "--student.options.width", 0.25),
+        ("was trained with another config", exported, "--student.options.width", 0.25),
         ("expected one of test, train, validation", exported, "--split", "none"),
         ("x is not the workdir of a run", exported, "--teacher.workdir", "x"),
         ("is not the teacher of the run of", exported, "--teacher.workdir", workdir),

@@ -332,7 +332,7 @@ OTHERS = dataclasses.replace(tiny_config().data, transfer=(TransferConfig(source
     ("kind", "changes", "said"),
     [
         ("inverse_frequency", {"data": IMAGES}, "inverse_frequency needs labels, and data.source="),
-        ("effective_number", {"data": OTHERS}, "data.transfer are images without labels, and "),
+        ("effective_number", {"data": OTHERS}, "data.transfer has images without labels, and "),
         ("none", {"data": dataclasses.replace(IMAGES, long_tail=9.0)}, "data.long_tail=9 needs la"),
         ("none", {"data": dataclasses.replace(OTHERS, long_tail=9.0)}, "data.long_tail=9 thins da"),
         ("none", {"data": tailed_data(0.5)}, "data.long_tail is 0.5; expected 1 or more"),
@@ -348,7 +348,7 @@ def test_what_cannot_be_weighted_is_refused(kind, changes, said):
 
 def test_weights_without_their_teacher_and_a_beta_without_its_kind_are_refused():
     (found,) = problems(tiny_config(objective=weighted("teacher_entropy", target="labels")))
-    assert "teacher_entropy asks the teacher, and objective.target=labels has none" in found
+    assert "teacher_entropy needs the teacher, and objective.target=labels has none" in found
     wrong = weighted("inverse_frequency", beta=0.9, target="labels")
     (found,) = problems(tiny_config(objective=wrong))
     assert "objective.example_weights.beta=0.9 belongs to kind=effective_number" in found

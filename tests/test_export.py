@@ -108,17 +108,17 @@ def test_the_file_is_open_to_whom_its_card_is(exported):
 
 def test_nothing_is_overwritten_unasked(workdir, exported, tmp_path):
     before = exported.read_bytes()
-    with pytest.raises(UserError, match=r"student.safetensors and .*json exists already"):
+    with pytest.raises(UserError, match=r"student.safetensors and .*json already exists"):
         export(workdir, exported)
     (tmp_path / "x.json").write_text("mine")
-    with pytest.raises(UserError, match=r"x.json exists already; .*--overwrite"):
+    with pytest.raises(UserError, match=r"x.json already exists; .*--overwrite"):
         export(workdir, tmp_path / "x.safetensors")
     assert exported.read_bytes() == before and not (tmp_path / "x.safetensors").exists()
     export(workdir, tmp_path / "x.safetensors", overwrite=True)
     a, b = load_file(tmp_path / "x.safetensors"), load_file(exported)
     assert a.keys() == b.keys() and all((a[name] == b[name]).all() for name in a)
     assert sorted(x.name for x in tmp_path.iterdir()) == ["x.json", "x.safetensors"]
-    with pytest.raises(UserError, match="is no name for an export"):
+    with pytest.raises(UserError, match="is not a name for an export"):
         export(workdir, tmp_path / "x.npz")
     with pytest.raises(UserError, match="there is no folder"):
         export(workdir, tmp_path / "none" / "x.safetensors")
@@ -150,7 +150,7 @@ def test_a_network_that_contradicts_the_card_is_refused(exported):
     for changes, said in (
         (
             {"options": {"depths": (1, 1, 1, 1)}},
-            r"holds another network.*options.width is 0.5, requested 1.0",
+            r"holds a different network.*options.width is 0.5, requested 1.0",
         ),
         ({"options": {"depths": (1, 1, 1), "width": 0.5}}, "options.depths is"),
         ({"input_range": "imagenet"}, "trained with zero_one; a wrong normalisation"),
@@ -224,7 +224,9 @@ def test_a_run_as_weights(workdir, tmp_path):
         str(workdir), dataclasses.replace(STUDENT, input_range="auto"), "student"
     )
     assert found.network == run.network and "after 2 steps" in found.notes[0]
-    with pytest.raises(UserError, match=r"another network than the student's: options\.width is"):
+    with pytest.raises(
+        UserError, match=r"a different network from the student's: options\.width is"
+    ):
         load_pretrained(str(workdir), with_options(STUDENT, {"width": 1.0}), "student")
     with pytest.raises(UserError, match="trained with input_range=zero_one"):
         load_pretrained(
@@ -278,7 +280,7 @@ def test_the_commands(workdir, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "the moving average (EMA) of the student after 2 steps" in done.stdout
     again = run_command("export", workdir, out)
-    assert again.returncode == 2 and "exists already" in again.stderr
+    assert again.returncode == 2 and "already exists" in again.stderr
     experiment = write_experiment(
         tmp_path / "student.py", "objective=ObjectiveConfig(), teacher=TeacherConfig()"
     )
@@ -351,12 +353,14 @@ def test_what_a_student_refuses(workdir, exported, tmp_path):
         load_student(tmp_path / "other.safetensors")
     (tmp_path / "empty").mkdir()
     np.save(tmp_path / "floats.npy", np.zeros((1, 4, 4, 3)))
+    np.save(tmp_path / "none.npy", np.zeros((0, 4, 4, 3), np.uint8))
     (tmp_path / "cut.npy").write_bytes((tmp_path / "floats.npy").read_bytes()[:60])
     for place, said in (
         ("none", "there is no image, folder or array"),
         ("empty", "holds no images"),
         ("floats.npy", "floats.npy: got float64"),
         ("cut.npy", "is not a complete array"),
+        ("none.npy", r"none.npy holds no images: its shape is \(0, 4, 4, 3\)"),
     ):
         with pytest.raises(UserError, match=said):
             predict(workdir, [tmp_path / place])

@@ -204,8 +204,8 @@ def test_what_is_refused(workdir, exported, tmp_path, capsys):
     os.symlink("/dev/full", full / "x.stablehlo.tmp")
     for said, *arguments in (
         ("No space left on device", "export", workdir, full / "x.stablehlo"),
-        ("exists already", "export", workdir, exported),
-        ("is no name for an export", "export", workdir, tmp_path / "x.h5"),
+        ("already exists", "export", workdir, exported),
+        ("is not a name for an export", "export", workdir, tmp_path / "x.h5"),
         ("--batch is 0; expected 1 or more", "export", workdir, tmp_path / "x.stablehlo",
          "--batch", 0),
         ("for whole functions", "export", workdir, tmp_path / "x.safetensors", "--batch", 2),

@@ -241,7 +241,7 @@ def one(**term):
         ),
         (
             one(kind="attention", student_tap="root", teacher_tap="pre_logits"),
-            r"teacher_tap: attention compares maps, and pre_logits is of shape \(\d+,\) for an "
+            r"teacher_tap: attention compares maps, and pre_logits has shape \(\d+,\) per "
             r"image; use one of root, block1",
         ),
         (one(kind="similarity"), "give objective.terms.0.student_tap and"),
@@ -261,8 +261,8 @@ def test_features_that_cannot_be_compared_are_refused(reading, tmp_path, objecti
             {"teacher": TeacherConfig(recording="r")},
             "attention compares maps, and teacher.recording",
         ),
-        ({"teacher": TeacherConfig(function="f.py:g")}, "teacher.function returns logits alone"),
-        ({"teaching": "fixed"}, "teaching=fixed keeps its logits alone"),
+        ({"teacher": TeacherConfig(function="f.py:g")}, "teacher.function returns only logits"),
+        ({"teaching": "fixed"}, "teaching=fixed keeps only its logits"),
         ({"more_teachers": (TeacherConfig(weights="w"),)}, "reads the features of one teacher"),
         ({"memory": MemoryConfig(accumulate=2)}, "similarity compares the examples of a batch"),
     ],

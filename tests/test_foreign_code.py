@@ -262,6 +262,6 @@ def test_a_module_is_found_without_an_import(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"which came with it"):
         refuse_foreign_code([reference], code_files([reference]), "the run", tmp_path)
     for absent in ("mine_around.inner.absent:x", "sys:exit", "absent_package.x:y"):
-        with pytest.raises(UserError, match=r"no such module in a file"):
+        with pytest.raises(UserError, match=r"its module was not found"):
             refuse_foreign_code([absent], {}, "the run", tmp_path)
     assert not [*tmp_path.rglob("*.ran")]

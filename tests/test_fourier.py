@@ -266,8 +266,8 @@ def test_greyscale_and_transparent_targets_are_read_as_canvases_are(tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--views.fourier.folder", "FOLDER/none"], "'FOLDER/none', and there is no such folder"),
-        (["--views.fourier.folder", ""], "views.fourier.folder is '', and there is no such folder"),
+        (["--views.fourier.folder", "FOLDER/none"], "'FOLDER/none', which does not exist"),
+        (["--views.fourier.folder", ""], "views.fourier.folder is '', which does not exist"),
         (["--views.fourier.folder", "FOLDER/empty"], "FOLDER/empty holds no images"),
         (["--views.fourier.folder", "FOLDER/broken"], "broken/a.png is not a complete image"),
         (["--views.fourier.beta", "0.2"], "views.fourier.beta is 0.2, and there are no target"),
@@ -294,7 +294,7 @@ def test_a_teacher_that_answered_before_the_training_is_refused(tmp_path):
     config = dataclasses.replace(
         matching(tmp_path, MeshConfig()), teaching="fixed", views=ViewConfig(fourier=ON)
     )
-    with pytest.raises(UserError, match="with teaching=fixed the teacher answers before"):
+    with pytest.raises(UserError, match="with teaching=fixed the teacher runs before"):
         check(config)
 
 
@@ -358,7 +358,7 @@ def test_the_picture_of_the_views_shows_what_was_seen(run, monkeypatch):
     assert np.abs(np.float64(shown.seen[0].pictures) - usual.seen[0].pictures).mean() > 5
     shutil.move(folder / "targets", folder / "away")
     try:
-        with pytest.raises(UserError, match="there is no such folder"):
+        with pytest.raises(UserError, match="which does not exist"):
             sample_views(config, place)
     finally:
         shutil.move(folder / "away", folder / "targets")
@@ -391,7 +391,9 @@ def test_it_goes_on_in_the_same_bits_with_the_same_targets_elsewhere(run, tmp_pa
 def test_a_recording_of_other_targets_is_refused(run, tmp_path):
     config, folder = run
     others = changed(config, {"views.fourier.folder": write_targets(tmp_path / "others", 10)})
-    with pytest.raises(UserError, match=r"answered to views adapted to target images \w+, and th"):
+    with pytest.raises(
+        UserError, match=r"was made from views adapted to target images \w+, and th"
+    ):
         train(learning(others, folder / "recording"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     other_beta = changed(config, {"views.fourier.beta": 0.1})

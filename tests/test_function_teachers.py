@@ -39,7 +39,7 @@ def taught_by(path, **changes):
 def test_a_function_teaches_through_its_recording(tmp_path):
     (tmp_path / "mine.py").write_text(FUNCTION)
     config = taught_by(tmp_path / "mine.py")
-    with pytest.raises(UserError, match="is called by `fm-distill record` alone: record it with"):
+    with pytest.raises(UserError, match="is called only by `fm-distill record`: record it with"):
         train(config, tmp_path / "run")
     found = record(config, tmp_path / "recording", Stop(), dtype="float32").recording
     assert found.header.classes == 10
@@ -89,7 +89,7 @@ def teacher(images):
         ("return np.full((len(x), 10), np.nan)", "returned numbers that are not finite"),
         (
             "return np.random.default_rng().random((len(x), 10))",
-            "returns other logits in a second call",
+            "returns different logits when it is called again",
         ),
         (
             "raise ValueError('no model here')",
@@ -140,7 +140,7 @@ def test_other_weights_behind_the_same_code_are_noticed(tmp_path):
     np.save(tmp_path / "factor.npy", np.float32(8))
     record(config, tmp_path / "recording", Stop(), steps=(0, 3))
     np.save(tmp_path / "factor.npy", np.float32(7))
-    with pytest.raises(UserError, match=r"answer otherwise than when .* was recorded: in step 2"):
+    with pytest.raises(UserError, match=r"are not those that .* recorded: in step 2"):
         record(config, tmp_path / "recording", Stop())
     np.save(tmp_path / "factor.npy", np.float32(8))
     assert record(config, tmp_path / "recording", Stop()).recording.steps == 6

@@ -193,11 +193,18 @@ def test_commands_that_read_an_experiment(weights, tmp_path, capsys):
     assert "Traceback" not in err and not (tmp_path / "run" / "config.json").exists()
 
 
+def test_a_batch_larger_than_the_data_is_warned_of():
+    for size, warned in ((320, True), (160, False)):
+        config = tiny_config(batch_size=size)
+        said = "\n".join(warnings_on(config, resolved_run(config, examples=160)))
+        assert ("is larger than the 160 training examples" in said) == warned
+
+
 def test_a_run_of_features_alone_is_warned_of_its_head():
     for objective, warned in ((SEED, True), (LABELLED, False), (ObjectiveConfig(), False)):
         config = tiny_config(objective=objective, teacher=TeacherConfig(weights="w"))
         said = "\n".join(warnings_on(config, resolved_run(config)))
-        assert ("no term reads the student's logits, so that its head learns n" in said) == warned
+        assert ("no term reads the student's logits, so its head learns nothing" in said) == warned
 
 
 @pytest.mark.parametrize(
@@ -221,7 +228,7 @@ def test_a_run_of_features_alone_is_warned_of_its_head():
                     SEED, example_weights=ExampleWeightsConfig(kind="teacher_entropy")
                 )
             },
-            "example_weights.kind=teacher_entropy asks the teacher's logits",
+            "example_weights.kind=teacher_entropy needs the teacher's logits",
         ),
         (
             {
@@ -248,7 +255,7 @@ def test_what_reads_logits_is_refused(weights, tmp_path, changes, said):
     [
         (
             {"quantisation": QuantisationConfig(weights="int8", activations="int8")},
-            "teacher.quantisation is judged by the teacher's classes, and it has no head",
+            "teacher.quantisation is checked by the teacher's classes, and it has no head",
         ),
         ({"classes": ("0", "1")}, "teacher.classes chooses among a teacher's classes, and this"),
     ],
@@ -286,7 +293,7 @@ def test_features_that_do_not_differ_are_warned_of():
     (said,) = feature_warnings("x", 1 + 1e-3 * features)
     assert "the teacher's x hardly differs between images" in said
     features[3, 2] = np.nan
-    assert "not of finite numbers" in feature_warnings("x", features)[0]
+    assert "values that are not finite" in feature_warnings("x", features)[0]
 
 
 def test_features_are_looked_at_before_a_teacher_is_trained(tmp_path):

@@ -227,7 +227,7 @@ KERNEL = ["--user", "ann", "--out", "{out}"]
         (make_kernel, [*KERNEL, "--", "--objective.temperature", "0"], "above zero"),
         (make_kernel, [*KERNEL, "--", "--max-hours", "3"], "--max-hours"),
         (make_notebook, ["--out", "{out}"], "expected the name of an .ipynb file"),
-        (make_notebook, ["--out", "{full}/x.ipynb"], "is there already"),
+        (make_notebook, ["--out", "{full}/x.ipynb"], "already exists"),
         (make_notebook, ["--out", "{out}.ipynb", "--keep", "drive"], "--keep is 'drive'"),
         (make_notebook, ["--out", "{out}.ipynb", "--stretch-hours", "0"], "above zero"),
     ],

@@ -83,11 +83,11 @@ def test_a_changed_range_is_refused(runs):
     variables = dataclasses.replace(run.student.variables, ranges=ranges)
     changed = dataclasses.replace(run.student, variables=variables)
     data = litert_file.to_litert(function_of(changed, "logits"), 16, 1, "bit")
-    with pytest.raises(UserError, match=r"is allowed for 99% and .* keep to it"):
+    with pytest.raises(UserError, match=r"where 99% must be within .* and .* are, so"):
         compare(litert_file.load_function(data), "tflite", run.student, "logits", 1, examples)
 
 
 def test_it_is_not_quantised_twice(runs, tmp_path):
-    with pytest.raises(UserError, match="leaves with its own ranges; leave out --quantise"):
+    with pytest.raises(UserError, match="is exported with its own ranges; leave out --quantise"):
         export(runs / "batch", tmp_path / "x.tflite", quantise="int8")
     assert not [*tmp_path.iterdir()]

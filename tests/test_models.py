@@ -185,8 +185,8 @@ def test_unknown_feature_is_named():
     [
         ({"depths": ()}, "needs the option depths"),
         ({"groups": 3}, "use groups=1"),
-        ({"depths": "many"}, "an option of bit is not of its type: Expected `int`"),
-        ({"norm": "layer"}, "an option of bit is not of its type: Invalid enum value 'layer'"),
+        ({"depths": "many"}, "an option of bit has the wrong type: Expected `int`"),
+        ({"norm": "layer"}, "an option of bit has the wrong type: Invalid enum value 'layer'"),
         ({"width": 0}, "options.width is 0.0; expected a number above zero"),
         ({"depht": 1}, "bit has no option depht; it has .*; did you mean depths"),
         ({"depths": (1, 1, 1, 1, 1, 1)}, "below the network's stride"),

@@ -175,6 +175,11 @@ def test_a_misspelled_option_names_the_one_that_is_meant(capsys, tiny, option, m
     assert f"there is no option {option}; did you mean {meant}" in error
 
 
+def test_a_number_that_is_none_names_what_is_expected(capsys, tiny):
+    error = " ".join(refused(capsys, "train", tiny, "--steps", "1e3").split())
+    assert "a number above zero" in error and "Bounds(" not in error
+
+
 def test_parts_are_taken_out_and_brought_in(capsys, tiny):
     found = settled(capsys, tiny, "--data.test", "None", "--data.validation=None")
     assert found["data.test"] == "None" and found["data.validation"] == "None"
@@ -221,13 +226,13 @@ def test_another_model_drops_the_options_of_the_one_before(capsys, tmp_path):
     )  # fmt: skip
     assert "bit_r50x1 has no option width, stem; it has root_pool_padding" in error
     error = refused(capsys, "show", path, "--student.width", "2")
-    assert "What one model alone has is --student.options.width" in error
+    assert "An option of one model alone is written --student.options.width" in error
     # What was typed stays, also where the model before had the same.
     found = settled(capsys, path, "--student.model", "bit_r50x1",
                     "--student.options.root_pool_padding", "minus_infinity")  # fmt: skip
     assert found["student.options.root_pool_padding"] == "minus_infinity"
     error = refused(capsys, "show", path, "--student.options.width", "--lr", "1")
-    assert "--student.options.width has no value; give one behind it" in error
+    assert "--student.options.width has no value; give one after it" in error
 
 
 def test_conflicts_are_reported_together(capsys, tiny):
@@ -298,6 +303,8 @@ def test_fields_of_any_teacher_are_swept():
     assert changed(found, {"more_teachers.0.weights": "c"}).more_teachers[0].weights == "c"
     with pytest.raises(UserError, match=r"no option 'more_teachers\.9\.weights'"):
         changed(config, {"more_teachers.9.weights": "b"})
+    with pytest.raises(UserError, match=r"no option 'sed'; did you mean seed\?"):
+        changed(config, {"sed": 1})
     with pytest.raises(UserError, match=r"there is no more_teachers\.0 before more_teachers\.3"):
         changed(config, {"more_teachers.3.weights": "b"})
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 
 import jax
@@ -22,6 +23,8 @@ from fm_distill.config import (
     ObjectiveConfig,
     OptimizerConfig,
     SplitConfig,
+    TeacherConfig,
+    ViewConfig,
     with_options,
 )
 from fm_distill.data.sources import open_source
@@ -32,6 +35,7 @@ from fm_distill.models import MODELS, build_network, check_network
 from fm_distill.objectives.distances import DISTANCES
 from fm_distill.objectives.terms import make_terms
 from fm_distill.runs.open_run import open_run
+from fm_distill.training.check import problems
 from fm_distill.training.experiment import load_experiment
 from fm_distill.training.optim import OPTIMIZERS
 from fm_distill.training.train import train
@@ -301,7 +305,7 @@ def test_the_distances_here_pass(name):
     ],
 )
 def test_a_distance_that_moves_nothing_does_not_pass(distance):
-    with pytest.raises(AssertionError, match="the gradient is zero where both disagree"):
+    with pytest.raises(AssertionError, match="the gradient is zero where the two disagree"):
         testing.check_distance(distance)
 
 
@@ -329,8 +333,12 @@ def as_network() -> NetworkConfig:
     ("check", "part", "said"),
     [
         ("distance", lambda s, t, T: jnp.square(s - t).sum(), "one number per example"),
-        ("distance", lambda s, t, T: jnp.square(s - t.mean(0)).sum(-1), "depends on others"),
-        ("distance", lambda s, t, T: jnp.sqrt(jnp.square(s - t).sum(-1)), "not finite where both"),
+        (
+            "distance",
+            lambda s, t, T: jnp.square(s - t.mean(0)).sum(-1),
+            "depends on other examples",
+        ),
+        ("distance", lambda s, t, T: jnp.sqrt(jnp.square(s - t).sum(-1)), "not finite where the"),
         ("distance", lambda s, t, T: -jnp.square(s - t).sum(-1), "larger than that of another"),
         ("crop", lambda k, s, c, area: jnp.ones((len(s), 2)), r"boxes of shape \(200, 4\)"),
         ("crop", lambda k, s, c, area: jnp.full((len(s), 4), 25.0), "ends outside of its image"),
@@ -340,6 +348,51 @@ def as_network() -> NetworkConfig:
 def test_a_part_that_is_wrong_is_told_so(check, part, said):
     with pytest.raises(AssertionError, match=said):
         getattr(testing, f"check_{check}")(part)
+
+
+WRONG = """
+import optax
+
+
+def mean(student, teacher, temperature):
+    return ((student - teacher) ** 2).mean()
+
+
+def fails(student, teacher, temperature):
+    return student @ teacher
+
+
+def sizes(key, sizes, config, area):
+    return sizes
+
+
+def nothing(config):
+    return None
+"""
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"objective": "mean"}, r"returns \(\) for logits of shape \(3, 5\); .* of shape \(3,\)"),
+        ({"objective": "fails"}, "fails with TypeError: dot_general requires"),
+        ({"views": "sizes"}, r"returns \(3, 2\) for 3 sizes; expected an array of shape \(3, 4\)"),
+        ({"optimizer": "nothing"}, "returns a NoneType; expected an optax.GradientTransformation"),
+    ],
+)
+def test_a_wrong_own_part_is_refused_with_the_config(tmp_path, changes, said):
+    """Before data are opened, or a teacher is trained."""
+    (tmp_path / "wrong.py").write_text(WRONG)
+    ((section, name),) = changes.items()
+    reference = f"{tmp_path / 'wrong.py'}:{name}"
+    part = {
+        "objective": ObjectiveConfig(distance=reference),
+        "views": ViewConfig(crop=reference),
+        "optimizer": OptimizerConfig(name=reference, learning_rate=1.0),
+    }[section]
+    config = tiny_config(teacher=TeacherConfig(weights="w"), objective=ObjectiveConfig())
+    (found,) = problems(dataclasses.replace(config, **{section: part}))
+    assert reference in found and re.search(said, found)
 
 
 def test_the_defaults_of_an_own_part_are_those_of_the_config():

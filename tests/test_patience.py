@@ -61,7 +61,7 @@ def test_hours_stop_a_run_before_they_are_over():
     assert stop.reason(reserve_s=3600.0) is None
     stop.progressed()
     assert stop.reason() is None and stop.reason(reserve_s=3590.0) is None
-    assert stop.reason(reserve_s=3600.0) == "the 1 hours are used"
+    assert stop.reason(reserve_s=3600.0) == "the 1 hours are used up"
     assert Stop().reason(1e9) is None
     assert list(stop.checked([1, 2], 3590.0)) == [1, 2]
     with pytest.raises(Stopped, match="are used"):
@@ -139,11 +139,12 @@ def test_a_signal_ends_an_idle_process_at_once_and_a_busy_one_not(monkeypatch):
 
 
 def test_sessions_left_are_logged():
-    assert sessions_left(None, 9.0) == "how long the rest takes is not known yet"
+    assert sessions_left(None, 9.0) == "the time left is not known yet"
     assert (
         sessions_left(20.0, 9.0) == "about 20.0 hours left, 3 sessions of 9.0 hours like this one"
     )
     assert "1 session of" in sessions_left(0.5, 9.0)
+    assert sessions_left(0.0, 9.0) == "the final evaluation is left"
 
 
 def test_status_of_a_complete_and_of_a_killed_run(complete, tmp_path):
@@ -156,7 +157,7 @@ def test_status_of_a_complete_and_of_a_killed_run(complete, tmp_path):
     (killed / "status.json").write_text(json.dumps(said))
     (killed / "checkpoints" / "6" / "digests.json").unlink()
     found = status(killed)
-    assert found.state == "paused" and "process is gone" in found.reason
+    assert found.state == "paused" and "process ended without" in found.reason
     assert [x.whole for x in found.checkpoints] == [False, True]
     assert "DAMAGED: digests.json is missing" in status_text(found)
 
@@ -413,7 +414,7 @@ def test_the_command_stops_within_its_hours_and_says_how_to_go_on(tmp_path):
     )
     done = run_command("train", experiment, "--workdir", tmp_path / "run", "--max-hours", "0.01")
     assert done.returncode == 75, done.stderr
-    assert "the 0.01 hours are used" in done.stderr and "--max-hours 0.01" in done.stderr
+    assert "the 0.01 hours are used up" in done.stderr and "--max-hours 0.01" in done.stderr
     found = status(tmp_path / "run")
     assert found.state == "paused" and found.step == found.checkpoints[0].step
     refused = run_command("train", experiment, "--workdir", tmp_path / "x", "--max-hours", "-1")

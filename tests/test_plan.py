@@ -206,8 +206,8 @@ def test_a_cpu_has_no_capacity_and_no_bound(tmp_path):
         'teacher=TeacherConfig(experiment="tiny.py"), objective=ObjectiveConfig()',
     )
     said = run_command("plan", tmp_path / "student.py", "--topology", "cpu:2").stdout
-    assert said.startswith("cpu:2: 2 devices, resident feeding, 1 steps a dispatch\n")
-    assert "without the training of the teacher first: " in said
+    assert said.startswith("cpu:2: 2 devices, resident feeding, 1 steps per dispatch\n")
+    assert "excluding the teacher's training: plan " in said
     assert "with `fm-distill record` the teacher runs once: " in said
     # 6 steps of 16 rows: 10 classes in two bytes, the offset, the example and its digest.
     recorded = run_command(

@@ -40,6 +40,18 @@ def test_what_ends_between_two_lines_has_a_last_one(capsys):
     assert [x.split(" of ")[0] for x in written] == ["copying: 10", "copying: 11"]
 
 
+def test_the_first_step_which_compiles_is_no_pace(capsys):
+    clock = Clock()
+    with contextlib.closing(ProgressLines("digits", "steps", 61, clock=clock)) as lines:
+        for seconds in (60, 30):
+            clock.now += seconds
+            lines.update(1)
+    assert capsys.readouterr().err.splitlines() == [
+        "digits: 1 of 61 steps (2%)",
+        "digits: 2 of 61 steps (3%), about 29.5 minutes left",
+    ]
+
+
 @pytest.mark.parametrize("show", [True, False])
 def test_something_short_leaves_nothing_in_a_file(capsys, show):
     assert list(progress(range(5), "reading", "checkpoints", 5)) == list(range(5))

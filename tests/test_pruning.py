@@ -246,8 +246,8 @@ def test_bad_input_is_one_sentence():
     assert "expected more than 0" in refused(pruned(pattern="unstructured", sparsity=1.0))
     layer = {"scope": "layer", "sparsity": 0.999}
     assert "leaves none of the 64" in refused(pruned(pattern="unstructured", **layer))
-    assert "takes no sparsity" in refused(pruned(pattern="2:4", sparsity=0.7))
-    assert "takes no power" in refused(pruned(power=2.0))
+    assert "does not use sparsity" in refused(pruned(pattern="2:4", sparsity=0.7))
+    assert "does not use power" in refused(pruned(power=2.0))
     assert "needs weights to start from" in refused(pruned(pattern="kept"))
     odd = dataclasses.replace(STUDENT, block_widths=(6,))
     message = refused(pruned(odd, pattern="1:4"))

@@ -171,12 +171,12 @@ def test_a_changed_range_is_refused(runs):
     changed = dataclasses.replace(run.student, variables=variables)
     data = onnx_file.to_onnx(function_of(changed, "logits"), 16, "dynamic", "bit")
     runtime = onnx_file.load_function(data)
-    with pytest.raises(UserError, match=r"is allowed for 99% and .* keep to it"):
+    with pytest.raises(UserError, match=r"where 99% must be within .* and .* are, so"):
         compare(runtime, "onnx", run.student, "logits", "dynamic", examples)
 
 
 def test_what_is_refused(runs, tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="would hold weights alone"):
+    with pytest.raises(UserError, match="would hold weights only"):
         export(runs / "group", tmp_path / "x.safetensors")
     path = tmp_path / "x.onnx"
     export(runs / "group", path)
@@ -187,7 +187,7 @@ def test_what_is_refused(runs, tmp_path, monkeypatch):
     digest = next(x for x in model.metadata_props if x.key == onnx_file.DIGEST_KEY)
     digest.value = onnx_file._digest(model)
     onnx.save(model, path)
-    with pytest.raises(UserError, match=rf"no positive number, {scale}; export it again"):
+    with pytest.raises(UserError, match=rf"scale that is not positive, {scale}; export it again"):
         open_student(path)
     run = open_run(runs / "group")
     layers = build_network(run.network, 10, jnp.dtype("float32")).quantised_layers
@@ -200,5 +200,5 @@ def test_what_is_refused(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "fm_distill.exporting.export.open_run", lambda *_: dataclasses.replace(run, student=student)
     )
-    with pytest.raises(UserError, match="a broken range of block1_unit01/a/input, nan to nan"):
+    with pytest.raises(UserError, match="an invalid range for block1_unit01/a/input, nan to nan"):
         export(runs / "group", path, overwrite=True)

@@ -167,7 +167,7 @@ RUN = tiny_config(objective=ObjectiveConfig(), teacher=TEACHER)
     [
         ({"quantisation": QuantisationConfig(weights="int8")}, "give both"),
         ({"quantisation": QuantisationConfig(activations="int8")}, "give both"),
-        ({"recording": "r", "weights": None}, "the teacher that was recorded"),
+        ({"recording": "r", "weights": None}, "belongs to the recording"),
         ({"function": "f.py:f", "weights": None}, "called as it is"),
         (
             {
@@ -192,7 +192,7 @@ def test_what_cannot_be_quantised_is_refused(changes, said):
     ],
 )
 def test_a_teacher_that_is_not_asked_in_each_step_is_not_quantised(changes):
-    with pytest.raises(UserError, match="answers in each step"):
+    with pytest.raises(UserError, match="runs in each step"):
         check(dataclasses.replace(RUN, **changes))
 
 
@@ -223,7 +223,7 @@ def test_a_run_goes_on_with_the_ranges_that_it_began_with(taught, tmp_path, monk
 
     monkeypatch.setattr(quantised_teachers, "_calibrated", refused)
     (tmp_path / "run" / NAME).unlink()
-    with pytest.raises(UserError, match="is lost"):
+    with pytest.raises(UserError, match="is missing"):
         train(config, tmp_path / "run")
     for damaged, said in (
         (text[:-9], "cannot be read"),

@@ -157,10 +157,10 @@ def test_what_is_stored_is_the_mean_of_what_the_teacher_computes(taught, tmp_pat
 
 def test_float16_says_what_it_cannot_hold():
     rows = {"stem": np.array([[[1.0, -7e4]]], np.float32)}
-    with pytest.raises(UserError, match=r"stem is up to 70,000 for step 5, and float16 holds 65,"):
+    with pytest.raises(UserError, match=r"stem reaches 70,000 in step 5, and float16 holds 65,"):
         encode_features(rows, "float16", 5)
     np.testing.assert_array_equal(encode_features(rows, "float32", 5)["stem"], rows["stem"])
-    with pytest.raises(UserError, match=r"feature stem for step 5 is not a finite number"):
+    with pytest.raises(UserError, match=r"feature stem in step 5 has values that are not finite"):
         encode_features({"stem": rows["stem"] * np.nan}, "float32", 5)
 
 
@@ -215,7 +215,7 @@ def test_going_on_remembers_the_taps(taught, tmp_path):
     others = block.rows.features | {"block1": 1.1 * block.rows.features["block1"]}
     rows = dataclasses.replace(block.rows, features=others)
     write_shard(shard, dataclasses.replace(block, rows=rows))
-    with pytest.raises(UserError, match=r"answer otherwise than when .* step 5 block1 differ by"):
+    with pytest.raises(UserError, match=r"are not those that .* step 5 block1 differ by"):
         record(config, tmp_path / "a", Stop(), **options)
     write_shard(shard, block)
     # Another session, with four steps in one pass.
@@ -266,12 +266,13 @@ def reading(**term):
         (
             reading(kind="attention"),
             r"attention compares maps, and teacher.recording holds logits and, of `fm-distill "
-            r"record --taps`, features pooled over their places; leave out one",
+            r"record --taps`, features averaged over their positions; leave out one",
         ),
         (
             reading(),
-            r"objective.terms.1: block1 is of shape \(16, 16, 32\) for an image, and "
-            r"teacher.recording holds its mean over the places; give objective.terms.1.pool=mean",
+            r"objective.terms.1: block1 has shape \(16, 16, 32\) per image, and "
+            r"teacher.recording holds its mean over the positions; give "
+            r"objective.terms.1.pool=mean",
         ),
         (
             reading(teacher_tap="root", pool="mean"),
@@ -385,7 +386,7 @@ def test_a_top_k_recording_may_have_features(taught, tmp_path):
         (
             {"teacher": TeacherConfig(function="f.py:g")},
             ("block1",),
-            "teacher.function returns logits alone",
+            "teacher.function returns only logits",
         ),
         (
             {"more_teachers": (TeacherConfig(weights="w"),), "objective": ObjectiveConfig()},
@@ -414,10 +415,10 @@ def test_taps_that_cannot_be_recorded_are_refused(
 @pytest.mark.parametrize(
     ("term", "said"),
     [
-        ({"kind": "attention", "pool": "mean"}, "attention compares places, and"),
+        ({"kind": "attention", "pool": "mean"}, "attention compares positions, and"),
         (
             {"kind": "l2", "pool": "mean", "student_tap": None, "teacher_tap": None},
-            "l2 compares outputs, which have no places: leave out objective.terms.1.pool=mean",
+            "l2 compares outputs, which have no positions: leave out objective.terms.1.pool=mean",
         ),
     ],
 )

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import write_experiment
 from test_function_teachers import FUNCTION, taught_by
-from tiny import resolved_run, tiny_config
+from tiny import NETWORK, resolved_run, tiny_config
 
 from fm_distill.config import (
     MeshConfig,
@@ -34,6 +34,7 @@ from fm_distill.system.preemption import Stop
 from fm_distill.system.sharding import make_layout
 from fm_distill.training import quantised_teachers, recorded
 from fm_distill.training import record as record_module
+from fm_distill.training import train as train_module
 from fm_distill.training.check import problems
 from fm_distill.training.record import record
 from fm_distill.training.recorded import (
@@ -167,6 +168,16 @@ def test_what_is_wrong_is_known_before_a_teacher_is_trained(
     config = dataclasses.replace(config, teacher=TeacherConfig(experiment=teacher), **changes)
     with pytest.raises(UserError, match=said):
         record(config, tmp_path, Stop(), **options)
+
+
+def test_weights_of_the_student_are_looked_for_before_a_teacher_is_trained(tmp_path, monkeypatch):
+    teacher = TeacherConfig(experiment=str(write_experiment(tmp_path / "teacher.py")))
+    student = dataclasses.replace(NETWORK, weights=str(tmp_path / "none.safetensors"))
+    monkeypatch.setattr(train_module, "train_teachers", lambda *_: pytest.fail("trained"))
+    config = tiny_config(teacher=teacher, student=student, objective=ObjectiveConfig())
+    with pytest.raises(UserError, match=r"student\.weights is .*none\.safetensors, which does not"):
+        train_module.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_processes_end_together_where_a_recording_at_a_url_is_refused(tmp_path, monkeypatch):

@@ -202,7 +202,10 @@ def test_where_the_teacher_is_there_it_is_compared_and_evaluated(taught, tmp_pat
     config, folder = taught
     teacher = dataclasses.replace(config.teacher, recording=str(folder / "recording"))
     train(dataclasses.replace(config, teacher=teacher), tmp_path / "run")
-    assert "the recording against the teachers here, in the steps 0" in capsys.readouterr().err
+    assert (
+        "the recording compared with the teachers on this machine, in steps 0"
+        in capsys.readouterr().err
+    )
     found, live = (evaluate(x) for x in (tmp_path / "run", folder / "live"))
     for part in ("student", "teacher", "agreement", "kl"):
         assert found[part] == pytest.approx(live[part], rel=1e-4)
@@ -274,7 +277,7 @@ def test_a_copy_of_another_recording_is_replaced_before_the_run_begins(taught, t
     remote, run = copied(folder, tmp_path), tmp_path / "run"
     student = learning(config, f"file://{remote}")
     with pytest.raises(
-        UserError, match=r"file://.* is of another run:\n  seed: 0 in the recording"
+        UserError, match=r"file://.* belongs to another run:\n  seed: 0 in the recording"
     ):
         train(dataclasses.replace(student, seed=3), run)
     assert not run.exists()
@@ -414,7 +417,9 @@ def test_another_teacher_than_the_recorded_is_refused(taught, tmp_path):
     teacher = dataclasses.replace(
         config.teacher, weights=str(tmp_path / "other.npz"), recording=str(folder / "recording")
     )
-    with pytest.raises(UserError, match="recorded other teachers than the run's: their weights"):
+    with pytest.raises(
+        UserError, match="was recorded from other teachers than the run's: their weights"
+    ):
         train(dataclasses.replace(config, teacher=teacher), tmp_path / "run")
 
 
@@ -426,14 +431,14 @@ def test_a_top_k_recording_teaches_at_its_temperature_alone(taught, tmp_path):
     logits = np.concatenate([read_shard(live.path / x.name).rows.values for x in live.shards])
     assert checked.unseen == pytest.approx(unseen(logits, 3, 2.0), rel=1e-4)
     share, nats = checked.unseen
-    said = f"the rest has {share:.2%} of the probability, and the KL misses {nats:.2g} nats"
+    said = f"the others have {share:.2%} of the probability, and the KL is {nats:.2g} nats too low"
     assert said in recordings.status_text(recorded, checked)
     assert recordings.status(live).unseen is None
     student = learning(config, tmp_path / "top")
     assert train(student, tmp_path / "run").complete
     for change, said in (
         ({"temperature": 1.0}, "objective.temperature: 2.0 in the recording of the top 3"),
-        ({"distance": "l2"}, "l2, and a recording of the top 3 knows kl alone"),
+        ({"distance": "l2"}, "l2, and a recording of the top 3 supports only kl"),
         (
             {"example_weights": ExampleWeightsConfig(kind="teacher_entropy")},
             "teacher_entropy is that of all classes, and the recording has the top 3",
@@ -607,7 +612,7 @@ def test_outputs_for_other_examples_are_refused(taught, feeding):
         feed = ResidentFeed(reader, 1, 16, layout.replicated, layout.ids, **shared)
     else:
         feed = StreamingFeed(reader, 1, 16, 6, layout.batch, **shared)
-    with pytest.raises(UserError, match=r"the recording answered to example .* where this run has"):
+    with pytest.raises(UserError, match=r"the recording has example .* where this run has"):
         next(feed.feed(0, iter([1])))
 
 
@@ -657,7 +662,7 @@ def test_a_stop_while_the_teacher_is_trained_is_no_error(taught, tmp_path):
     config = dataclasses.replace(config, teacher=teacher)
     found = record(config, tmp_path / "recording", Stop(max_hours=1e-9))
     assert not found.complete and found.recording is None
-    assert found.reason == "the 1e-09 hours are used"
+    assert found.reason == "the 1e-09 hours are used up"
     assert Workdir(tmp_path / "recording" / "teacher").read_status().state == "paused"
 
 
@@ -674,7 +679,7 @@ def test_a_full_disk_keeps_the_shards_before(taught, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(writing, "write_shard", full)
-        with pytest.raises(UserError, match=r"cannot be written any more: .*No space left"):
+        with pytest.raises(UserError, match=r"can no longer be written: .*No space left"):
             record(config, tmp_path / "full", Stop(), dtype="float32")
     assert open_recording(tmp_path / "full").ranges == ((0, 2),)
     again = record_now(config, tmp_path / "full", dtype="float32")

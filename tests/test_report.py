@@ -279,15 +279,15 @@ def test_wrong_input(capsys, trained, tmp_path, monkeypatch):
     assert "none is not the workdir of a run" in refused(capsys, "report", "none", "--out", out)
     error = refused(capsys, "report", run, tmp_path, "--out", out)
     assert f"{tmp_path} is not the workdir of a run" in error
-    assert "expected: fm-distill report DIR" in refused(capsys, "report")
+    assert "expected fm-distill report DIR" in refused(capsys, "report")
     assert "given twice" in refused(capsys, "report", run, run, "--out", out)
     assert "there is no folder" in refused(capsys, "report", run, "--out", tmp_path / "no" / "x")
-    assert "is there already" in refused(capsys, "report", run, "--out", tmp_path, "--overwrite")
+    assert "already exists" in refused(capsys, "report", run, "--out", tmp_path, "--overwrite")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert "pip install 'fm-distill[plots]'" in refused(capsys, "report", run, "--out", out)
     assert not out.exists()
     out.write_text("precious")
-    assert "is there already" in refused(capsys, "report", run, "--out", out)
+    assert "already exists" in refused(capsys, "report", run, "--out", out)
     assert out.read_text() == "precious"
 
 

@@ -63,7 +63,7 @@ def same(found: dict[str, np.ndarray]):
 def test_every_order_in_use_is_matched(order):
     found, remark = as_original("x", keyed(in_a_list(order)), SHAPES)
     same(found)
-    assert "not verified on the file" in remark and "check the teacher's accuracy" in remark
+    assert "not verified on a file" in remark and "check the teacher's accuracy" in remark
 
 
 def test_names_are_matched_whatever_encloses_them():
@@ -91,9 +91,9 @@ def test_what_does_not_tell_is_refused():
     )
     refused(keyed([*arrays, np.zeros(5)]), "(5,): 1 variables, expected 0")
     nested = {f"unit/{i}/a": x for i, x in enumerate(arrays)}
-    refused(nested, "nor are they one list")
+    refused(nested, "nor form one list")
     two = {key.replace("model", "ab"[i % 2]): x for i, (key, x) in enumerate(keyed(arrays).items())}
-    refused(two, "nor are they one list")
+    refused(two, "nor form one list")
     alike = [np.zeros_like(x) if x.ndim == 1 and x.size > 7 else x for x in arrays]
     refused(keyed(alike), "cannot be told apart by their values")
 

@@ -259,7 +259,7 @@ def test_the_command_shrinks_exports_and_goes_on_from_the_file(trained, tmp_path
     start = ("train", experiment, "--workdir", tmp_path / "run", "--student.weights")
     done = run_command(*start, trained / "run", *options, *taylor)
     assert done.returncode == 0, done.stderr
-    assert "chosen by the gradient of the first 6 batches" in done.stderr  # all that it has
+    assert "chosen by the gradient over the first 6 batches" in done.stderr  # all that it has
     assert "4 of 8 stay in 1 blocks, by taylor, ranked over the network" in done.stderr
     before = json.loads((trained / "run" / "evaluation.json").read_text())["cost"]["student"]
     after = json.loads((tmp_path / "run" / "evaluation.json").read_text())["cost"]["student"]
@@ -288,14 +288,14 @@ def test_bad_input_is_one_sentence():
     assert "leaves none of the 8 inner channels" in refused(pruned(sparsity=0.9))
     assert "expected more than 0" in refused(pruned(sparsity=0.0))
     assert "needs weights to start from" in refused(dataclasses.replace(pruned(), weights=None))
-    assert "takes no scope" in refused(pruned(scope="layer"))
-    assert "magnitude takes no taylor_batches" in refused(pruned(taylor_batches=3))
+    assert "does not use scope" in refused(pruned(scope="layer"))
+    assert "magnitude does not use taylor_batches" in refused(pruned(taylor_batches=3))
     over = {"ranking": "network"}
     assert "use 0.75 or less" in refused(pruned(sparsity=0.8, **over))
     assert "leaves none of the 8 inner" in refused(pruned(multiple_of=16, **over))
     unlike = PruningConfig(criterion="taylor")
     idle = refused(dataclasses.replace(NETWORK, pruning=unlike))
-    assert "pattern=none takes no criterion" in idle
+    assert "pattern=none does not use criterion" in idle
     other = dataclasses.replace(NETWORK, options={})
     convnext = dataclasses.replace(other, model="convnext_atto", resolution=32)
     assert "convnext_atto has no blocks" in refused(pruned(convnext))

@@ -180,7 +180,7 @@ def test_where_the_gradient_says_nothing_it_is_said(tmp_path, monkeypatch):
 
     own = dataclasses.replace(teacher, fingerprint=fingerprint(start.variables))
     assert "its teacher's own" in said(teachers=(own,))
-    assert "needs a head that was trained" in said(pretrained=dataclasses.replace(start, classes=7))
+    assert "needs a trained head" in said(pretrained=dataclasses.replace(start, classes=7))
     # A block of zeros, whose channels change nothing.
     params = {**start.variables.params}
     params["block1_unit01"] = jax.tree.map(jnp.zeros_like, params["block1_unit01"])

@@ -322,24 +322,24 @@ def one(**term):
         (
             one(schedule=curve((0, 0), (1.5, 1))),
             {},
-            "objective.terms.0.schedule.points are at 0, 1.5 of the run; a run goes from 0 to 1",
+            "objective.terms.0.schedule.points are at 0, 1.5 of the run; expected 0 to 1",
         ),
         (
             one(schedule=curve((0.5, 0), (0.5, 1))),
             {},
-            "objective.terms.0.schedule.points: the shares of the run have to rise",
+            "objective.terms.0.schedule.points: the shares of the run must increase",
         ),
-        (one(schedule=curve((0, -1))), {}, "points: a factor is 0 or more"),
+        (one(schedule=curve((0, -1))), {}, "points: expected factors of 0 or more"),
         (
             dataclasses.replace(one(), temperature_schedule=curve((0, 1), (1, 0))),
             {},
-            "objective.temperature_schedule: a temperature is above zero",
+            "objective.temperature_schedule: got a factor of 0 or less",
         ),
         (
             dataclasses.replace(one(), distance="l2"),
             {},
             "objective.terms are the whole loss, and objective.target=teacher, "
-            "objective.distance=l2 would be another one",
+            "objective.distance=l2 would define another one",
         ),
         (
             one(kind="dkd_target"),

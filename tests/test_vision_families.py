@@ -167,5 +167,7 @@ def test_weights_without_a_head_start_a_student(tmp_path):
 
 def test_pictures_of_no_whole_patches_are_refused():
     config = NetworkConfig(model="vit_tiny_patch16_224", resolution=100)
-    with pytest.raises(ValueError, match=r"100 is no multiple of the 16 pixels.*use 96 or 112"):
+    with pytest.raises(
+        ValueError, match=r"100 is not a multiple of the patch size.*16 pixels; use 96 or 112"
+    ):
         build_network(config, CLASSES, FLOAT32)

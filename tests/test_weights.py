@@ -144,9 +144,9 @@ def test_the_input_range_is_the_files(tmp_path, mean, std, expected):
 def test_an_unknown_input_range_is_refused(tmp_path):
     clip = "[0.48145466, 0.4578275, 0.40821073]", "[0.26862954, 0.26130258, 0.27577711]"
     for mean, std, said in (
-        ("0.43", "0.5", "none of the input ranges here"),
+        ("0.43", "0.5", "none of the input ranges of this"),
         ("0.5", "0.229", "deviation (0.229, 0.229, 0.229), which is none"),
-        (*clip, "which is none of the input ranges here"),
+        (*clip, "which is none of the input ranges of this"),
         ("often", "0.5", "its mean is 'often'; expected one number or three"),
         ("0.5", "[0.5, 0.5]", "its std is '[0.5, 0.5]'; expected one number or three"),
     ):
@@ -160,7 +160,7 @@ def test_an_input_range_that_contradicts_the_file_is_refused(tmp_path):
     refused(
         path,
         "teacher.network.input_range is imagenet",
-        "minus_one_one; a wrong normalisation costs points silently",
+        "minus_one_one; a wrong normalisation silently lowers the accuracy",
         network=asked,
     )
     refused(path, "student.input_range is imagenet", network=asked, option="student")
@@ -208,7 +208,7 @@ def test_a_file_that_says_too_little_is_refused_without_a_network(tmp_path):
     path = written(tmp_path / "a.safetensors", tensors, {"architecture": "resnetv2_50x1_bit.goog"})
     refused(path, "but not at what resolution", "model='bit_r50x1'", network=None)
     path = written(tmp_path / "b.safetensors", tensors, {"architecture": "vit_base"})
-    refused(path, "says that it is a vit_base, which is none of", network=None)
+    refused(path, "says that it is a vit_base, which is not one of", network=None)
 
 
 def test_another_architecture_is_refused(tmp_path):
@@ -273,7 +273,7 @@ def test_two_tensors_of_one_name_are_refused(tmp_path):
         name = "resnet/root_block/standardized_conv2d/kernel"
         return tensors | {name.replace("2d/", "2d_4/"): tensors[name]}
 
-    refused(original(tmp_path / "x.npz", change), "several tensors of one name")
+    refused(original(tmp_path / "x.npz", change), "several tensors whose names differ only")
 
 
 def test_unknown_names_are_refused(tmp_path):
@@ -326,7 +326,7 @@ def test_flipped_byte_of_a_safetensors_header(tmp_path, at):
 
 def test_empty_and_unknown_files(tmp_path):
     for content, said in (
-        (b"", "is of no format that is known here"),
+        (b"", "has an unknown format"),
         (b"\x89HDF\r\n\x1a\n" + bytes(50), "is an HDF5 file. Convert it once, with Keras"),
         (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         (b"<!DOCTYPE html><html>", "is a web page"),
@@ -337,7 +337,7 @@ def test_empty_and_unknown_files(tmp_path):
     refused(tmp_path / "one.npy", "is one array")
     with zipfile.ZipFile(tmp_path / "x.keras", "w") as archive:
         archive.writestr("metadata.json", "{}")
-    refused(tmp_path / "x.keras", "a zip archive of other things than arrays")
+    refused(tmp_path / "x.keras", "a zip archive, but not of arrays")
 
 
 class Bomb:
@@ -392,7 +392,7 @@ def test_a_repository_of_the_hub(hub_cache):
     found = load_weights("hf://someone/small", SMALL, "teacher")
     same_arrays(found.variables)
     assert "hf://someone/small: 7 classes" in found.notes[0]
-    refused("hf://someone/small@v2", "hf://someone/small@v2 cannot be had")
+    refused("hf://someone/small@v2", "hf://someone/small@v2 cannot be downloaded")
 
 
 def test_a_revision_of_the_hub(hub_cache):
@@ -408,9 +408,11 @@ def test_a_damaged_download_is_refused(hub_cache):
 
 
 def test_the_hub_out_of_reach(hub_cache, monkeypatch):
-    refused("hf://someone/small", "cannot be had (LocalEntryNotFoundError", "give the folder")
+    refused(
+        "hf://someone/small", "cannot be downloaded (LocalEntryNotFoundError", "give the folder"
+    )
     refused("hf://someone", "is not an address of the hub; expected hf://OWNER/REPO")
-    refused("hf://some..one/x", "cannot be had (HFValidationError")
+    refused("hf://some..one/x", "cannot be downloaded (HFValidationError")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     refused("hf://someone/small", "needs the package huggingface_hub: pip install -e '.[hub]'")
 

@@ -14,7 +14,7 @@ import time
 
 from disturb import TIMEOUT_S, Watched
 
-SAID = "the first new step is done"
+SAID = "the first new step ended"
 
 
 def seconds_to_first_step(experiment: pathlib.Path, workdir: pathlib.Path, *options: str) -> float:

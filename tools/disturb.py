@@ -290,7 +290,7 @@ def disturbed(
             assert run.step() <= newest, f"logged {run.step()}, on disk {newest}"
             status = Workdir(pieces).read("status.json")
             assert newest == (status["step"] if status else 0), status
-            if newest < steps and "the first new step is done" in run.text():
+            if newest < steps and "the first new step ended" in run.text():
                 assert " steps: stopped by SIGTERM; " in run.text(), run.text()
     last = Watched(experiment, pieces)
     assert last.finish() == EXIT_COMPLETE, last.text()

@@ -138,7 +138,7 @@ def broken_disk(folder: pathlib.Path, count: int) -> Iterator[Tried]:
         options = ("--checkpoint.every-steps", "5", "--checkpoint.keep", "50")
         full = Watched(experiment, mounted / "run", *options)
         code = full.finish()
-        assert code == EXIT_TRAINING_FAILED and "fault of ours" not in full.text(), full.text()
+        assert code == EXIT_TRAINING_FAILED and "internal error" not in full.text(), full.text()
         assert newest_valid(mounted / "run" / "checkpoints").step > 0
         (mounted / "fill").unlink()
         again = Watched(experiment, mounted / "run", "--checkpoint.keep", "1")
@@ -197,7 +197,7 @@ def meshes(
             assert code == EXIT_PAUSED, run.text()
         else:
             assert run.finish() == EXIT_COMPLETE, run.text()
-    assert "equality in every bit is promised only for the same" in run.text(), run.text()
+    assert "bit-for-bit equality is guaranteed only for the same" in run.text(), run.text()
     apart = furthest(folder / "one", folder / "changing")
     # Differences of rounding grow with each step; Adam's steps are of 3e-3 here.
     assert apart < 5e-3, apart

@@ -103,7 +103,7 @@ def main() -> None:
         run = Watched(experiment, folder / "run", *words)
         samples = watch(run, asked.steps, every_s=0.5)
         lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
-        lines = [x for x in run.text().splitlines() if "held them up" in x]
+        lines = [x for x in run.text().splitlines() if "blocked training" in x]
     print(table(samples, asked.steps))
     mean_bytes = sum(map(len, lines)) / len(lines)
     print(f"\n{len(lines):,} lines of metrics.jsonl, {mean_bytes:.0f} bytes each")

@@ -20,7 +20,7 @@ class _Bench:
     threads: int | None = None
     """Threads of each runtime; None: one for each core."""
     seconds: float = 2.0
-    """Time for which each is called, beside its warm-up."""
+    """How long each is called, after its warm-up."""
     json: bool = False
     """Print one JSON object."""
 

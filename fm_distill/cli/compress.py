@@ -22,11 +22,11 @@ class _Compress(OverConfig):
         "quantise:int4-weights."
     )
     to: str = ""
-    """Where the steps' runs and files lie; by default `compressed` in the run's workdir."""
+    """The folder of the steps' runs and files; by default `compressed` in the run's workdir."""
     format: tuple[Literal["onnx", "stablehlo", "tflite"], ...] = ("onnx",)
     """The files whose bytes and latency are measured: one format, or several side by side."""
     seconds: float = 2.0
-    """Time for which each file is called, beside its warm-up."""
+    """How long each file is called, after its warm-up."""
     max_hours: float | None = None
     """Stop training within this many hours, with everything saved."""
 

@@ -9,7 +9,7 @@ from fm_distill.errors import EXIT_COMPLETE, UserError
 
 @dataclasses.dataclass(frozen=True)
 class _Demo(OverConfig):
-    """A page on this machine, where one drops images and sees student and teacher side by side."""
+    """A page on this machine: drop images, and see student and teacher side by side."""
 
     port: int = 8765
     """Port of the loopback address; 0 takes a free one."""
@@ -25,8 +25,8 @@ def demo_command(arguments: list[str]) -> int:
 
     if arguments and pathlib.Path(arguments[0]).suffix == ".safetensors":
         raise UserError(
-            f"{arguments[0]} holds weights; give the run that it is of, or one of its files with "
-            f"the whole function ({', '.join(FORMATS)})"
+            f"{arguments[0]} holds weights only; give the run that it was exported from, or an "
+            f"export of the whole function ({', '.join(FORMATS)})"
         )
     if arguments and pathlib.Path(arguments[0]).suffix in FORMATS:
         path, rest = first(arguments, "demo FILE")
@@ -41,7 +41,7 @@ def demo_command(arguments: list[str]) -> int:
         for network in networks:
             warm_up(network)
         print(f"http://{LOOPBACK}:{server.server_port}/", flush=True)
-        log("open this page in a browser; control-C ends it")
+        log("open this page in a browser; Ctrl-C stops the server")
         try:
             server.serve_forever()
         except KeyboardInterrupt:

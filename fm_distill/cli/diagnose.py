@@ -9,12 +9,12 @@ from fm_distill.errors import EXIT_COMPLETE, UserError
 
 @dataclasses.dataclass(frozen=True)
 class _Diagnose(OverConfig):
-    """What is wrong with a run, by name, with the evidence and what to change."""
+    """What is wrong with a run: named causes, with the evidence and what to change."""
 
     out: str = ""
-    """A page to write too, with the picture of CKA."""
+    """Also write a page there, with the picture of CKA."""
     examples: int = 1024
-    """Training examples that are looked at: those of the newest steps."""
+    """Training examples that are examined: those of the newest steps."""
     overwrite: bool = False
     """Replace the page that is there."""
     json: bool = False

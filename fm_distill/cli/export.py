@@ -23,25 +23,25 @@ class _Export:
     out: tyro.conf.Positional[str]
     """The file to write; the card of a .safetensors comes beside it as .json, too."""
     step: int | None = None
-    """The checkpoint after so many steps; None: the newest."""
+    """The checkpoint of this step; None: the newest."""
     batch: int | Literal["dynamic"] = 1
     """Images that a function takes at once; dynamic: any number."""
     output: Literal["probabilities", "logits"] = "probabilities"
     """What a function returns."""
     quantise: Literal["none", "float16", "dynamic", "int8"] = "none"
     (
-        "Of a .tflite: float16 weights, int8 weights (dynamic), or int8 weights and activations; "
-        "int8 of an .onnx, too."
+        "For .tflite: float16 weights, int8 weights (dynamic), or int8 weights and activations; "
+        "int8 also for .onnx."
     )
     float_layers: tuple[str, ...] = ()
-    """With int8 of an .onnx: paths of layers that stay in floats (mixed precision)."""
+    """With int8 and .onnx: paths of layers that stay in floats (mixed precision)."""
     range_percentile: float = 100.0
     (
-        "With int8 of an .onnx: where the ranges of activations end, as a percentile of what the "
+        "With int8 and .onnx: where the ranges of activations end, as a percentile of what the "
         "images show."
     )
     data_dir: str | None = None
-    """Where the data are now on which a function is compared with its run."""
+    """Where to find the data on which a function is compared with its run, if they have moved."""
     overwrite: bool = False
     """Replace what is there."""
 
@@ -71,29 +71,32 @@ def _lines(out: str, card: "Card") -> list[str]:
     what = "the moving average (EMA) of the student" if card.averaged else "the student"
     held = f"{out}: {what} after {card.step:,} steps, {card.model}, {card.classes} classes"
     if card.function is None:
-        return [f"{held}, with the names of {card.naming}"]
+        return [f"{held}, tensors named as in {card.naming}"]
     facts, parity, side = card.function, card.function.parity, card.resolution
     lines = [
         held,
         f"uint8 ({facts.batch}, {side}, {side}, 3) to {facts.output}",
-        f"{parity.runtime}, on {parity.images:,} images of the {parity.split} split: differs by "
-        f"up to {parity.largest_difference:.2g} ({parity.bound:.2g} is allowed), the same class "
-        f"for {100 * parity.agreement:.2f} %",
+        f"{parity.runtime}, on {parity.images:,} images of the {parity.split} split: largest "
+        f"difference {parity.largest_difference:.2g} ({parity.bound:.2g} allowed), same top-1 "
+        f"class for {100 * parity.agreement:.2f} %",
     ]
     if parity.within_bound < 1:
-        lines.append(f"{100 * parity.within_bound:.2f} % of the numbers are within what is allowed")
+        lines.append(f"{100 * parity.within_bound:.2f} % of the values are within the tolerance")
     if facts.bytes and facts.float32_bytes:
-        share = f"{facts.bytes / facts.float32_bytes:.2f} of its weights as float32"
+        share = f"{facts.bytes / facts.float32_bytes:.2f} of the size of its float32 weights"
         lines.append(f"{facts.bytes:,} bytes without its card, {share}")
     if facts.layer_errors:
-        lines.append("largest errors of layers, relative to their outputs:")
+        lines.append("layers with the largest errors, relative to their outputs:")
         lines += _worst(facts.layer_errors)
     if facts.layer_effects:
-        lines.append("layers that alone move the logits most, relative to their spread:")
+        lines.append(
+            "layers whose quantisation alone changes the logits most, relative to the logits' "
+            "spread:"
+        )
         lines += _worst(facts.layer_effects)
     if mixed := facts.mixed_precision:
         lines.append(
-            f"error of the logits with all layers rounded: {100 * mixed.error:.1f} %; "
+            f"error of the logits with all layers quantised: {100 * mixed.error:.1f} %; "
             f"{100 * mixed.error_with_them:.1f} % with --float-layers "
             f"{' '.join(mixed.float_layers)}"
         )
@@ -112,7 +115,10 @@ def _worst(by_layer: dict[str, float]) -> list[str]:
 
 def _parts(quantise: str, operations: dict[str, int]) -> str:
     count = operations.get("DELEGATE", 0)
-    line = f"XNNPACK computes it in {count} part{'' if count == 1 else 's'}"
+    line = f"XNNPACK runs it in {count} partition{'' if count == 1 else 's'}"
     if quantise == "int8" and (outside := operations.get("HARD_SWISH", 0)):
-        line += f", around {outside} HARD_SWISH that it has not in int8: relu6 students stay whole"
+        line += (
+            f", split by {outside} HARD_SWISH, which it lacks in int8: students with relu6 stay "
+            "in one"
+        )
     return line

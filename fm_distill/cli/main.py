@@ -39,50 +39,50 @@ USAGE = """usage: fm-distill COMMAND ...
 
   train EXPERIMENT.py [--workdir DIR] [--max-hours H] [--any.config.field VALUE ...]
       train the run of an experiment, or continue it; the workdir is runs/NAME
-      --resume-from DIR  continue a copy of a run that can only be read; gs://... too
+      --resume-from DIR  continue from a copy of this run, which is only read; gs://... too
       --extend           allow a longer schedule than the workdir was trained with
   record EXPERIMENT.py [--to DIR] [--steps A:B] [--max-hours H] [--any.config.field VALUE ...]
-      the teacher's answers to the run's views, once, for any number of students:
+      record the teacher's outputs for the run's views, once, for any number of students:
       train EXPERIMENT.py --teacher.recording DIR
   status DIR [--json]
       progress, time left, and whether each checkpoint, or shard of a recording, is intact
   sweep EXPERIMENT.py --over OPTION=VALUE,VALUE,... [--workdir DIR] [--any.config.field VALUE ...]
-      every combination of the values, and a table of means and spreads over the seeds; where the
-      students differ in cost, which of them are Pareto-optimal; --cost measures latency, too
+      train every combination of the values; a table of means and spreads over the seeds; where the
+      students differ in cost, which of them are Pareto-optimal; --cost also measures latency
   evaluate DIR|FILE.{onnx,stablehlo,tflite} [--split test] [--json] [--data.data-dir PATH]
-      student and teacher on every example of a split
-      --step N           the checkpoint after so many steps
-      --teacher.weights FILE, --teacher.workdir DIR  where the teacher is now
-      --cost             measure latency and memory of both, too
+      evaluate student and teacher on every example of a split
+      --step N           evaluate the checkpoint of step N
+      --teacher.weights FILE, --teacher.workdir DIR  where to find the teacher, if it has moved
+      --cost             also measure latency and memory of both
   predict DIR|STUDENT.{safetensors,onnx,stablehlo,tflite} IMAGE [IMAGE ...] [--top 5] [--json]
       the student's classes and probabilities for image files, folders and .npy arrays
   export DIR OUT.safetensors [--step N] [--overwrite]
       the student as a weight file in timm's or Keras's names, with a card
   export DIR OUT.{onnx,stablehlo,tflite} [--batch N|dynamic] [--output logits] [--data-dir PATH]
-      uint8 pixels to probabilities as one function, written where it agrees with the run
-      --quantise int8    calibrated on training images; of a .tflite float16 or dynamic, too
+      one function from uint8 pixels to probabilities, written only if it agrees with the run
+      --quantise int8    calibrated on training images; for .tflite also float16 or dynamic
   demo DIR|FILE [--port 8765]
       a page on this machine: drop images, and see student and teacher side by side
   bench FILE|DIR [FILE|DIR ...] [--batch-size 1] [--threads N] [--seconds 2] [--json]
-      latency, throughput and memory of exports and of runs, their teachers too, on this CPU
+      latency, throughput and memory of exports, of runs and of their teachers, on this CPU
   compress DIR --steps prune:structured:0.5 quantise:int8 ... [--any.config.field VALUE ...]
-      the student smaller, step after step, each trained by the teacher; and what each costs
+      make the student smaller step by step, each step retrained by the teacher; what each costs
   report DIR [DIR ...] [--out report.html] [--data-dir PATH] [--teacher-weights FILE] [--overwrite]
       one HTML file: figures of the runs side by side, curves, views, disagreements
-      --cost             measure latency and memory of the networks, too
+      --cost             also measure latency and memory of the networks
   diagnose DIR [--json] [--out page.html] [--examples 1024] [--data.data-dir PATH]
-      what is wrong with a run, complete or not, by name, with the evidence and what to change
+      what is wrong with a run, complete or not: named causes, evidence and what to change
   show EXPERIMENT.py [--any.config.field VALUE ...]
-      the config, and what follows from it and from the data and weights that are here
+      the config, and what follows from it and from the data and weights on this machine
   profile EXPERIMENT.py|DIR [--measured-steps 20] [--trace DIR] [--json]
       where the time of a step and the memory go, and whether the device waits for its input
   plan EXPERIMENT.py --topology v3-8 [--max-hours 9] [--weekly-hours 20] [--num-examples N] [--json]
       whether the run compiles and fits there, and how long it would take; no TPU is needed
 
 `fm-distill train --help` lists every field; with an EXPERIMENT.py, with its values.
---lr, --steps and --epochs stand for --optimizer.learning-rate, --schedule.total-steps and
---schedule.total-epochs; --verbose, with any command, shows what the libraries remark, and
---trust-code runs code that somebody else's run names (docs/own-parts.md)."""
+--lr, --steps and --epochs are short for --optimizer.learning-rate, --schedule.total-steps and
+--schedule.total-epochs; --verbose, with any command, shows the libraries' own messages;
+--trust-code runs code that somebody else's run refers to (docs/own-parts.md)."""
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -104,14 +104,14 @@ def _dispatch(arguments: list[str]) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Evaluate(OverConfig):
-    """Student and teacher on every example of a split."""
+    """Evaluates student and teacher on every example of a split."""
 
     split: str = "test"
     """The split: train, validation or test."""
     step: int | None = None
-    """The checkpoint after so many steps; None: the newest."""
+    """The checkpoint of this step; None: the newest."""
     cost: bool = False
-    """Measure latency and activation memory of student and teacher, too."""
+    """Also measure latency and activation memory of student and teacher."""
     json: bool = False
     """Print one JSON object."""
 
@@ -184,11 +184,11 @@ class _Report:
     out: str = "report.html"
     """The file to write."""
     data_dir: str | None = None
-    """Where the data lie now, if not where the runs had them."""
+    """Where the data are now, if not where the runs had them."""
     teacher_weights: str | None = None
-    """Where the teacher's weights lie now."""
+    """Where the teacher's weights are now."""
     cost: bool = False
-    """Measure latency and activation memory of students and teachers, too."""
+    """Also measure latency and activation memory of students and teachers."""
     overwrite: bool = False
     """Replace what is there."""
 
@@ -212,7 +212,7 @@ def _report(arguments: list[str]) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class _Show(OverConfig):
-    """The config, and what follows from it and from the data and weights that are here."""
+    """The config, and what follows from it and from the data and weights on this machine."""
 
     taps: bool = False
     """List the features of the networks, which terms of the loss can read, instead."""
@@ -230,7 +230,7 @@ def _show(arguments: list[str]) -> int:
 
     check(asked.config)
     if asked.modules and not asked.taps:
-        raise UserError("--modules is a part of --taps; give both")
+        raise UserError("--modules needs --taps; give both")
     if asked.taps:
         from fm_distill.config.teachers import teachers_of
         from fm_distill.networks.taps import tap_table
@@ -247,7 +247,7 @@ def _show(arguments: list[str]) -> int:
     except UserError as error:
         print(f"\n# not resolved: {error}")
     else:
-        print("\n# resolved with the data, weights and devices that are here")
+        print("\n# resolved with the data, weights and devices of this machine")
         print("\n".join(resolved.lines()))
     return EXIT_COMPLETE
 

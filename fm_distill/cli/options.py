@@ -1,7 +1,6 @@
 """What all commands share: options over a config, exit codes, and quiet libraries."""
 
 import dataclasses
-import difflib
 import errno
 import itertools
 import logging
@@ -17,8 +16,10 @@ import tyro
 
 from fm_distill.config import Config
 from fm_distill.config.options import (
+    ALIASES,
     empty,
     is_model_option,
+    nearest,
     option_names,
     optional_parts,
     with_parts,
@@ -39,12 +40,6 @@ from fm_distill.system.foreign_code import FLAG, trusted_code
 VERBOSE = "--verbose"
 HELP = ("-h", "--help")
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-# Other names of options that are typed often.
-ALIASES = {
-    "lr": "optimizer.learning_rate",
-    "steps": "schedule.total_steps",
-    "epochs": "schedule.total_epochs",
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,7 +58,7 @@ def guarded(command: Callable[[list[str]], int], arguments: list[str]) -> int:
     try:
         with trusted_code(FLAG in arguments):
             code = command(arguments)
-        print(end="", flush=True)  # a full disk is met here, and not when Python ends
+        print(end="", flush=True)  # a full disk is noticed here, and not when Python exits
         return code
     except UserError as error:
         print(f"fm-distill: {error}", file=sys.stderr)
@@ -73,7 +68,7 @@ def guarded(command: Callable[[list[str]], int], arguments: list[str]) -> int:
         return EXIT_TRAINING_FAILED
     except KeyboardInterrupt:
         print("fm-distill: interrupted", file=sys.stderr, flush=True)
-        # At once: a write in the background must not hold up the person who asked twice.
+        # At once: a write in the background must not delay the person who asked twice.
         os._exit(EXIT_INTERRUPTED_TWICE)
     except BrokenPipeError:
         os._exit(EXIT_OUR_FAULT)
@@ -81,13 +76,13 @@ def guarded(command: Callable[[list[str]], int], arguments: list[str]) -> int:
         if isinstance(error, OSError) and error.errno in NO_ROOM:
             place = "" if error.filename is None else f" for {error.filename}"
             print(
-                f"fm-distill: the disk or its quota is full{place}; make room, and run the same "
-                "command again",
+                f"fm-distill: the disk or its quota is full{place}; free some space, and run the "
+                "same command again",
                 file=sys.stderr,
             )
             _drop_output()
             return EXIT_WRONG_INPUT
-        print("fm-distill: a fault of ours; please report it with the lines below", file=sys.stderr)
+        print("fm-distill: internal error; please report it with the lines below", file=sys.stderr)
         raise
 
 
@@ -100,23 +95,24 @@ def _drop_output() -> None:
 
 
 def flags_last(arguments: list[str]) -> list[str]:
-    """The flags that every command has behind all else: commands look at what comes first."""
+    """Moves the flags that every command has to the end: commands look at what comes first."""
     return sorted(arguments, key=lambda x: x in (VERBOSE, FLAG))
 
 
 def quiet(arguments: list[str]) -> None:
-    """Keeps libraries' remarks, which few can act on, out of sight, unless `--verbose` asks."""
+    """Hides the libraries' own messages, which few can act on, unless `--verbose` is given."""
     if VERBOSE in arguments:
         return
     warnings.filterwarnings("ignore", module="(tensorflow_datasets|orbax|flax|tensorboardX).*")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "critical")  # its import sets its logger's level
     for name in ("absl", "jax", "orbax", "grain", "tensorboardX", "huggingface_hub", "tensorflow"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     threading.excepthook = _thread_failed
 
 
 def _thread_failed(failure: threading.ExceptHookArgs) -> None:
-    """Orbax raises again what its threads raise, where `checkpoint.py` makes a sentence of it."""
+    """Orbax raises again what its threads raise, and `checkpoint.py` turns it into a message."""
     if not type(failure.thread).__module__.startswith("orbax."):
         threading.__excepthook__(failure)
 
@@ -130,7 +126,7 @@ def first(arguments: list[str], usage: str) -> tuple[str, list[str]]:
     if arguments and arguments[0] in HELP:
         return usage.split()[1], arguments
     if not arguments or arguments[0].startswith("-"):
-        raise UserError(f"expected: fm-distill {usage}, with the options behind it")
+        raise UserError(f"expected fm-distill {usage}, followed by the options")
     return arguments[0], arguments[1:]
 
 
@@ -224,7 +220,7 @@ def parse_over(kind: type[Over], default: Config, arguments: list[str], command:
         if is_model_option(name, fields):
             tokens = [value] if equals else _before_next(waiting)
             if not tokens:
-                raise UserError(f"{written} has no value; give one behind it")
+                raise UserError(f"{written} has no value; give one after it")
             of_models[name] = option_value(tokens)
             waiting = waiting if equals else waiting[len(tokens) :]
             continue
@@ -233,7 +229,10 @@ def parse_over(kind: type[Over], default: Config, arguments: list[str], command:
             near = f"did you mean {near}?" if near else "--help lists all"
             section, _, leaf = name.rpartition(".")
             if f"{section}.options" in fields:
-                near += f" What one model alone has is {_written(f'{section}.options.{leaf}')}"
+                near += (
+                    " An option of one model alone is written "
+                    f"{_written(f'{section}.options.{leaf}')}"
+                )
             raise UserError(f"there is no option {written}; {near}")
         named.add(name)
         options.append(_written(name) + equals + value)
@@ -259,16 +258,3 @@ def option_value(tokens: list[str]) -> Any:
 
 def _written(name: str) -> str:
     return "--" + name.replace("_", "-")
-
-
-def nearest(name: str, known: list[str]) -> list[str]:
-    """Up to three of the options that may be meant by `name`, the likeliest first."""
-    section, _, leaf = name.rpartition(".")
-
-    def means(option: str) -> bool:
-        words = option.rpartition(".")[2]
-        return leaf == words or leaf == "".join(x[0] for x in words.split("_"))
-
-    same = [x for x in known if means(x) or x == ALIASES.get(leaf)]
-    inside = [x for x in same if x.rpartition(".")[0] == section]
-    return (inside or same or difflib.get_close_matches(name, known, 3, 0.6))[:3]

@@ -16,7 +16,7 @@ class _Plan(OverConfig):
     max_hours: float = 9.0
     """How long a session may be."""
     weekly_hours: float = 20.0
-    """Hours on the accelerator that a week allows."""
+    """Hours on the accelerator available per week."""
     num_examples: int | None = None
     """Training examples, where the experiment does not give them."""
     by_operation: bool = False

@@ -10,7 +10,7 @@ from fm_distill.errors import EXIT_COMPLETE
 ADVICE = {
     "input": "input-bound: the device waits for its batches. Keep the data in device memory "
     "(--data.feeding resident), raise --data.workers, or store smaller images",
-    "compute": "compute-bound: the device works and the batches are there in time",
+    "compute": "compute-bound: the device is busy, and its batches are ready in time",
 }
 
 
@@ -62,16 +62,16 @@ def _lines(found: dict) -> list[str]:
     )
     lines = [
         title,
-        row("a step, waited for", step_ms),
-        row("of it waiting for the batch", found["wait_ms"]),
-        "as programs of their own:",
+        row("one step, end to end", step_ms),
+        row("of that, waiting for the batch", found["wait_ms"]),
+        "as separate programs:",
         *(row(name, found[f"{name}_ms"]) for name in ("views", "targets", "student", "update")),
-        "on the host, for a batch, one thread:",
+        "on the host, per batch, in one thread:",
         *(row(name, found[f"{name}_ms"]) for name in ("reading", "decoding", "logging")),
-        row("all that read ahead, together", found["feeding_ms"]),
-        "memory of all devices together:",
+        row("all readers together", found["feeding_ms"]),
+        "memory over all devices:",
         *(f"  {name:<34}{count / 1e6:>10,.1f} MB" for name, count in found["memory_bytes"].items()),
     ]
     if found["temporary_bytes"] is not None:
-        lines.append(f"  {'temporary, of a device':<34}{found['temporary_bytes'] / 1e6:>10,.1f} MB")
+        lines.append(f"  {'temporary, per device':<34}{found['temporary_bytes'] / 1e6:>10,.1f} MB")
     return [*lines, f"compiled in {found['compile_s']:.1f} s", ADVICE[found["bound"]]]

@@ -14,7 +14,7 @@ from fm_distill.system.preemption import Stop, stop_signals
 
 @dataclasses.dataclass(frozen=True)
 class _Record(OverConfig):
-    """Records what the teachers answer to the views of a run, or continues to."""
+    """Records the teachers' outputs for the views of a run, or continues a recording."""
 
     to: str = ""
     """The folder of the recording; recordings/NAME if it is not given."""
@@ -23,9 +23,12 @@ class _Record(OverConfig):
     dtype: Literal["float16", "float32"] = "float16"
     """Type of the stored logits; float16 stores each row minus its maximum."""
     top_k: int | None = None
-    """Store the K largest logits alone, and the log-sum-exp of the others."""
+    """Store only the K largest logits, and the log-sum-exp of the others."""
     taps: tuple[str, ...] = ()
-    """Features of the teacher to store too, each in the mean over its places; `show --taps`."""
+    (
+        "Features of the teacher to store too, each averaged over its positions; `show --taps` "
+        "lists them."
+    )
     max_hours: float | None = None
     """Stop within this many hours, with everything saved."""
 

@@ -6,7 +6,8 @@ import pathlib
 import shlex
 import sys
 
-from fm_distill.cli.options import ALIASES, OverConfig, first_experiment, guarded, parse_over, quiet
+from fm_distill.cli.options import OverConfig, first_experiment, guarded, parse_over, quiet
+from fm_distill.config.options import ALIASES
 from fm_distill.errors import EXIT_COMPLETE, EXIT_PAUSED, UserError
 from fm_distill.system.console import log, sessions_left
 from fm_distill.system.preemption import Stop, stop_signals
@@ -25,7 +26,7 @@ class _Train(OverConfig):
     """Trains the run of an experiment, or continues it."""
 
     workdir: str = ""
-    """Where the run lies."""
+    """The run's folder; runs/NAME if it is not given."""
     max_hours: float | None = None
     (
         "Stop within this many hours, those of teachers that are trained first too, all saved; "
@@ -63,7 +64,7 @@ def _train_as_one_of_many(arguments: list[str]) -> None:
 
     code = guarded(command, arguments)
     if code not in (EXIT_COMPLETE, EXIT_PAUSED):
-        os._exit(code)  # a leave-taking that waits for peers would hide the error
+        os._exit(code)  # an exit that waits for peers would hide the error
     sys.exit(code)
 
 
@@ -103,7 +104,7 @@ def check_hours(hours: float | None) -> None:
 
 
 def say_paused(command: list[str], reason: str) -> None:
-    """Why a command stopped, and the command that goes on."""
+    """Why a command stopped, and the command that continues."""
     line = shlex.join(["fm-distill", *command])
     print(f"paused{reason}; run again to continue:\n  {line}", file=sys.stderr)
 
@@ -115,11 +116,11 @@ class _Sweep(OverConfig):
     over: tuple[str, ...] = ()
     """Options and their values, e.g. `seed=0,1,2 objective.temperature=1,2`."""
     workdir: str = ""
-    """Where the runs lie, each in a folder of its own."""
+    """The folder of the runs, each in a sub-folder of its own."""
     max_hours: float | None = None
     """Stop within this many hours, with everything saved."""
     cost: bool = False
-    """Measure latency and activation memory of the networks, too, when all runs are complete."""
+    """Also measure latency and activation memory of the networks, when all runs are complete."""
 
 
 def sweep_command(arguments: list[str]) -> int:

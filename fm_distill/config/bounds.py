@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Annotated, Any
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class Bounds:
     """The finite numbers that a field takes."""
 
@@ -21,7 +21,8 @@ class Bounds:
         within = self.least <= value <= self.most and self.above < value < self.below
         return within and math.isfinite(value)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
+        # The command line's parser prints it where a value has another type.
         if self.above > -math.inf and self.most < math.inf:
             return f"more than {self.above:.12g}, and {self.most:.12g} or less"
         if self.above == 0:

@@ -28,7 +28,7 @@ class TransferConfig:
     name: str = ""
     """Name of the TFDS data set of these images; unused by the other sources."""
     data_dir: str = ""
-    """Where these images lie: TFDS's `data_dir`, or their folder."""
+    """Where these images are: TFDS's `data_dir`, or their folder."""
     split: str = "train"
     """The split of these images, as their data set names it; for folders, the sub-folder."""
     examples: PositiveInt | None = None
@@ -84,13 +84,13 @@ class DataConfig:
     validation: SplitConfig | None = None
     """The split that is evaluated while training; None for no such evaluation."""
     test: SplitConfig | None = None
-    """The split that a complete run is judged on; None takes validation, or else train."""
+    """The split that a complete run is evaluated on; None takes validation, or else train."""
     classes: Annotated[int, Bounds(least=2)] | None = None
     """Number of classes of the labels; None takes it from the data, or from the teacher."""
     class_names: str | None = None
     (
-        "Names of the classes where the images have no labels: a text file with a name a line, or "
-        "`imagenet` for the 1,000 of ILSVRC 2012 in their usual order."
+        "Names of the classes where the images have no labels: a text file with one name per "
+        "line, or `imagenet` for the 1,000 of ILSVRC 2012 in their usual order."
     )
     canvas: CanvasConfig
     feeding: Literal["auto", "resident", "streaming"] = "auto"
@@ -111,12 +111,12 @@ class FourierConfig:
     """Fourier domain adaptation: training views with the low frequencies of target images."""
 
     folder: str | None = None
-    """Folder of the target images, of all of its sub-folders too; None: views stay as they are."""
+    """Folder of the target images, including its sub-folders; None: views stay as they are."""
     beta: Annotated[float, Bounds(above=0, most=0.5)] = 0.01
     (
-        "Half the width of the square of low frequencies whose amplitudes are the target's, as a "
-        "fraction of each network's resolution, rounded down to pixels; 0 pixels are the mean of "
-        "each channel alone."
+        "Half the width of the square of low frequencies whose amplitudes are replaced by the "
+        "target's, as a fraction of each network's resolution, rounded down to pixels; 0 pixels "
+        "are the mean of each channel alone."
     )
     probability: Annotated[float, Bounds(above=0, most=1)] = 1.0
     """Probability that a view is adapted."""
@@ -142,20 +142,20 @@ class ViewConfig:
     """Smallest and largest width / height of a crop."""
     resolution_points: tuple[tuple[int, float], ...] = ()
     (
-        "Schedule of the resolution of crops: pairs of a step and pixels a side, linear between, "
-        "to which crops are reduced before they are enlarged for each network; a network of no "
-        "more pixels than that sees them as they are."
+        "Schedule of the resolution of crops: pairs of a step and pixels a side, linear in "
+        "between, to which crops are reduced before they are enlarged for each network; a "
+        "network of no more pixels than that sees them as they are."
     )
     flip_probability: Share = 0.5
     """Probability that a view is mirrored."""
     mixup: Literal["batch", "example", "none"] = "batch"
-    """Mixup: one coefficient a batch (the recipe), one an example, or none."""
+    """Mixup: one coefficient per batch (the recipe), one per example, or none."""
     mixup_alpha: Positive = 1.0
     """The mixup coefficient is drawn from Beta(alpha, alpha)."""
     mixup_strength_points: tuple[tuple[int, float], ...] = ()
     (
-        "Over the run: pairs of a step and the strength of mixup there, from 0 (the example alone) "
-        "to 1 (as drawn), with straight lines between."
+        "Over the run: pairs of a step and the strength of mixup there, from 0 (the example "
+        "alone) to 1 (as drawn), linear in between."
     )
     mixup_fold: bool = True
     """Whether a mixup coefficient a becomes max(a, 1 - a)."""

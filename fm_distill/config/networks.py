@@ -42,24 +42,24 @@ class NetworkConfig:
         "`convnextv2_small`, `convnext_base`, `convnextv2_base`, `convnext_large`, "
         "`convnextv2_large`, `vit_small_patch14_dinov2`, `vit_small_patch14_reg4_dinov2`, "
         "`vit_base_patch14_dinov2`, `vit_base_patch14_reg4_dinov2`, `vit_large_patch14_dinov2` or "
-        "`vit_large_patch14_reg4_dinov2`; of a teacher that is a function, `function`; "
-        "or one's own network, as FILE.py:NAME or package.module:name."
+        "`vit_large_patch14_reg4_dinov2`; for a teacher that is a function, `function`; "
+        "or a custom network, as FILE.py:NAME or package.module:name."
     )
     resolution: PositiveInt
     """Height and width of the network's input in pixels."""
     input_range: InputRange = "auto"
     (
         "Normalisation of the input; `auto`: as the weights were trained, else as the model's "
-        "published ones were; `adapt` (a student's): by mean and deviation of each channel over "
+        "published ones were; `adapt` (student only): by mean and deviation of each channel over "
         "the training images, computed once and stored with the run."
     )
     input_mean: tuple[float, ...] = ()
     (
-        "Of `input_range=adapt`, the mean of red, green and blue in grey levels, 0 to 255; empty: "
-        "that of the weights' run, else of the training images."
+        "With `input_range=adapt`, the mean of red, green and blue in grey levels, 0 to 255; "
+        "empty: that of the weights' run, else of the training images."
     )
     input_deviation: tuple[float, ...] = ()
-    """Of `input_range=adapt`, the standard deviations beside `input_mean`, in grey levels."""
+    ("With `input_range=adapt`, the standard deviations that go with `input_mean`, in grey levels.")
     input_rounding: Literal["none", "uint8"] = "none"
     (
         "Whether a resized image is rounded to whole grey levels before it is mixed and "
@@ -69,11 +69,11 @@ class NetworkConfig:
     (
         "Settings that only this model has, each set as `--student.options.NAME VALUE`: of `bit` "
         "`depths` (e.g. 3 4 6 3), `width`, `stem`, `norm` and `groups`; of every BiT "
-        "`root_pool_padding`; of one's own network the fields of its module."
+        "`root_pool_padding`; of a custom network the fields of its module."
     )
     block_widths: tuple[PositiveInt, ...] = ()
     (
-        "Inner channels of each block, of a ViT hidden units of each MLP, as `student.pruning` "
+        "Inner channels of each block (in a ViT, hidden units of each MLP), as `student.pruning` "
         "leaves them; empty: those of the weights, else as published."
     )
     quantisation: QuantisationConfig = QuantisationConfig()
@@ -105,9 +105,9 @@ class StudentConfig(NetworkConfig):
     )
     final_statistics: Literal["kept", "central"] = "kept"
     (
-        "The statistics that BatchNorm has at the end of the run: those that training `kept`, of "
-        "its mixed crops, or those of the `central` crops of up to 10,000 training images, as "
-        "evaluation shows them."
+        "BatchNorm's statistics at the end of the run: those that training `kept`, of its mixed "
+        "crops, or those of the `central` crops, as in evaluation, of up to 10,000 training "
+        "images."
     )
     pruning: PruningConfig = PruningConfig()
 
@@ -122,7 +122,7 @@ class TeacherConfig:
     """The teacher's network, where its weights do not describe it."""
     classes: tuple[str, ...] = ()
     (
-        "The classes that the student learns of the teacher's, in the student's order: names or "
+        "Which of the teacher's classes the student learns, in the student's order: names or "
         "numbers, or one text file with a name a line. The teacher's probabilities are "
         "renormalised over them. Empty: all."
     )
@@ -139,14 +139,14 @@ class TeacherConfig:
     recording: str | None = None
     (
         "The folder (or URL) of what `fm-distill record` recorded of all teachers: the student "
-        "learns from it, and needs the teachers themselves for the evaluation alone."
+        "learns from it, and needs the teachers themselves only for evaluation."
     )
     quantisation: QuantisationConfig = QuantisationConfig()
     """Post-training quantisation of the teacher, calibrated on the run's training views."""
     least_agreement: Annotated[float, Bounds(least=0, most=1)] = 0.95
     (
-        "Least top-1 agreement, on training views, of a teacher that `teacher.quantisation` rounds "
-        "with the same one in floats; below it, it may not teach."
+        "Least top-1 agreement, on training views, of a teacher quantised by "
+        "`teacher.quantisation` with the same teacher in floats; below it, the run is refused."
     )
 
 

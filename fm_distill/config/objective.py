@@ -20,8 +20,8 @@ class CurveConfig:
 
     points: tuple[tuple[float, float], ...] = ()
     (
-        "Pairs of the share of the run, 0 to 1 and rising, and the factor there, 0 or more: "
-        "0 0 0.5 1 rises from 0 to 1 in the first half; none: 1 all along."
+        "Pairs of the share of the run, 0 to 1 and rising, and the factor there, 0 or more: 0 0 "
+        "0.5 1 rises from 0 to 1 in the first half; none: 1 throughout."
     )
     interpolation: Literal["linear", "cosine", "step"] = "linear"
     (
@@ -32,7 +32,7 @@ class CurveConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BankConfig:
-    """Of `bank_similarity`: the teacher's earlier features, and how similarities are compared."""
+    """For `bank_similarity`: the teacher's earlier features, and how similarities are compared."""
 
     rows: PositiveInt = 65_536
     """Features of the teacher that are kept, those of the last batches; SEED keeps 65,536."""
@@ -49,9 +49,9 @@ class TermConfig:
     kind: str
     (
         "What is compared: a distance of the outputs (`kl`, `l2`, `euclidean`, `hard`, "
-        "`standardised_kl`, `dist_rows`, `dist_columns`, or one's own as FILE.py:NAME), one that "
-        "needs labels too (`dkd_target`, `dkd_others`), the cross-entropy to the `labels`, a "
-        "distance of features (`attention`, `attention_norm`, `similarity`, `rkd_distance`, "
+        "`standardised_kl`, `dist_rows`, `dist_columns`, or a custom one as FILE.py:NAME), one "
+        "that needs labels too (`dkd_target`, `dkd_others`), the cross-entropy to the `labels`, "
+        "a distance of features (`attention`, `attention_norm`, `similarity`, `rkd_distance`, "
         "`rkd_angle`), or one of features through an adapter (`hint`, `hint_normalised`, "
         "`cosine`, `bank_similarity`)."
     )
@@ -67,8 +67,8 @@ class TermConfig:
     """The teacher's feature that a distance of features reads."""
     pool: Literal["none", "mean"] = "none"
     (
-        "What is read of both features: all of them, or their `mean` over the places, in float32; "
-        "of a recorded teacher the mean alone is there."
+        "What is read of both features: all of them, or their `mean` over the positions, in "
+        "float32; of a recorded teacher there is only the mean."
     )
     adapter: Literal["convolution", "batch_norm", "none"] = "convolution"
     (
@@ -111,7 +111,7 @@ class ObjectiveConfig:
     distance: str = "kl"
     (
         "Distance to the teacher's output: `kl`, `l2`, `euclidean`, `hard`, `standardised_kl` or "
-        "`dist_rows`, or one's own as FILE.py:NAME; with labels it is the cross-entropy."
+        "`dist_rows`, or a custom one as FILE.py:NAME; with labels it is the cross-entropy."
     )
     terms: tuple[TermConfig, ...] = ()
     """A loss of several terms, instead of `distance` alone."""
@@ -126,8 +126,8 @@ class ObjectiveConfig:
     )
     temperature_squared: bool = True
     (
-        "Whether KL, and what is made of it, is multiplied by T^2, as in the released code and not "
-        "in the paper's equation 1."
+        "Whether KL, and every term derived from it, is multiplied by T^2, as in the released "
+        "code and not in the paper's equation 1."
     )
     ensemble: Literal["mean_logits", "mean_probabilities", "sum_of_distances"] = "mean_logits"
     (

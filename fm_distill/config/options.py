@@ -5,6 +5,7 @@ same, and naming one of them brings the part in.
 """
 
 import dataclasses
+import difflib
 import re
 import typing
 from collections.abc import Collection, Iterator
@@ -12,6 +13,12 @@ from typing import Any
 
 from fm_distill.errors import UserError
 
+# Other names of options that are typed often.
+ALIASES = {
+    "lr": "optimizer.learning_rate",
+    "steps": "schedule.total_steps",
+    "epochs": "schedule.total_epochs",
+}
 PLACEHOLDERS = {str: "", int: 0, float: 0.0}
 # So many more teachers, terms or sources than an experiment has can be named as options.
 MORE = 4
@@ -116,7 +123,9 @@ def _refuse_gap(option: str, count: int, names: Collection[str]) -> None:
     for name in names:
         place = name.removeprefix(f"{option}.").partition(".")[0]
         if name.startswith(f"{option}.") and place.isdecimal() and int(place) >= count:
-            raise UserError(f"there is no {option}.{count} before {name}; count from {count} on")
+            raise UserError(
+                f"there is no {option}.{count} before {name}; give {option}.{count} first"
+            )
 
 
 def _brought_in(kind: Any, option: str, names: Collection[str]) -> Any:
@@ -135,3 +144,16 @@ def _fields(part: Any) -> Iterator[tuple[str, Any, Any, bool]]:
         arguments = typing.get_args(hint)
         kind = next((x for x in (hint, *arguments) if dataclasses.is_dataclass(x)), None)
         yield name, value, kind, hint is not kind
+
+
+def nearest(name: str, known: list[str]) -> list[str]:
+    """Up to three of the options that may be meant by `name`, the likeliest first."""
+    section, _, leaf = name.rpartition(".")
+
+    def means(option: str) -> bool:
+        words = option.rpartition(".")[2]
+        return leaf == words or leaf == "".join(x[0] for x in words.split("_"))
+
+    same = [x for x in known if means(x) or x == ALIASES.get(leaf)]
+    inside = [x for x in same if x.rpartition(".")[0] == section]
+    return (inside or same or difflib.get_close_matches(name, known, 3, 0.6))[:3]

@@ -16,8 +16,8 @@ class QuantisationConfig:
 
     weights: Literal["none", "int8", "int4"] = "none"
     (
-        "Precision of the kernels, with a scale for each output channel; `int4`: of 4 bits, for "
-        "smaller files alone, as few runtimes compute with them."
+        "Precision of the kernels, with a scale for each output channel; `int4` only makes files "
+        "smaller, as few runtimes compute with it."
     )
     activations: Literal["none", "int8"] = "none"
     (
@@ -26,17 +26,18 @@ class QuantisationConfig:
     )
     first_layer: Literal["int8", "none"] = "int8"
     (
-        "Of the layer that reads the image, weights and, where they are quantised at all, "
-        "activations: `int8`, also where other weights are `int4`, or `none`."
+        "Precision of the first layer's weights and, where activations are quantised at all, of "
+        "its input: `int8`, also where other weights are `int4`, or `none`."
     )
     head: Literal["int8", "none"] = "int8"
-    """Of the classifier, as `first_layer`."""
+    """Precision of the classifier, as for `first_layer`."""
     float_layers: tuple[str, ...] = ()
-    """Paths of further layers that stay as they are (mixed precision)."""
+    """Paths of further layers that stay in floats (mixed precision)."""
     range_percentile: Annotated[float, Bounds(above=50, most=100)] = 100.0
     (
-        "A range of activations ends at this percentile of what was seen in a batch, and begins at "
-        "its complement: below 100, outliers are clipped and the numbers lie closer."
+        "A range of activations ends at this percentile of what was seen in a batch, and begins "
+        "at its complement: below 100, outliers are clipped and the steps between integers are "
+        "finer."
     )
 
     @property

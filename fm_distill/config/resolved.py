@@ -126,7 +126,7 @@ class ResolvedRun:
         """One line for each field of `IDENTITY` in which `other` is not the same run."""
         mine, others = msgspec.to_builtins(self), msgspec.to_builtins(other)
         lines = [
-            f"{name}: {mine[name]} in the workdir, {others[name]} now (its contents, not its place)"
+            f"{name}: {mine[name]} in the workdir, {others[name]} now (its contents, not its path)"
             for name in IDENTITY
             if not _same(mine[name], others[name])
         ]
@@ -135,8 +135,8 @@ class ResolvedRun:
         # A longer schedule may begin to repeat behind the end of the shorter one.
         if self.period_steps != other.period_steps and min(before, now) < shared:
             lines.append(
-                f"the views repeat after {before:,} steps in the workdir, after {now:,} now: the "
-                "recording has become longer or shorter; give views.period_steps"
+                f"the views repeat after {before:,} steps in the workdir, after {now:,} now, "
+                f"because the length of the recording changed; set views.period_steps={before}"
             )
         return lines
 

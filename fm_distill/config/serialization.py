@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from fm_distill.config import Config
-from fm_distill.config.options import is_model_option, option_names, with_parts
+from fm_distill.config.options import is_model_option, nearest, option_names, with_parts
 from fm_distill.config.teachers import any_teacher
 from fm_distill.errors import UserError
 
@@ -114,7 +114,9 @@ def changed(config: Config, values: dict[str, Any]) -> Config:
     known = {*option_names(config)}
     for name in values:
         if name not in known and not is_model_option(name, known):
-            raise UserError(f"there is no option {name!r}; `show` lists them all")
+            near = ", ".join(nearest(name, [*known]))
+            near = f"did you mean {near}?" if near else "`show` lists them all"
+            raise UserError(f"there is no option {name!r}; {near}")
     tree = to_json(with_parts(config, values))
     for name, value in values.items():
         *parents, leaf = name.split(".")
@@ -128,7 +130,7 @@ def changed(config: Config, values: dict[str, Any]) -> Config:
         return converted(tree, Config)
     except msgspec.ValidationError as error:
         given = ", ".join(f"{name}={value}" for name, value in values.items())
-        raise UserError(f"{given}: a value is not of its field's type: {error}") from None
+        raise UserError(f"{given}: a value has the wrong type: {error}") from None
 
 
 def parse_value(text: str) -> Any:
@@ -145,7 +147,7 @@ def parse_value(text: str) -> Any:
 def refuse_other_config(stored: Config, asked: Config, run: str) -> None:
     """Raises `UserError` where `asked` would train another student than `run` did."""
     if differ := differences(stored, asked):
-        raise UserError(f"{run} was trained otherwise:\n  " + "\n  ".join(differ))
+        raise UserError(f"{run} was trained with another config:\n  " + "\n  ".join(differ))
 
 
 def differences(stored: Config, asked: Config) -> list[str]:

@@ -16,8 +16,8 @@ class OptimizerConfig:
     """The learning rate at its peak, after the warm-up; `--lr` for short."""
     head_learning_rate: Positive | None = None
     (
-        "The learning rate of the head alone, for a new head on a pretrained backbone; None: as "
-        "the backbone's."
+        "The learning rate of the head alone, for a new head on a pretrained backbone; None: "
+        "that of the backbone."
     )
     adapter_learning_rate: Positive | None = None
     """The learning rate of the adapters between features; None: `learning_rate`."""
@@ -49,8 +49,8 @@ class ScheduleConfig:
     shape: Literal["cosine", "bit_hyper_rule"] = "cosine"
     (
         "Shape of the learning rate: `cosine` to zero, with exactly one of steps and epochs; or "
-        "BiT's hyper-rule, where the number of examples sets all: steps, warm-up and three drops "
-        "by ten."
+        "BiT's hyper-rule, where the number of examples sets everything: steps, warm-up and "
+        "three drops by ten."
     )
     total_steps: PositiveInt | None = None
     """Length of the run in steps, a batch each; replaces epochs; `--steps` for short."""
@@ -79,15 +79,15 @@ class MemoryConfig:
 
     accumulate: PositiveInt = 1
     (
-        "Gradient accumulation: the student's batch in so many parts, in turn. Not with BatchNorm, "
-        "whose statistics would be those of the parts."
+        "Gradient accumulation: parts in which the student's batch is computed, one after "
+        "another. Not with BatchNorm, whose statistics would be those of the parts."
     )
     teacher_parts: PositiveInt = 1
     """Parts in which the teachers' batch is computed, one after another; any network."""
     rematerialise: str = "nothing"
     (
         "What of the student's forward pass is recomputed in the backward pass, not stored: "
-        "`nothing`, `norms` (and activations), or `units` (all inside of residual blocks)."
+        "`nothing`, `norms` (and activations), or `units` (everything inside residual blocks)."
     )
 
 
@@ -103,7 +103,7 @@ class CheckpointConfig:
     keep: PositiveInt = 2
     """How many of the newest checkpoints are kept."""
     keep_every_steps: Count = 0
-    """Checkpoints whose step is a multiple of this are kept for ever; 0 for none."""
+    """Checkpoints whose step is a multiple of this are kept forever; 0 for none."""
     keep_best: str | None = None
     (
         "The figure of the validation split by which the best checkpoint is kept too: "
@@ -119,7 +119,7 @@ class DivergenceConfig:
 
     action: Literal["stop", "skip", "slow"] = "stop"
     (
-        "What a diverged run does: `stop`; or go back to the newest checkpoint, then past the "
+        "What a diverged run does: `stop`; or go back to the newest checkpoint, then skip the "
         "examples seen since (`skip`), or with lower learning rates (`slow`)."
     )
     most: Annotated[int, Bounds(least=0, most=1000)] = 3

@@ -8,7 +8,7 @@ from fm_distill.errors import UserError
 # The 1,000 classes of ILSVRC 2012 in the order of their synsets, which is that of published heads.
 # Source: WordNet's first lemma of each synset, with an addition where it is not unique.
 IMAGENET = pathlib.Path(__file__).with_name("imagenet_classes.txt")
-FILE = "a text file with a name a line"
+FILE = "a text file with one name per line"
 
 
 def named_classes(data: DataConfig) -> tuple[str, ...] | None:
@@ -23,7 +23,7 @@ def named_classes(data: DataConfig) -> tuple[str, ...] | None:
 
 
 def read_names(path: pathlib.Path, option: str, expected: str = FILE) -> tuple[str, ...]:
-    """The lines of a text file with a name a line; `option` asks for it, and what is `expected`.
+    """The lines of a text file with one name per line; `option` asks for it, as `expected`.
 
     Raises `UserError` where it cannot be read or names a class twice.
     """

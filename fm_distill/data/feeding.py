@@ -26,7 +26,7 @@ from fm_distill.errors import UserError
 from fm_distill.recordings.reading import RecordingReader
 from fm_distill.recordings.shards import RecordedSteps
 
-DEVICE_PREFETCH = 2  # batches that are on their way while the device works
+DEVICE_PREFETCH = 2  # batches in flight while the device works
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Reader:
         raw = self.source[index]
         if raw.label >= self.classes or raw.label < -1:
             raise UserError(
-                f"{raw.name} has the label {raw.label}; expected 0 to {self.classes - 1}: "
-                "set data.classes, or mend the data"
+                f"{raw.name} has the label {raw.label}; expected 0 to {self.classes - 1}: set "
+                "data.classes, or fix the data"
             )
         try:
             pixels, valid = shrink(decode(raw.image), self.config.canvas), True
@@ -179,9 +179,9 @@ def refuse_other_examples(found: RecordedSteps, examples: np.ndarray) -> None:
     if not np.array_equal(found.examples, examples):
         at = int(np.argmax((found.examples != examples).ravel()))
         raise UserError(
-            f"the recording answered to example {found.examples.ravel()[at]} where this run has "
-            f"example {examples.ravel()[at]}: its data or their order are others; use the data of "
-            "the recording, or record these"
+            f"the recording has example {found.examples.ravel()[at]} where this run has example "
+            f"{examples.ravel()[at]}: the data or their order differ; use the data that was "
+            "recorded, or record this data"
         )
 
 

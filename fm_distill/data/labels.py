@@ -55,7 +55,7 @@ class _Reading:
 def refuse_unlabelled(source: Source) -> None:
     """Raises `UserError` where the examples of `source` have no labels, for an objective on them.
 
-    Of a source whose labels are read with its images, the first example is asked.
+    For a source whose labels are read with its images, the first example is checked.
     """
     if source.classes is None:
         missing = "no labels"
@@ -69,7 +69,7 @@ def refuse_unlabelled(source: Source) -> None:
         missing = f"none for example {wrong[0]}"
     raise UserError(
         f"the objective needs the label of each training image, and {source.identity} has "
-        f"{missing}; use labelled images, or terms that read the teacher alone "
+        f"{missing}; use labelled images, or terms that read only the teacher "
         "(objective.target=teacher)"
     )
 
@@ -77,7 +77,7 @@ def refuse_unlabelled(source: Source) -> None:
 def every_class(source: Source, wanted: str) -> Labels:
     """The label of each example, read if need be, where each class has one.
 
-    Raises `UserError` where it has none, or an image no label; `wanted` is the option that asks.
+    Raises `UserError` where it has none, or an image no label; `wanted` is the option in need.
     """
     classes = source.classes
     if classes is None:
@@ -93,7 +93,7 @@ def every_class(source: Source, wanted: str) -> Labels:
     if wrong.size:
         raise UserError(
             f"{wanted} needs the label of each training image, and {source.identity}[{wrong[0]}] "
-            f"has {labels[wrong[0]]}; expected 0 to {classes - 1}: mend the data, or leave it out"
+            f"has {labels[wrong[0]]}; expected 0 to {classes - 1}: fix the data, or leave it out"
         )
     missing = np.flatnonzero(np.bincount(labels, minlength=classes) == 0)
     if missing.size:

@@ -23,7 +23,7 @@ def example_ids(seed: int, positions: Int[np.ndarray, "..."], examples: int) -> 
 def epoch_permutation(seed: int, epoch: int, examples: int) -> Int[np.ndarray, " examples"]:
     """The order of one epoch.
 
-    A stable sort of raw Philox bits: NumPy promises the bits of a generator for ever, but not what
+    A stable sort of raw Philox bits: NumPy promises the bits of a generator forever, but not what
     its `permutation` makes of them.
     """
     bits = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(examples)

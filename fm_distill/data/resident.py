@@ -157,8 +157,9 @@ def split_bytes(config: DataConfig, examples: int) -> int:
 def feeding_note(config: DataConfig, examples: int) -> str:
     """Why `auto` chooses as it does on the devices that are here."""
     return (
-        f"{examples:,} canvases need {split_bytes(config, examples) / 1e9:.2f} GB of each device; "
-        f"resident takes at most {config.resident_share:.0%} of its {_memory_bytes() / 1e9:.1f} GB"
+        f"{examples:,} canvases need {split_bytes(config, examples) / 1e9:.2f} GB on each device; "
+        f"resident may take at most {config.resident_share:.0%} of its "
+        f"{_memory_bytes() / 1e9:.1f} GB"
     )
 
 

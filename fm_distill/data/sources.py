@@ -39,7 +39,7 @@ class Source(Protocol):
     @property
     def class_names(self) -> tuple[str, ...] | None: ...
     @property
-    def identity(self) -> str: ...  # which images these are, wherever they lie
+    def identity(self) -> str: ...  # which images these are, wherever they are stored
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Raw: ...
 
@@ -50,7 +50,7 @@ class Digits:
 
     They are ordered by writer, and the splits are consecutive: no writer of the test images is in
     train. One writer is in train and validation, and one in validation and test.
-    Enlarged, since a crop of whole pixels of an 8 x 8 image has too few places to lie.
+    Enlarged, since a crop of whole pixels of an 8 x 8 image has too few positions.
     """
 
     images: np.ndarray
@@ -94,7 +94,7 @@ def digits(config: DataConfig, name: str) -> Source:
     rows = np.arange(total)[ranges[split]]
     rows = rows[len(rows) * from_percent // 100 : len(rows) * to_percent // 100]
     if not len(rows):
-        raise UserError(f"the split {name!r} of the digits has no image; take more of it")
+        raise UserError(f"the split {name!r} of the digits has no image; choose a larger range")
     pixels = table[rows, :-1].reshape(-1, 8, 8)
     grey = (pixels * (255 / 16)).round().astype(np.uint8)
     enlarged = [
@@ -107,7 +107,7 @@ def _percentages(name: str) -> tuple[str, int, int]:
     """A split's name and its part in percent, written as TFDS writes it: `train[40%:80%]`."""
     found = re.fullmatch(r"(\w+)(?:\[(?:(\d+)%)?:(?:(\d+)%)?\])?", name)
     if not found:
-        raise UserError(f"the split {name!r} is none of the digits; expected e.g. train[40%:80%]")
+        raise UserError(f"the digits have no split {name!r}; expected e.g. train[40%:80%]")
     split, start, stop = found.groups()
     return split, min(int(start or 0), 100), min(int(stop or 100), 100)
 
@@ -157,7 +157,7 @@ def tfds(config: DataConfig, name: str) -> Source:
         ) from None
     except NotImplementedError:
         raise UserError(
-            f"{config.name}{where} is prepared as {builder.info.file_format}, which is not random "
+            f"{config.name}{where} is prepared as {builder.info.file_format}, which has no random "
             f"access; prepare it again:\n{_prepare_line(config)}"
         ) from None
     classes = features[label_key].num_classes if label_key else None

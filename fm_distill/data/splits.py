@@ -30,7 +30,7 @@ class Data:
 
     @property
     def final(self) -> tuple[str, Source]:
-        """The split that a complete run is judged on."""
+        """The split that a complete run is evaluated on."""
         for name, source in (("test", self.test), ("validation", self.validation)):
             if source is not None:
                 return name, source
@@ -72,7 +72,7 @@ def open_data(config: Config) -> tuple[Data, list[str]]:
 def class_counts(config: Config, train: Source) -> tuple[int, ...] | None:
     """The examples of each class of the training split. Raises `UserError` where a class has none.
 
-    None where no weights ask for them and all images would have to be read.
+    None where no weights need them and all images would have to be read.
     """
     kind = config.objective.example_weights.kind
     if kind in BY_CLASS:

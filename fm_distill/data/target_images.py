@@ -34,7 +34,7 @@ def open_targets(fourier: FourierConfig) -> TargetImages | None:
     folder = pathlib.Path(fourier.folder)
     if not fourier.folder or not folder.is_dir():
         raise UserError(
-            f"views.fourier.folder is {fourier.folder!r}, and there is no such folder; give that "
+            f"views.fourier.folder is {fourier.folder!r}, which does not exist; give the folder "
             "of the target images"
         )
     paths = tuple(image_paths(folder))
@@ -59,8 +59,8 @@ def spectra_on_devices(config: Config, resolved: ResolvedRun, layout: Layout) ->
         return None
     if targets.digest != resolved.target_images:
         raise UserError(
-            f"views.fourier.folder {targets.folder} holds other images than those of the run; give "
-            "the folder of the run's"
+            f"views.fourier.folder {targets.folder} holds different images from those of the run; "
+            "give the folder that the run used"
         )
     sides = {x.resolution for x in (resolved.student, *resolved.teachers)}
     return on_devices(spectra(targets, config.views.fourier.beta, sides), layout.replicated)

@@ -6,7 +6,7 @@ from fm_distill.diagnosis import curve_rules, data_rules
 from fm_distill.diagnosis.evidence import Evidence
 from fm_distill.diagnosis.finding import Rule
 
-# Of equally strong findings the first one is named first: what is above brings about what is below.
+# Of equally strong findings the first one is named first: what is above causes what is below.
 CAUSES: dict[str, Rule] = {
     "wrong-class-order": data_rules.wrong_class_order,
     "wrong-input-range": data_rules.wrong_input_range,

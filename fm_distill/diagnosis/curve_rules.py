@@ -19,11 +19,11 @@ HIGH_RATE = 0.5
 # Of the loss at the start: what is above has not learned.
 NOT_LEARNED = 0.9
 LITTLE_LEARNED = 0.7
-# How far the student went, in all steps together, over the norm of its parameters: the digits in
-# 200 steps go 1; below 0.05, they have the place of the start.
+# The sum of the update norms over the norm of the parameters: the digits reach 1 in 200 steps;
+# below 0.05, the student is still where it started.
 NEAR_START = 0.05
-# The longest update over the norm of the parameters at the start: Adam at a good rate makes 0.02
-# of the digits' student.
+# The largest update norm over the norm of the parameters at the start: for the digits' student,
+# Adam at a good rate has 0.02.
 LONGEST_UPDATE = 0.1
 # A later level over an earlier one that is no fluctuation: levels are means of five lines or more,
 # and the step between them has to be five of its standard errors.
@@ -41,7 +41,7 @@ NEAR_AGREEMENT = 0.8
 FLAT_FALL = 0.08
 SURELY_FLAT = 0.12
 STILL_FALLING = 0.1
-# By the end of the schedule, where the rate falls, a run that can no more gains less than this.
+# By the end of the schedule, where the rate falls, a run at its limit gains less than this.
 ANNEALING_FALL = 0.15
 DOMINANT = 0.95
 # Lines of the log with a gradient of exactly zero that are no accident.
@@ -89,7 +89,7 @@ def fall_at_high_rate(log: Log) -> Fall | None:
 
 
 def path_over_norm(evidence: Evidence) -> float | None:
-    """The length of all updates together, over the norm of the parameters."""
+    """The norms of all updates summed, over the norm of the parameters."""
     log, gradients = evidence.log, evidence.gradients
     if gradients is None or not gradients.parameter_norm:
         return None
@@ -124,8 +124,7 @@ def learning_rate_too_high(evidence: Evidence) -> Finding | None:
     if (jump := _jump(log, LITTLE_LEARNED * start)) is not None:
         return Finding(
             CLEAR,
-            f"the loss went up from {jump[0]:.3g} to {jump[1]:.3g}, and was {start:.3g} at the "
-            "start",
+            f"the loss rose from {jump[0]:.3g} to {jump[1]:.3g}, and was {start:.3g} at the start",
             advice,
         )
     reached = np.nanmean(log.loss[at_high_rate(log)])
@@ -133,7 +132,8 @@ def learning_rate_too_high(evidence: Evidence) -> Finding | None:
         return Finding(
             LIKELY,
             f"the loss is {reached:.3g} while the learning rate is high, and was {start:.3g} at "
-            f"the start; the longest update is {longest:.2g} times as long as all parameters were",
+            f"the start; the norm of the largest update is {longest:.2g} times that of the "
+            "initial parameters",
             advice,
         )
     return None
@@ -171,9 +171,9 @@ def learning_rate_too_low(evidence: Evidence) -> Finding | None:
         return None
     return Finding(
         LIKELY,
-        f"the loss went from {start:.3g} to {end:.3g}, and the updates of {evidence.setting.step:,}"
-        f" steps together are {path:.2g} times as long as the parameters, while the gradient's "
-        f"norm stays near {np.nanmedian(evidence.log.gradient_norm):.2g}",
+        f"the loss went from {start:.3g} to {end:.3g}, and the norms of the updates over "
+        f"{evidence.setting.step:,} steps sum to {path:.2g} times the parameters' norm, while the "
+        f"gradient's norm stays near {np.nanmedian(evidence.log.gradient_norm):.2g}",
         "multiply optimizer.learning_rate by 10",
     )
 
@@ -198,7 +198,7 @@ def _share_left(evidence: Evidence) -> float:
 
 
 def capacity_reached(evidence: Evidence) -> Finding | None:
-    """The distance is large and does not fall any more, at a rate at which it could."""
+    """The distance is large and no longer falls, at a rate at which it could."""
     if not _readable(evidence):
         return None
     log, training = evidence.log, evidence.training
@@ -217,9 +217,9 @@ def capacity_reached(evidence: Evidence) -> Finding | None:
         return None
     return Finding(
         POSSIBLE,
-        f"while the learning rate was at least half of its height, the loss on the training view "
-        f"fell by {fall.share:.1%} ± {fall.error:.1%} from a step to the double of it, and it "
-        f"stays at {share:.0%} of the start's",
+        "while the learning rate was at least half of its peak, the loss on the training view "
+        f"fell by {fall.share:.1%} ± {fall.error:.1%} each time the number of steps doubled, and "
+        f"it stays at {share:.0%} of its initial value",
         "use a larger student, or views that are easier to match; more steps will not help",
     )
 
@@ -236,9 +236,9 @@ def too_little_patience(evidence: Evidence) -> Finding | None:
         return None
     return Finding(
         POSSIBLE,
-        f"while the learning rate was at least half of its height, the loss fell by "
-        f"{fall.share:.0%} ± {fall.error:.0%} from a step to the double of it, and the run of "
-        f"{setting.total_steps:,} steps ended at {share:.0%} of the start's",
+        "while the learning rate was at least half of its peak, the loss fell by "
+        f"{fall.share:.0%} ± {fall.error:.0%} each time the number of steps doubled, and the run "
+        f"of {setting.total_steps:,} steps ended at {share:.0%} of its initial value",
         f"train longer: --steps {3 * setting.total_steps} in another workdir",
     )
 
@@ -256,14 +256,14 @@ def dominant_term(evidence: Evidence) -> Finding | None:
     others = [f"{x} {y:.1%}" for x, y in zip(gradients.terms, shares, strict=True) if x != name]
     return Finding(
         LIKELY,
-        f"the gradient of {name} is {shares[first]:.1%} of the terms' together; the others are "
-        f"{', '.join(others)}",
+        f"the gradient of {name} is {shares[first]:.1%} of the sum of the terms' gradient norms; "
+        f"the others are {', '.join(others)}",
         f"lower the weight of {name}, or raise those of the others, until each has a tenth or more",
     )
 
 
 def dead_adapter(evidence: Evidence) -> Finding | None:
-    """An adapter has had no gradient in the newer half of the lines in which its term counted."""
+    """An adapter has had no gradient in the later half of the lines in which its term counted."""
     log = evidence.log
     for name, norms in log.adapter_gradients.items():
         counted = np.isfinite(norms) & (log.terms.get(name, np.ones(len(norms))) != 0)
@@ -271,7 +271,7 @@ def dead_adapter(evidence: Evidence) -> Finding | None:
         if len(newer) >= FEWEST_OF_ADAPTER and not newer.any():
             return Finding(
                 CLEAR,
-                f"the gradient of the adapter of the term {name} is zero in the newest "
+                f"the gradient of the adapter of the term {name} is zero in the last "
                 f"{len(newer):,} lines of the log: the student's feature is zero everywhere",
                 f"let the term {name} read another student_tap, or lower "
                 "optimizer.learning_rate, which may have killed the activations",
@@ -293,7 +293,7 @@ def input_bound(evidence: Evidence) -> Finding | None:
         return None
     return Finding(
         LIKELY,
-        f"the steps waited for their batches in {wait:.0%} of the time",
+        f"the steps spent {wait:.0%} of the time waiting for their batches",
         "keep the data in device memory (--data.feeding resident), raise data.workers, store "
         "smaller images, or use a smaller canvas",
     )

@@ -12,12 +12,12 @@ LEAST_ACCURACY_GAIN = 0.02
 # A class needs so many examples on average for its new place to be found on one half of them and
 # checked on the other.
 EXAMPLES_A_CLASS = 8
-# A fifth of all examples right by nothing but other names of the classes: no chance, no confusion.
+# A fifth of all examples right by renaming the classes alone: neither chance nor confusion.
 LEAST_ORDER_GAIN = 0.2
 # Of what the teacher knows of the central crop above chance; the digits' recipe, whose crops go
 # down to 5 % of the image, mixed, leaves a half.
 LEAST_SKILL_KEPT = 0.25
-# Information of the teacher's class about the view, over log C; 0.5 for the digits' recipe.
+# Information in the teacher's class about the view, over log C; 0.5 for the digits' recipe.
 LEAST_INFORMATION = 0.05
 # Share of the teacher's output that is noise to a student that saw another view. Rounding
 # makes less than a thousandth, mild crops of uniform images half a hundredth,
@@ -65,10 +65,10 @@ def _better_range(network: InRanges) -> Finding | None:
             return Finding(
                 MEASURED,
                 f"on the central crop of {len(right):,} training images the {network.network}'s "
-                f"first class is the {network.aim}'s for {right.mean():.1%} of them with "
+                f"top-1 class is the {network.aim}'s for {right.mean():.1%} of them with "
                 f"input_range={own}, and for {network.right[name].mean():.1%} with {name} "
-                f"({measured} {distance.mean():.3g} and "
-                f"{network.distance_nats[name].mean():.3g} nats)",
+                f"({measured} {distance.mean():.3g} and {network.distance_nats[name].mean():.3g} "
+                "nats)",
                 f"give --{network.option}.input-range {name}, as the {network.network}'s weights "
                 "were trained, and train again",
             )
@@ -96,11 +96,11 @@ def wrong_class_order(evidence: Evidence) -> Finding | None:
             who = "the teacher" if i == 0 else f"teacher {i + 1}"
             return Finding(
                 MEASURED,
-                f"{who}'s first class is the label's for {before:.1%} of {known.sum():,} training "
-                f"images, and for {after:.1%} once its classes are renamed by what they coincide "
-                "with on other images",
-                "the order of the classes in the teacher's head is not that of the data: use the "
-                "data's class numbers of its training, or reorder its head",
+                f"{who}'s top-1 class is the label for {before:.1%} of {known.sum():,} training "
+                f"images, and for {after:.1%} once its classes are renamed to the labels that "
+                "they coincide with on other images",
+                "the classes of the teacher's head are in another order than those of the data: "
+                "number the classes of the data as in the teacher's training, or reorder its head",
             )
     return None
 
@@ -125,20 +125,21 @@ def renamed_accuracy(found: np.ndarray, label: np.ndarray, classes: int) -> floa
 
 
 def weak_teacher(evidence: Evidence) -> Finding | None:
-    """The teacher says little or nothing about what it is shown in training."""
+    """The teacher's outputs carry little or no information about its training views."""
     training, central = evidence.training, evidence.central
     if training is None:
         return None
     advice = (
-        "show the teacher what it knows: larger crops (--views.crop-area), mixup off "
-        "(--views.mixup none), its own resolution; or use a better teacher"
+        "show the teacher views closer to those of its training: larger crops "
+        "(--views.crop-area), no mixup (--views.mixup none), its own resolution; or use a better "
+        "teacher"
     )
     share = training.information_nats / np.log(training.classes)
     if share < LEAST_INFORMATION:
         return Finding(
             CLEAR,
-            f"the teacher's answers hardly depend on the view: they have {share:.1%}"
-            " of the information that telling the classes apart takes",
+            f"the teacher's outputs hardly depend on the view: they carry {share:.1%} of the "
+            "information that is needed to tell the classes apart",
             advice,
         )
     known = training.label >= 0
@@ -162,7 +163,7 @@ def weak_teacher(evidence: Evidence) -> Finding | None:
 
 
 def views_differ(evidence: Evidence) -> Finding | None:
-    """The teacher answers about another view than the student's."""
+    """The teacher sees another view than the student's."""
     training = evidence.training
     if training is None or training.views_kl_nats is None:
         return None
@@ -171,15 +172,15 @@ def views_differ(evidence: Evidence) -> Finding | None:
         return None
     return Finding(
         MEASURED,
-        f"with teaching={evidence.setting.teaching} the teacher's answer to its own view and its "
-        f"answer to the student's are {apart:.3g} nats apart (KL), and what tells one view from "
-        f"another is {all_of_it:.3g} nats in all",
+        f"with teaching={evidence.setting.teaching} the teacher's outputs for its own view and "
+        f"for the student's differ by {apart:.3g} nats (KL), where its outputs carry "
+        f"{all_of_it:.3g} nats of information about the view in all",
         "show both networks the same view: --teaching function_matching",
     )
 
 
 def batch_norm_drift(evidence: Evidence) -> Finding | None:
-    """The moments that BatchNorm keeps are not those of the batches."""
+    """BatchNorm's running moments are not those of the batches."""
     norm = evidence.batch_norm
     if norm is None or not norm.shift:
         return None
@@ -195,13 +196,14 @@ def batch_norm_drift(evidence: Evidence) -> Finding | None:
         return None
     return Finding(
         CLEAR,
-        f"the kept mean of {shifted} is {norm.shift[shifted]:.2g} standard deviations from the "
-        f"batches', the kept variance of {spread} a factor of {np.exp(norm.spread[spread]):.2g}; "
-        f"on the training view the student is {norm.kl_kept_nats:.3g} nats from its target with "
-        f"the kept moments and {norm.kl_batch_nats:.3g} with the batch's own",
-        "train on until the averages have followed, with a smaller learning rate or larger "
-        "batches; turn student.keep_statistics off for other data than the weights'; or use "
-        "GroupNorm",
+        f"the running mean of {shifted} is {norm.shift[shifted]:.2g} standard deviations from the "
+        f"batches', the running variance of {spread} is off by a factor of "
+        f"{np.exp(norm.spread[spread]):.2g}; on the training view the student is "
+        f"{norm.kl_kept_nats:.3g} nats from its target with the running moments and "
+        f"{norm.kl_batch_nats:.3g} with the batch's own",
+        "train on until the running averages have caught up, with a smaller learning rate or "
+        "larger batches; turn student.keep_statistics off where the data differ from the "
+        "weights'; or use GroupNorm",
     )
 
 
@@ -221,9 +223,9 @@ def statistics_of_training_views(evidence: Evidence) -> Finding | None:
     return Finding(
         LIKELY,
         f"on central crops of training images the student is {before:.3g} nats from its teacher "
-        f"with the moments that BatchNorm kept, of mixed crops, and {after:.3g} with those of "
-        "central crops",
-        "end the run with these: --student.final_statistics central",
+        f"with BatchNorm's running moments, of mixed crops, and {after:.3g} with those of central "
+        "crops",
+        "end the run with the latter: --student.final_statistics central",
     )
 
 
@@ -234,7 +236,7 @@ def saturated_gradient(evidence: Evidence) -> Finding | None:
         return None
     own, plain = training.teacher_entropy.mean(), training.teacher_entropy_one.mean()
     text = (
-        f"at temperature {temperature:g} the teacher's answers have {own:.2%} of the largest "
+        f"at temperature {temperature:g} the teacher's outputs have {own:.2%} of the maximum "
         f"entropy, and {plain:.2%} at temperature 1"
     )
     if evidence.gradients is not None:
@@ -243,7 +245,10 @@ def saturated_gradient(evidence: Evidence) -> Finding | None:
         return Finding(CLEAR, text, "lower objective.temperature; the paper uses 1 to 10")
     if temperature < 1 and own < LEAST_ENTROPY:
         return Finding(
-            CLEAR, text, "raise objective.temperature to 1 or more: all else of the answer is lost"
+            CLEAR,
+            text,
+            "raise objective.temperature to 1 or more: below, only the teacher's top class "
+            "is left to learn",
         )
     return None
 
@@ -257,10 +262,10 @@ def unmatchable_examples(evidence: Evidence) -> Finding | None:
     numbers = ", ".join(str(central.example[i]) for i in worst)
     return Finding(
         LIKELY,
-        f"{FEW:.0%} of {len(central.kl_nats):,} training images carry {share:.0%} of the distance "
-        f"to the teacher on the central crop; the furthest are the examples {numbers}",
-        "look at these images: remove what is broken, foreign or mislabelled to the teacher, or "
-        "accept that the mean distance will not fall further",
+        f"{FEW:.0%} of {len(central.kl_nats):,} training images account for {share:.0%} of the "
+        f"distance to the teacher on the central crop; the furthest are the examples {numbers}",
+        "look at these images: remove those that are corrupt, unlike the teacher's training data "
+        "or mislabelled, or accept that the mean distance will not fall further",
     )
 
 

@@ -87,7 +87,7 @@ def as_json(found: Diagnosis) -> dict[str, Any]:
 
 
 def _finite(tree: Any) -> Any:
-    """JSON has no word for NaN."""
+    """JSON has no NaN."""
     if isinstance(tree, dict):
         return {name: _finite(x) for name, x in tree.items()}
     if isinstance(tree, list | tuple):

@@ -61,7 +61,7 @@ class InRanges:
     network: str  # `student`, `teacher`, `teacher 2`, ...
     option: str  # of its input range
     configured: str
-    aim: str  # what its first class is compared with: `label`, or `teacher`
+    aim: str  # what its top-1 class is compared with: `label`, or `teacher`
     right: Mapping[str, Bool[np.ndarray, " examples"]]  # by input range
     distance_nats: Mapping[str, PerExample]  # cross-entropy to the label, or KL to the teacher
 
@@ -93,14 +93,14 @@ class TrainingView:
     teacher_class: Int[np.ndarray, " examples"]
     teacher_entropy: PerExample  # at the training's temperature, over its largest value: 0 to 1
     teacher_entropy_one: PerExample  # the same at temperature 1
-    # Mutual information of view and teacher's class: 0 where all answers are the same.
+    # Mutual information of view and teacher's class: 0 where all outputs are the same.
     information_nats: float
     classes: int
 
 
 @dataclasses.dataclass(frozen=True)
 class BatchNorm:
-    """The moments that BatchNorm keeps against those of the batches."""
+    """BatchNorm's running moments compared with those of the batches."""
 
     # Of each layer, the mean over its channels: |difference of means| in standard deviations, and
     # |log of the ratio of variances|.

@@ -8,7 +8,7 @@ from fm_distill.diagnosis.evidence import Evidence
 # How much of a run's trouble a finding explains: causes are named in this order.
 MEASURED = 1.0  # seen on the data: what is wrong, and what would be right
 CLEAR = 0.8  # measured on the data, or recorded by the run itself
-LIKELY = 0.6  # a setting, or a curve that has hardly another reason
+LIKELY = 0.6  # a setting, or a curve that hardly has another cause
 POSSIBLE = 0.4  # a curve that other causes explain too
 
 

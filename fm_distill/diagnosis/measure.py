@@ -267,7 +267,10 @@ def _cka(examined: Examined, rows: list[Found]) -> Cka | None:
 
 def _left_out(examined: Examined, config: Config, rows: list[Found]) -> Iterable[NotExamined]:
     if not examined.teachers:
-        why = "the teacher is not here, only its recorded outputs; give --teacher.weights FILE"
+        why = (
+            "the teacher itself is not available, only its recorded outputs; give "
+            "--teacher.weights FILE"
+        )
         yield NotExamined("features, input ranges, class order and single examples", why)
         return
     if "cka" not in rows[0]:
@@ -276,7 +279,7 @@ def _left_out(examined: Examined, config: Config, rows: list[Found]) -> Iterable
             for name, branch in (("student", examined.student), ("teacher", examined.teachers[0]))
             if not taps_of(branch)
         ]
-        why = f"the {' and the '.join(without)} names no features"
+        why = f"the {' and the '.join(without)} has no named features"
         if not without:
             why = f"a batch of {config.batch_size} is too small: the unbiased CKA needs four"
         yield NotExamined("features", why)
@@ -288,5 +291,5 @@ def _left_out(examined: Examined, config: Config, rows: list[Found]) -> Iterable
         why = "the training images have no labels"
         yield NotExamined("the teacher's input range, class order and accuracy", why)
     if "views_kl_nats" not in rows[0]:
-        why = "the recording holds the most likely classes alone"
+        why = "the recording holds only the most likely classes"
         yield NotExamined("how far views differ between the networks", why)

@@ -104,8 +104,8 @@ def examine(run: Run, config: Config) -> Examined:
     if (reader.source.identity, len(reader)) != (run.resolved.data, run.resolved.examples):
         raise UserError(
             f"the run in {run.workdir.path} was trained on {run.resolved.examples:,} examples of "
-            f"{run.resolved.data}, and here are {len(reader):,} of {reader.source.identity}; give "
-            "the place of its data with --data.data-dir"
+            f"{run.resolved.data}, but there are {len(reader):,} of {reader.source.identity}; "
+            "give the folder of its data with --data.data-dir"
         )
     root = view_root(config, run.resolved, layout)
     loaded = freeze_teachers(
@@ -125,7 +125,7 @@ def examine(run: Run, config: Config) -> Examined:
     if regime.targets == "table":
         kept = run.workdir.fixed_targets
         if not kept.is_file():
-            raise UserError(f"{kept} with the targets of the run is not there; bring it back")
+            raise UserError(f"{kept}, which holds the targets of the run, is missing; restore it")
         table = fixed_targets(config, run.resolved, teachers, frozen, reader, layout, kept)
 
     def placed(variables: Variables) -> Variables:

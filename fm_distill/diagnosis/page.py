@@ -68,7 +68,7 @@ def figures(found: Diagnosis) -> Rows:
         if known.any():
             right = (view.label == view.teacher_class)[known].mean()
             rows.append(("teacher top-1, training view", f"{right:.1%}"))
-        entropy = f"{view.teacher_entropy.mean():.1%} of the largest"
+        entropy = f"{view.teacher_entropy.mean():.1%} of the maximum"
         rows.append(("entropy of the targets", entropy))
     if (central := evidence.central) is not None:
         rows.append(("KL, central crop", f"{central.kl_nats.mean():.4f} nats"))
@@ -109,9 +109,9 @@ def refuse_place(out: str | os.PathLike[str], overwrite: bool) -> None:
     """
     out = pathlib.Path(out)
     if out.is_dir() or (out.exists() and not overwrite):
-        raise UserError(f"{out} is there already; choose another --out, or give --overwrite")
+        raise UserError(f"{out} already exists; choose another --out, or give --overwrite")
     if not out.parent.is_dir():
-        raise UserError(f"there is no folder {out.parent} for {out.name}; make it first")
+        raise UserError(f"there is no folder {out.parent} for {out.name}; create it first")
 
 
 def write_page(found: Diagnosis, out: str | os.PathLike[str], overwrite: bool) -> pathlib.Path:

@@ -1,7 +1,7 @@
 """Latency, throughput and memory of exported files and of runs, side by side, on the CPU.
 
-Each function is opened in a process of its own, which is what makes its peak of memory its own.
-They are timed in turn, a short burst each, so that whatever else the machine does meets all alike.
+Each function is opened in a process of its own, so that its peak memory is its own.
+They are timed in turn, a short burst each, so that other load on the machine affects all alike.
 """
 
 import contextlib
@@ -69,7 +69,7 @@ def bench(
     threads: int | None = None,
     seconds: float = 2.0,
 ) -> Bench:
-    """Times files of `export` and runs; of a run its student, and its teachers that are here.
+    """Times files of `export` and runs; of a run its student, and its teachers that are available.
 
     `threads` are those of each runtime (None: a thread for each core), `seconds` the time for which
     each function is called, beside its warm-up. Raises `UserError`.
@@ -101,7 +101,7 @@ def _subjects(path: str, batch_size: int, threads: int) -> list[Subject]:
     if pathlib.Path(path).suffix in FORMATS:
         return [Subject(path, "file", 0, batch_size, threads, is_trusted())]
     if pathlib.Path(path).is_file():
-        raise UserError(f"{path} is nothing to time; expected a workdir, or {', '.join(FORMATS)}")
+        raise UserError(f"{path} cannot be timed; expected a workdir, or {', '.join(FORMATS)}")
     stored = Workdir(path).stored()
     refuse_code_of_run(stored, pathlib.Path(path), STUDENT)  # before a process is started
     teachers = stored.resolved.teachers
@@ -123,7 +123,7 @@ class _Process:
     stderr: IO[str]  # with what the runtime prints
 
     def opened(self) -> Opened | None:
-        """None, and a line for the person who watches, of a teacher that is not here."""
+        """None, with a message, for a teacher that is not available."""
         found = self._answer(Opened)
         if found.error is None:
             return found
@@ -211,7 +211,7 @@ def _row(subject: Subject, opened: Opened, bursts: list[Burst]) -> Row:
 
 def bench_text(found: Bench) -> str:
     """A table."""
-    heads = ["", "runtime", "p50", "p95", "images/s", "peak memory", "of it added", "file"]
+    heads = ["", "runtime", "p50", "p95", "images/s", "peak memory", "of that, added", "file"]
     lines = [heads]
     for row in found.rows:
         name = row.name if row.of == "file" else f"{row.name} ({row.of})"

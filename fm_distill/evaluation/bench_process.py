@@ -99,7 +99,7 @@ def _open(subject: Subject) -> tuple[str, int, str, Callable[[np.ndarray], Any]]
         takes = exported.facts.batch
         if takes not in ("dynamic", subject.batch_size):
             raise UserError(
-                f"{subject.path} takes {takes} images at once and --batch-size is "
+                f"{subject.path} takes batches of {takes} images and --batch-size is "
                 f"{subject.batch_size}; export it with --batch {subject.batch_size}"
             )
         runtime = exported.runtime
@@ -109,7 +109,7 @@ def _open(subject: Subject) -> tuple[str, int, str, Callable[[np.ndarray], Any]]
     if subject.of == "teacher":
         teachers = teachers_of_run(run, run.config)
         if not teachers:
-            raise UserError("only what was recorded of it is here")
+            raise UserError("only its recorded outputs are available")
         teacher = teachers[subject.number]
         if teacher.variables is None:
             raise UserError("it is a custom function")

@@ -1,4 +1,4 @@
-"""How far accuracy kept and gap would move with other images: percentile bootstrap.
+"""How far retention and gap would vary with other images: percentile bootstrap.
 
 Efron and Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13. Student and teacher are
 resampled together. How often which of them is right is all that either number depends on, and those

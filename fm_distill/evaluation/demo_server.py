@@ -22,10 +22,10 @@ PAGE = pathlib.Path(__file__).with_name("demo_page.html")
 
 
 class _Server(http.server.ThreadingHTTPServer):
-    daemon_threads = True  # control-C waits for no browser
+    daemon_threads = True  # Ctrl-C waits for no browser
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A browser that went away is no error."""
+        """A browser that disconnects is no error."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)  # type: ignore[arg-type]
 
@@ -45,7 +45,7 @@ def make_server(judges: tuple[Judge, ...], port: int) -> http.server.ThreadingHT
             if self._refused():
                 return
             if self.path != "/":
-                self._error(HTTPStatus.NOT_FOUND, "there is nothing here")
+                self._error(HTTPStatus.NOT_FOUND, "not found")
                 return
             self._answer(HTTPStatus.OK, "text/html; charset=utf-8", PAGE.read_bytes())
 
@@ -54,7 +54,7 @@ def make_server(judges: tuple[Judge, ...], port: int) -> http.server.ThreadingHT
                 return
             length = self.headers.get("Content-Length", "")
             if self.path != "/judge":
-                self._error(HTTPStatus.NOT_FOUND, "there is nothing here")
+                self._error(HTTPStatus.NOT_FOUND, "not found")
             elif not re.fullmatch("[0-9]{1,12}", length) or not 0 < int(length) <= MOST_BYTES:
                 self._error(
                     HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
@@ -82,7 +82,7 @@ def make_server(judges: tuple[Judge, ...], port: int) -> http.server.ThreadingHT
                 places = [f"//{self.headers.get('Host', '')}", *([origin] if origin else [])]
                 if all(urlsplit(x).hostname in HOSTS for x in places):
                     return False
-            self._error(HTTPStatus.FORBIDDEN, f"this page is for {LOOPBACK} alone")
+            self._error(HTTPStatus.FORBIDDEN, f"this page is served to {LOOPBACK} only")
             return True
 
         def _error(self, status: HTTPStatus, text: str) -> None:
@@ -93,7 +93,7 @@ def make_server(judges: tuple[Judge, ...], port: int) -> http.server.ThreadingHT
             self.send_response(status)
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(body)))
-            # Nothing of the page may be asked of any other machine.
+            # The page may request nothing from any other machine.
             self.send_header(
                 "Content-Security-Policy",
                 "default-src 'none'; connect-src 'self'; img-src data:; "
@@ -103,7 +103,7 @@ def make_server(judges: tuple[Judge, ...], port: int) -> http.server.ThreadingHT
             self.wfile.write(body)
 
         def log_message(self, format: str, *arguments: object) -> None:
-            """Requests are not worth a line."""
+            """Requests are not logged."""
 
     try:
         return _Server((LOOPBACK, port), Handler)

@@ -1,4 +1,4 @@
-"""A file of `export` judged as its run is: on every example of a split, beside the run's teacher.
+"""A file of `export` evaluated as its run is: on every example of a split, with the run's teacher.
 
 By its card: config, classes and step of the run. Its own runtime computes the file, on whole grey
 levels; mixed images of the training view are rounded to them as well.
@@ -106,7 +106,7 @@ def teachers_of_file(
 
     def load() -> tuple[Teacher, ...]:
         if only_recorded(config, stored, path.parent):
-            raise UserError("only what was recorded of it is known")
+            raise UserError("only its recorded outputs are available")
         refuse_code_of_file(path, card, stored, config, TEACHERS)
         teachers = load_teachers(config, path.parent)
         if any(x.variables is None for x in teachers):

@@ -1,4 +1,4 @@
-"""Images to ask a student about: files, folders of them, and `.npy` arrays."""
+"""Images for a student to predict: files, folders of them, and `.npy` arrays."""
 
 import os
 import pathlib
@@ -52,4 +52,6 @@ def _array(path: pathlib.Path) -> np.ndarray:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path} is not a complete array of numbers: {error}") from None
+    if not len(array):
+        raise UserError(f"{path} holds no images: its shape is {array.shape}")
     return checked(array, str(path))

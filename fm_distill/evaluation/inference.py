@@ -1,4 +1,4 @@
-"""A run that lies in a workdir, put to use: evaluated on a split, or applied to own images."""
+"""A run in a workdir, put to use: evaluated on a split, or applied to the user's images."""
 
 import dataclasses
 import itertools
@@ -134,7 +134,7 @@ def teachers_of_run(run: Run, config: Config) -> tuple[Teacher, ...]:
 def teachers_if_here(
     load: Callable[[], tuple[Teacher, ...]], stored: Config, config: Config
 ) -> tuple[Teacher, ...]:
-    """What `load` finds; none, and a line that says so, where it raises `UserError`.
+    """What `load` finds; none, with a message, where it raises `UserError`.
 
     Where `config` names other places of the teachers than `stored`, the error is raised.
     """
@@ -144,8 +144,8 @@ def teachers_if_here(
         if moved(config, stored):
             raise
         log(
-            f"without the teacher, which is not here ({error}); --teacher.workdir DIR or "
-            "--teacher.weights FILE says where it is"
+            f"continuing without the teacher, which is not available ({error}); give "
+            "--teacher.workdir DIR or --teacher.weights FILE"
         )
         return ()
 

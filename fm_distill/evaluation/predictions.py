@@ -33,7 +33,7 @@ class SplitPredictions:
 
     @property
     def expected(self) -> tuple[str, np.ndarray | None]:
-        """What the student's classes are held against: the labels, else the teacher's classes."""
+        """What the student's classes are compared with: the labels, else the teacher's classes."""
         return ("label", self.label) if (self.label >= 0).any() else ("teacher", self.teacher)
 
 

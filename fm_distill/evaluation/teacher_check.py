@@ -1,4 +1,4 @@
-"""A check of the teacher on the training view, before hours are spent on learning from it."""
+"""A check of the teacher on the training view, before hours are spent learning from it."""
 
 import jax
 import jax.numpy as jnp
@@ -70,15 +70,17 @@ def check_teacher(
 def feature_warnings(name: str, features: np.ndarray) -> list[str]:
     """Warnings about the teacher's feature called `name`, (examples, channels)."""
     if not np.isfinite(features).all():
-        return [f"WARNING: the teacher's {name} is not of finite numbers on the training view"]
+        return [
+            f"WARNING: the teacher's {name} has values that are not finite on the training view"
+        ]
     apart, length = (
         np.linalg.norm(x, axis=1).mean() for x in (features - features.mean(axis=0), features)
     )
     if apart > CONSTANT * length:
         return []
     return [
-        f"WARNING: the teacher's {name} hardly differs between images (by {apart:.2g}, and is of "
-        f"length {length:.2g}): are its weights and input_range right?"
+        f"WARNING: the teacher's {name} hardly differs between images (by {apart:.2g}, with a "
+        f"norm of {length:.2g}): are its weights and input_range right?"
     ]
 
 

@@ -31,7 +31,7 @@ MOST_KEPT = 0.25
 
 
 class Calibration(NamedTuple):
-    """A student in eight bits, and what that does to it, by the paths of its layers."""
+    """A student in eight bits, and its error, by the paths of its layers."""
 
     student: Student
     # Of a layer's output, all layers before it rounded too: root mean square of the difference over
@@ -52,8 +52,8 @@ def calibrated(
     """
     if student.network.quantisation.quantised:
         raise UserError(
-            "the student was quantised in training and leaves with its own ranges; leave out "
-            "--quantise"
+            "the student was quantised in training and is exported with its own ranges; leave "
+            "out --quantise"
         )
     images = normalise(jnp.asarray(pixels, jnp.float32), InputSpec.of(student.network))
     rounded, network = _observed(student, images, quantisation)
@@ -119,7 +119,7 @@ def layer_errors(
 def layer_effects(
     network: Network, variables: Variables, images: Array, layers: tuple[str, ...] | None = None
 ) -> tuple[dict[str, float], float]:
-    """How far each of `layers` (None: all) alone moves the logits, and how far all together do."""
+    """How far each of `layers` (None: all) alone changes the logits, and how far all do."""
 
     @jax.jit
     def logits(ranges: PyTree) -> Array:

@@ -63,18 +63,20 @@ def export(
     path = pathlib.Path(path)
     if path.suffix not in SUFFIXES:
         names = ", ".join(f"student{x}" for x in SUFFIXES)
-        raise UserError(f"{path} is no name for an export; expected one like {names}")
+        raise UserError(f"{path} is not a name for an export; expected one like {names}")
     if batch != "dynamic" and batch < 1:
         raise UserError(f"--batch is {batch}; expected 1 or more, or dynamic")
     if path.suffix == WEIGHTS and (batch != 1 or output != "probabilities" or data_dir):
         raise UserError(
             f"--batch, --output and --data-dir are for whole functions, and {path} holds weights "
-            "alone; leave them out"
+            "only; leave them out"
         )
     known = {x: format.quantisations for x, format in FORMATS.items()}
     if quantise != "none" and quantise not in known.get(path.suffix, ()):
         able = " or ".join(x for x, kinds in known.items() if quantise in kinds)
-        raise UserError(f"--quantise {quantise} is for {able}, and {path} is another; leave it out")
+        raise UserError(
+            f"--quantise {quantise} is for {able}, and {path} has another format; leave it out"
+        )
     quantisation = dataclasses.replace(
         INT8, float_layers=float_layers, range_percentile=range_percentile
     )
@@ -88,9 +90,11 @@ def export(
     written = (path, path.with_suffix(".json")) if path.suffix == WEIGHTS else (path,)
     there = [str(x) for x in written if x.exists()]
     if there and not overwrite:
-        raise UserError(f"{' and '.join(there)} exists already; use another name, or --overwrite")
+        raise UserError(f"{' and '.join(there)} already exists; use another name, or --overwrite")
     if not path.parent.is_dir():
-        raise UserError(f"there is no folder {path.parent} to write {path.name} to; make it first")
+        raise UserError(
+            f"there is no folder {path.parent} to write {path.name} to; create it first"
+        )
     run = open_run(workdir, step)
     if not run.complete:
         log(
@@ -114,15 +118,14 @@ def _check_ranges(run: Run, path: pathlib.Path) -> None:
         return
     if path.suffix == WEIGHTS:
         raise UserError(
-            f"{path} would hold weights alone, and the student in {run.workdir.path} computes with "
-            f"the ranges of its activations too; export to {' or '.join(FORMATS)}"
+            f"{path} would hold weights only, and the quantised student in {run.workdir.path} "
+            f"also needs the ranges of its activations; export to {' or '.join(FORMATS)}"
         )
     for place, (low, high, batches) in ranges.items():
         if not (batches > 0 and -np.inf < low <= high < np.inf):
             raise UserError(
-                f"the student in {run.workdir.path} has a broken range of {place}, {low:g} to "
-                f"{high:g} after {batches:g} batches; export another step (--step), or "
-                "train again"
+                f"the student in {run.workdir.path} has an invalid range for {place}, {low:g} to "
+                f"{high:g} after {batches:g} batches; export another step (--step), or train again"
             )
 
 
@@ -181,7 +184,7 @@ def _write_function(
     student, calibration = run.student, None
     shown = images_of(config, run.student, "train").pixels if quantise == "int8" else None
     if shown is not None and format.quantise is None:
-        log("measuring what eight bits do to each layer")
+        log("measuring the quantisation error of each layer")
         calibration = calibrated(student, shown, quantisation)
         student = calibration.student
     function = function_of(student, output)

@@ -62,8 +62,8 @@ def to_quantised(
     found = traced(function, pixels)
     if found.has("round") and quantise != "none":
         raise UserError(
-            "the student was quantised in training and leaves with its own ranges; leave out "
-            "--quantise"
+            "the student was quantised in training and is exported with its own ranges; leave "
+            "out --quantise"
         )
     if shown is not None and (found.operations & GELU or found.has("kernel")):
         # Layers that training left in floats stay so.

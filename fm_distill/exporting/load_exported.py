@@ -71,6 +71,6 @@ def load_exported(path: str | os.PathLike[str], threads: int | None = None) -> E
     except Exception as error:  # of many kinds, by what the bytes seem to be
         raise UserError(
             f"{path} cannot be run here ({type(error).__name__}: {str(error).splitlines()[:1]}): "
-            "it is damaged, or of a newer version of its runtime; export it again"
+            "it is damaged, or was made for a newer version of its runtime; export it again"
         ) from error
     return ExportedStudent(runtime, card, card.function, canvas_of(card, path))

@@ -75,7 +75,7 @@ def read_model(path: pathlib.Path) -> tuple[bytes, str]:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     except Exception as error:  # protobuf's own, which has no public name in all its forms
-        raise UserError(f"{path} is no ONNX model, or was damaged ({error})") from None
+        raise UserError(f"{path} is not an ONNX model, or was damaged ({error})") from None
     stated = {x.key: x.value for x in model.metadata_props}
     if CARD_KEY not in stated:
         raise UserError(
@@ -89,7 +89,7 @@ def read_model(path: pathlib.Path) -> tuple[bytes, str]:
         )
     if broken := _broken_scale(onnx, model):
         raise UserError(
-            f"{path} has a scale of integers that is no positive number, {broken}; export it again"
+            f"{path} has a quantisation scale that is not positive, {broken}; export it again"
         )
     return data, stated[CARD_KEY]
 

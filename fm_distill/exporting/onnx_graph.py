@@ -123,7 +123,7 @@ class Graph:
         """The tensor `name` in another shape of which at most one number is not known."""
         sizes = [-1 if not isinstance(x, int) else x for x in shape]
         if sizes.count(-1) > 1:
-            raise Unsupported("several sizes that follow from the batch")
+            raise Unsupported("several sizes that depend on the batch")
         return self.add("Reshape", name, self.integers(sizes))
 
 
@@ -235,11 +235,11 @@ def _of_equation(
     if name != "broadcast_in_dim" and (computed := _computed(equation, inputs, outputs)):
         return computed
     if name not in rules.operations:
-        raise Unsupported(f"the operation {name} has no form there")
+        raise Unsupported(f"the operation {name} is not supported")
     try:
         return rules.operations[name](graph, inputs, params, outputs)
     except Unsupported as error:
-        raise Unsupported(f"the operation {name} has no form there for {error}") from None
+        raise Unsupported(f"the operation {name} is not supported with {error}") from None
 
 
 def _computed(equation: JaxprEqn, inputs: list[Value], outputs: list[Any]) -> list[Value] | None:

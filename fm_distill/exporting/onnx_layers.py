@@ -56,7 +56,7 @@ def product(graph: Graph, inputs: Values, params: Params, outputs: list[Any]) ->
 def convolution(graph: Graph, inputs: Values, params: Params, outputs: list[Any]) -> Values:
     numbers, padding = params["dimension_numbers"], params["padding"]
     if set(params["lhs_dilation"]) != {1} or params["batch_group_count"] != 1:
-        raise Unsupported("a transposed convolution, or groups of the batch")
+        raise Unsupported("a transposed convolution, or batch groups")
     images, kernel = inputs
     picture = graph.add("Transpose", graph.full(images), perm=numbers.lhs_spec)
     if kernel.quantised is not None:

@@ -131,7 +131,7 @@ def _cut(graph: Graph, x: Value, starts: Shape, ends: Shape, steps: tuple[int, .
         if not (isinstance(starts[i], int) and starts[i] == 0 and ends[i] == size and steps[i] == 1)
     ]
     if not all(isinstance(ends[i], int) for i in cut):
-        raise Unsupported("a part of the batch")
+        raise Unsupported("a slice of the batch")
     if not cut:
         return graph.full(x)
     parts = [graph.integers([values[i] for i in cut]) for values in (starts, ends)]
@@ -144,13 +144,13 @@ def _gather(graph: Graph, inputs: Values, params: Params, outputs: list[Any]) ->
     x, places = inputs
     numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
     if isinstance(places.content, str) or len(places.shape) != 1 or numbers.operand_batching_dims:
-        raise Unsupported("more than one place")
+        raise Unsupported("more than one position")
     starts = [0] * len(sizes)
     for axis, place in zip(numbers.start_index_map, places.content.tolist(), strict=True):
         starts[axis] = place
     ends = [start + size for start, size in zip(starts, sizes, strict=True)]
     if any(i < 0 or j > k for i, j, k in zip(starts, ends, x.shape, strict=True) if j != k):
-        raise Unsupported("places outside of the array")
+        raise Unsupported("positions outside the array")
     name = _cut(graph, x, tuple(starts), tuple(ends), (1,) * len(sizes))
     return full_shaped(graph.reshaped(name, outputs[0].shape), outputs[0])
 
@@ -165,7 +165,7 @@ def _split(graph: Graph, inputs: Values, params: Params, outputs: list[Any]) -> 
 def _pad(graph: Graph, inputs: Values, params: Params, outputs: list[Any]) -> Values:
     low, high, between = zip(*params["padding_config"], strict=True)
     if any(between) or min(*low, *high) < 0:
-        raise Unsupported("zeros between the numbers, or negative padding")
+        raise Unsupported("interior or negative padding")
     x, filling = inputs
     amounts = graph.integers([*low, *high])
     return full_shaped(graph.add("Pad", graph.full(x), amounts, graph.full(filling)), outputs[0])

@@ -28,10 +28,10 @@ def fake_quantise(graph: Graph, inputs: Values, params: Params, outputs: list[An
     x, scale, zero_point, *levels = inputs
     known = [scale, zero_point, *levels]
     if any(isinstance(value.content, str) for value in known):
-        raise Unsupported("a range that is not known")
+        raise Unsupported("an unknown range")
     of_scale, zero, lowest, highest = (np.asarray(value.content) for value in known)
     if not (np.isfinite(of_scale).all() and (of_scale > 0).all()):
-        raise Unsupported("a scale that is no positive number: the ranges of the run are broken")
+        raise Unsupported("a scale that is not positive: the ranges of the run are invalid")
     if lowest < SIGNED.min or highest > SIGNED.max:
         raise Unsupported("more than eight bits")
     if isinstance(x.content, str):

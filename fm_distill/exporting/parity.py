@@ -119,9 +119,9 @@ def compare(
     difference, within = float(differences.max()), float((differences <= bound).mean())
     if not (within >= needed and np.isfinite(difference)):
         raise UserError(
-            f"{runtime.name} differs from the run by up to {difference:.3g} in its {output} of "
-            f"{len(found)} images of the {examples.split} split, where {bound:.3g} is allowed for "
-            f"{needed:.0%} and {within:.2%} keep to it, so nothing was written; export to another "
+            f"{runtime.name} differs from the run by up to {difference:.3g} in its {output} on "
+            f"{len(found)} images of the {examples.split} split, where {needed:.0%} must be "
+            f"within {bound:.3g} and {within:.2%} are, so nothing was written; export to another "
             "format, and report this"
         )
     spread = float(np.sqrt(np.square(expected - expected.mean(axis=0)).mean()))
@@ -173,8 +173,8 @@ def _cpu() -> jax.Device:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:
         raise UserError(
-            "an export is compared with its run on the CPU, which JAX may not use here; add `cpu` "
-            "to JAX_PLATFORMS, behind a comma"
+            "an export is compared with its run on the CPU, which JAX may not use here; add "
+            "`cpu` to JAX_PLATFORMS, after a comma"
         ) from None
 
 

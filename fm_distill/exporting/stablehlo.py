@@ -91,8 +91,8 @@ def read_archive(path: pathlib.Path) -> tuple[bytes, str]:
         ) from None
     except DAMAGED_ARCHIVE as error:
         raise UserError(
-            f"{path} is no {SUFFIX} file of `fm-distill export`, or was damaged ({error}); export "
-            "it again"
+            f"{path} is not a {SUFFIX} file of `fm-distill export`, or was damaged ({error}); "
+            "export it again"
         ) from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error}") from None

@@ -154,7 +154,7 @@ def build_network(config: NetworkConfig, classes: int, dtype: jnp.dtype) -> Netw
 def check_network(config: NetworkConfig) -> None:
     """Raises `ValueError` where the fields of `config` do not describe a network.
 
-    And `UserError` where a network of one's own does not run.
+    And `UserError` where a custom network does not run.
     """
     network = build_network(config, 2, jnp.dtype("float32"))
     if is_own(config.model):

@@ -35,7 +35,7 @@ def make_network(
     """
     if config.block_widths and not inner_channels:
         raise ValueError(
-            f"{config.model} has no blocks whose inner channels could be fewer; leave out "
+            f"{config.model} has no blocks whose inner channels can be pruned; leave out "
             "block_widths and student.pruning.pattern=channels"
         )
 
@@ -50,7 +50,7 @@ def make_network(
     def init(key: PRNGKeyArray) -> Variables:
         images = jnp.zeros((1, config.resolution, config.resolution, 3), jnp.float32)
         tree = module.init(key, images, train=False)
-        # A network of one's own may have no parameters.
+        # A custom network may have no parameters.
         return Variables(tree.get("params", {}), tree.get("batch_stats", {}), tree.get(RANGES, {}))
 
     def applied(

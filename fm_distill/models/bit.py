@@ -236,7 +236,7 @@ def _build(config: NetworkConfig, options: BitOptions, classes: int, dtype: jnp.
 def _check(config: NetworkConfig, options: BitOptions) -> None:
     if not options.depths or min(options.depths) < 1:
         raise ValueError(
-            "model=bit needs the option depths, units a block, e.g. (3, 4, 6, 3); got "
+            "model=bit needs the option depths, the units of each block, e.g. (3, 4, 6, 3); got "
             f"{options.depths}"
         )
     root = root_channels(options)

@@ -75,7 +75,7 @@ class Network:
     # module too, by its path.
     feature_shapes: FeatureShapes = no_features
     # frozen variables, images -> logits, in evaluation mode and with each convolution as one
-    # operation on every platform. None of a network of one's own that has one form alone.
+    # operation on every platform. None for a custom network that has only one form.
     apply_portable: ApplyPortable | None = None
     # As `apply`, where the ranges of activations follow the batch, in training mode or not; None
     # where no activation is quantised.
@@ -85,7 +85,7 @@ class Network:
     freeze_integer: Freeze | None = None
     # Paths of the quantised layers, in the order of their calls.
     quantised_layers: tuple[str, ...] = ()
-    # Of each block that has them, in order; none of a network that cannot do with fewer.
+    # Of each block that has them, in order; none of a network that cannot have fewer.
     inner_channels: tuple[InnerChannels, ...] = ()
     # Whether a weight that is zero multiplies by zero; not where kernels are standardised.
     zeros_stay: bool = True
@@ -121,7 +121,7 @@ def with_ranges(
     def leaf_of(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> Array:
         place, _, name = jax.tree_util.keystr(path, simple=True, separator="/").rpartition("/")
         if place not in found:
-            raise ValueError(f"there is no range of {place}")
+            raise ValueError(f"there is no range for {place}")
         left.pop(place, None)
         low, high, batches = found[place]
         return jnp.asarray({"low": low, "high": high, "batches": batches}[name], leaf.dtype)

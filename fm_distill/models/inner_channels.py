@@ -1,4 +1,4 @@
-"""Channels inside of a block that nothing outside of it reads: a network can do with fewer."""
+"""Channels inside of a block that nothing outside of it reads: a network can have fewer."""
 
 import dataclasses
 

@@ -42,7 +42,7 @@ def read_options(config: NetworkConfig, kind: type[Kind]) -> Kind:
         options = msgspec.convert(values, kind)
     except msgspec.ValidationError as error:
         text = str(error).replace("$.", "")
-        raise ValueError(f"an option of {config.model} is not of its type: {text}") from None
+        raise ValueError(f"an option of {config.model} has the wrong type: {text}") from None
     for sentence in out_of_bounds(options, "options."):
         raise ValueError(sentence)
     # msgspec leaves defaults to the class, where `vars` does not see them.
@@ -55,7 +55,7 @@ def refuse_unknown(config: NetworkConfig, known: Collection[str]) -> None:
     if not unknown:
         return
     near = difflib.get_close_matches(unknown[0], known, 1)
-    has = f"it has {', '.join(known)}" if known else "it has none: leave that out"
+    has = f"it has {', '.join(known)}" if known else "it has none: leave it out"
     raise ValueError(
         f"{config.model} has no option {', '.join(unknown)}; {has}"
         + (f"; did you mean {near[0]}?" if near else "")

@@ -1,4 +1,4 @@
-"""A network of one's own: a function or a Flax module that a config names by its place."""
+"""A custom network: a function or a Flax module that a config names by its place."""
 
 import functools
 import inspect
@@ -124,7 +124,7 @@ def check_logits(network: Network, config: NetworkConfig) -> None:
         ) from error
     if config.quantisation.quantised and not network.quantised_layers:
         raise UserError(
-            f"the model {model} has no layer that can be quantised: build it of "
+            f"the model {model} has no layer that can be quantised: build it from "
             "fm_distill.models.layers, or leave out quantisation"
         )
     if shape != (2, classes):

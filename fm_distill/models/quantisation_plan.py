@@ -29,15 +29,15 @@ def plan_of(module: nn.Module, config: NetworkConfig) -> tuple[tuple[str, Precis
     layers, kernels = _layers_and_kernels(module, config.resolution)
     if unknown := [x for x in kernels if x not in layers]:
         raise ValueError(
-            f"{config.model} has layers that cannot be quantised, {', '.join(unknown)}: build them "
-            "of fm_distill.models.layers, or leave out quantisation"
+            f"{config.model} has layers that cannot be quantised, {', '.join(unknown)}: build "
+            "them from fm_distill.models.layers, or leave out quantisation"
         )
     if unknown := [x for x in asked.float_layers if x not in layers]:
         near = difflib.get_close_matches(unknown[0], layers, 1)
         hint = f"did you mean {near[0]}" if near else f"it has {', '.join(layers)}"
         raise ValueError(
-            f"quantisation.float_layers names {', '.join(unknown)}, which no layer of "
-            f"{config.model} is; {hint}"
+            f"quantisation.float_layers names {', '.join(unknown)}, which {config.model} does not "
+            f"have; {hint}"
         )
     plan = tuple(
         (path, precision)

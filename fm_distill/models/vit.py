@@ -202,8 +202,8 @@ def member(design: Design) -> Callable[[NetworkConfig, int, jnp.dtype], Network]
         if over := config.resolution % design.patch:
             below = config.resolution - over
             raise ValueError(
-                f"resolution {config.resolution} is no multiple of the {design.patch} pixels of a "
-                f"patch of {config.model}; use {below} or {below + design.patch}"
+                f"resolution {config.resolution} is not a multiple of the patch size of "
+                f"{config.model}, {design.patch} pixels; use {below} or {below + design.patch}"
             )
         inner = narrowed(inner_channels(design), config)
         module = VisionTransformer(design, tuple(x.width for x in inner), classes, dtype)

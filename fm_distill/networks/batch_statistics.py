@@ -1,4 +1,4 @@
-"""BatchNorm's statistics anew, of the views on which a student is judged.
+"""BatchNorm's statistics recomputed on the views that a student is evaluated on.
 
 Training keeps the moments of mixed crops, whose objects are larger and whose contrast is lower than
 those of central crops. Source: Wu and Johnson 2021 (arXiv 2105.07576), sections 3 and 5.

@@ -1,4 +1,4 @@
-"""A teacher of some of its classes: `teacher.classes` keeps their logits alone.
+"""A teacher of some of its classes: `teacher.classes` keeps only their logits.
 
 The softmax over the logits that are left is the teacher's distribution, given that it is one of
 these classes; so its probabilities are renormalised, at any temperature.
@@ -37,8 +37,8 @@ def names_asked(asked: tuple[str, ...], option: str) -> tuple[str, ...]:
         raise UserError(f"{option}.classes names {twice[0]!r} more than once; name it once")
     if len(asked) < 2:
         raise UserError(
-            f"{option}.classes names {f'{asked[0]!r} alone' if asked else 'none'}; expected two "
-            "classes or more, or a text file with a name a line"
+            f"{option}.classes names {f'only {asked[0]!r}' if asked else 'none'}; expected two "
+            "classes or more, or a text file with one name per line"
         )
     return asked
 
@@ -46,7 +46,7 @@ def names_asked(asked: tuple[str, ...], option: str) -> tuple[str, ...]:
 def chosen(
     asked: tuple[str, ...], names: tuple[str, ...] | None, classes: int, option: str
 ) -> Choice:
-    """The classes that are asked for, by name or number, among the teacher's.
+    """The requested classes, by name or number, among the teacher's.
 
     `names` are the teacher's own; of 1,000 classes without any they are ImageNet's. Raises
     `UserError` for one that it does not have.
@@ -67,7 +67,7 @@ def chosen(
         near = difflib.get_close_matches(name, known, 3)
         hint = f"did you mean {', '.join(near)}? " if near else ""
         if not known:
-            hint = "its classes have no names here: "
+            hint = "its classes have no known names: "
         raise UserError(
             f"{option}.classes: the teacher has no class {name!r}; {hint}give names, or numbers "
             f"from 0 to {classes - 1}"
@@ -75,7 +75,7 @@ def chosen(
 
     places = tuple(place(name) for name in asked)
     if twice := [asked[i] for i, x in enumerate(places) if x in places[:i]]:
-        raise UserError(f"{option}.classes: {twice[0]!r} is asked for twice")
+        raise UserError(f"{option}.classes: {twice[0]!r} is given twice")
     if names:
         return Choice(places, tuple(names[i] for i in places))
     return Choice(places, asked if all(x in known for x in asked) else None)

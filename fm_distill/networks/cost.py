@@ -41,7 +41,7 @@ class Calls:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Of one network, or of several together; None of a function that is no network of ours."""
+    """Of one network, or of several together; None for a teacher that is a function."""
 
     parameters: int | None
     # Of one image at each network's own resolution; None also where `count_flops` raises.
@@ -124,7 +124,7 @@ def run_cost(
 def _counted(
     networks: tuple[NetworkConfig, ...], code: tuple[str, ...], classes: int, precision: str
 ) -> Cost:
-    """`code`: digests of networks of one's own, whose files may change under the same names."""
+    """`code`: digests of custom networks, whose files may change under the same names."""
     branches = tuple(make_branch(x, classes, jnp.dtype(precision)) for x in networks)
     initial = jax.eval_shape(lambda: _initial(branches))
     frozen = jax.eval_shape(lambda x: _frozen(branches, x), initial)

@@ -1,7 +1,7 @@
-"""Teachers that are no networks of ours: any function from images to logits.
+"""Teachers that are not networks of this package: any function from images to logits.
 
 `(images: float32 NumPy array, (batch, resolution, resolution, 3)) -> logits (batch, classes)`, at
-the resolution and input range of `teacher.network`. `fm-distill record` alone calls them.
+the resolution and input range of `teacher.network`. Only `fm-distill record` calls them.
 """
 
 import hashlib
@@ -43,8 +43,9 @@ def load_function(
     again = logits_of(found.value, images, reference)
     if first.shape != again.shape or np.abs(first - again).max() > SAME * np.abs(first).max():
         raise UserError(
-            f"{reference} returns other logits in a second call with the same images (by up to "
-            f"{np.abs(first - again).max():.3g}): put it into evaluation mode, without dropout"
+            f"{reference} returns different logits when it is called again with the same images "
+            f"(by up to {np.abs(first - again).max():.3g}): put it into evaluation mode, without "
+            "dropout"
         )
     code = hashlib.sha256(f"{found.sha256} {reference.rpartition(':')[2]}".encode()).hexdigest()
     classes = int(first.shape[1])

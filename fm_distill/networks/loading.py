@@ -21,12 +21,14 @@ from fm_distill.networks.teachers import (
 from fm_distill.recordings.manifest import Recording, open_recording
 from fm_distill.runs.workdir import Workdir
 from fm_distill.weights.card import only_network
+from fm_distill.weights.files import EXPECTED
+from fm_distill.weights.hub import PREFIX
 from fm_distill.weights.load import Pretrained, fingerprint
 
 
 @dataclasses.dataclass(frozen=True)
 class Networks:
-    """Student and teachers; nothing in their configs is `auto` any more."""
+    """Student and teachers; their configs no longer have an `auto`."""
 
     student: NetworkConfig
     pretrained: Pretrained | None  # what the student starts from
@@ -109,6 +111,13 @@ def load_networks(
         recording=recording,
         undecided=undecided,
     )
+
+
+def check_student_weights(config: Config) -> None:
+    """Raises `UserError` where they are not there, before a teacher is trained for hours."""
+    path = config.student.weights
+    if path and not path.startswith(PREFIX) and not pathlib.Path(path).exists():
+        raise UserError(f"student.weights is {path}, which does not exist; {EXPECTED}")
 
 
 def agreed_classes(

@@ -1,4 +1,4 @@
-"""Structured pruning: the same network with fewer inner channels in each block, sliced for real.
+"""Structured pruning: the same network with fewer inner channels in each block, sliced out.
 
 What is left computes what the network would with zeros wherever a channel that goes was read: with
 norms alone at zero, act(bias) would go on. Whole groups of a GroupNorm go, and weight-standardised
@@ -37,7 +37,7 @@ def pruned_network(
     blocks = build_network(network, 2, FLOAT32).inner_channels
     if not blocks:
         raise ValueError(
-            f"{network.model} has no blocks whose inner channels could be fewer; prune single "
+            f"{network.model} has no blocks whose inner channels can be pruned; prune single "
             "weights (pruning.pattern=unstructured), or take another model"
         )
     if pruning.ranking == "network":
@@ -58,7 +58,7 @@ def width_after(block: InnerChannels, sparsity: float, multiple_of: int) -> int:
     if kept < 1:
         raise ValueError(
             f"pruning.sparsity={sparsity:g} leaves none of the {block.width} inner channels of "
-            f"{block.block}, of which a multiple of {step} stays (groups of {block.together}, "
+            f"{block.block}, which keeps a multiple of {step} (groups of {block.together}, "
             f"pruning.multiple_of={multiple_of}); make one of the two smaller"
         )
     return kept
@@ -88,15 +88,15 @@ def check_ranking(blocks: tuple[InnerChannels, ...], pruning: PruningConfig) -> 
     for block, step in zip(blocks, steps, strict=True):
         if step > block.width:
             raise ValueError(
-                f"pruning.multiple_of={pruning.multiple_of} leaves none of the {block.width} inner "
-                f"channels of {block.block}, of which a multiple of {step} stays (groups of "
+                f"pruning.multiple_of={pruning.multiple_of} leaves none of the {block.width} "
+                f"inner channels of {block.block}, which keeps a multiple of {step} (groups of "
                 f"{block.together}); make it smaller"
             )
     most = (total - sum(steps)) / total
     if pruning.sparsity > most:
         raise ValueError(
-            f"pruning.sparsity={pruning.sparsity:g} is more than can go of {total:,} inner "
-            f"channels, of which each block keeps some ({sum(steps):,} in all); use "
+            f"pruning.sparsity={pruning.sparsity:g} removes too many of {total:,} inner channels, "
+            f"of which each block keeps some ({sum(steps):,} in all); use "
             f"{math.floor(most * 1000) / 1000:g} or less"
         )
 
@@ -113,7 +113,7 @@ def ranked_widths(
     to the sparsity; of two as near, more channels stay.
     """
     steps = _steps(blocks, pruning)
-    # What no step holds goes in any case.
+    # What no step holds is removed in any case.
     widths = [block.width // step * step for block, step in zip(blocks, steps, strict=True)]
     order: list[tuple[float, int]] = []
     for i, (block, places) in enumerate(zip(blocks, scores, strict=True)):

@@ -40,13 +40,13 @@ def load_pretrained(path: str, network: NetworkConfig | None, option: str) -> Pr
     if option != "student" and not run.complete:
         raise UserError(
             f"the {option}'s run in {path} is not complete, or its last checkpoint is damaged "
-            f"(step {run.step:,} is); train it first"
+            f"(the newest intact one is of step {run.step:,}); train it first"
         )
     chosen = run.network
     if network is not None:
         if differ := differing(run.network, network):
             raise UserError(
-                f"the run in {path} trained another network than the {option}'s: {differ}"
+                f"the run in {path} trained a different network from the {option}'s: {differ}"
             )
         requested = only_network(network)
         chosen = dataclasses.replace(
@@ -82,7 +82,7 @@ class Teacher:
     variables: Variables | None  # None where only its recorded outputs are here
     fingerprint: str  # SHA-256 of the weights, wherever they lie
     notes: tuple[str, ...]  # what was recognised and what was chosen
-    function: TeacherFunction | None = None  # of a teacher that is no network of ours
+    function: TeacherFunction | None = None  # of a teacher that is not a network of this package
     # As which it teaches; `network` and `variables` are in floats, as it is evaluated.
     quantisation: QuantisationConfig = FLOATS
 
@@ -167,9 +167,9 @@ def recorded_teachers(
             )
         if found != header.teacher_weights:
             raise UserError(
-                f"{recording.path} recorded other teachers than the run's: their weights have "
-                f"SHA-256 {' + '.join(header.teacher_weights)}, and those of the run "
-                f"{' + '.join(found)}; record these, or leave out the teacher's own place "
+                f"{recording.path} was recorded from other teachers than the run's: their weights "
+                f"have SHA-256 {' + '.join(header.teacher_weights)}, and those of the run "
+                f"{' + '.join(found)}; record these, or leave out the teacher's own location "
                 "(--teacher.weights None --teacher.workdir None)"
             )
         return teachers
@@ -184,7 +184,7 @@ def recorded_teachers(
         str(recording.path),
         recording.path,
     )
-    note = f"the teachers are not here: their outputs are read from {recording.path}"
+    note = f"the teachers are not loaded: their outputs are read from {recording.path}"
     return tuple(
         Teacher(network, header.classes, header.class_names, None, weights, () if i else (note,))
         for i, (network, weights) in enumerate(
@@ -258,8 +258,8 @@ def _load_all_classes(teacher: TeacherConfig, option: str, where: str) -> Teache
     if not (teacher.weights or teacher.experiment or teacher.workdir):
         raise UserError(
             f"the teacher has no weights: give --{option}.weights FILE (.npz, .safetensors, a "
-            f"SavedModel, hf://OWNER/REPO), --{option}.experiment FILE, --{option}.workdir DIR, or "
-            "what was recorded of it with --teacher.recording DIR"
+            f"SavedModel, hf://OWNER/REPO), --{option}.experiment FILE, --{option}.workdir DIR, "
+            "or a recording of its outputs with --teacher.recording DIR"
         )
     path = teacher.weights or where
     if not teacher.weights and not (pathlib.Path(path) / "config.json").is_file():

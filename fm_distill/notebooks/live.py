@@ -1,4 +1,4 @@
-"""A training command inside a notebook: its lines, and its run's figures while it runs.
+"""A training command inside a notebook: its output, and its run's figures while it runs.
 
 The command is a process of its own, which has the accelerator for itself and can be stopped
 politely. Needs IPython, as every notebook has it, and the extra `plots`.
@@ -93,7 +93,7 @@ def _pump(pipe: Iterable[str], lines: queue.SimpleQueue[str | None]) -> None:
         for line in pipe:
             lines.put(line)
     finally:
-        lines.put(None)  # or whoever waits for the last line waits for ever
+        lines.put(None)  # or a reader of the last line would wait forever
 
 
 def _follow(lines: queue.SimpleQueue[str | None], screen: "Screen", every_s: float) -> None:

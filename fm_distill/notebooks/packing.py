@@ -109,8 +109,8 @@ def archive() -> str:
     """The package of this checkout as a source archive that pip installs, in base64."""
     if missing := [name for name in PACKAGE if not (ROOT / name).exists()]:
         raise UserError(
-            f"{ROOT} is no checkout of fm-distill (it has no {missing[0]}), so the package cannot "
-            "be put into the notebook; give --package SPEC, as for pip"
+            f"{ROOT} is not a checkout of fm-distill (it has no {missing[0]}), so the package "
+            "cannot be put into the notebook; give --package SPEC, as for pip"
         )
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w:xz") as tar:

@@ -1,7 +1,7 @@
 """What a run would need on devices that are not here: `fm-distill plan`.
 
 The very step that `train` runs is compiled by the devices' own compiler, in a child process;
-nothing is guessed but the time it takes. See `compile_step.py`, which is that child.
+only the time it takes is estimated. See `compile_step.py`, which is that child.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ from fm_distill.weights.card import only_network
 TIME_OVER_BOUND = 2.34
 
 
-# The compiler's environment: it must not look for a TPU, nor mind that another process has it.
+# The compiler's environment: it must neither look for a TPU nor fail where one is in use.
 COMPILER_ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -144,7 +144,7 @@ def plan(
 
 
 def variants(config: Config, devices: int) -> list[tuple[dict[str, Any], Config]]:
-    """What is tried where a run does not fit, the cheapest in time first, as options and config."""
+    """What is tried when a run does not fit, the cheapest in time first, as options and config."""
     steps: list[dict[str, Any]] = [
         {"memory.teacher_parts": 4},
         {"memory.teacher_parts": 4, "memory.rematerialise": "units"},
@@ -221,14 +221,14 @@ def _notes(config: Config, feeding: str, rate: float | None) -> Iterator[str]:
         yield f"the host has to read and decode {rate:,.0f} images a second for that"
     for _, teacher in teachers_of(config):
         if teacher.experiment:
-            yield f"without the training of the teacher first: {teacher.experiment}, a plan itself"
+            yield f"excluding the teacher's training: plan {teacher.experiment} by itself"
     if regime_of(config).targets == "table":
-        yield "without the teachers' targets, which are computed before the training"
+        yield "excluding the teachers' targets, which are computed before the training"
     pruning = config.student.pruning
     if pruning.pattern == "channels" and pruning.ranking == "network":
-        yield "as if each block lost the same share of its channels: the weights will decide that"
+        yield "assuming that each block loses the same share of its channels"
     if pruning.by_gradient:
-        yield "without the gradients of the student before it is pruned, which choose its channels"
+        yield "excluding the gradients of the unpruned student, which choose its channels"
 
 
 def _compiled(config: Config, where: Topology, examples: int) -> dict[str, Any]:

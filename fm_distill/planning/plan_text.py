@@ -25,7 +25,7 @@ def text(plan: Plan, max_hours: float, weekly_hours: float) -> str:
     memory, flops = plan.memory_bytes, plan.flops
     lines = [
         f"{plan.topology}: {plan.devices} devices, {plan.feeding} feeding, "
-        f"{plan.steps_per_dispatch} steps a dispatch"
+        f"{plan.steps_per_dispatch} steps per dispatch"
     ]
     if not plan.compiles:
         lines.append(f"DOES NOT COMPILE: {plan.compiler_said}")
@@ -34,12 +34,12 @@ def text(plan: Plan, max_hours: float, weekly_hours: float) -> str:
         have = f" of {_amount(memory.capacity)}B" if memory.capacity else ""
         need = memory.arguments + memory.temporaries + memory.resident_data
         lines += [
-            f"memory a device: {_amount(need)}B{have}: arguments {_amount(memory.arguments)}B, "
+            f"memory per device: {_amount(need)}B{have}: arguments {_amount(memory.arguments)}B, "
             f"temporaries {_amount(memory.temporaries)}B, data {_amount(memory.resident_data)}B",
             "fits" if plan.fits else "DOES NOT FIT",
-            f"{_amount(flops['total'])}FLOP a step: "
+            f"{_amount(flops['total'])}FLOP per step: "
             + ", ".join(f"{k} {flops[k] / flops['total']:.1%}" for k in list(flops)[1:]),
-            f"{_amount(plan.hbm_bytes or 0)}B of HBM moved a step, each device",
+            f"{_amount(plan.hbm_bytes or 0)}B of HBM moved per step and device",
             "a step has "
             + (", ".join(f"{v:g} {k}" for k, v in sorted(plan.collectives.items())) or "no")
             + ("" if plan.collectives else " collectives")
@@ -50,7 +50,7 @@ def text(plan: Plan, max_hours: float, weekly_hours: float) -> str:
         lines += [
             f"a step takes at least {1e3 * seconds.lower_bound:.1f} ms, expected "
             f"{1e3 * seconds.expected:.1f} ms: {plan.images_per_second:,.0f} images a second, "
-            f"{plan.epochs_per_hour:,.1f} epochs an hour",
+            f"{plan.epochs_per_hour:,.1f} epochs per hour",
             f"{plan.total_steps:,} steps: {plan.hours:,.1f} hours, {plan.sessions:,} sessions "
             f"of {max_hours:g} hours, {plan.weeks:,.1f} weeks of {weekly_hours:g} hours",
         ]
@@ -68,8 +68,8 @@ def text(plan: Plan, max_hours: float, weekly_hours: float) -> str:
 def movers_text(plan: Plan) -> str:
     """A table of what moves the most memory, for `--by-operation`."""
     if not plan.movers:
-        return "which operations move the most is known of a program that compiles"
-    lines = ["what moves the most memory in a step of a device, by line of code:"]
+        return "which operations move the most memory is known only for a program that compiles"
+    lines = ["what moves the most memory in a step on one device, by line of code:"]
     for mover in plan.movers:
         size, times = f"{_amount(mover.bytes)}B", f"{mover.count:,.0f}x"
         what = f"{mover.part or '-':<20} {mover.operation:<24} {times:>6}"

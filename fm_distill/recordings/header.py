@@ -33,7 +33,7 @@ OPTIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class RecordedTap:
-    """A feature of the teacher of which a recording holds the mean over the places."""
+    """A feature of the teacher of which a recording holds the mean over the positions."""
 
     name: str
     channels: int
@@ -63,7 +63,7 @@ class RecordingHeader:
     # How their outputs are stored.
     dtype: RowType
     top_k: int | None = None
-    temperature: float | None = None  # at which the rest of the top K is lumped together
+    temperature: float | None = None  # at which the classes outside the top K are summed
     # The teacher's features that are stored too, by name.
     taps: tuple[RecordedTap, ...] = ()
     # By their references, where the files of teachers' networks lay that are code.
@@ -171,8 +171,8 @@ def parse_header(tree: Any, where: str) -> RecordingHeader:
     teachers = tree.get("teachers")
     if isinstance(teachers, list) and any(map(before_options, teachers)):
         raise UserError(
-            f"{where} was written by an older version of fm-distill, where the settings of a BiT "
-            "lay elsewhere: use that version, or record again"
+            f"{where} was written by an older version of fm-distill, which stored the settings of "
+            "a BiT elsewhere: use that version, or record again"
         )
     try:
         return converted(tree, RecordingHeader)

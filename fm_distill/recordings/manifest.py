@@ -187,5 +187,5 @@ def _read(manifest: pathlib.Path) -> tuple[RecordingHeader, list[Shard]]:
         return parse_header(first, str(manifest)), msgspec.convert(rest, list[Shard])
     except (ValueError, msgspec.ValidationError) as error:
         raise UserError(
-            f"{manifest} is not the manifest of a recording ({error}); bring it back from a copy"
+            f"{manifest} is not the manifest of a recording ({error}); restore it from a copy"
         ) from None

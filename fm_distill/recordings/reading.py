@@ -64,6 +64,6 @@ class RecordingReader:
         if block.steps != last - first:
             raise TrainingFailed(
                 f"the shard {self.recording.path / shard.name} is shorter than its manifest says; "
-                "bring it back from a copy, or remove it and run `fm-distill record` again"
+                "restore it from a copy, or remove it and run `fm-distill record` again"
             )
         return block

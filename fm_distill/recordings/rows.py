@@ -25,7 +25,7 @@ class TargetRows:
     """The outputs of each teacher for some examples, before temperature and ensemble.
 
     A logit is `values + offset`. Of top-K recordings the classes are in `indices`, the most likely
-    one first, and `rest` is what all other classes weigh together.
+    one first, and `rest` is the log-sum-exp of all other classes.
     """
 
     values: Float[AnyArray, "*steps batch teachers kept"]
@@ -34,7 +34,7 @@ class TargetRows:
     indices: Integer[AnyArray, "*steps batch teachers kept"] | None = None
     # T log of the sum of exp(logit / T) over the other classes, less `offset`.
     rest: Float32[AnyArray, "*steps batch teachers"] | None = None
-    # The teacher's features by their taps, each its mean over the places.
+    # The teacher's features by their taps, each its mean over the positions.
     features: Mapping[str, Float[AnyArray, "*steps batch _"]] = dataclasses.field(
         default_factory=dict
     )
@@ -59,7 +59,7 @@ def encode(
 ) -> TargetRows:
     """The rows of `logits`, exact in float32; in float16 to 2^-11 of the distance to the largest.
 
-    With `top_k` the rest is lumped together at `temperature`, the only one at which the distance
+    With `top_k` the rest is summed at `temperature`, the only one at which the distance
     to it is exact. Without the shift, which no softmax sees, logits near 20 would be rounded to
     multiples of 1/64. Raises `UserError` where a logit is further from the largest than `dtype`
     holds, and is kept.
@@ -107,12 +107,12 @@ def encode_features(
         largest = float(np.abs(x).max())
         if not np.isfinite(largest):
             raise UserError(
-                f"the teacher's feature {name} for step {step:,} is not a finite number: are its "
-                "weights and input_range right, and does --precision float32 help?"
+                f"the teacher's feature {name} in step {step:,} has values that are not finite: "
+                "are its weights and input_range right, and does --precision float32 help?"
             )
         if largest > most:
             raise UserError(
-                f"the teacher's feature {name} is up to {largest:,.0f} for step {step:,}, and "
+                f"the teacher's feature {name} reaches {largest:,.0f} in step {step:,}, and "
                 f"{dtype} holds {most:,.0f} at most; use --dtype float32, or another tap"
             )
     return {name: x.astype(dtype) for name, x in features.items()}
@@ -124,7 +124,7 @@ def unseen(
     """What the KL to a top-K recording does not see, as means over the rows.
 
     The probability r of the classes beyond the K, and r KL(p || uniform) in nats for their own
-    distribution p: the KL that a student is spared which spreads r evenly over them.
+    distribution p: by so much the KL is too low for a student that spreads r evenly over them.
     """
     scaled = np.sort(logits.astype(np.float64) / temperature, axis=-1)[..., ::-1]
     weights = np.exp(scaled - scaled[..., :1])

@@ -75,8 +75,8 @@ def read_shard(
         arrays = asyncio.run(_read(folder, slice(first, last), taps))
     except (ValueError, OSError, KeyError) as error:
         raise TrainingFailed(
-            f"the shard {folder} of the recording is damaged: {_short(error)}; bring it back from "
-            "a copy, or remove it and run `fm-distill record` again"
+            f"the shard {folder} of the recording is damaged: {_short(error)}; restore it from a "
+            "copy, or remove it and run `fm-distill record` again"
         ) from None
     for name, array in arrays.items():
         if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():

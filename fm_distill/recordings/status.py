@@ -56,8 +56,8 @@ def unseen_text(header: RecordingHeader, share: float, nats: float) -> str:
     """How a top-K recording is biased; see `rows.unseen`."""
     return (
         f"the top {header.top_k} of {header.classes:,} classes at temperature "
-        f"{header.temperature:g}: the rest has {share:.2%} of the probability, and the KL "
-        f"misses {nats:.2g} nats of a student that spreads it evenly"
+        f"{header.temperature:g}: the others have {share:.2%} of the probability, and the KL is "
+        f"{nats:.2g} nats too low for a student that spreads it evenly"
     )
 
 
@@ -75,7 +75,7 @@ def status_text(recording: Recording, checked: RecordingStatus | None = None) ->
         lines.append(unseen_text(header, *recording.unseen))
     if header.taps:
         taps = ", ".join(f"{x.name} ({x.channels:,} channels)" for x in header.taps)
-        lines.append(f"features in the mean over their places: {taps}")
+        lines.append(f"features, averaged over positions: {taps}")
     for first, last in recording.ranges:
         epochs = (last - first) * header.batch_size / header.examples
         lines.append(f"steps {first:,} to {last:,}, {epochs:,.1f} epochs")

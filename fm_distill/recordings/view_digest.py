@@ -1,4 +1,4 @@
-"""A short number for each view, so that another stream of views is noticed before it teaches."""
+"""A short digest of each view, so that other views are noticed before training on them."""
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt64

@@ -99,6 +99,6 @@ class ShardWriter:
         except OSError as error:
             self.parts, self.unseen = [], []  # what comes after a hole is not worth writing
             raise UserError(
-                f"{self.folder} cannot be written any more: {error}; make room and run the same "
-                "command again, which goes on after the last shard"
+                f"{self.folder} can no longer be written: {error}; free some space and run the "
+                "same command again, which continues after the last shard"
             ) from None

@@ -1,4 +1,4 @@
-"""A run made smaller step after step, each a run of its own that goes on matching the teacher."""
+"""A run made smaller step by step, each step a run of its own that keeps matching the teacher."""
 
 import dataclasses
 import os
@@ -74,7 +74,7 @@ def compress(
     stored, figures = place.stored(), place.read_evaluation()
     refuse_code_of_run(stored, place.path, config=config)
     if not steps:
-        raise UserError("compress needs what to do: --steps prune:structured:0.5 quantise:int8")
+        raise UserError("compress needs --steps, e.g. --steps prune:structured:0.5 quantise:int8")
     if not formats or len({*formats}) != len(formats):
         raise UserError(f"--format is {' '.join(formats)!r}; expected each format once")
     if figures is None:
@@ -162,8 +162,8 @@ def _refuse_options_of_steps(config: Config, own: Config) -> None:
     same = CentralCrop.of(config.views) == CentralCrop.of(own.views)
     if (config.data.test is None) != (own.data.test is None) or not same:
         raise UserError(
-            "data.test, views.central_fraction and views.central_resize are those by which the run "
-            "was judged; leave them out"
+            "data.test, views.central_fraction and views.central_resize have to stay those that "
+            "the run was evaluated with; leave them out"
         )
 
 
@@ -208,12 +208,13 @@ def _check_planned(
         place = Workdir(folder / _file_name(name))
         if place.has_config() and (differ := differences(place.stored().config, run)):
             raise UserError(
-                f"{place.path} is of another compression ({'; '.join(differ)}); give another --to"
+                f"{place.path} belongs to another compression ({'; '.join(differ)}); give "
+                "another --to"
             )
 
 
 def _refuse_another_start(place: Workdir, run: Config) -> None:
-    """Raises `UserError` where a step that lies there began with other weights, or teachers."""
+    """Raises `UserError` where a step in the folder was started from other weights or teachers."""
     if not place.has_config():
         return
     resolved = place.stored().resolved
@@ -223,7 +224,7 @@ def _refuse_another_start(place: Workdir, run: Config) -> None:
     same_student = networks.undecided or here.student_weights == resolved.student_weights
     if not same_student or here.teacher_weights != resolved.teacher_weights:
         raise UserError(
-            f"{place.path} began with other weights or teachers than this compression; give "
+            f"{place.path} was started from other weights or teachers than this compression; give "
             "another --to, or remove it"
         )
 

@@ -73,7 +73,7 @@ def parse_step(text: str) -> CompressionStep:
     except (KeyError, ValueError):
         known = ", ".join([*(f"{x}:SHARE" for x in SHARED), *FIXED])
         raise UserError(
-            f"--steps {text!r} is none of {known}, with a SHARE between 0 and 1"
+            f"--steps {text!r} is not one of {known}, with a SHARE between 0 and 1"
         ) from None
 
 
@@ -85,8 +85,8 @@ def check_order(steps: tuple[CompressionStep, ...], before: PruningConfig) -> No
         pruning = step.pruning
         if pruning and pruning.pattern == "channels" and sparse:
             raise UserError(
-                f"--steps {step.text} cannot follow {sparse}: the smaller network would grow its "
-                "zeros again; prune channels first"
+                f"--steps {step.text} cannot follow {sparse}: in the smaller network the pruned "
+                "weights would no longer stay zero; prune channels first"
             )
         if step.quantisation and quantised:
             raise UserError(

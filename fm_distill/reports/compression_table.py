@@ -141,7 +141,7 @@ def picture(found: Compression) -> bytes:
         and file.median_ms is not None
     ]
     if not drawn:
-        raise UserError("no student has both a file and a quality")
+        raise UserError("no student has both a file and an accuracy or agreement")
     names, qualities, sizes, times = zip(*drawn, strict=True)
     costs = {"file, kB": sizes, "latency p50, ms": times}
     panels = {x: plots.Tradeoff(y, tuple(front(qualities, y))) for x, y in costs.items()}

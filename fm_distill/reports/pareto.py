@@ -1,4 +1,4 @@
-"""Which students of a sweep no other beats in both accuracy and cost, as a table and a picture."""
+"""Which students of a sweep are Pareto-optimal in accuracy and cost, as a table and a picture."""
 
 import dataclasses
 import statistics

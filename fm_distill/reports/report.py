@@ -1,7 +1,7 @@
 """One self-contained HTML file about runs: figures side by side, curves, views, disagreements.
 
 It reads workdirs and runs no code from them. What cannot be shown, because the data or the teacher
-are not there any more, is named with the option that gives it.
+are no longer there, is named with the option that gives it.
 """
 
 import base64
@@ -76,9 +76,9 @@ def report(
         workdirs = [workdirs]
     out = pathlib.Path(out)
     if out.is_dir() or (out.exists() and not overwrite):
-        raise UserError(f"{out} is there already; choose another --out, or give --overwrite")
+        raise UserError(f"{out} already exists; choose another --out, or give --overwrite")
     if not out.parent.is_dir():
-        raise UserError(f"there is no folder {out.parent} for {out.name}; make it first")
+        raise UserError(f"there is no folder {out.parent} for {out.name}; create it first")
     if not workdirs:
         raise UserError("a report needs the workdir of at least one run")
     runs = _read(workdirs, cost)
@@ -88,9 +88,10 @@ def report(
             _image(
                 "curves",
                 plots.curves({run.name: run.history for run in runs}, lengths),
-                "What the training logged. Agreement and KL compare the student with its teacher; "
-                "on the training view both see images cropped, flipped and mixed as in training. "
-                "Runs of different length are drawn over the share of the run that was done.",
+                "What the training logged. Agreement and KL compare the student with its "
+                "teacher; on the training view both see images cropped, flipped and mixed as in "
+                "training. Runs of different length are drawn over the completed share of the "
+                "run.",
             ),
             _image(
                 "learning rate",
@@ -235,8 +236,8 @@ def _or_missing(title: str, make: Callable[[], str]) -> str:
         return heading + make()
     except UserError as error:
         return (
-            f"{heading}<p class='missing'>Missing: {html.escape(str(error))}<br>Where data or "
-            "teacher lie elsewhere now, give --data-dir PATH or --teacher-weights FILE; target "
+            f"{heading}<p class='missing'>Missing: {html.escape(str(error))}<br>If the data or "
+            "the teacher have moved, give --data-dir PATH or --teacher-weights FILE; the target "
             "images of views.fourier have to be where they were.</p>"
         )
 
@@ -266,8 +267,8 @@ def _judged(opened: Opened) -> str:
     wanted = most_disagreeing(found, DISAGREEMENTS)
     if disagree := [_disagreement(opened, found, names, row) for row in wanted]:
         explanation = (
-            "The examples on which the student is furthest from its teacher: those of the largest "
-            "KL(teacher || student) at temperature 1. With each class, its probability."
+            "The examples on which the student is furthest from its teacher: those with the "
+            "largest KL(teacher || student) at temperature 1, each class with its probability."
         )
         parts.append(_image("disagreements", plots.disagreements(disagree), explanation))
     return "\n".join(parts)

@@ -18,12 +18,12 @@ from fm_distill.runs.workdir import Workdir
 MEANINGS = {
     "compression": "The teacher's parameters over the student's.",
     "recording": "Where the teacher's outputs were read from; the teacher itself did not run.",
-    "views repeat": "Order and views begin again: each image has so many different ones.",
+    "views repeat": "Order and views repeat after this: each image has so many different views.",
     "example weights": "What the terms of each example are multiplied by; the mean is one.",
-    "long tail": "The training split was thinned: the first class over the last, in examples.",
+    "long tail": "Examples of the largest training class over those of the smallest.",
     "temperature": "Divides the logits of both networks before they are compared.",
-    "updated": "When the run wrote its state last.",
-    "commit": "Of the code that the run was begun or continued with last.",
+    "updated": "When the run last wrote its state.",
+    "commit": "The commit of the code with which the run was last started or continued.",
     **{x.label: x.meaning for x in METRICS},
 }
 

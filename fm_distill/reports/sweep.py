@@ -89,7 +89,7 @@ def _refuse_repeated(option: str, values: tuple[Any, ...]) -> None:
         raise UserError(f"{option} has no values to sweep over; give one or more")
     for i, value in enumerate(values):
         if value in values[:i]:
-            raise UserError(f"{option}={value} is there twice; give each value once")
+            raise UserError(f"{option}={value} is given twice; give each value once")
 
 
 def _measured(runs: list[SweptRun], folder: pathlib.Path) -> list[SweptRun]:

@@ -1,4 +1,4 @@
-"""What the networks were shown: training examples as a step of the run drew and rendered them.
+"""What the networks saw: training examples as a step of the run drew and rendered them.
 
 The same keys, order, draw and rendering as in `step.py`, for a few examples of the batch.
 """

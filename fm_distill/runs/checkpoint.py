@@ -32,7 +32,7 @@ from fm_distill.system.processes import broadcast_from_first, first_process
 
 ASIDE = "unfinished"  # where Orbax writes
 # Of a replicated array each device writes a part, by a program that takes it out. For small arrays
-# hundreds of such programs are compiled while the first checkpoint holds training up.
+# hundreds of such programs are compiled while the first checkpoint blocks training.
 SMALLEST_PART_BYTES = 2**24
 DELETING = "deleting-"
 

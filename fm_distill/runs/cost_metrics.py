@@ -38,13 +38,13 @@ def _measured() -> tuple[tuple[Metric, Metric], ...]:
 
 
 FLOPS_CONVENTION = (
-    "FLOPs: 2 a multiply-add, as XLA counts the forward pass of one image, padding left out"
+    "FLOPs: 2 per multiply-add, as XLA counts the forward pass of one image, padding left out"
 )
 COSTS = (
     _cost("parameters", ("parameters",), "parameters", "parameters",
-          "Trained numbers of the network; of several teachers, of all together."),
+          "Trained parameters of the network; of several teachers, of all together."),
     _cost("flops", ("flops",), "FLOPs", "FLOP",
-          "Of one image's forward pass: 2 a multiply-add, as XLA counts, padding left out."),
+          "Of one image's forward pass: 2 per multiply-add, as XLA counts, padding left out."),
     *_measured(),
 )  # fmt: skip
 
@@ -62,5 +62,5 @@ def costs_text(figures: Mapping[str, Any]) -> list[str]:
         lines.append(f"  {label:<28}" + "".join(f"{x:>14}" for x in texts))
     device = at_path(figures, ("cost", "device"))
     size = at_path(figures, ("cost", "student", "batch", "batch_size"))
-    measured = [f"  on {device}; a full batch is of {size:,} images"] if device else []
+    measured = [f"  on {device}; a full batch is {size:,} images"] if device else []
     return [*lines, f"  {FLOPS_CONVENTION}", *measured]

@@ -43,7 +43,7 @@ class MetricsWriter:
     def write(
         self, step: int, epoch: float, split: str, values: Mapping[str, float | None]
     ) -> None:
-        """Writes one line; numbers that are not finite become null, as JSON has no other word."""
+        """Writes one line; numbers that are not finite become null, as JSON lacks them."""
         numbers = {k: v if v is not None and math.isfinite(v) else None for k, v in values.items()}
         record = {"step": step, "epoch": round(epoch, 4), "split": split} | numbers
         if self._file:

@@ -106,7 +106,7 @@ def _refuse_absent_code(workdir: Workdir, resolved: ResolvedRun) -> None:
     except UserError as error:
         raise UserError(
             f"the run in {workdir.path} trained a custom network, {model} (SHA-256 "
-            f"{resolved.code[0]}), which cannot be run here: {error}; put that file there"
+            f"{resolved.code[0]}), which cannot be run here: {error}; put that file back"
         ) from None
 
 

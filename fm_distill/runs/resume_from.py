@@ -33,7 +33,7 @@ def copy_run(source: str, workdir: pathlib.Path) -> None:
                 f"{workdir} has a run of {_steps(here)}, and the one in {source} has "
                 f"{_steps(there)}; choose another --workdir, or leave out --resume-from"
             )
-        log(f"{workdir} has its run already, with {_steps(here)}: {source} is not needed")
+        log(f"{workdir} already has its run, with {_steps(here)}: {source} is not needed")
         return
     if workdir.is_dir() and any(workdir.iterdir()):
         raise UserError(f"{workdir} is not empty; --resume-from needs a new --workdir")
@@ -105,7 +105,7 @@ def _copy_run(source: pathlib.Path, target: pathlib.Path) -> None:
     for step in progress(steps, "copying checkpoints", "checkpoints", len(steps)):
         checkpoint = source / "checkpoints" / str(step)
         if wrong := integrity_errors(checkpoint):
-            log(f"WARNING: {checkpoint} is damaged and stays behind: {wrong[0]}")
+            log(f"WARNING: {checkpoint} is damaged and is not copied: {wrong[0]}")
             continue
         copy = target / "checkpoints" / str(step)
         _copy_tree(checkpoint, copy)
@@ -131,6 +131,6 @@ def _check_space(source: pathlib.Path, workdir: pathlib.Path) -> None:
     free = shutil.disk_usage(place).free
     if need > free:
         raise UserError(
-            f"the run in {source} has {need / 1e9:,.2f} GB and {place} has {free / 1e9:,.2f} GB "
+            f"the run in {source} needs {need / 1e9:,.2f} GB and {place} has {free / 1e9:,.2f} GB "
             "free; choose a --workdir on another disk"
         )

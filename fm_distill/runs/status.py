@@ -30,7 +30,7 @@ class RunStatus:
     total_steps: int
     hours_left: float | None
     images_per_second: float | None
-    updated: str | None  # UTC time of the last word from the run
+    updated: str | None  # UTC time of the run's last update
     checkpoints: tuple[CheckpointStatus, ...]  # newest first
 
 
@@ -50,7 +50,7 @@ def status(workdir: str | os.PathLike[str]) -> RunStatus:
         state = "running" if place.in_use() else "paused"
         reason = "; ".join(x for x in (reason, teacher) if x)
     elif state == "running" and not place.in_use():
-        state, reason = "paused", "its process is gone and reported no stop"
+        state, reason = "paused", "its process ended without reporting a reason"
         step = max(steps, default=0)
     checked = []
     for number in progress(steps, "reading checkpoints", "checkpoints", len(steps)):
@@ -77,7 +77,7 @@ def _status_of(place: Workdir, steps: Collection[int]) -> StoredStatus:
 
 
 def _teacher(place: Workdir) -> str | None:
-    """How far the teacher is that comes before the run in `place`; None where there is none."""
+    """Progress of the teacher that the run in `place` trains first; None without one."""
     if place.checkpoints.exists():
         return None
     for folder in sorted(place.path.glob("teacher*")):
@@ -86,10 +86,10 @@ def _teacher(place: Workdir) -> str | None:
             continue
         stored = teacher.read_status()
         if stored is None:
-            return f"its teacher in {folder} comes first"
+            return f"its teacher in {folder} is trained first"
         if stored.state != "complete":
             done = f"{stored.step:,} of {stored.total_steps:,} steps"
-            return f"its teacher in {folder} comes first, after {done}"
+            return f"its teacher in {folder} is trained first, after {done}"
     return "its teachers are complete" if any(place.path.glob("teacher*/config.json")) else None
 
 

@@ -94,5 +94,5 @@ def as_evaluation(tree: Any) -> dict[str, Any]:
             metric.of(tree)
             metric.interval_of(tree)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            raise msgspec.ValidationError(f"{metric.name} is no number: {error}") from None
+            raise msgspec.ValidationError(f"{metric.name} is not a number: {error}") from None
     return tree

@@ -57,12 +57,13 @@ def stored_run(tree: Any, path: pathlib.Path) -> StoredRun:
     if "resolved" not in tree:
         raise UserError(
             f"{path} was written by an older version of fm-distill (commit {tree.get('commit')}), "
-            "whose runs this one does not read: use that version, or train again in another workdir"
+            "whose runs this version cannot read: use that version, or train again in another "
+            "workdir"
         )
     if any(before_options(x) for x in _networks(tree["resolved"])):
         raise UserError(
             f"{path} was written by an older version of fm-distill (commit {tree.get('commit')}), "
-            "where the settings of a BiT lay elsewhere: use that version, or train again in "
+            "which stored the settings of a BiT elsewhere: use that version, or train again in "
             "another workdir"
         )
     try:

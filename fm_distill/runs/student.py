@@ -113,9 +113,9 @@ def checked(images: np.ndarray, name: str = "images") -> np.ndarray:
     images = np.asarray(images)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
         raise UserError(
-            f"{name}: got {images.dtype} of shape {images.shape}, expected uint8 of shape "
-            "(batch, height, width, 3); one image is images[None], and a range of 0 to 1 is "
-            "multiplied by 255"
+            f"{name}: got {images.dtype} of shape {images.shape}, expected uint8 of shape (batch, "
+            "height, width, 3); pass one image as images[None], and multiply values from 0 to 1 "
+            "by 255"
         )
     if 0 in images.shape[1:3]:
         raise UserError(

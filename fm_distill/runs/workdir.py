@@ -80,6 +80,8 @@ class Workdir:
             r"recording(\.arriving)?|(fixed_targets|channel_scores)\.npz.*|" + COMPILED
         )
         try:
+            if self.path.exists() and not self.path.is_dir():
+                raise UserError(f"{self.path} is a file; give a folder as --workdir")
             self._refuse_folders()
             missing = [x for x in (self.path, *self.path.parents) if not x.exists()]
             if self.path.is_dir() and not self.has_config():
@@ -109,12 +111,12 @@ class Workdir:
         for name in FILES:
             if (self.path / name).is_dir():
                 raise UserError(
-                    f"{self.path / name} is a folder and has to be a file; move it away, or "
-                    "choose another --workdir"
+                    f"{self.path / name} is a folder and must be a file; move it away, or choose "
+                    "another --workdir"
                 )
         if self.checkpoints.exists() and not self.checkpoints.is_dir():
             raise UserError(
-                f"{self.checkpoints} is a file and has to be a folder; move it away, or choose "
+                f"{self.checkpoints} is a file and must be a folder; move it away, or choose "
                 "another --workdir"
             )
 
@@ -144,11 +146,11 @@ class Workdir:
         return False
 
     def read_status(self) -> StoredStatus | None:
-        """None where `status.json` is damaged or not there: it can be made again."""
+        """None where `status.json` is damaged or missing: it can be written again."""
         return self._read_or_none("status.json", as_status)
 
     def read_evaluation(self) -> dict[str, Any] | None:
-        """None where `evaluation.json` is damaged or not there: it can be made again."""
+        """None where `evaluation.json` is damaged or missing: it can be written again."""
         return self._read_or_none("evaluation.json", as_evaluation)
 
     def _read_or_none(self, name: str, checked: Callable[[Any], Contents]) -> Contents | None:
@@ -157,7 +159,7 @@ class Workdir:
         try:
             return checked(self.read(name))
         except (UserError, msgspec.ValidationError) as error:
-            log(f"WARNING: {self.path / name} is damaged and left out ({error})")
+            log(f"WARNING: {self.path / name} is damaged and is ignored ({error})")
             return None
 
     def read(self, name: str) -> Any:
@@ -196,7 +198,10 @@ class Workdir:
         length = [line for line in differ if line.startswith(LENGTH)]
         if extend:
             differ = [line for line in differ if line not in length]
-        self._refuse(differ, ", or lengthen the schedule knowingly with --extend" if length else "")
+        more = ", or allow a longer schedule with --extend" if length else ""
+        if not self.checkpoints.exists():
+            more = f"; no step was done here, so you can also remove {self.path}/config.json"
+        self._refuse(differ, more)
         return bool(length)
 
     def refuse_other_contents(self, resolved: ResolvedRun) -> None:
@@ -206,12 +211,12 @@ class Workdir:
             self._refuse(self.stored().resolved.differences(resolved), "")
 
     def refuse_lost_checkpoints(self, newest: int) -> None:
-        """Raises `UserError` where a run was complete and has no checkpoint any more."""
+        """Raises `UserError` where a run was complete and no longer has a checkpoint."""
         status = self.read_status()
         if status and status.state == "complete" and not newest:
             raise UserError(
-                f"the run in {self.path} was complete after {status.step:,} steps and has no "
-                "checkpoint any more; bring them back from a copy, or choose another --workdir"
+                f"the run in {self.path} was complete after {status.step:,} steps and no longer "
+                "has a checkpoint; restore one from a copy, or choose another --workdir"
             )
 
     def _refuse(self, differ: list[str], more: str) -> None:

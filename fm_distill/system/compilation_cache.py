@@ -1,4 +1,4 @@
-"""Compiled programs are kept in the workdir, so that a run that comes back does not wait again."""
+"""Compiled programs are kept in the workdir, so that a resumed run does not compile again."""
 
 import contextlib
 import hashlib
@@ -25,7 +25,7 @@ def use_compilation_cache(workdir: pathlib.Path) -> str:
     shares that of `workdir`.
     """
     if place := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        return f"compiled programs: {place} (by JAX_COMPILATION_CACHE_DIR)"
+        return f"compiled programs: {place} (set by JAX_COMPILATION_CACHE_DIR)"
     folder = workdir / COMPILED / _machine()
     with contextlib.suppress(OSError):  # a workdir that cannot be written is refused elsewhere
         if first_process():

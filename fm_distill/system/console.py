@@ -1,4 +1,4 @@
-"""Lines for the person who watches a run; standard output is kept for results."""
+"""Progress and log lines on standard error; standard output is kept for results."""
 
 import math
 import sys
@@ -15,12 +15,12 @@ COMPILING = "compiling, usually a minute"
 
 
 def log(text: str) -> None:
-    """A line for the person who watches; standard output is kept for results."""
+    """Logs a line on standard error; standard output is kept for results."""
     tqdm.write(text, file=sys.stderr)
 
 
 class Progress:
-    """How far a run of many steps is; this one shows nothing."""
+    """Progress of a run of many steps; this one shows nothing."""
 
     def update(self, steps: int, text: str = "") -> None:
         """So many `steps` more are done; `text` is shown from now on, unless it is empty."""
@@ -59,10 +59,13 @@ class ProgressLines(Progress):
         self.text = ""
         self.first = self.done, clock()
         self.written = self.first
+        # The first update compiles: the pace is that of what follows it.
+        self.paced: tuple[int, float] | None = None
 
     def update(self, steps: int, text: str = "") -> None:
         self.done += steps
         self.text = text or self.text
+        self.paced = self.paced or (self.done, self.clock())
         if self.clock() - self.written[1] >= LINE_EVERY_S:
             self._write()
 
@@ -72,16 +75,15 @@ class ProgressLines(Progress):
             self._write()
 
     def _write(self) -> None:
-        start, began = self.first
         self.written = self.done, self.clock()
-        pace_s = (self.written[1] - began) / max(self.done - start, 1)
-        left = hours_text((self.total - self.done) * pace_s / 3600)
+        start, began = self.paced or self.first
+        left = ""
+        if self.done > start:
+            pace_s = (self.written[1] - began) / (self.done - start)
+            left = f", about {hours_text((self.total - self.done) * pace_s / 3600)} left"
         share = f" ({self.done / self.total:.0%})" if self.total else ""
         text = f", {self.text}" if self.text else ""
-        log(
-            f"{self.name}: {self.done:,} of {self.total:,} {self.unit}{share}{text}, "
-            f"about {left} left"
-        )
+        log(f"{self.name}: {self.done:,} of {self.total:,} {self.unit}{share}{text}{left}")
 
 
 def steps_progress(name: str, total: int, done: int, show: bool) -> Progress:
@@ -107,8 +109,10 @@ def progress(items: Iterable[Item], name: str, unit: str, total: int) -> Iterato
 
 def sessions_left(hours_left: float | None, hours: float) -> str:
     """`3.4 hours are left, 2 sessions of 2 hours`."""
+    if hours_left == 0:
+        return "the final evaluation is left"
     if hours_left is None:
-        return "how long the rest takes is not known yet"
+        return "the time left is not known yet"
     count = math.ceil(hours_left / hours) if hours > 0 else 1
     of_length = f"{count:,} session{'s' if count != 1 else ''} of {hours_text(hours)}"
     return f"about {hours_text(hours_left)} left, {of_length} like this one"

@@ -2,8 +2,8 @@
 
 Opening what someone else wrote must not run their code unnoticed. So code runs where it
 lies in the very place in which the run found it, outside of the run, and with the same contents;
-anywhere else its reader has to agree, by `--trust-code` or in `trusted_code`. Nothing is imported
-to find this out. A config that its user wrote is not asked about.
+anywhere else its user has to agree, by `--trust-code` or in `trusted_code`. Nothing is imported
+to find this out. A config that the user wrote needs no consent.
 """
 
 import contextlib
@@ -85,20 +85,20 @@ def refuse_foreign_code(
             if reference.rpartition(":")[0].endswith(".py"):
                 continue
             raise UserError(
-                f"{whose} refers to custom code, {reference}, which cannot be run here: "
-                "there is no such module in a file; install it"
+                f"{whose} refers to custom code, {reference}, which cannot be run here: its "
+                "module was not found; install it"
             )
         found = known.get(reference)
         if found is not None and (sha256 := _sha256(file)) != found.sha256:
             raise UserError(
-                f"{whose} refers to custom code, {reference}, and that file was changed: "
-                f"its SHA-256 was {found.sha256} and is {sha256} ({file}); bring the old one back"
+                f"{whose} refers to custom code, {reference}, and that file was changed: its "
+                f"SHA-256 was {found.sha256} and is {sha256} ({file}); restore the old one"
             )
         why = _why_foreign(file, found, folder)
         if why and not is_trusted():
             raise UserError(
-                f"{whose} refers to custom code, {reference}, and would run {file}, {why}: "
-                f"read that file, and give {FLAG} if it may run"
+                f"{whose} refers to custom code, {reference}, and would run {file}, {why}: read "
+                f"that file, and add {FLAG} to run it"
             )
         _say(f"{whose} runs custom code: {file}")
 
@@ -106,7 +106,7 @@ def refuse_foreign_code(
 def _why_foreign(
     file: pathlib.Path, found: CodeFile | None, folder: pathlib.Path | None
 ) -> str | None:
-    """Why the file needs its reader's consent; None where it does not."""
+    """Why the file needs the user's consent; None where it does not."""
     if folder is not None and file.is_relative_to(folder.resolve()):
         return f"which came with it in {folder}"
     if found is None:

@@ -49,7 +49,7 @@ class Stop:
             return f"stopped by {signal.Signals(self._signals[0]).name}"
         hours = self.hours() + reserve_s / 3600
         if self._progressed and self.max_hours is not None and hours >= self.max_hours:
-            return f"the {self.max_hours:g} hours are used"
+            return f"the {self.max_hours:g} hours are used up"
         return None
 
     def progressed(self) -> None:
@@ -117,7 +117,7 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_signals(stop: Stop) -> Iterator[Stop]:
-    """Turns SIGINT and SIGTERM into a wish to stop. A second SIGINT ends everything at once.
+    """Turns SIGINT and SIGTERM into a request to stop. A second SIGINT ends everything at once.
 
     The numbers come through a socket that Python's C code writes to: a handler in Python would
     wait for the compiler.

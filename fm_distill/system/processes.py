@@ -12,7 +12,7 @@ from typing import Any
 
 from fm_distill.errors import EXIT_TRAINING_FAILED, UserError
 
-# JAX takes a process that was not heard of for this long as lost, and ends the others.
+# JAX takes a process that did not respond for this long as lost, and ends the others.
 HEARTBEAT_TIMEOUT_S = 20
 
 
@@ -133,10 +133,10 @@ def supervised(main: Callable[[list[str]], None], arguments: list[str]) -> int:
     if code >= 0:
         return code
     print(
-        f"fm-distill: the training failed: this process was ended by "
-        f"{signal.Signals(-code).name}, as JAX does when it hears no more of another process of "
-        "the run; see what ended that one, then start all of them again: the run goes on from its "
-        "newest checkpoint",
+        "fm-distill: the training failed: this process was ended by "
+        f"{signal.Signals(-code).name}, as JAX does when another process of the run no longer "
+        "responds; find out what ended that one, then start all of them again: the run continues "
+        "from its newest checkpoint",
         file=sys.stderr,
     )
     return EXIT_TRAINING_FAILED

@@ -48,7 +48,7 @@ def load_reference(reference: str, option: str) -> Referenced:
         raise UserError(f"{option}: {place} has no {name!r}; it has {have or 'no functions'}")
     path = vars(module).get("__file__")
     if path is None:
-        raise UserError(f"{option}: {place} is no file of Python code; give FILE.py:NAME")
+        raise UserError(f"{option}: {place} is not a Python file; give FILE.py:NAME")
     sha256 = hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
     return Referenced(names[name], str(path), sha256)
 

@@ -1,4 +1,4 @@
-"""Channels of the student that are chosen by the gradient of the run, before its first step.
+"""The student's channels, chosen by the gradient of the run before its first step.
 
 The batches, views, targets and loss are those of the run's own first steps: its very step is
 called, with an optimizer that does not move the student but sums gradient times weight over the
@@ -75,7 +75,7 @@ def decided_networks(
             write_scores(path, scores, blocks)
         except OSError as error:
             raise UserError(
-                f"{path} cannot be written: {error}; make room, or choose another --workdir"
+                f"{path} cannot be written: {error}; free some space, or choose another --workdir"
             ) from None
     widths = pretrained.network.block_widths
     student = dataclasses.replace(networks.student, block_widths=widths)
@@ -125,8 +125,8 @@ def gradient_scores(
     head = state.student.params.get(HEAD)
     if head and not jax.jit(optax.global_norm, out_shardings=layout.replicated)(head):
         raise UserError(
-            "student.pruning.criterion=taylor needs a head that was trained: this one is new and "
-            f"zero, and no gradient passes through it; {INSTEAD}, or train the student first"
+            "student.pruning.criterion=taylor needs a trained head: this one is new and zero, "
+            f"and no gradient passes through it; {INSTEAD}, or train the student first"
         )
     inputs = open_inputs(config, resolved, built, data, networks, layout, folder, keys.draws)
 
@@ -145,7 +145,7 @@ def gradient_scores(
         inputs.recording, resolved.period_steps,
     )  # fmt: skip
     frozen = inputs.teachers.teaching[: len(built.live_teachers)]
-    log(f"channels are chosen by the gradient of the first {count:,} batches")
+    log(f"channels are chosen by the gradient over the first {count:,} batches")
     sums: list[TaylorSums] = []
     for step, batch in enumerate(feed.feed(0, itertools.repeat(1, count))):
         at: Array = jax.device_put(np.int32(step), layout.replicated)

@@ -28,6 +28,7 @@ from fm_distill.runs.metric_table import RANKED
 from fm_distill.system.references import not_an_entry
 from fm_distill.training.check_networks import wrong_network, wrong_teachers
 from fm_distill.training.check_objective import wrong_objective
+from fm_distill.training.check_own_parts import wrong_own_parts
 from fm_distill.training.memory import REMATERIALISE
 from fm_distill.training.optim import OPTIMIZERS
 from fm_distill.views.crops import CROPS
@@ -62,6 +63,7 @@ def problems(config: Config) -> Iterator[str]:
     yield from _wrong_teaching(config)
     yield from _wrong_long_tail(config.data)
     yield from wrong_objective(config)
+    yield from wrong_own_parts(config)
     yield from _wrong_length(config)
     yield from _wrong_views(config)
     keep_best = config.checkpoint.keep_best
@@ -96,8 +98,8 @@ def _wrong_pruning(student: StudentConfig) -> Iterator[str]:
     if idle:
         chosen = f" with criterion={pruning.criterion}" if pruning.pattern == "channels" else ""
         yield (
-            f"{option}: pattern={pruning.pattern}{chosen} takes no {', '.join(idle)}; leave that "
-            "out"
+            f"{option}: pattern={pruning.pattern}{chosen} does not use {', '.join(idle)}; leave "
+            "it out"
         )
     if pruning.pattern in ("kept", "channels") and not student.weights:
         yield (
@@ -113,8 +115,8 @@ def _wrong_pruning(student: StudentConfig) -> Iterator[str]:
         )
     elif pruning.pattern in OF_WEIGHTS and not _zeros_stay(student):
         yield (
-            f"{option}.pattern={pruning.pattern} needs zeros that stay zeros, and {student.model} "
-            "standardises its kernels, which fills them: use options.norm=batch, or "
+            f"{option}.pattern={pruning.pattern} needs zeros that stay zero, and {student.model} "
+            "standardises its kernels, which makes them non-zero: use options.norm=batch, or "
             "pattern=channels"
         )
     elif pruning.pattern == "channels":
@@ -206,9 +208,9 @@ def _wrong_views(config: Config) -> Iterator[str]:
     if views.period_steps is not None:
         yield from points_after(views, views.period_steps, "views.period_steps")
     if any(area <= 0 for _, area in views.smallest_area_points):
-        yield "views.smallest_area_points: a crop has an area; expected more than 0"
+        yield "views.smallest_area_points: got an area of 0 or less; expected more than 0"
     if any(pixels < 1 for _, pixels in views.resolution_points):
-        yield "views.resolution_points: a crop has pixels; expected 1 or more"
+        yield "views.resolution_points: got less than 1 pixel; expected 1 or more"
     if views.smallest_area_points and views.crop == "whole":
         yield "views.smallest_area_points are for crops, and views.crop=whole has none; drop one"
     if views.mixup_strength_points and views.mixup == "none":
@@ -229,7 +231,7 @@ def _wrong_fourier(config: Config) -> Iterator[str]:
     elif config.teaching == "fixed" and config.objective.target != "labels":
         yield (
             "views.fourier gives teacher and student the same target images, and with "
-            "teaching=fixed the teacher answers before the training; choose another teaching, or "
+            "teaching=fixed the teacher runs before the training; choose another teaching, or "
             "leave out views.fourier.folder"
         )
 
@@ -269,6 +271,6 @@ def points_after_run(views: ViewConfig, total_steps: int) -> Iterator[str]:
 def _wrong_points(option: str, points: Points, greatest: float) -> Iterator[str]:
     steps = [step for step, _ in points]
     if sorted(set(steps)) != steps or any(step < 0 for step in steps):
-        yield f"{option}: the steps have to rise from 0 or more; got {steps}"
+        yield f"{option}: the steps must increase, from 0 or more; got {steps}"
     if any(not 0 <= value <= greatest for _, value in points):
         yield f"{option}: expected values from 0 to {greatest:g}; got {[y for _, y in points]}"

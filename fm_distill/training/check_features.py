@@ -37,14 +37,14 @@ def check_features(
         if not teachers:
             raise UserError(
                 f"{option}.teacher_tap is {term.teacher_tap!r}, and the teacher is a function, "
-                "which returns logits alone; leave the term out"
+                "which returns only logits; leave the term out"
             )
         of_student = _shape(f"{option}.student_tap", "student", student, term, term.student_tap)
         of_teacher = _shape(f"{option}.teacher_tap", "teacher", teachers[0], term, term.teacher_tap)
         if recording_of(config) is not None and len(of_teacher) > 1:
             raise UserError(
-                f"{option}: {term.teacher_tap} is of shape {of_teacher} for an image, and "
-                f"teacher.recording holds its mean over the places; give {option}.pool=mean"
+                f"{option}: {term.teacher_tap} has shape {of_teacher} per image, and "
+                f"teacher.recording holds its mean over the positions; give {option}.pool=mean"
             )
         if term.kind in ADAPTED:
             _check_pair(option, term, of_student, of_teacher)
@@ -84,15 +84,15 @@ def _shape(option: str, side: str, network: Network, term: TermConfig, name: str
         named = network.feature_shapes()
         vectors = [x for x, shape in named.items() if len(shape) == 2]
         raise UserError(
-            f"{option}: {term.kind} compares vectors, and {name} is of shape {shape} for an "
-            f"image; use one of {', '.join(vectors)}, or the term's pool=mean"
+            f"{option}: {term.kind} compares vectors, and {name} has shape {shape} per image; use "
+            f"one of {', '.join(vectors)}, or the term's pool=mean"
         )
     if term.kind in OF_MAPS and len(shape) != 3:
         named = network.feature_shapes()
         maps = [x for x, shape in named.items() if len(shape) == 4]
         raise UserError(
-            f"{option}: {term.kind} compares maps, and {name} is of shape {shape} for an "
-            f"image; use one of {', '.join(maps)}"
+            f"{option}: {term.kind} compares maps, and {name} has shape {shape} per image; use "
+            f"one of {', '.join(maps)}"
         )
     return shape
 
@@ -104,7 +104,7 @@ def feature_shape(option: str, side: str, network: Network, name: str) -> Shape:
     if name in shapes:
         return shapes[name][1:]
     if not shapes:
-        raise UserError(f"{option} is {name!r}, and the {side} names no features")
+        raise UserError(f"{option} is {name!r}, and the {side} has no named features")
     near = difflib.get_close_matches(name, shapes, 1) or [*shapes][-1:]
     raise UserError(
         f"{option} is {name!r}, which the {side} does not have; did you mean {near[0]!r}? It has "
@@ -135,7 +135,7 @@ def _check_pair(option: str, term: TermConfig, of_student: Shape, of_teacher: Sh
         )
     if term.adapter == "none" and of_student[-1] != of_teacher[-1]:
         raise UserError(
-            f"{option}.adapter=none needs as many channels on both sides, and "
+            f"{option}.adapter=none needs the same number of channels on both sides, and "
             f"{term.student_tap} has {of_student[-1]}, {term.teacher_tap} {of_teacher[-1]}; use "
             "convolution or batch_norm"
         )

@@ -34,7 +34,9 @@ def wrong_teachers(config: Config) -> Iterator[str]:
             "teacher.workdir or teacher.recording, or use objective.target=labels"
         )
     if config.more_teachers and config.teacher is None:
-        yield "more_teachers come beside a teacher; give the first one as teacher"
+        yield (
+            "more_teachers are added to a teacher, and there is none; give the first one as teacher"
+        )
     for option, teacher in teachers_of(config):
         yield from _wrong_teacher(option, teacher)
     yield from _wrong_use_of_quantised(config)
@@ -54,9 +56,10 @@ def _wrong_teacher(option: str, teacher: TeacherConfig) -> Iterator[str]:
         yield from wrong_network(f"{option}.network", teacher.network)
         if teacher.network.quantisation.quantised:
             yield (
-                f"{option}.network.quantisation: a network of weights alone has no ranges to be "
-                f"quantised with; leave it out, have them taken from training views with "
-                f"{option}.quantisation, or give the run of a quantised student as {option}.workdir"
+                f"{option}.network.quantisation: a network that is loaded from weights alone has "
+                "no ranges of activations; leave it out, calibrate them on training views with "
+                f"{option}.quantisation, or give the run of a quantised student as "
+                f"{option}.workdir"
             )
     if teacher.quantisation.quantised:
         yield from _wrong_quantisation(option, teacher)
@@ -73,13 +76,14 @@ def _wrong_quantisation(option: str, teacher: TeacherConfig) -> Iterator[str]:
     asked = teacher.quantisation
     if teacher.function:
         yield (
-            f"{option}.quantisation rounds layers of a network, and {option}.function is called as "
-            "it is; leave out one of them"
+            f"{option}.quantisation quantises layers of a network, and {option}.function is "
+            "called as it is; leave out one of them"
         )
     elif "none" in (asked.weights, asked.activations):
         yield (
             f"{option}.quantisation has weights={asked.weights} and "
-            f"activations={asked.activations}, which makes no teacher faster: give both, or neither"
+            f"activations={asked.activations}, which does not make a teacher faster: give both, "
+            "or neither"
         )
     elif teacher.network and not (
         any(out_of_bounds(teacher.network))
@@ -95,14 +99,14 @@ def _wrong_use_of_quantised(config: Config) -> Iterator[str]:
     option = options[0]
     if recording_of(config) is not None:
         yield (
-            f"{option}.quantisation is that of the teacher that was recorded; leave it out, and "
-            "give it to `fm-distill record`"
+            f"{option}.quantisation belongs to the recording, which holds the teacher's outputs; "
+            "leave it out, and give it to `fm-distill record`"
         )
     elif (targets := regime_of(config).targets) != "teachers":
-        what = {"labels": "labels teach", "table": "teaching=fixed asks each teacher once"}
+        what = {"labels": "labels teach", "table": "teaching=fixed runs each teacher only once"}
         yield (
-            f"{option}.quantisation is for a teacher that answers in each step, and "
-            f"{what[targets]}; leave it out"
+            f"{option}.quantisation is for a teacher that runs in each step, and {what[targets]}; "
+            "leave it out"
         )
 
 

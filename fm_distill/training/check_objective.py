@@ -49,8 +49,8 @@ def wrong_objective(config: Config) -> Iterator[str]:
     if objective.terms and (objective.target, objective.distance) != ("teacher", "kl"):
         yield (
             f"objective.terms are the whole loss, and objective.target={objective.target}, "
-            f"objective.distance={objective.distance} would be another one; leave those out, and "
-            "give each as a term"
+            f"objective.distance={objective.distance} would define another one; leave those out, "
+            "and give each as a term"
         )
     wrong_curves = [
         sentence for option, curve in _curves(objective) for sentence in _wrong_curve(option, curve)
@@ -61,7 +61,10 @@ def wrong_objective(config: Config) -> Iterator[str]:
     if not unknown and not wrong_curves and not wrong_names:
         yield from _wrong_weights(objective)
     if any(factor <= 0 for _, factor in objective.temperature_schedule.points):
-        yield "objective.temperature_schedule: a temperature is above zero at each point"
+        yield (
+            "objective.temperature_schedule: got a factor of 0 or less; expected more than 0 at "
+            "each point"
+        )
     yield from _wrong_temperatures(config)
     yield from _wrong_labels(config)
     yield from _wrong_features(config)
@@ -70,7 +73,7 @@ def wrong_objective(config: Config) -> Iterator[str]:
         x.kind in ADAPTED and x.adapter != "none" for x in objective.terms
     ):
         yield (
-            f"optimizer.adapter_learning_rate={rate:g} is that of adapters, and no term of "
+            f"optimizer.adapter_learning_rate={rate:g} is for adapters, and no term of "
             "objective.terms has one; leave it out"
         )
     yield from _wrong_example_weights(config)
@@ -99,13 +102,13 @@ def _wrong_curve(option: str, curve: CurveConfig) -> Iterator[str]:
     if any(not 0 <= share <= 1 for share in shares):
         written = ", ".join(f"{x:g}" for x in shares)
         yield (
-            f"{option}.points are at {written} of the run; a run goes from 0 to 1, and what ends "
-            "after it is never reached"
+            f"{option}.points are at {written} of the run; expected 0 to 1, as the run never "
+            "reaches points after its end"
         )
     elif any(a >= b for a, b in itertools.pairwise(shares)):
-        yield f"{option}.points: the shares of the run have to rise; got {shares}"
+        yield f"{option}.points: the shares of the run must increase; got {shares}"
     if any(not 0 <= factor < float("inf") for _, factor in curve.points):
-        yield f"{option}.points: a factor is 0 or more; got {[y for _, y in curve.points]}"
+        yield f"{option}.points: expected factors of 0 or more; got {[y for _, y in curve.points]}"
     if not curve.points and curve.interpolation != "linear":
         yield f"{option}.interpolation={curve.interpolation} needs {option}.points"
 
@@ -148,13 +151,13 @@ def _wrong_feature_names(objective: ObjectiveConfig) -> Iterator[str]:
             )
         if term.kind not in OF_FEATURES and term.pool != "none":
             yield (
-                f"{option}.kind={term.kind} compares outputs, which have no places: leave out "
+                f"{option}.kind={term.kind} compares outputs, which have no positions: leave out "
                 f"{option}.pool={term.pool}"
             )
         if term.kind in OF_MAPS and term.pool != "none":
             yield (
-                f"{option}.kind={term.kind} compares places, and {option}.pool={term.pool} leaves "
-                "none: leave it out, or use another kind"
+                f"{option}.kind={term.kind} compares positions, and {option}.pool={term.pool} "
+                "leaves none: leave it out, or use another kind"
             )
         if term.kind not in ADAPTED and term.adapter != "convolution":
             yield (
@@ -182,17 +185,18 @@ def _wrong_features(config: Config) -> Iterator[str]:
     if of_maps and recording_of(config) is not None:
         yield (
             f"the term {of_maps[0]} compares maps, and teacher.recording holds logits and, of "
-            "`fm-distill record --taps`, features pooled over their places; leave out one of them"
+            "`fm-distill record --taps`, features averaged over their positions; leave out one "
+            "of them"
         )
     if any(teacher.function for _, teacher in teachers_of(config)):
         yield (
-            f"the term {kinds[0]} reads the teacher's features, and teacher.function returns "
-            "logits alone; leave out one of them"
+            f"the term {kinds[0]} reads the teacher's features, and teacher.function returns only "
+            "logits; leave out one of them"
         )
     if config.teaching == "fixed":
         yield (
             f"the term {kinds[0]} reads the teacher's features of each view, and teaching=fixed "
-            "keeps its logits alone; use another teaching"
+            "keeps only its logits; use another teaching"
         )
     if config.more_teachers:
         yield (
@@ -232,7 +236,7 @@ def _wrong_example_weights(config: Config) -> Iterator[str]:
     if weights.kind in BY_CLASS:
         if data.transfer:
             yield (
-                f"data.transfer are images without labels, and {option} needs labels: train on "
+                f"data.transfer has images without labels, and {option} needs labels: train on "
                 "data.train, or weight by teacher_entropy or teacher_distance"
             )
         if data.source == "images":
@@ -243,7 +247,7 @@ def _wrong_example_weights(config: Config) -> Iterator[str]:
     if weights.kind in BY_DIFFICULTY:
         if objective.target == "labels":
             yield (
-                f"{option} asks the teacher, and objective.target=labels has none; weight by "
+                f"{option} needs the teacher, and objective.target=labels has none; weight by "
                 "class, or use objective.target=teacher"
             )
         if config.memory.accumulate > 1:
@@ -269,7 +273,7 @@ def _wrong_labels(config: Config) -> Iterator[str]:
         wanted, other = "objective.target=labels", "use objective.target=teacher"
     if data.transfer:
         yield (
-            f"data.transfer are images without labels, and {wanted} needs labels: train on "
+            f"data.transfer has images without labels, and {wanted} needs labels: train on "
             f"data.train, or {other}"
         )
     if data.source == "images":

@@ -1,4 +1,4 @@
-"""Recorded outputs against those of the teachers here and now."""
+"""Recorded outputs compared with the teachers' outputs on this machine."""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ def compare_with_teachers(
     layout: Layout,
     root: ViewRoot,
 ) -> str:
-    """How far the recorded outputs of some steps are from those of the teachers here and now."""
+    """How far the recorded outputs of some steps are from the teachers' outputs on this machine."""
     law = regime_of(config).views
     program = make_record_program(config, law, teachers, layout, taps=recording.taps)
     steps = checked_steps(config, recording.period_steps)
@@ -45,17 +45,18 @@ def compare_with_teachers(
     difference, kl, same = np.array(found).T
     numbers = ", ".join(f"{x:,}" for x in steps)
     logits = (
-        f"the recording against the teachers here, in the steps {numbers}: logits differ by at "
-        f"most {difference.max():.2g}, KL {kl.mean():.2g} nats, agreement {same.mean():.2%}"
+        f"the recording compared with the teachers on this machine, in steps {numbers}: logits "
+        f"differ by at most {difference.max():.2g}, KL {kl.mean():.2g} nats, agreement "
+        f"{same.mean():.2%}"
     )
     if not recording.taps:
         return logits
     taps = ", ".join(recording.taps)
-    return f"{logits}; features of {taps} by at most {max(apart):.2g} of their largest number"
+    return f"{logits}; features of {taps} by at most {max(apart):.2g} of their largest magnitude"
 
 
 def compared(found: TargetRows, logits: tuple[AnyArray, ...]) -> tuple[float, float, float]:
-    """Largest difference, mean KL in nats and agreement of recorded logits with those of now."""
+    """Largest difference, mean KL in nats and agreement of recorded logits with present ones."""
     if found.indices is not None:
         logits = tuple(
             jnp.take_along_axis(x, jnp.asarray(found.indices[:, i].astype(np.int32)), axis=-1)

@@ -33,7 +33,7 @@ def load_experiment(path: str | os.PathLike[str]) -> Config:
     except Exception as error:
         if left_out := LEFT_OUT.search(str(error)):
             raise UserError(
-                f"{path} leaves out what {left_out[1]} needs: {left_out[2]}; give it in the file"
+                f"{path} does not set what {left_out[1]} needs: {left_out[2]}; set it in the file"
             ) from error
         if unknown := UNKNOWN.search(str(error)):
             raise UserError(
@@ -66,9 +66,8 @@ def check_chain(config: Config, above: tuple[str, ...] = ()) -> None:
         file = os.path.relpath(teacher.experiment)
         if file in above:
             raise UserError(
-                f"teacher.experiment leads back to where it came from: {' -> '.join(above)} -> "
-                f"{file}; a chain of teachers has to end in one that learns from labels, or in "
-                "weights"
+                f"teacher.experiment refers back to itself: {' -> '.join(above)} -> {file}; a "
+                "chain of teachers must end in one that learns from labels, or in weights"
             )
         check_chain(load_experiment(file), (*above, file))
 

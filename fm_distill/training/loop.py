@@ -85,12 +85,12 @@ class Loop:
 
     def _dispatch(self, state: TrainState, batch: Any, root: ViewRoot) -> tuple[TrainState, Any]:
         setup = self.setup
-        # An implicit transfer to the devices would hold up every step.
+        # An implicit transfer to the devices would delay every step.
         with jax.transfer_guard("disallow"):
             return setup.program(state, setup.live_teachers, setup.feed.data, batch, root)
 
     def _asked(self, step: int, steps: int, reserve_s: float) -> str | None:
-        """Why to stop. Several processes ask each other where a line is logged."""
+        """Why to stop. Several processes agree on it where a line is logged."""
         reason = self.stop.reason(reserve_s)
         if only_process():
             return reason

@@ -33,15 +33,16 @@ def open_networks(config: Config, workdir: pathlib.Path, data: Data) -> Networks
 
 
 def _wrong(config: Config, option: str) -> Iterator[str]:
-    """What the run asks of the teacher that `option` gives, which has no head."""
+    """What the run needs of the teacher that `option` gives, which has no head."""
     objective, kept = config.objective, config.checkpoint.keep_best
     kinds = [term.kind for term in terms_of(objective)]
     for kind in kinds:
         if kind not in OF_FEATURES and kind != LABELS:
             yield (
                 f"the term {kind} reads the teacher's logits, and {option} has no head: use terms "
-                "of its features alone (objective.terms, such as bank_similarity), or weights with "
-                "a head, for example of a run that began with these (--student.weights)"
+                "of its features alone (objective.terms, such as bank_similarity), or weights "
+                "with a head, for example of a run that was started from these "
+                "(--student.weights)"
             )
     if not OF_FEATURES & {*kinds}:
         yield (
@@ -50,13 +51,13 @@ def _wrong(config: Config, option: str) -> Iterator[str]:
         )
     if objective.example_weights.kind in BY_DIFFICULTY:
         yield (
-            f"objective.example_weights.kind={objective.example_weights.kind} asks the teacher's "
+            f"objective.example_weights.kind={objective.example_weights.kind} needs the teacher's "
             f"logits, and {option} has no head: weight by class, or leave it out"
         )
     if config.teacher and config.teacher.quantisation.quantised:
         yield (
-            f"{option}.quantisation is judged by the teacher's classes, and it has no head; leave "
-            "it out"
+            f"{option}.quantisation is checked by the teacher's classes, and it has no head; "
+            "leave it out"
         )
     if kept and BY_NAME[kept].path[0] != "student":
         yield (

@@ -168,8 +168,8 @@ def _run(setup: Setup, state: TrainState, steps: int, trace: str | None) -> _Run
             start = time.perf_counter()
     if not times:
         raise UserError(
-            f"the run has {setup.resolved.total_steps} step, and the first one waits for the "
-            "compiler; give a longer schedule"
+            f"the run has {setup.resolved.total_steps} step, and the first one includes "
+            "compiling; give a longer schedule"
         )
     memory = compiled.memory_analysis()
     return _Run(

@@ -80,7 +80,9 @@ def make_prune(
     masks = jax.eval_shape(initial_masks, jax.eval_shape(network.init, jax.random.key(0)).params)
     shapes = {path: mask.shape for path, mask in leaves_by_path(masks) if mask.ndim}
     if not shapes:
-        raise UserError(f"student.pruning: {model} has no kernel beside its first layer and head")
+        raise UserError(
+            f"student.pruning: {model} has no kernel besides those of its first layer and head"
+        )
     if config.pattern == "unstructured":
         _check_layers(config, shapes)
         return _by_magnitude(config)
@@ -114,8 +116,8 @@ def _check_fours(pattern: str, shapes: dict[str, tuple[int, ...]]) -> None:
     odd = [f"{path} ({shape[-2]})" for path, shape in shapes.items() if shape[-2] % 4]
     if odd:
         raise UserError(
-            f"student.pruning.pattern={pattern} takes neighbouring inputs in fours, and those of "
-            f"{', '.join(odd[:3])}{', ...' if len(odd) > 3 else ''} are no multiple of 4: use "
+            f"student.pruning.pattern={pattern} groups neighbouring inputs in fours, and those of "
+            f"{', '.join(odd[:3])}{', ...' if len(odd) > 3 else ''} are not a multiple of 4: use "
             "pattern=unstructured"
         )
 

@@ -1,4 +1,4 @@
-"""Teachers in eight bits: ranges on the run's own training views, and whether they may teach.
+"""Teachers in eight bits: ranges on the run's own training views, and how close they stay.
 
 Before the first step. The ranges follow the first views of the run; on the next ones, the float
 teacher's outputs measure what the rounding costs. Sources: Krishnamoorthi 2018 (arXiv 1806.08342),
@@ -51,7 +51,7 @@ VIEWS = 512
 
 @dataclasses.dataclass(frozen=True)
 class Fidelity:
-    """A rounded teacher's outputs beside the float one's, on training views."""
+    """A rounded teacher's outputs compared with the float one's, on training views."""
 
     views: int
     # Share of the views with the same most likely class.
@@ -150,21 +150,22 @@ def _stored(folder: pathlib.Path, teachers: list[Teacher]) -> tuple[CalibratedTe
     if tree is None:
         if workdir.has_config():
             raise UserError(
-                f"{path} with the ranges of the run's quantised teacher is lost, and without it "
-                "another function would teach; bring it back, or choose another --workdir"
+                f"{path}, which holds the ranges of the run's quantised teacher, is missing, and "
+                "without it the teacher would compute a different function; restore it, or "
+                "choose another --workdir"
             )
         return None
     try:
         found = converted(tree, CalibratedTeachers).teachers
     except msgspec.ValidationError as error:
         raise UserError(
-            f"{path} is damaged ({error}); bring it back, or choose another --workdir"
+            f"{path} is damaged ({error}); restore it, or choose another --workdir"
         ) from None
     expected = [(x.fingerprint, x.teaching_network) for x in teachers]
     if [(x.weights, x.network) for x in found] != expected:
         raise UserError(
             f"{path} holds the ranges of other teachers than the run's; remove it, so that they "
-            "are taken again, or choose another --workdir"
+            "are computed again, or choose another --workdir"
         )
     return found
 
@@ -268,9 +269,9 @@ def _refuse_unlike(teacher: NamedTeacher, fidelity: Fidelity) -> None:
 def _said(option: str, calibrated: CalibratedTeacher) -> str:
     found = calibrated.fidelity
     return (
-        f"{option} teaches in {calibrated.network.quantisation.weights} weights and "
-        f"{calibrated.network.quantisation.activations} activations, ranges of "
+        f"{option} runs with {calibrated.network.quantisation.weights} weights and "
+        f"{calibrated.network.quantisation.activations} activations, with ranges from "
         f"{calibrated.calibration_views:,} training views; on {found.views:,} others it has the "
-        f"float teacher's class in {found.agreement:.2%}, KL {found.kl:.3g} nats at T=1 and "
-        f"{found.kl_at_temperature:.3g} at T={found.temperature:g}"
+        f"float teacher's top-1 class for {found.agreement:.2%}, KL {found.kl:.3g} nats at T=1 "
+        f"and {found.kl_at_temperature:.3g} at T={found.temperature:g}"
     )

@@ -1,6 +1,6 @@
 """The outputs of a run's teachers on its own views, recorded: `fm-distill record`.
 
-What was written stays: a session goes on where the recording has a hole. The passes themselves are
+What was written stays: a session continues where the recording has a gap. The passes themselves are
 in `recorder.py`.
 """
 
@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Iterator
 
@@ -32,6 +33,7 @@ from fm_distill.recordings.header import (
 from fm_distill.recordings.manifest import Recording, is_recording, open_recording, present
 from fm_distill.recordings.rows import RowType
 from fm_distill.recordings.writing import step_bytes
+from fm_distill.system.compilation_cache import COMPILED
 from fm_distill.system.console import log
 from fm_distill.system.files import lock
 from fm_distill.system.preemption import Stop
@@ -45,6 +47,11 @@ from fm_distill.training.recorder import Recorder
 from fm_distill.training.resolve import resolve, with_any_moments
 from fm_distill.training.train import train_teachers
 from fm_distill.weights.card import only_network
+
+# What is in the folder of a recording before its first shard.
+BEFORE_THE_FIRST = re.compile(
+    r"lock|arriving|(manifest|steps)-.*|teacher(_\d+)?|quantised_teachers\.json(\.tmp)?|" + COMPILED
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,9 +74,9 @@ def record(
     top_k: int | None = None,
     taps: tuple[str, ...] = (),
 ) -> RecordResult:
-    """Records what the teachers of `config` answer in `steps` of its run into the folder `to`.
+    """Records the outputs of the teachers of `config` in `steps` of its run, in the folder `to`.
 
-    Of the features of the teacher that `taps` name, the means over the places are recorded too.
+    Of the features of the teacher that `taps` name, the means over the positions are recorded too.
     Steps that are there are not done again. Teachers that are experiments are trained first, in
     `to`. Raises `UserError`, also where the folder belongs to another recording.
     """
@@ -134,8 +141,8 @@ def _check(config: Config, top_k: int | None, taps: tuple[str, ...]) -> None:
         raise UserError("teacher.recording is what `record` writes; leave it out and give --to")
     if config.objective.target == "labels" or config.teaching == "fixed":
         raise UserError(
-            "there is nothing to record: objective.target=labels and teaching=fixed do not ask the "
-            "teacher in each step"
+            "there is nothing to record: objective.target=labels and teaching=fixed do not run "
+            "the teacher in each step"
         )
     if top_k is not None:
         if top_k < 1:
@@ -153,7 +160,7 @@ def _check_taps(config: Config, taps: tuple[str, ...]) -> None:
     for option, teacher in teachers_of(config):
         if teacher.function:
             raise UserError(
-                f"--taps names features of a network, and {option}.function returns logits alone; "
+                f"--taps names features of a network, and {option}.function returns only logits; "
                 "leave out one of them"
             )
         if teacher.experiment:
@@ -221,6 +228,14 @@ def _check_space(folder: pathlib.Path, needed: int) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: pathlib.Path) -> Iterator[None]:
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; give --to a folder for the recording")
+    others = sorted(x.name for x in folder.glob("*") if not BEFORE_THE_FIRST.fullmatch(x.name))
+    if others and not is_recording(folder):
+        raise UserError(
+            f"{folder} is not empty and not the folder of a recording (it has "
+            f"{', '.join(others[:3])}); choose another --to"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = (folder / "lock").open("w")

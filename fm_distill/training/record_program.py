@@ -36,7 +36,7 @@ class PassOutputs(NamedTuple):
     draws: Draw
     # What the teachers that are functions see, all steps in one batch.
     views: Views
-    # Of the first teacher, each its mean over the places.
+    # Of the first teacher, each its mean over the positions.
     features: dict[str, Float[Array, "steps batch _"]]
 
 
@@ -50,7 +50,7 @@ def make_record_program(
 ) -> RecordProgram:
     """The compiled outputs of all teachers for some steps, which share one forward pass.
 
-    `shown` is what the teachers want to see that are functions; `taps` are features of the first
+    `shown` is the input that teachers need that are functions; `taps` are features of the first
     one.
     """
 

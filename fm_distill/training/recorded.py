@@ -1,4 +1,4 @@
-"""Whether a recording holds what the teachers would answer to the views of this run."""
+"""Whether a recording holds what the teachers would output for the views of this run."""
 
 import dataclasses
 import pathlib
@@ -130,14 +130,14 @@ def _refuse_header(config: Config, header: RecordingHeader, place: str) -> None:
         if others or objective.temperature_schedule.points:
             differ.append(
                 f"objective.temperature: {header.temperature} in the recording of the top "
-                f"{header.top_k}, whose rest is lumped together at it, "
+                f"{header.top_k}, which sums the other classes at that temperature, and "
                 f"{', '.join(map(str, sorted(others))) or 'a schedule'} in this run"
             )
         known = {"kl", LABELS, *OF_FEATURES}
         if unknown := [x.kind for x in terms_of(objective) if x.kind not in known]:
             differ.append(
                 f"objective: {', '.join(unknown)}, and a recording of the top {header.top_k} "
-                "knows kl alone"
+                "supports only kl"
             )
         if objective.example_weights.kind == "teacher_entropy":
             differ.append(
@@ -156,7 +156,7 @@ def _refuse_header(config: Config, header: RecordingHeader, place: str) -> None:
     differ += _missing_taps(objective, header)
     if differ:
         raise UserError(
-            f"the recording in {place} is of another run:\n  "
+            f"the recording in {place} belongs to another run:\n  "
             + "\n  ".join(differ)
             + "\ngive these values, or record this run with `fm-distill record`"
         )
@@ -178,9 +178,9 @@ def _refuse_functions(config: Config) -> None:
     for option, teacher in teachers_of(config):
         if teacher.function:
             raise UserError(
-                f"{option}.function is called by `fm-distill record` alone: record it with "
-                "`fm-distill record EXPERIMENT.py --to DIR`, then train with "
-                "--teacher.recording DIR"
+                f"{option}.function is called only by `fm-distill record`: record it with "
+                "`fm-distill record EXPERIMENT.py --to DIR`, then train with --teacher.recording "
+                "DIR"
             )
 
 
@@ -196,14 +196,15 @@ def check_recording(
         raise UserError(f"the recording in {path} lacks a feature: {lacking[0]}")
     if (header.data, header.examples) != (reader.source.identity, len(reader)):
         raise UserError(
-            f"the recording in {path} answered to {header.examples:,} examples of {header.data}, "
-            f"and this run has {len(reader):,} of {reader.source.identity}; use the same data"
+            f"the recording in {path} was made from {header.examples:,} examples of "
+            f"{header.data}, and this run has {len(reader):,} of {reader.source.identity}; use "
+            "the same data"
         )
     if header.target_images != resolved.target_images:
         raise UserError(
-            f"the recording in {path} answered to views adapted to "
+            f"the recording in {path} was made from views adapted to "
             f"{_called(header.target_images)}, and those of this run are adapted to "
-            f"{_called(resolved.target_images)} (their contents, not their place); use the same "
+            f"{_called(resolved.target_images)} (their contents, not their path); use the same "
             "views.fourier.folder, or record this run"
         )
     draws = make_draws(config)
@@ -211,13 +212,14 @@ def check_recording(
     if not _same(golden, draws(0, GOLDEN_SIZES)):
         raise UserError(
             f"the views of the recording in {path} were drawn by another version of JAX or of "
-            "fm-distill, which draws others from the same keys; its manifest names the versions"
+            "fm-distill, which draws different ones from the same keys; its manifest names the "
+            "versions"
         )
     there = present(recording).shards
     if missing := [x for x in recording.shards if x.start < period and x not in there]:
         raise UserError(
-            f"{len(missing):,} of the shards of the recording in {path} are missing, the first one "
-            f"{missing[0].name}; bring them back from a copy, or run `fm-distill record` again"
+            f"{len(missing):,} of the shards of the recording in {path} are missing, the first "
+            f"one {missing[0].name}; restore them from a copy, or run `fm-distill record` again"
         )
     taps = features_of(config.objective)[1]
     steps = RecordingReader(recording, period, taps)
@@ -226,8 +228,8 @@ def check_recording(
         sizes = np.stack([reader[int(i)]["size"] for i in found.examples[0]])
         if not _same(found.views[0], draws(step, sizes)):
             raise UserError(
-                f"the views of step {step:,} are not those of the recording in {path}: its images "
-                "or their sizes are others; use the data of the recording, or record these"
+                f"the views of step {step:,} are not those of the recording in {path}: the images "
+                "or their sizes differ; use the data that was recorded, or record this data"
             )
 
 

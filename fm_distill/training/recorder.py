@@ -158,7 +158,7 @@ class Recorder:
         writer.add(late[0], steps, hidden[-1] if hidden else None)
 
     def check(self, before: Recording) -> None:
-        """Raises `UserError` where the teachers do not answer as when `before` was recorded."""
+        """Raises `UserError` where the teachers' outputs are not those that `before` recorded."""
         if not before.shards:
             return
         step = before.shards[-1].stop - 1
@@ -173,9 +173,9 @@ class Recorder:
             difference, size = float(np.abs(a - b).mean()), float(np.abs(a).mean())
             if difference > SAME * size:
                 raise UserError(
-                    f"the teachers answer otherwise than when {before.path} was recorded: in step "
-                    f"{step:,} {name} differ by {difference:.3g} in the mean, where they are "
-                    f"{size:.3g}; use the same weights, or another --to"
+                    f"the teachers' outputs are not those that {before.path} recorded: in step "
+                    f"{step:,} {name} differ by {difference:.3g} on average, where their mean "
+                    f"magnitude is {size:.3g}; use the same weights, or another --to"
                 )
 
     def _outputs(self, step: int, fed: Batch | ResidentSteps) -> PassOutputs:
@@ -193,8 +193,8 @@ class Recorder:
         logits = self._logits(outputs, len(examples))
         if not np.isfinite(logits).all():
             raise UserError(
-                f"the teacher's outputs for step {step:,} are not finite numbers: are its weights "
-                "and input_range right, and does --precision float32 help?"
+                f"the teacher's outputs in step {step:,} are not finite: are its weights and "
+                "input_range right, and does --precision float32 help?"
             )
         header, temperature = self.header, self.header.temperature or 1.0
         if header.top_k is not None:

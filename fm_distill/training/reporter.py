@@ -26,8 +26,8 @@ from fm_distill.training.step import ADAPTER_GRADIENT
 
 # `status.json` is written with a logged line, but not more often than this.
 STATUS_EVERY_S = 5.0
-# Share of the time in which steps wait for their batches, and lines in a row of that, from which
-# a run is input-bound.
+# Share of the time that steps spend waiting for their batches, and lines in a row of that, from
+# which a run is input-bound.
 MOST_WAIT, LINES_OF_WAITING = 0.3, 3
 LINE_BYTES = 300  # of metrics.jsonl, about
 
@@ -77,7 +77,7 @@ class Reporter:
         self.step = step
         if self.first is None:
             self.first = step, time.monotonic()
-            log(f"the first new step is done {3600 * self.stop.hours():.1f} s after the start")
+            log(f"the first new step ended {3600 * self.stop.hours():.1f} s after the start")
         every, text = self.setup.config.log.every_steps, ""
         if due(every, step, steps) or step == self.setup.resolved.total_steps:
             text = self._log(step, values)
@@ -105,8 +105,8 @@ class Reporter:
             return
         steps, seconds = self.step - self.first[0], time.monotonic() - self.first[1]
         log(
-            f"{steps:,} steps in {seconds:,.1f} s; checkpoints held them up for {blocked_s:.2f} s "
-            f"({blocked_s / seconds:.2%})"
+            f"{steps:,} steps in {seconds:,.1f} s; checkpoints blocked training for "
+            f"{blocked_s:.2f} s ({blocked_s / seconds:.2%})"
         )
 
     def _log(self, step: int, values: dict[str, float]) -> str:
@@ -144,7 +144,7 @@ class Reporter:
         self.waiting = self.waiting + 1 if wait > MOST_WAIT else 0
         if self.waiting == LINES_OF_WAITING:
             log(
-                f"WARNING: the steps wait for their batches in {wait:.0%} of the time: "
+                f"WARNING: the steps spend {wait:.0%} of the time waiting for their batches: "
                 "`fm-distill profile` shows where it goes; --data.feeding resident, more "
                 "data.workers or smaller images help"
             )
@@ -183,7 +183,7 @@ def introduce(setup: Setup, start: int) -> None:
     devices = f"{setup.layout.mesh.size} x {jax.devices()[0].device_kind}"
     log(
         f"{config.name}: student of {students:,} parameters{against}; "
-        f"{setup.resolved.total_steps:,} steps of {config.batch_size} on {devices}"
+        f"{setup.resolved.total_steps:,} steps of batch size {config.batch_size} on {devices}"
         + (f", continuing after step {start:,}" if start else "")
     )
     log(disk_use(config, setup.resolved.total_steps, bytes_of(shapes)))

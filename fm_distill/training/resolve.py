@@ -128,7 +128,7 @@ def resolve_here(config: Config, workdir: pathlib.Path) -> ResolvedRun:
     teachers = [(x.option, x.config.weights) for x in teachers_of(config)]
     for option, weights in (("student", config.student.weights), *teachers):
         if weights and weights.startswith(PREFIX):
-            raise UserError(f"{option}.weights are at {weights}, which is not asked here")
+            raise UserError(f"{option}.weights are at {weights}, and nothing is downloaded here")
     layout = make_layout(config.mesh)
     data, _ = open_data(config)
     networks = open_networks(config, workdir, data)

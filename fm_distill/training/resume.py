@@ -1,4 +1,4 @@
-"""Where a run goes on: the newest intact checkpoint, whether it may be used, and its state."""
+"""Where a run continues: the newest intact checkpoint, whether it may be used, and its state."""
 
 import dataclasses
 from typing import Any
@@ -60,7 +60,7 @@ def accept(
     if changed:
         log(
             f"NOTICE: checkpoint {newest.step:,} was written with other {', '.join(changed)}: the "
-            "run goes on, but equality in every bit is promised only for the same"
+            "run continues, but bit-for-bit equality is guaranteed only for the same"
         )
 
 

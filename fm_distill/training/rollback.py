@@ -1,4 +1,4 @@
-"""Going back after a loss that was not finite, and what that changes from there on.
+"""Going back after a loss that was not finite, and what changes from then on.
 
 Each time is a line in `rollbacks.json`, written before the run goes on, so that a run that was
 killed afterwards continues with the same.

@@ -47,8 +47,8 @@ def fixed_targets(
 ) -> Targets:
     """The targets of each example of `reader`, in its order; read from `kept` if they are there.
 
-    A damaged file is made again. Raises `UserError` where the file was made by other teachers, from
-    other images or other views of them.
+    A damaged file is computed again. Raises `UserError` where the file was made by other teachers,
+    from other images or other views of them.
     """
     identity = _identity(config, resolved)
     if (found := _read(kept, identity)) is not None:
@@ -137,7 +137,7 @@ def _read(kept: pathlib.Path, identity: dict[str, Any]) -> Targets | None:
         lines = [f"{x}: {stored.get(x, '(missing)')} there, {identity[x]} now" for x in differ]
         raise UserError(
             f"{kept} holds the targets of another run ({'; '.join(lines)}); remove it, so that it "
-            "is made again, or choose another --workdir"
+            "is computed again, or choose another --workdir"
         )
     return targets if targets.shape[0] == identity["examples"] else None
 

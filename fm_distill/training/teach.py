@@ -72,7 +72,7 @@ def teach_table(
 def teach_recorded(
     teachers: tuple[Branch, ...], classes: int, objective: ObjectiveConfig, memory: MemoryConfig
 ) -> Teach:
-    """Targets are what the teachers answered to the same views when they were recorded."""
+    """Targets are the teachers' recorded outputs for the same views."""
 
     def teach(frozen: tuple[Variables, ...], batch: Batch, views: StepViews) -> Targets:
         assert batch.recorded is not None

@@ -19,6 +19,7 @@ from fm_distill.data.labels import refuse_unlabelled
 from fm_distill.data.splits import open_data
 from fm_distill.errors import Diverged, TrainingFailed, UserError
 from fm_distill.networks.cost import run_cost
+from fm_distill.networks.loading import check_student_weights
 from fm_distill.networks.teachers import teacher_workdirs
 from fm_distill.objectives.terms import needs_labels
 from fm_distill.runs.checkpoint import CheckpointWriter
@@ -111,6 +112,7 @@ def train_until(
     if needs_labels(config.objective):
         refuse_unlabelled(data.train)
     check_features_of_experiment(config, len(data.train))
+    check_student_weights(config)
     with workdir.locked():
         done = newest_step(workdir.checkpoints)
         workdir.refuse_lost_checkpoints(done)
@@ -154,7 +156,7 @@ def _log_all(lines: list[str]) -> None:
 
 
 def _complete(config: Config, workdir: Workdir) -> Result | None:
-    """The result of a run that needs nothing any more, neither its data nor its teacher."""
+    """The result of a complete run, which needs neither its data nor its teacher."""
     status = workdir.read_status()
     if not workdir.has_config() or status is None or status.state != "complete":
         return None
@@ -181,7 +183,7 @@ def train_teachers(config: Config, path: pathlib.Path, stop: Stop) -> bool:
             continue
         status = Workdir(where).read_status()
         if status is None or status.state != "complete":
-            log(f"the teacher comes first: {experiment} in {where}")
+            log(f"training the teacher first: {experiment} in {where}")
         if not train_until(load_experiment(experiment), where, stop).complete:
             return False
     return True
@@ -207,9 +209,7 @@ def _run(
             with contextlib.suppress(OSError):
                 workdir.set_status("failed", newest_step(workdir.checkpoints), total, str(error))
             if isinstance(error, OSError):
-                raise TrainingFailed(
-                    f"{workdir.path} cannot be written any more: {error}"
-                ) from error
+                raise TrainingFailed(f"{workdir.path} can no longer be written: {error}") from error
             raise
 
 
@@ -220,7 +220,7 @@ def _newest(workdir: Workdir) -> NewestCheckpoint:
     if newest.step != broadcast_from_first(newest.step):
         raise TrainingFailed(
             f"this process finds checkpoint {newest.step} in {workdir.checkpoints} and the first "
-            "process another one: all have to see the same folder"
+            "process finds another one: all must see the same folder"
         )
     return newest
 
@@ -285,7 +285,7 @@ def _finish(setup: Setup, state: TrainState, workdir: Workdir, stop: Stop) -> Re
     except Stopped as stopped:
         reason = f"{stopped}, before the last evaluation was done"
         workdir.set_status("paused", total, total, reason)
-        return Result(False, total, total, workdir.path, None, reason)
+        return Result(False, total, total, workdir.path, None, reason, hours_left=0.0)
     workdir.write_from_first("evaluation.json", figures)
     workdir.set_status("complete", total, total)
     return Result(True, total, total, workdir.path, figures)

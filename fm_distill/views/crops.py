@@ -1,4 +1,4 @@
-"""Laws of the random crop, one box per example: a table from which a config chooses."""
+"""Distributions of the random crop, one box per example: a table from which a config chooses."""
 
 from collections.abc import Callable
 
@@ -19,12 +19,13 @@ Area = Float[Array, ""] | float
 def tensorflow_crop(
     key: PRNGKeyArray, sizes: Sizes, config: ViewConfig, smallest_area: Area
 ) -> Boxes:
-    """The law of `tf.image.sample_distorted_bounding_box` without a box: the recipe's crop.
+    """That of `tf.image.sample_distorted_bounding_box` without a box: the recipe's crop.
 
     Aspect (width / height) uniform, then height uniform between the heights of the smallest and
     the largest area that fit, width = round(height * aspect), offsets uniform. No rejection is
-    needed, so the law is closed-form. Source: TensorFlow's sample_distorted_bounding_box_op.cc
-    (GenerateRandomCrop); its offsets leave out the last pixel, which is not reproduced.
+    needed: the distribution is closed-form. Source: TensorFlow's
+    sample_distorted_bounding_box_op.cc (GenerateRandomCrop); its offsets leave out the last pixel,
+    which is not reproduced.
     """
     height, width = sizes[:, 0].astype(jnp.float32), sizes[:, 1].astype(jnp.float32)
     aspect_key, height_key, offset_key = jax.random.split(key, 3)

@@ -23,7 +23,7 @@ INPUT_RANGES: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
 
 @dataclasses.dataclass(frozen=True, order=True)
 class InputSpec:
-    """What a network wants to see. Two networks that want the same share one rendering."""
+    """The input that a network expects. Networks that expect the same share one rendering."""
 
     resolution: int
     input_range: str

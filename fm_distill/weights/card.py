@@ -70,7 +70,7 @@ class FunctionFacts:
     quantise: Literal["none", "float16", "dynamic", "int8"] = "none"
     # Of a student in eight bits without training, by layer: see `exporting.calibration`.
     layer_errors: dict[str, float] | None = None
-    # How far each layer alone moves the logits, relative as in `MixedPrecision`.
+    # How far each layer alone changes the logits, relative as in `MixedPrecision`.
     layer_effects: dict[str, float] | None = None
     mixed_precision: MixedPrecision | None = None
     # Of a student in eight bits without training.

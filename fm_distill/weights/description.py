@@ -35,7 +35,7 @@ def describe(
         what = f"says that it is a {architecture}" if architecture else "does not say what it is"
         if architecture and not known:
             raise UserError(
-                f"{file.path} {what}, which is none of the networks here: "
+                f"{file.path} {what}, which is not one of the networks of this package: "
                 + ", ".join(f"{x.timm} ({name})" for name, x in MODELS.items() if x.timm)
             )
         raise UserError(
@@ -44,7 +44,7 @@ def describe(
         )
     card, architecture = file.facts.card, file.facts.architecture
     if card and (differ := differing(card.network, requested)):
-        raise UserError(f"{file.path} holds another network than {fields} says: {differ}")
+        raise UserError(f"{file.path} holds a different network from {fields}: {differ}")
     timm = model_of(requested.model).timm
     if architecture and architecture != timm and (timm or _model_of(architecture)):
         raise UserError(
@@ -112,7 +112,7 @@ def without_auto(
     elif stated and stated != network.input_range:
         raise UserError(
             f"{fields}.input_range is {network.input_range}, but {file.path} states that it was "
-            f"trained with {stated}; a wrong normalisation costs points silently: use auto"
+            f"trained with {stated}; a wrong normalisation silently lowers the accuracy: use auto"
         )
     options = all_options(network)
     if options.get("root_pool_padding") == "auto":
@@ -135,7 +135,7 @@ def _input_range(file: WeightFile, fields: str) -> InputRange | None:
         if np.abs(ours - np.array([*mean, *std])).max() <= TOLERANCE:
             return cast(InputRange, name)
     raise UserError(
-        f"{file.path} was trained with mean {mean} and deviation {std}, which is none of the input "
-        f"ranges here ({', '.join(INPUT_RANGES)}); a wrong normalisation costs points silently, so "
-        f"no {fields}.input_range can stand for it"
+        f"{file.path} was trained with mean {mean} and deviation {std}, which is none of the "
+        f"input ranges of this package ({', '.join(INPUT_RANGES)}); a wrong normalisation "
+        f"silently lowers the accuracy, so no {fields}.input_range can stand for it"
     )

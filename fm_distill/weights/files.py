@@ -33,7 +33,7 @@ PICKLE = (
     "  safetensors.torch.save_file(tensors, 'weights.safetensors')\n"
     "For a model of timm: hf://timm/NAME, or save_file(model.state_dict(), 'weights.safetensors')"
 )
-# First bytes of what is often brought, and what to do with it.
+# First bytes of files that are often given by mistake, and what to do with them.
 KNOWN_OTHERS = (
     (b"\x89HDF", "is an HDF5 file. Convert it once, with Keras:\n  numpy.savez('weights.npz', "
      "**{v.path: v.numpy() for v in model.variables})\n"),
@@ -103,7 +103,7 @@ def read(address: str) -> WeightFile:
     for magic, what in KNOWN_OTHERS:
         if start.startswith(magic):
             raise UserError(f"{path} {what}{EXPECTED}")
-    raise UserError(f"{path} is of no format that is known here, or is damaged; {EXPECTED}")
+    raise UserError(f"{path} has an unknown format, or is damaged; {EXPECTED}")
 
 
 def _read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -113,7 +113,7 @@ def _read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
         if any(member.endswith("data.pkl") for member in members):
             raise UserError(f"{path} {PICKLE.format(path=str(path))}")
         if not all(member.endswith(".npy") for member in members):
-            raise UserError(f"{path} is a zip archive of other things than arrays; {EXPECTED}")
+            raise UserError(f"{path} is a zip archive, but not of arrays; {EXPECTED}")
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
     except (OSError, *DAMAGED_ARCHIVE) as error:

@@ -29,7 +29,7 @@ def fetch(address: str) -> pathlib.Path:
     except ImportError:
         raise UserError(
             f"{address} needs the package huggingface_hub: pip install -e '.[hub]', or download "
-            f"{WEIGHTS_FILE} and {CONFIG_FILE} by other means and give their folder"
+            f"{WEIGHTS_FILE} and {CONFIG_FILE} in another way and give their folder"
         ) from None
     try:
         hf_hub_download(repository, CONFIG_FILE, revision=revision)
@@ -38,9 +38,9 @@ def fetch(address: str) -> pathlib.Path:
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"{address} cannot be had ({type(error).__name__}: {reason}); check the name and the "
-            f"network, or download its {WEIGHTS_FILE} and {CONFIG_FILE} elsewhere and give the "
-            "folder that holds both"
+            f"{address} cannot be downloaded ({type(error).__name__}: {reason}); check the name "
+            f"and the network, or download its {WEIGHTS_FILE} and {CONFIG_FILE} elsewhere and "
+            "give the folder that holds both"
         ) from None
     _verify(path)
     return path

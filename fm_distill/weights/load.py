@@ -66,7 +66,7 @@ def load_weights(path: str, network: NetworkConfig | None, option: str) -> Pretr
         file, notes = dataclasses.replace(file, tensors=tensors), [*notes, note]
     naming, tensors, classes = _recognised(file)
     _check_bit(file, described, naming, fields)
-    notes = [f"{path}: {classes or 'no'} classes, names of the kind {naming}", *notes]
+    notes = [f"{path}: {classes or 'no'} classes, {naming} names", *notes]
     chosen, more = without_auto(described, file, naming, fields)
     variables = _placed(file, chosen, classes, naming, tensors, fields)
     class_names = file.facts.card.class_names if file.facts.card else None
@@ -106,7 +106,7 @@ def _recognised(file: WeightFile) -> tuple[str, dict[str, np.ndarray], int]:
     pattern = re.compile(r"(?<=standardized_conv2d)_\d+|:0$")
     renamed = {pattern.sub("", name): tensor for name, tensor in tensors.items()}
     if len(renamed) < len(tensors):
-        raise UserError(f"{file.path} has several tensors of one name, but for a number in it")
+        raise UserError(f"{file.path} has several tensors whose names differ only in a number")
     for head, naming in HEADS.items():
         if head in renamed:
             return naming, renamed, int(renamed[head].size)
@@ -186,7 +186,7 @@ def start_from(
         return start, f"the head of {classes} classes is kept"
     if HEAD not in init.params:
         raise UserError(
-            f"the network's last layer has to be named `{HEAD}`, so that it can be replaced: the "
+            f"the network's last layer must be named `{HEAD}`, so that it can be replaced: the "
             f"weights have {pretrained.classes} classes, and the run {classes}; it has "
             f"{', '.join(init.params)}"
         )

@@ -177,7 +177,7 @@ def keras(network: NetworkConfig, variables: Variables) -> dict[str, Stored]:
 
 
 def flax(network: NetworkConfig, variables: Variables) -> dict[str, Stored]:
-    """`params/encoder/kernel`: the names of a network of one's own."""
+    """`params/encoder/kernel`: the names of a custom network."""
     return {path: _as_is(path, shape) for path, shape in shapes_of(variables).items()}
 
 

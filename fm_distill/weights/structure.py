@@ -45,11 +45,11 @@ def as_original(
             for name, tensor in tensors.items()
         }
         if len(renamed) < len(tensors):
-            raise UserError(f"{path} has several variables of one name")
+            raise UserError(f"{path} has several variables of the same name")
         return renamed | head, "variables matched by their names"
     return _by_order(path, tensors, shapes) | head, (
-        "variables matched by order and shape, which was not verified on the file that this is "
-        "for: check the teacher's accuracy"
+        "variables matched by order and shape, which was not verified on a file of this kind: "
+        "check the teacher's accuracy"
     )
 
 
@@ -67,9 +67,9 @@ def _without_head(
     }
     if len(kernels) != 1:
         raise UserError(
-            f"{path} has {len(kernels)} variables that could be the head's kernel "
-            f"({features} x classes): {', '.join(kernels) or 'none'}; expected one, after a BiT "
-            "with the width of the network's config"
+            f"{path} has {len(kernels)} variables that could be the head's kernel ({features} x "
+            f"classes): {', '.join(kernels) or 'none'}; expected one, for a BiT of the width in "
+            "the network's config"
         )
     kernel_name, kernel = next(iter(kernels.items()))
     classes = kernel.shape[-1]
@@ -97,9 +97,9 @@ def _by_order(
     lists = {place[1] if place else None for place in places.values()}
     if lists == {None} or len(lists) != 1:
         raise UserError(
-            f"{path}: neither the names of its variables are BiT's, nor are they one list, whose "
-            f"order could tell: {', '.join(sorted(tensors)[:5])}; convert the file to a BiT .npz "
-            "in the original naming"
+            f"{path}: its variables neither have BiT's names nor form one list whose order could "
+            f"be used: {', '.join(sorted(tensors)[:5])}; convert the file to a BiT .npz in the "
+            "original naming"
         )
     found: dict[tuple[int, ...], list[np.ndarray]] = defaultdict(list)
     for name in sorted(tensors, key=lambda name: int(IN_A_LIST.fullmatch(name)[2])):  # type: ignore[index]

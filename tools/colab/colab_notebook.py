@@ -130,7 +130,7 @@ if report_and_show(RUN, page):
 
 # %%
 if code == EXIT_COMPLETE:
-    print(f"the run {NAME} is complete; it lies in {PLACE}")
+    print(f"the run {NAME} is complete; it is in {PLACE}")
 else:
     print(f"the run {NAME} is paused; run all cells again, here or in a new runtime")
 if KEEP.startswith("/content/drive"):

@@ -77,7 +77,7 @@ def check(asked: Notebook) -> None:
     if out.suffix != ".ipynb":
         raise UserError(f"--out is {asked.out}; expected the name of an .ipynb file")
     if out.exists() and not asked.overwrite:
-        raise UserError(f"--out {out} is there already; choose another, or give --overwrite")
+        raise UserError(f"--out {out} already exists; choose another, or give --overwrite")
     if not 0 < asked.stretch_hours <= asked.max_hours:
         raise UserError(
             f"--stretch-hours is {asked.stretch_hours:g} and --max-hours {asked.max_hours:g}; "

@@ -131,6 +131,6 @@ report_and_show(RUN, page)
 
 # %%
 if code == EXIT_COMPLETE:
-    print(f"the run {NAME} is complete; it lies in runs/{NAME} of this session's output")
+    print(f"the run {NAME} is complete; it is in runs/{NAME} of this session's output")
 else:
     print(f"the run {NAME} is paused. When this session is saved, continue it with\n{NEXT}")
