@@ -132,7 +132,7 @@ class StreamingFeed:
         seed: int,
         batch_size: int,
         total_steps: int,
-        sharding: Any,
+        sharding: jax.sharding.Sharding,
         targets: np.ndarray | None = None,  # of each example, where the teachers are fixed
         recording: RecordingReader | None = None,
         period_steps: int | None = None,
@@ -244,7 +244,7 @@ def host_batch(item: dict[str, np.ndarray]) -> Batch:
     return Batch(item["canvas"], item["size"], item["label"])
 
 
-def send(local: np.ndarray, sharding: Any, batch_axis: int) -> Array:
+def send(local: np.ndarray, sharding: jax.sharding.Sharding, batch_axis: int) -> Array:
     """This process's rows, as its part of the global array on the devices."""
     if batch_axis == 1:  # ids are the same in all processes, which hold all of them
         return jax.device_put(local, sharding)

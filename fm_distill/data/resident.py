@@ -5,7 +5,6 @@ import itertools
 import math
 import os
 from collections.abc import Iterator
-from typing import Any
 
 import grain
 import jax
@@ -72,6 +71,10 @@ class ResidentSteps:
         return jax.tree.map(lambda x: x[index], self)
 
 
+# What the host sends for a dispatch: a batch, or ids of resident examples.
+Fed = Batch | ResidentSteps
+
+
 def tiles_of(side: int) -> tuple[int, int, int]:
     """Shape of one canvas in `Resident.tiles`."""
     return -(-3 * side**2 // math.prod(TILE)), *TILE
@@ -85,8 +88,8 @@ class ResidentFeed:
         reader: Reader,
         seed: int,
         batch_size: int,
-        replicated: Any,
-        split: Any,
+        replicated: jax.sharding.Sharding,
+        split: jax.sharding.Sharding,
         targets: np.ndarray | None = None,  # of each example, where the teachers are fixed
         recording: RecordingReader | None = None,
         period_steps: int | None = None,

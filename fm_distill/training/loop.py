@@ -5,10 +5,12 @@ Nothing numerical is done here, and nothing is built here; `train.py` does.
 
 import dataclasses
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 
+from fm_distill.data.resident import Fed
 from fm_distill.runs.checkpoint import CheckpointWriter
 from fm_distill.runs.state import TrainState
 from fm_distill.system.preemption import Stop, Stopped
@@ -16,6 +18,7 @@ from fm_distill.system.processes import agreed, only_process
 from fm_distill.training.dispatch import dispatch_sizes, due
 from fm_distill.training.reporter import Reporter
 from fm_distill.training.setup import Setup
+from fm_distill.training.step import Metrics
 from fm_distill.views.draws import ViewRoot
 
 # Of the time that a checkpoint and a dispatch took at most, for the next ones may take longer.
@@ -45,7 +48,7 @@ class Loop:
         setup, config, total = self.setup, self.setup.config, self.setup.resolved.total_steps
         root = setup.keys.draws
         start, steps, reason, slowest_s = step, 0, None, 0.0
-        fed = setup.feed.feed(
+        fed: Iterator[Fed] = setup.feed.feed(
             step,
             dispatch_sizes(step, total, setup.resolved.steps_per_dispatch),
             skipped_steps=self.skipped_steps,
@@ -83,7 +86,9 @@ class Loop:
             self.checkpoints.wait()
         return state, step, reason
 
-    def _dispatch(self, state: TrainState, batch: Any, root: ViewRoot) -> tuple[TrainState, Any]:
+    def _dispatch(
+        self, state: TrainState, batch: Fed, root: ViewRoot
+    ) -> tuple[TrainState, Metrics]:
         setup = self.setup
         # An implicit transfer to the devices would delay every step.
         with jax.transfer_guard("disallow"):

@@ -1,13 +1,13 @@
 """The train step as one compiled, sharded program."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from fm_distill.data.resident import Resident, ResidentSteps
+from fm_distill.data.batch import Batch
+from fm_distill.data.resident import Fed, Resident, ResidentSteps
 from fm_distill.runs.state import TrainState
 from fm_distill.system.sharding import Layout
 from fm_distill.training.step import Metrics, TrainStep
@@ -36,10 +36,11 @@ def make_program(
         state: TrainState,
         teachers: PyTree,
         data: Resident | None,
-        fed: Any,
+        fed: Fed,
         root: ViewRoot,
     ) -> tuple[TrainState, Metrics]:
         if data is None:
+            assert isinstance(fed, Batch)
             return train_step(state, teachers, fed, root)
 
         def one(state: TrainState, fed: ResidentSteps) -> tuple[TrainState, Metrics]:
@@ -47,6 +48,7 @@ def make_program(
             batch = jax.lax.with_sharding_constraint(batch, layout.batch)
             return train_step(state, teachers, batch, root)
 
+        assert isinstance(fed, ResidentSteps)
         if fed.ids.shape[0] == 1:  # a convolution in a loop is many times slower on a CPU
             return one(state, fed.step(0))
         state, metrics = jax.lax.scan(one, state, fed)
