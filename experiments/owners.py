@@ -10,7 +10,7 @@ Command:  fm-distill train experiments/owners.py
 Source:   Lin et al. 2020, "Ensemble Distillation for Robust Model Fusion in Federated Learning"
           (FedDF, arXiv 2006.07242): the mean of the logits, on unlabelled images. Once, and from a
           student of its own instead of the mean of the owners' weights, in which FedDF starts.
-Expected: owners of 96.1 and 91.4 %, 97.8 % by the mean of their logits, a student of 94.7 % (LOG.md).
+Expected: owners of 96.1 and 91.4 %, the mean of their logits 97.8 %, their student 94.7 %.
 """
 
 import dataclasses

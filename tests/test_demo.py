@@ -112,11 +112,18 @@ def test_the_page_needs_no_other_machine(port):
         ("POST", "/judge", None, {"Content-Length": str(2**40)}, 413, "up to 64 MiB"),
         ("POST", "/other", b"x", {}, 404, "not found"),
         ("GET", "/../etc/passwd", None, {}, 404, "not found"),
-        ("GET", "/", None, {"Host": "example.org"}, 403, "for 127.0.0.1 alone"),
+        ("GET", "/", None, {"Host": "example.org"}, 403, "served to 127.0.0.1 only"),
         ("POST", "/judge", None, {"Content-Length": "9" * 5000}, 413, "up to 64 MiB"),
-        ("POST", "/judge", photo(), {"Origin": "https://example.org"}, 403, "for 127.0.0.1 alone"),
-        ("GET", "/", None, {"Host": "[broken"}, 403, "for 127.0.0.1 alone"),
-        ("POST", "/judge", photo(), {"Host": "example.org:80"}, 403, "for 127.0.0.1 alone"),
+        (
+            "POST",
+            "/judge",
+            photo(),
+            {"Origin": "https://example.org"},
+            403,
+            "served to 127.0.0.1 only",
+        ),
+        ("GET", "/", None, {"Host": "[broken"}, 403, "served to 127.0.0.1 only"),
+        ("POST", "/judge", photo(), {"Host": "example.org:80"}, 403, "served to 127.0.0.1 only"),
     ],
 )
 def test_what_is_refused(port, method, path, body, headers, status, message):

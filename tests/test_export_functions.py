@@ -219,7 +219,9 @@ def test_what_is_refused(workdir, exported, tmp_path, capsys):
 def test_files_of_other_tools_are_refused(exported, tmp_path):
     path = tmp_path / "x.stablehlo"
     path.write_bytes(b"module @jit_f {}")
-    with pytest.raises(UserError, match=r"x.stablehlo is no \.stablehlo file of `fm-distill expo"):
+    with pytest.raises(
+        UserError, match=r"x.stablehlo is not a \.stablehlo file of `fm-distill expo"
+    ):
         open_student(path)
     with pytest.raises(UserError, match="cannot be read"):
         open_student(tmp_path / "none.stablehlo")

@@ -274,7 +274,9 @@ def test_an_experiment_is_packed_with_all_that_it_reads(tmp_path):
 
 
 def test_own_parts_are_packed(tmp_path):
-    (tmp_path / "my-parts.py").write_text("def huber(student, teacher, temperature): ...\n")
+    (tmp_path / "my-parts.py").write_text(
+        "def huber(student, teacher, temperature):\n    return (student - teacher).sum(-1)\n"
+    )
     shutil.copy(ROOT / "experiments" / "digits_teacher.py", tmp_path / "base.py")
     (tmp_path / "x.py").write_text(
         "import dataclasses, pathlib\nfrom fm_distill import load_experiment\n"

@@ -309,5 +309,8 @@ def test_the_identity_of_a_run_is_what_it_is():
         differ = [line.split(":")[0] for line in run.differences(changed)]
         expected = [field.name] if field.name in MADE_FROM else []
         if field.name == "period_steps":  # of a run of 6 steps, it repeats some
-            expected = ["the views repeat after 6 steps in the workdir, after 4 now"]
+            expected = [
+                "the views repeat after 6 steps in the workdir, after 4 now, because the length of "
+                "the recording changed; set views.period_steps=6"
+            ]
         assert differ == expected

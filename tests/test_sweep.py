@@ -77,7 +77,7 @@ def test_every_combination_runs_once_and_the_table_has_mean_and_spread(tmp_path,
         return len(sweep(quick_config(), over, tmp_path))
 
     assert guarded(again, []) == EXIT_WRONG_INPUT
-    assert "the disk or its quota is full; make room" in capsys.readouterr().err
+    assert "the disk or its quota is full; free some space" in capsys.readouterr().err
     assert (tmp_path / "sweep.csv").read_bytes() == before
     # What is measured on request stands in columns of its own; equal networks are measured once.
     assert "latency" not in table and "Pareto" not in table
