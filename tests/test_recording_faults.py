@@ -175,9 +175,13 @@ def test_weights_of_the_student_are_looked_for_before_a_teacher_is_trained(tmp_p
     student = dataclasses.replace(NETWORK, weights=str(tmp_path / "none.safetensors"))
     monkeypatch.setattr(train_module, "train_teachers", lambda *_: pytest.fail("trained"))
     config = tiny_config(teacher=teacher, student=student, objective=ObjectiveConfig())
-    with pytest.raises(UserError, match=r"student\.weights is .*none\.safetensors, which does not"):
+    monkeypatch.setattr(record_module, "train_teachers", lambda *_: pytest.fail("trained"))
+    said = r"student\.weights is .*none\.safetensors, which does not"
+    with pytest.raises(UserError, match=said):
         train_module.train(config, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match=said):
+        record(config, tmp_path / "recording", Stop())
+    assert not (tmp_path / "run").exists() and not (tmp_path / "recording").exists()
 
 
 def test_processes_end_together_where_a_recording_at_a_url_is_refused(tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ from fm_distill.runs.stored_progress import Status, StoredStatus, as_evaluation,
 from fm_distill.runs.stored_run import StoredRun, describe_run, stored_run
 from fm_distill.system.compilation_cache import COMPILED
 from fm_distill.system.console import log
-from fm_distill.system.files import lock, replacing
+from fm_distill.system.files import lock, refuse_foreign, replacing
 from fm_distill.system.processes import first_process
 
 Contents = TypeVar("Contents")
@@ -85,12 +85,7 @@ class Workdir:
             self._refuse_folders()
             missing = [x for x in (self.path, *self.path.parents) if not x.exists()]
             if self.path.is_dir() and not self.has_config():
-                others = sorted(x.name for x in self.path.iterdir() if not known.fullmatch(x.name))
-                if others:
-                    raise UserError(
-                        f"{self.path} is not empty and not a workdir of a run (it has "
-                        f"{', '.join(others[:3])}); choose another --workdir"
-                    )
+                refuse_foreign(self.path, known, "a workdir of a run", "--workdir")
             self.path.mkdir(parents=True, exist_ok=True)
             handle = (self.path / "lock").open("w")
         except OSError as error:

@@ -4,11 +4,14 @@ import contextlib
 import fcntl
 import lzma
 import pathlib
+import re
 import time
 import zipfile
 import zlib
 from collections.abc import Iterator
 from typing import IO
+
+from fm_distill.errors import UserError
 
 # What reading a damaged zip archive raises beside OSError. A bit in it says that a member is
 # encrypted (RuntimeError) or stored in a way that is not known (NotImplementedError, one of them).
@@ -37,6 +40,16 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+def refuse_foreign(folder: pathlib.Path, own: re.Pattern[str], what: str, option: str) -> None:
+    """Raises `UserError` where `folder`, to become `what`, holds files that are not `own`."""
+    others = sorted(x.name for x in folder.iterdir() if not own.fullmatch(x.name))
+    if others:
+        raise UserError(
+            f"{folder} is not empty and not {what} (it has {', '.join(others[:3])}); choose "
+            f"another {option}"
+        )
 
 
 def lock(handle: IO[str]) -> bool:

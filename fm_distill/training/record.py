@@ -23,6 +23,7 @@ from fm_distill.data.splits import open_data
 from fm_distill.errors import UserError
 from fm_distill.models import build_network
 from fm_distill.models import resolve as resolve_network
+from fm_distill.networks.loading import check_student_weights
 from fm_distill.objectives.terms import temperature_of_rest
 from fm_distill.recordings.header import (
     RecordedTap,
@@ -35,7 +36,7 @@ from fm_distill.recordings.rows import RowType
 from fm_distill.recordings.writing import step_bytes
 from fm_distill.system.compilation_cache import COMPILED
 from fm_distill.system.console import log
-from fm_distill.system.files import lock
+from fm_distill.system.files import lock, refuse_foreign
 from fm_distill.system.preemption import Stop
 from fm_distill.system.sharding import check_batch_size, make_layout
 from fm_distill.training.check import check
@@ -92,6 +93,7 @@ def record(
     first, last = _range(steps, min(config.views.period_steps or total, total))
     _check_top_k(top_k, data.train.classes or config.data.classes)
     check_features_of_experiment(config, len(data.train))
+    check_student_weights(config)
     if is_recording(folder) and (
         differ := header_differences(open_recording(folder).header, rendered(config))
     ):
@@ -228,15 +230,11 @@ def _check_space(folder: pathlib.Path, needed: int) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: pathlib.Path) -> Iterator[None]:
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; give --to a folder for the recording")
-    others = sorted(x.name for x in folder.glob("*") if not BEFORE_THE_FIRST.fullmatch(x.name))
-    if others and not is_recording(folder):
-        raise UserError(
-            f"{folder} is not empty and not the folder of a recording (it has "
-            f"{', '.join(others[:3])}); choose another --to"
-        )
     try:
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} is a file; give --to a folder for the recording")
+        if folder.is_dir() and not is_recording(folder):
+            refuse_foreign(folder, BEFORE_THE_FIRST, "the folder of a recording", "--to")
         folder.mkdir(parents=True, exist_ok=True)
         handle = (folder / "lock").open("w")
     except OSError as error:

@@ -48,6 +48,8 @@ def resolve(
     if dispatch == "auto":
         dispatch = STEPS_PER_DISPATCH if resident and layout.platform != "cpu" else 1
     steps = total_steps(config, data.examples)
+    if late := list(points_after_run(config.views, steps)):
+        raise UserError(late[0])
     networks = (weights.student, *weights.teachers)
     return ResolvedRun(
         data=data.identity,
@@ -164,8 +166,6 @@ def _own_code(config: Config, networks: tuple[NetworkConfig, ...]) -> tuple[str,
 
 def _period_steps(config: Config, total: int, recording: RecordingFacts | None) -> int | None:
     """After how many steps the views repeat; None where they do not."""
-    if late := list(points_after_run(config.views, total)):
-        raise UserError(late[0])
     period = config.views.period_steps or total
     if recording is not None:
         steps = recording.steps
