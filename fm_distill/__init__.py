@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from fm_distill.exporting.export import export
     from fm_distill.exporting.load_student import load_student
     from fm_distill.planning.plan import plan
+    from fm_distill.preparation.experiment import load_experiment
     from fm_distill.reports.report import report
     from fm_distill.reports.sweep import sweep
     from fm_distill.runs.open_run import open_run
     from fm_distill.system.foreign_code import trusted_code
-    from fm_distill.training.experiment import load_experiment
     from fm_distill.training.profile import profile
     from fm_distill.training.train import train
 
@@ -62,7 +62,7 @@ _MODULES = {
     "evaluate": "fm_distill.evaluation.inference",
     "export": "fm_distill.exporting.export",
     "load_student": "fm_distill.exporting.load_student",
-    "load_experiment": "fm_distill.training.experiment",
+    "load_experiment": "fm_distill.preparation.experiment",
     "open_run": "fm_distill.runs.open_run",
     "plan": "fm_distill.planning.plan",
     "predict": "fm_distill.evaluation.inference",

@@ -27,10 +27,10 @@ from fm_distill.exporting.export import export
 from fm_distill.objectives.adapters import AdapterShape, adapt, init_adapter
 from fm_distill.objectives.features import ADAPTED_DISTANCES, OF_MAPS
 from fm_distill.objectives.terms import Outputs, Targets, make_terms
+from fm_distill.preparation.check import problems
 from fm_distill.runs.open_run import open_run
 from fm_distill.system.sharding import make_layout
-from fm_distill.training.check import problems
-from fm_distill.training.optim import adapter_optimizer, make_optimizer
+from fm_distill.train_step.optim import adapter_optimizer, make_optimizer
 from fm_distill.training.train import train
 
 

@@ -14,8 +14,8 @@ from tiny import tiny_config
 from fm_distill.config import BankConfig, MeshConfig, ObjectiveConfig, TeacherConfig, TermConfig
 from fm_distill.errors import UserError
 from fm_distill.objectives.bank import bank_similarity, init_bank, replaced
+from fm_distill.preparation.check import problems
 from fm_distill.system.sharding import make_layout
-from fm_distill.training.check import problems
 from fm_distill.training.train import train
 
 

@@ -46,12 +46,12 @@ from fm_distill.objectives.example_weights import (
     mean_one,
 )
 from fm_distill.objectives.terms import Outputs, Targets
+from fm_distill.preparation.check import problems
 from fm_distill.reports.report import report
 from fm_distill.runs.state import TrainState
 from fm_distill.system.sharding import make_layout
 from fm_distill.testing import check_source
 from fm_distill.training.build import build
-from fm_distill.training.check import problems
 from fm_distill.training.train import train
 from fm_distill.views.draws import draw
 from fm_distill.views.rendering import InputSpec, render

@@ -12,7 +12,7 @@ from tiny import NETWORK, tiny_config
 from fm_distill.config import Config, MeshConfig, ScheduleConfig, TeacherConfig
 from fm_distill.config.serialization import from_json, to_json
 from fm_distill.errors import UserError
-from fm_distill.training.experiment import describe, load_experiment
+from fm_distill.preparation.experiment import describe, load_experiment
 from fm_distill.training.train import train
 
 FILES = sorted((ROOT / "experiments").glob("*.py"))

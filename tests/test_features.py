@@ -16,8 +16,8 @@ from fm_distill.config import MemoryConfig, MeshConfig, ObjectiveConfig, Teacher
 from fm_distill.errors import UserError
 from fm_distill.models import MODELS, build_network
 from fm_distill.objectives.features import FEATURE_DISTANCES, OF_MAPS
+from fm_distill.preparation.check import problems
 from fm_distill.system.sharding import make_layout
-from fm_distill.training.check import problems
 from fm_distill.training.train import train
 
 

@@ -65,7 +65,7 @@ PARTS = {
     ),
     "optimizer": (
         "best",
-        "from fm_distill.training.optim import OPTIMIZERS\nbest = OPTIMIZERS['adam']",
+        "from fm_distill.train_step.optim import OPTIMIZERS\nbest = OPTIMIZERS['adam']",
     ),
 }
 # The commands that would run the part, with the workdir in their first place.

@@ -24,13 +24,13 @@ from fm_distill.errors import UserError
 from fm_distill.evaluation.evaluate import evaluation_views
 from fm_distill.networks.branch import Branch, step_views
 from fm_distill.planning.compile_step import root_of
+from fm_distill.preparation.check import check
 from fm_distill.recordings.manifest import open_recording
 from fm_distill.recordings.view_digest import same_views, view_digests
 from fm_distill.reports import view_samples
 from fm_distill.reports.view_samples import sample_views
 from fm_distill.runs.workdir import Workdir
 from fm_distill.system.sharding import make_layout
-from fm_distill.training.check import check
 from fm_distill.training.train import train
 from fm_distill.views.draws import TARGETS, ViewRoot, draw, step_draws
 from fm_distill.views.fourier import with_amplitudes

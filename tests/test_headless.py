@@ -38,8 +38,8 @@ from fm_distill.evaluation.teacher_check import feature_warnings
 from fm_distill.models import MODELS, Model, build_network, vit
 from fm_distill.models.vit_designs import FACEBOOK
 from fm_distill.networks.cost import cost_of
+from fm_distill.preparation.warnings import warnings_on
 from fm_distill.training.train import train
-from fm_distill.training.warnings import warnings_on
 from fm_distill.weights.load import load_weights
 from fm_distill.weights.names import in_naming
 

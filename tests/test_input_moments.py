@@ -41,14 +41,14 @@ from fm_distill.models import build_network
 from fm_distill.networks.branch import make_branch
 from fm_distill.networks.loading import load_networks
 from fm_distill.networks.teachers import load_teachers
+from fm_distill.preparation import input_moments
+from fm_distill.preparation.check import check
+from fm_distill.preparation.input_moments import with_input_moments
+from fm_distill.preparation.resolve import resolve_here
 from fm_distill.runs.open_run import open_run
 from fm_distill.runs.workdir import Workdir
 from fm_distill.system.preemption import Stop
-from fm_distill.training import input_moments
-from fm_distill.training.check import check
-from fm_distill.training.input_moments import with_input_moments
 from fm_distill.training.record import record
-from fm_distill.training.resolve import resolve_here
 from fm_distill.training.train import train
 from fm_distill.views.rendering import InputSpec, as_pixels, normalise
 from fm_distill.weights.card import only_network

@@ -24,7 +24,7 @@ import pytest
 from conftest import ROOT, command_environment
 from nbclient import NotebookClient
 
-from fm_distill.cli.options import guarded
+from fm_distill.cli.command import guarded
 from fm_distill.errors import UserError
 from fm_distill.notebooks import backup, packing
 from fm_distill.notebooks.backup import fetch_copy, keep_copy, keep_file
@@ -311,8 +311,8 @@ def test_the_package_comes_along_and_jax_stays(tmp_path, tool, monkeypatch):
     packed = pathlib.Path(wanted.removeprefix("fm-distill[plots] @ file://"))
     with tarfile.open(packed) as tar:
         names = set(tar.getnames())
-        inside = tar.extractfile("fm-distill/fm_distill/training/step.py").read()
-    assert inside == (ROOT / "fm_distill" / "training" / "step.py").read_bytes()
+        inside = tar.extractfile("fm-distill/fm_distill/train_step/step.py").read()
+    assert inside == (ROOT / "fm_distill" / "train_step" / "step.py").read_bytes()
     modules = [p.relative_to(ROOT) for p in (ROOT / "fm_distill").rglob("*.py")]
     assert {f"fm-distill/{p}" for p in [*modules, "pyproject.toml", "README.md"]} <= names
     assert not any("__pycache__" in x for x in names)

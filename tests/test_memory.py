@@ -17,9 +17,9 @@ from fm_distill.data.resident import Resident, ResidentSteps
 from fm_distill.errors import UserError
 from fm_distill.models import CONVOLUTION, MODELS, UNIT, build_network
 from fm_distill.system.sharding import check_batch_size, make_layout
+from fm_distill.train_step.memory import REMATERIALISE, in_parts
+from fm_distill.train_step.program import make_program
 from fm_distill.training.build import build
-from fm_distill.training.memory import REMATERIALISE, in_parts
-from fm_distill.training.program import make_program
 
 LEVERS = [
     MemoryConfig(accumulate=4),

@@ -48,9 +48,9 @@ from fm_distill.runs.workdir import Workdir
 from fm_distill.system.console import Progress, hours_text
 from fm_distill.system.preemption import Stop
 from fm_distill.system.sharding import make_layout
+from fm_distill.train_step.program import make_program
 from fm_distill.training.build import build
 from fm_distill.training.dispatch import due
-from fm_distill.training.program import make_program
 from fm_distill.training.reporter import Reporter
 from fm_distill.training.setup import Setup, prepare
 from fm_distill.views.crops import CROPS

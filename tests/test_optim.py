@@ -9,7 +9,7 @@ from tiny import tiny_config
 
 from fm_distill.config import OptimizerConfig, ScheduleConfig
 from fm_distill.config.steps import total_steps
-from fm_distill.training.optim import (
+from fm_distill.train_step.optim import (
     OPTIMIZERS,
     cosine,
     decay_equivalent,

@@ -19,12 +19,12 @@ from fm_distill.cli import (
     diagnose,
     export,
     main,
-    options,
     plan,
     profile,
     record,
     train,
 )
+from fm_distill.cli import command as command_module
 from fm_distill.config import Config, DataConfig, NetworkConfig, StudentConfig
 from fm_distill.config.bounds import out_of_bounds
 from fm_distill.config.choices import not_a_choice
@@ -35,10 +35,11 @@ from fm_distill.data.sources import SOURCES
 from fm_distill.errors import UserError
 from fm_distill.models import MODELS, resolve
 from fm_distill.objectives.distances import DISTANCES
+from fm_distill.preparation import parse_options
+from fm_distill.preparation.check import check
 from fm_distill.runs.metric_table import RANKED
-from fm_distill.training.check import check
-from fm_distill.training.memory import REMATERIALISE
-from fm_distill.training.optim import OPTIMIZERS
+from fm_distill.train_step.memory import REMATERIALISE
+from fm_distill.train_step.optim import OPTIMIZERS
 from fm_distill.views.crops import CROPS
 
 PARTS = [x for x in map(vars(configs).get, configs.__all__) if dataclasses.is_dataclass(x)]
@@ -56,7 +57,7 @@ def tiny(tmp_path):
 
 def help_texts() -> dict[str, str]:
     """Every field's text as the help shows it; a section without one shows its dataclass's."""
-    off = (options.tyro.conf.HelptextFromCommentsOff,)
+    off = (parse_options.tyro.conf.HelptextFromCommentsOff,)
     found = {}
     for kind in PARTS:
         hints = options_types(kind)
@@ -95,7 +96,7 @@ def test_a_shared_help_text_would_be_seen():
         """The one."""
         other: int = 2
 
-    off = (options.tyro.conf.HelptextFromCommentsOff,)
+    off = (parse_options.tyro.conf.HelptextFromCommentsOff,)
     assert _docstrings.get_field_docstring(Two, "one", off) == "The one."
     assert _docstrings.get_field_docstring(Two, "other", off) is None
 
@@ -103,7 +104,7 @@ def test_a_shared_help_text_would_be_seen():
 def test_every_option_of_a_command_has_a_help_text():
     for kind in COMMANDS:
         for field in dataclasses.fields(kind):
-            off = (options.tyro.conf.HelptextFromCommentsOff,)
+            off = (parse_options.tyro.conf.HelptextFromCommentsOff,)
             if field.name not in ("config", "distributed"):
                 assert _docstrings.get_field_docstring(kind, field.name, off), (kind, field.name)
 
@@ -337,9 +338,9 @@ def test_optional_parts_and_choices():
 def test_libraries_remarks_are_shown_when_asked_for(capsys, tiny):
     logger = logging.getLogger("tensorboardX")
     logger.setLevel(logging.WARNING)
-    options.quiet(["x.py", "--verbose"])
+    command_module.quiet(["x.py", "--verbose"])
     assert logger.level == logging.WARNING
-    options.quiet(["x.py"])
+    command_module.quiet(["x.py"])
     assert logger.level == logging.CRITICAL
     code, _, error = command(capsys, "show", "--verbose", tiny, "--seed", "1", "--verbose")
     assert code == 0, error

@@ -34,10 +34,10 @@ from fm_distill.exporting.export import export
 from fm_distill.models import MODELS, build_network, check_network
 from fm_distill.objectives.distances import DISTANCES
 from fm_distill.objectives.terms import make_terms
+from fm_distill.preparation.check import problems
+from fm_distill.preparation.experiment import load_experiment
 from fm_distill.runs.open_run import open_run
-from fm_distill.training.check import problems
-from fm_distill.training.experiment import load_experiment
-from fm_distill.training.optim import OPTIMIZERS
+from fm_distill.train_step.optim import OPTIMIZERS
 from fm_distill.training.train import train
 from fm_distill.views.crops import CROPS
 

@@ -250,7 +250,7 @@ def test_kept_are_the_newest_each_nth_and_the_best(tmp_path):
 
 
 def test_best_without_an_evaluation_is_refused():
-    from fm_distill.training.check import check
+    from fm_distill.preparation.check import check
 
     with pytest.raises(UserError, match="keep_best is 'accuracy'; expected one of agreement_top1"):
         check(small(checkpoint=CheckpointConfig(keep_best="accuracy")))

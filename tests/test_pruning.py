@@ -21,11 +21,10 @@ from fm_distill.config import (
 from fm_distill.errors import UserError
 from fm_distill.models import build_network
 from fm_distill.objectives.terms import Targets
+from fm_distill.preparation.check import check
 from fm_distill.runs.open_run import open_run
 from fm_distill.system.sharding import make_layout
-from fm_distill.training.build import build
-from fm_distill.training.check import check
-from fm_distill.training.pruning import (
+from fm_distill.train_step.pruning import (
     initial_masks,
     largest_of_four,
     masks_of_zeros,
@@ -33,6 +32,7 @@ from fm_distill.training.pruning import (
     sparsity_after,
     sparsity_of,
 )
+from fm_distill.training.build import build
 
 FLOAT32 = jnp.dtype("float32")
 STUDENT = with_options(NETWORK, {"norm": "batch"})

@@ -36,10 +36,10 @@ from fm_distill.models.quantisation import (
     quantised_activations,
     quantised_weights,
 )
+from fm_distill.preparation.check import check
 from fm_distill.runs.open_run import open_run
 from fm_distill.system.sharding import make_layout
 from fm_distill.training.build import build
-from fm_distill.training.check import check
 
 FLOAT32 = jnp.dtype("float32")
 INT8 = QuantisationConfig(weights="int8", activations="int8")

@@ -33,11 +33,11 @@ from fm_distill.models.integers import SCALE, integer_kernels, matmul_integer
 from fm_distill.models.quantisation import Precision
 from fm_distill.networks.branch import make_branch, step_views
 from fm_distill.networks.loading import load_networks
+from fm_distill.preparation.check import check
 from fm_distill.recordings.reading import RecordingReader
 from fm_distill.runs.open_run import open_run
 from fm_distill.system.preemption import Stop
 from fm_distill.training import quantised_teachers
-from fm_distill.training.check import check
 from fm_distill.training.quantised_teachers import NAME, CalibratedTeachers
 from fm_distill.training.record import record
 from fm_distill.training.train import train

@@ -37,6 +37,8 @@ from fm_distill.objectives.features import pooled
 from fm_distill.planning.compile_step import Request, batch_of, recorded_taps
 from fm_distill.planning.recording_plan import recording_plan
 from fm_distill.planning.topologies import topology
+from fm_distill.preparation.check import problems
+from fm_distill.preparation.check_features import check_features
 from fm_distill.recordings import status as recordings
 from fm_distill.recordings import writing
 from fm_distill.recordings.header import RecordedTap, header_differences
@@ -45,11 +47,9 @@ from fm_distill.recordings.reading import RecordingReader
 from fm_distill.recordings.rows import encode, encode_features
 from fm_distill.recordings.shards import read_shard, write_shard
 from fm_distill.system.preemption import Stop
-from fm_distill.training.check import problems
-from fm_distill.training.check_features import check_features
+from fm_distill.train_step.teach import make_teach
 from fm_distill.training.record import record
 from fm_distill.training.recorded import check_recording, refuse_another_recording
-from fm_distill.training.teach import make_teach
 from fm_distill.training.train import train
 from fm_distill.views.draws import run_keys, step_draws
 from fm_distill.weights.card import only_network

@@ -15,17 +15,17 @@ from fm_distill.data.resident import ResidentSteps
 from fm_distill.data.splits import open_data
 from fm_distill.networks.branch import step_views
 from fm_distill.networks.loading import load_networks
+from fm_distill.preparation.resolve import resolve
 from fm_distill.recordings.manifest import open_recording
 from fm_distill.recordings.reading import RecordingReader
 from fm_distill.runs.state import init_state
 from fm_distill.system.preemption import Stop
 from fm_distill.system.sharding import make_layout
-from fm_distill.training.loss import make_loss
+from fm_distill.train_step.loss import make_loss
+from fm_distill.train_step.step import make_update
+from fm_distill.train_step.teach import make_teach
 from fm_distill.training.record import record
-from fm_distill.training.resolve import resolve
 from fm_distill.training.setup import prepare
-from fm_distill.training.step import make_update
-from fm_distill.training.teach import make_teach
 
 STEPS = 100
 

@@ -25,6 +25,8 @@ from fm_distill.config.resolved import RecordingFacts
 from fm_distill.data.feeding import Reader
 from fm_distill.data.sources import open_source
 from fm_distill.errors import UserError
+from fm_distill.preparation.check import problems
+from fm_distill.preparation.resolve import _period_steps
 from fm_distill.recordings import shards
 from fm_distill.recordings.manifest import ManifestWriter, Shard, open_recording
 from fm_distill.recordings.rows import decode, encode
@@ -35,7 +37,6 @@ from fm_distill.system.sharding import make_layout
 from fm_distill.training import quantised_teachers, recorded
 from fm_distill.training import record as record_module
 from fm_distill.training import train as train_module
-from fm_distill.training.check import problems
 from fm_distill.training.record import record
 from fm_distill.training.recorded import (
     GOLDEN_SIZES,
@@ -44,7 +45,6 @@ from fm_distill.training.recorded import (
     make_draws,
     make_header,
 )
-from fm_distill.training.resolve import _period_steps
 
 FEATURES = TermConfig(kind="hint", student_tap="block1", teacher_tap="blok1")
 

@@ -19,11 +19,11 @@ from fm_distill.networks.channel_scores import read_scores, weight_scores, write
 from fm_distill.networks.cost import cost_of
 from fm_distill.networks.loading import load_networks
 from fm_distill.networks.shrinking import keep_channels, pruned_network
+from fm_distill.preparation.check import check
 from fm_distill.runs.open_run import open_run
 from fm_distill.runs.workdir import Workdir
 from fm_distill.system.sharding import make_layout
 from fm_distill.training.channels import decided_networks, gradient_scores
-from fm_distill.training.check import check
 from fm_distill.training.train import train
 from fm_distill.weights.card import only_network
 from fm_distill.weights.load import load_weights

@@ -19,9 +19,9 @@ from fm_distill.objectives.distances import kl_divergence
 from fm_distill.objectives.terms import Targets
 from fm_distill.runs.state import TrainState, init_state
 from fm_distill.system.sharding import make_layout
+from fm_distill.train_step.program import make_program
+from fm_distill.train_step.step import make_update
 from fm_distill.training.build import build
-from fm_distill.training.program import make_program
-from fm_distill.training.step import make_update
 from fm_distill.views.draws import ViewRoot, draw
 from fm_distill.views.rendering import InputSpec, render
 

@@ -15,7 +15,7 @@ import pytest
 from conftest import run_command, write_experiment
 from tiny import tiny_config
 
-from fm_distill.cli.options import guarded
+from fm_distill.cli.command import guarded
 from fm_distill.config import LogConfig, ObjectiveConfig, ScheduleConfig, TeacherConfig
 from fm_distill.config.serialization import changed
 from fm_distill.config.teachers import teachers_of

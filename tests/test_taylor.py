@@ -30,12 +30,12 @@ from fm_distill.networks.channel_scores import read_scores, write_scores
 from fm_distill.networks.loading import Networks, load_networks
 from fm_distill.networks.shrinking import check_ranking, ranked_widths
 from fm_distill.networks.teachers import Teacher
+from fm_distill.preparation.resolve import resolve as resolve_run
 from fm_distill.system.preemption import Stop
 from fm_distill.system.sharding import make_layout
 from fm_distill.training import channels
 from fm_distill.training.channels import decided_networks, gradient_scores
 from fm_distill.training.record import record
-from fm_distill.training.resolve import resolve as resolve_run
 from fm_distill.views.draws import run_keys
 from fm_distill.weights.card import only_network
 from fm_distill.weights.load import Pretrained, fingerprint

@@ -35,11 +35,11 @@ from fm_distill.objectives.distances import (
     standardised_kl,
 )
 from fm_distill.objectives.terms import Outputs, Targets, make_terms, values_of
+from fm_distill.preparation.check import problems
 from fm_distill.reports.report import report, weight_of
 from fm_distill.runs.history import read_history
 from fm_distill.system.sharding import make_layout
 from fm_distill.training.build import build
-from fm_distill.training.check import problems
 from fm_distill.training.train import train
 from fm_distill.views.draws import draw
 from fm_distill.views.rendering import render

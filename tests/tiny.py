@@ -25,11 +25,11 @@ from fm_distill.config.regime import regime_of
 from fm_distill.config.resolved import ResolvedRun
 from fm_distill.models import Network, Variables
 from fm_distill.networks.branch import Branch
+from fm_distill.preparation.resolve import resolve_described
 from fm_distill.system.sharding import make_layout
-from fm_distill.training.loss import make_loss
-from fm_distill.training.resolve import resolve_described
-from fm_distill.training.step import TrainStep, make_train_step, make_update
-from fm_distill.training.teach import make_teach
+from fm_distill.train_step.loss import make_loss
+from fm_distill.train_step.step import TrainStep, make_train_step, make_update
+from fm_distill.train_step.teach import make_teach
 
 NETWORK = StudentConfig(
     model="bit",

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from fm_distill.cli.options import guarded
+from fm_distill.cli.command import guarded
 from fm_distill.data.batch import Batch
 from fm_distill.data.feeding import evaluation_batches
 from fm_distill.diagnosis.opened import Examined, examine

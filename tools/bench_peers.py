@@ -78,10 +78,10 @@ def ours(pair: Pair, batch: int) -> Step:
         TeacherConfig,
     )
     from fm_distill.networks.branch import frozen_teachers
+    from fm_distill.preparation.resolve import resolve_described
     from fm_distill.system.sharding import make_layout
+    from fm_distill.train_step.program import make_program
     from fm_distill.training.build import build
-    from fm_distill.training.program import make_program
-    from fm_distill.training.resolve import resolve_described
     from fm_distill.views.draws import ViewRoot
 
     of_teacher, of_student = pair.resolutions

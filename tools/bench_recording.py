@@ -21,13 +21,15 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
-from fm_distill.cli.options import OverConfig, first_experiment, guarded, parse_over
+from fm_distill.cli.command import first_experiment, guarded
 from fm_distill.config import Config, TeacherConfig
 from fm_distill.data.feeding import Reader
 from fm_distill.data.splits import open_data
 from fm_distill.errors import EXIT_COMPLETE, EXIT_WRONG_INPUT
 from fm_distill.networks.branch import teacher_outputs
 from fm_distill.networks.loading import load_networks
+from fm_distill.preparation.parse_options import OverConfig, parse_over
+from fm_distill.preparation.resolve import resolve
 from fm_distill.runs.workdir import Workdir
 from fm_distill.system.preemption import Stop
 from fm_distill.system.sharding import make_layout
@@ -35,7 +37,6 @@ from fm_distill.training.build import build
 from fm_distill.training.record import record
 from fm_distill.training.recorded import make_header
 from fm_distill.training.recorder import Recorder
-from fm_distill.training.resolve import resolve
 from fm_distill.training.resume import first_state
 from fm_distill.training.setup import Setup, prepare
 

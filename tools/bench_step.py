@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from fm_distill.cli.options import guarded
+from fm_distill.cli.command import guarded
 from fm_distill.config import Config
 from fm_distill.config.regime import regime_of
 from fm_distill.data.batch import Batch
@@ -28,11 +28,11 @@ from fm_distill.errors import EXIT_COMPLETE
 from fm_distill.models import Variables
 from fm_distill.networks.branch import Views, frozen_teachers, step_views, teacher_outputs
 from fm_distill.planning.plan import described_teachers
+from fm_distill.preparation.experiment import load_experiment
+from fm_distill.preparation.resolve import resolve_described
 from fm_distill.system.sharding import make_layout
+from fm_distill.train_step.program import make_program
 from fm_distill.training.build import build
-from fm_distill.training.experiment import load_experiment
-from fm_distill.training.program import make_program
-from fm_distill.training.resolve import resolve_described
 from fm_distill.views.draws import ViewRoot
 
 # Of the training split, as the step does not know it.

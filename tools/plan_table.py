@@ -13,11 +13,11 @@ import dataclasses
 import pathlib
 import sys
 
-from fm_distill.cli.options import guarded
+from fm_distill.cli.command import guarded
 from fm_distill.config import Config
 from fm_distill.errors import EXIT_COMPLETE
 from fm_distill.planning.plan import TIME_OVER_BOUND, Plan, plan
-from fm_distill.training.experiment import load_experiment
+from fm_distill.preparation.experiment import load_experiment
 
 EXPERIMENTS = pathlib.Path(__file__).parents[1] / "experiments"
 

@@ -4,9 +4,10 @@ import dataclasses
 import pathlib
 from typing import Literal
 
-from fm_distill.cli.options import OverConfig, first_run, parse_over
+from fm_distill.cli.command import first_run
 from fm_distill.cli.train import check_hours, say_paused
 from fm_distill.errors import EXIT_COMPLETE, EXIT_PAUSED
+from fm_distill.preparation.parse_options import OverConfig, parse_over
 from fm_distill.system.console import log
 
 

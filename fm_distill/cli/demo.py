@@ -3,8 +3,9 @@
 import dataclasses
 import pathlib
 
-from fm_distill.cli.options import OverConfig, first, first_run, parse_over
+from fm_distill.cli.command import first, first_run
 from fm_distill.errors import EXIT_COMPLETE, UserError
+from fm_distill.preparation.parse_options import OverConfig, parse_over
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from fm_distill.cli.options import first, parse
+from fm_distill.cli.command import first
 from fm_distill.errors import EXIT_COMPLETE
+from fm_distill.preparation.parse_options import parse
 
 if TYPE_CHECKING:
     from fm_distill.weights.card import Card

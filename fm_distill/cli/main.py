@@ -13,26 +13,17 @@ from typing import NoReturn
 import tyro
 
 from fm_distill.cli.bench import bench_command
+from fm_distill.cli.command import first, first_experiment, first_run, flags_last, guarded, quiet
 from fm_distill.cli.compress import compress_command
 from fm_distill.cli.demo import demo_command
 from fm_distill.cli.diagnose import diagnose_command
 from fm_distill.cli.export import export_command
-from fm_distill.cli.options import (
-    OverConfig,
-    first,
-    first_experiment,
-    first_run,
-    flags_last,
-    guarded,
-    parse,
-    parse_over,
-    quiet,
-)
 from fm_distill.cli.plan import plan_command
 from fm_distill.cli.profile import profile_command
 from fm_distill.cli.record import record_command
 from fm_distill.cli.train import sweep_command, train_command
 from fm_distill.errors import EXIT_COMPLETE, EXIT_WRONG_INPUT, UserError
+from fm_distill.preparation.parse_options import OverConfig, parse, parse_over
 from fm_distill.system.console import COMPILING
 
 USAGE = """usage: fm-distill COMMAND ...
@@ -224,9 +215,9 @@ def _show(arguments: list[str]) -> int:
     experiment, default, rest = first_experiment(arguments, "show EXPERIMENT.py")
     asked = parse_over(_Show, default, rest, f"show {experiment}")
 
-    from fm_distill.training.check import check
-    from fm_distill.training.experiment import describe
-    from fm_distill.training.resolve import resolve_here
+    from fm_distill.preparation.check import check
+    from fm_distill.preparation.experiment import describe
+    from fm_distill.preparation.resolve import resolve_here
 
     check(asked.config)
     if asked.modules and not asked.taps:

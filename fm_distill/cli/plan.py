@@ -3,8 +3,9 @@
 import dataclasses
 import json
 
-from fm_distill.cli.options import OverConfig, first_experiment, parse_over
+from fm_distill.cli.command import first_experiment
 from fm_distill.errors import EXIT_COMPLETE, EXIT_DOES_NOT_FIT, UserError
+from fm_distill.preparation.parse_options import OverConfig, parse_over
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,8 +4,9 @@ import dataclasses
 import json
 import pathlib
 
-from fm_distill.cli.options import OverConfig, first_experiment, first_run, parse_over
+from fm_distill.cli.command import first_experiment, first_run
 from fm_distill.errors import EXIT_COMPLETE
+from fm_distill.preparation.parse_options import OverConfig, parse_over
 
 ADVICE = {
     "input": "input-bound: the device waits for its batches. Keep the data in device memory "

@@ -5,9 +5,10 @@ import os
 import pathlib
 from typing import Literal
 
-from fm_distill.cli.options import OverConfig, first_experiment, parse_over
+from fm_distill.cli.command import first_experiment
 from fm_distill.cli.train import check_hours, say_paused
 from fm_distill.errors import EXIT_COMPLETE, EXIT_PAUSED, UserError
+from fm_distill.preparation.parse_options import OverConfig, parse_over
 from fm_distill.system.console import log, sessions_left
 from fm_distill.system.preemption import Stop, stop_signals
 

@@ -6,9 +6,10 @@ import pathlib
 import shlex
 import sys
 
-from fm_distill.cli.options import OverConfig, first_experiment, guarded, parse_over, quiet
+from fm_distill.cli.command import first_experiment, guarded, quiet
 from fm_distill.config.options import ALIASES
 from fm_distill.errors import EXIT_COMPLETE, EXIT_PAUSED, UserError
+from fm_distill.preparation.parse_options import OverConfig, parse_over
 from fm_distill.system.console import log, sessions_left
 from fm_distill.system.preemption import Stop, stop_signals
 from fm_distill.system.processes import (

@@ -1,6 +1,7 @@
 """A run without open questions: every `auto` of its config turned into its value, once.
 
-`training.resolve` makes it before anything is compiled; it is stored in the workdir and passed on.
+`preparation.resolve` makes it before anything is compiled. It is stored in the workdir and passed
+on.
 """
 
 import dataclasses

@@ -8,8 +8,8 @@ from fm_distill.objectives.curves import progress_of, value_at
 from fm_distill.runs.history import History
 from fm_distill.runs.stored_run import StoredRun
 from fm_distill.runs.workdir import Workdir
+from fm_distill.train_step.step import ADAPTER_GRADIENT, TERM_COSINE, TERM_GRADIENT
 from fm_distill.training.rollback import read_rollbacks
-from fm_distill.training.step import ADAPTER_GRADIENT, TERM_COSINE, TERM_GRADIENT
 
 
 def setting_of(stored: StoredRun, workdir: Workdir, step: int, complete: bool) -> Setting:

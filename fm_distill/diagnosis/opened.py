@@ -27,12 +27,12 @@ from fm_distill.runs.open_run import Run
 from fm_distill.runs.remote import is_remote, recording_in
 from fm_distill.runs.state import TermState
 from fm_distill.system.sharding import Layout, make_layout, on_devices
+from fm_distill.train_step.loss import Loss
+from fm_distill.train_step.teach import Teach
+from fm_distill.train_step.term_state import NOTHING
 from fm_distill.training.build import Build, build
-from fm_distill.training.loss import Loss
 from fm_distill.training.quantised_teachers import freeze_teachers
 from fm_distill.training.targets import fixed_targets
-from fm_distill.training.teach import Teach
-from fm_distill.training.term_state import NOTHING
 from fm_distill.views.draws import ViewRoot
 
 

@@ -19,11 +19,11 @@ from typing import Any, TypeVar
 
 import tyro
 
-from fm_distill.cli.options import OverConfig, parse_over
 from fm_distill.config import Config
 from fm_distill.errors import UserError
-from fm_distill.training.check import check
-from fm_distill.training.experiment import load_experiment
+from fm_distill.preparation.check import check
+from fm_distill.preparation.experiment import load_experiment
+from fm_distill.preparation.parse_options import OverConfig, parse_over
 
 ROOT = pathlib.Path(__file__).parents[2]
 # What a notebook needs of a checkout to install the package.

@@ -33,14 +33,14 @@ from fm_distill.objectives.terms import features_of
 from fm_distill.planning.hlo import read
 from fm_distill.planning.movers import largest_movers
 from fm_distill.planning.topologies import Topology, topology
+from fm_distill.preparation.check_features import feature_shape
+from fm_distill.preparation.resolve import resolve_described
 from fm_distill.recordings.rows import TargetRows
 from fm_distill.runs.checkpoint import bytes_of
 from fm_distill.system.sharding import check_batch_size, make_layout
+from fm_distill.train_step.program import make_program
 from fm_distill.training.build import build
-from fm_distill.training.check_features import feature_shape
-from fm_distill.training.program import make_program
 from fm_distill.training.reporter import disk_use
-from fm_distill.training.resolve import resolve_described
 from fm_distill.views.draws import ViewRoot, run_keys
 from fm_distill.views.fourier import square_rows
 from fm_distill.weights.card import network_from_json

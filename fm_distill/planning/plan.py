@@ -27,11 +27,11 @@ from fm_distill.models import resolve
 from fm_distill.planning.movers import Mover
 from fm_distill.planning.recording_plan import RecordingPlan, recording_plan
 from fm_distill.planning.topologies import Topology, topology
+from fm_distill.preparation.check import check
+from fm_distill.preparation.experiment import load_experiment
 from fm_distill.runs.run_code import refuse_code_of_run
 from fm_distill.runs.workdir import Workdir
 from fm_distill.system.console import COMPILING, log
-from fm_distill.training.check import check
-from fm_distill.training.experiment import load_experiment
 from fm_distill.weights.card import only_network
 
 # Expected time of a step over its lower bound. Calibrated on the one published v3-8 row: food101

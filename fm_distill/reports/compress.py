@@ -21,6 +21,7 @@ from fm_distill.models import build_network, parameter_count
 from fm_distill.networks.loading import load_networks
 from fm_distill.networks.shrinking import pruned_network
 from fm_distill.networks.teachers import teacher_workdirs
+from fm_distill.preparation.check import check
 from fm_distill.reports.compression_steps import (
     CompressionStep,
     check_order,
@@ -42,8 +43,7 @@ from fm_distill.runs.run_code import refuse_code_of_run
 from fm_distill.runs.workdir import Workdir
 from fm_distill.system.console import log
 from fm_distill.system.preemption import Stop, stop_signals
-from fm_distill.training.check import check
-from fm_distill.training.pruning import make_prune
+from fm_distill.train_step.pruning import make_prune
 from fm_distill.training.train import train_until
 from fm_distill.views.rendering import CentralCrop
 

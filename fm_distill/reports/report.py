@@ -44,7 +44,7 @@ from fm_distill.runs.run_code import refuse_code_of_run
 from fm_distill.runs.workdir import Workdir
 from fm_distill.system.console import COMPILING, log
 from fm_distill.system.files import replacing
-from fm_distill.training.optim import make_schedule
+from fm_distill.train_step.optim import make_schedule
 
 DISAGREEMENTS = 12
 PLAN_POINTS = 500

@@ -20,12 +20,12 @@ from fm_distill.config.teachers import recording_of, teachers_of, with_teachers
 from fm_distill.errors import UserError
 from fm_distill.networks.cost import cost_of, run_cost
 from fm_distill.networks.teachers import teacher_workdirs
+from fm_distill.preparation.check import check
 from fm_distill.reports.sweep_table import SweptRun, as_markdown, save
 from fm_distill.runs.run_code import refuse_code_of_run
 from fm_distill.runs.workdir import Workdir
 from fm_distill.system.console import log
 from fm_distill.system.preemption import Stop, stop_signals
-from fm_distill.training.check import check
 from fm_distill.training.train import train_until
 
 SEED = "seed"

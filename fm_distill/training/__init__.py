@@ -1,1 +1,1 @@
-"""From a config to a trained student: step, program, loop. Imports `evaluation` and below."""
+"""A run from open data to a trained student: feeds, loop, resume. Imports `preparation`, below."""

@@ -15,14 +15,14 @@ from fm_distill.config.regime import regime_of
 from fm_distill.config.resolved import ResolvedRun
 from fm_distill.errors import UserError
 from fm_distill.networks.branch import Branch, make_branch
+from fm_distill.preparation.check_features import check_features
 from fm_distill.runs.state import TrainState, init_state
-from fm_distill.training.check_features import check_features
-from fm_distill.training.loss import Loss, make_loss
-from fm_distill.training.optim import adapter_optimizer, make_optimizer, make_schedule
-from fm_distill.training.pruning import Prune, initial_masks, make_prune
-from fm_distill.training.step import TrainStep, Update, make_train_step, make_update
-from fm_distill.training.teach import Teach, make_teach
-from fm_distill.training.term_state import TermShapes, init_terms, make_term_update
+from fm_distill.train_step.loss import Loss, make_loss
+from fm_distill.train_step.optim import adapter_optimizer, make_optimizer, make_schedule
+from fm_distill.train_step.pruning import Prune, initial_masks, make_prune
+from fm_distill.train_step.step import TrainStep, Update, make_train_step, make_update
+from fm_distill.train_step.teach import Teach, make_teach
+from fm_distill.train_step.term_state import TermShapes, init_terms, make_term_update
 
 
 @dataclasses.dataclass(frozen=True)

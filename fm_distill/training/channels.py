@@ -34,13 +34,13 @@ from fm_distill.networks.channel_scores import (
 from fm_distill.networks.loading import Networks
 from fm_distill.networks.shrinking import shrunk
 from fm_distill.objectives.terms import needs_labels
+from fm_distill.preparation.resolve import resolve
 from fm_distill.runs.state import TrainState
 from fm_distill.runs.workdir import Workdir
 from fm_distill.system.console import log
 from fm_distill.system.processes import first_process
 from fm_distill.system.sharding import Layout
 from fm_distill.training.build import build
-from fm_distill.training.resolve import resolve
 from fm_distill.training.resume import new_state
 from fm_distill.training.setup import keys_on_devices, open_inputs
 from fm_distill.views.draws import ViewRoot

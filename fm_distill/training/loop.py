@@ -15,10 +15,10 @@ from fm_distill.runs.checkpoint import CheckpointWriter
 from fm_distill.runs.state import TrainState
 from fm_distill.system.preemption import Stop, Stopped
 from fm_distill.system.processes import agreed, only_process
+from fm_distill.train_step.step import Metrics
 from fm_distill.training.dispatch import dispatch_sizes, due
 from fm_distill.training.reporter import Reporter
 from fm_distill.training.setup import Setup
-from fm_distill.training.step import Metrics
 from fm_distill.views.draws import ViewRoot
 
 # Of the time that a checkpoint and a dispatch took at most, for the next ones may take longer.

@@ -25,18 +25,18 @@ from fm_distill.data.resident import Resident
 from fm_distill.data.splits import open_data
 from fm_distill.errors import UserError
 from fm_distill.networks.branch import StepViews, step_views
+from fm_distill.preparation.check import check
+from fm_distill.preparation.open_networks import open_networks
+from fm_distill.preparation.resolve import resolve, with_any_moments
 from fm_distill.runs.metrics import MetricsWriter
 from fm_distill.runs.state import TrainState
 from fm_distill.system.console import COMPILING, log
 from fm_distill.system.device import device_name
 from fm_distill.system.sharding import check_batch_size, make_layout
+from fm_distill.train_step.step import Metrics
 from fm_distill.training.channels import decided_networks
-from fm_distill.training.check import check
-from fm_distill.training.open_networks import open_networks
 from fm_distill.training.reporter import MOST_WAIT
-from fm_distill.training.resolve import resolve, with_any_moments
 from fm_distill.training.setup import Setup, prepare
-from fm_distill.training.step import Metrics
 
 IMAGES = 64  # that are read and decoded to see how long it takes
 

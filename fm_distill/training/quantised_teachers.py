@@ -39,8 +39,8 @@ from fm_distill.objectives.distances import kl_divergence
 from fm_distill.recordings.manifest import is_recording
 from fm_distill.runs.workdir import Workdir
 from fm_distill.system.sharding import Layout, on_devices
+from fm_distill.train_step.memory import in_parts
 from fm_distill.training.build import Build
-from fm_distill.training.memory import in_parts
 from fm_distill.views.draws import ViewRoot
 
 NAME = "quantised_teachers.json"

@@ -25,6 +25,11 @@ from fm_distill.models import build_network
 from fm_distill.models import resolve as resolve_network
 from fm_distill.networks.loading import check_student_weights
 from fm_distill.objectives.terms import temperature_of_rest
+from fm_distill.preparation.check import check
+from fm_distill.preparation.check_features import check_features_of_experiment, feature_shape
+from fm_distill.preparation.experiment import load_experiment
+from fm_distill.preparation.open_networks import open_networks
+from fm_distill.preparation.resolve import resolve, with_any_moments
 from fm_distill.recordings.header import (
     RecordedTap,
     RecordingHeader,
@@ -39,13 +44,8 @@ from fm_distill.system.console import log
 from fm_distill.system.files import lock, refuse_foreign
 from fm_distill.system.preemption import Stop
 from fm_distill.system.sharding import check_batch_size, make_layout
-from fm_distill.training.check import check
-from fm_distill.training.check_features import check_features_of_experiment, feature_shape
-from fm_distill.training.experiment import load_experiment
-from fm_distill.training.open_networks import open_networks
 from fm_distill.training.recorded import make_header
 from fm_distill.training.recorder import Recorder
-from fm_distill.training.resolve import resolve, with_any_moments
 from fm_distill.training.train import train_teachers
 from fm_distill.weights.card import only_network
 

@@ -18,7 +18,7 @@ from fm_distill.models import Variables
 from fm_distill.networks.branch import Branch, Views, teacher_outputs_with_features
 from fm_distill.objectives.features import pooled
 from fm_distill.system.sharding import Layout
-from fm_distill.training.memory import in_parts
+from fm_distill.train_step.memory import in_parts
 from fm_distill.views.draws import Draw, ViewRoot, step_draws
 from fm_distill.views.rendering import InputSpec, render
 

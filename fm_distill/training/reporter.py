@@ -18,11 +18,11 @@ from fm_distill.runs.workdir import Workdir
 from fm_distill.system.console import COMPILING, Progress, log, steps_progress
 from fm_distill.system.preemption import Stop
 from fm_distill.system.processes import first_process
+from fm_distill.train_step.program import FINITE
+from fm_distill.train_step.step import ADAPTER_GRADIENT
 from fm_distill.training.compare_recording import compare_with_teachers
 from fm_distill.training.dispatch import due
-from fm_distill.training.program import FINITE
 from fm_distill.training.setup import Setup
-from fm_distill.training.step import ADAPTER_GRADIENT
 
 # `status.json` is written with a logged line, but not more often than this.
 STATUS_EVERY_S = 5.0

@@ -15,8 +15,8 @@ from fm_distill.runs.state import TrainState
 from fm_distill.runs.workdir import Workdir
 from fm_distill.system.console import log
 from fm_distill.system.sharding import Layout, on_devices
+from fm_distill.train_step.pruning import masks_of_zeros
 from fm_distill.training.build import Build
-from fm_distill.training.pruning import masks_of_zeros
 from fm_distill.training.rollback import ROLLBACKS, Rollback, as_json
 from fm_distill.training.setup import Setup
 from fm_distill.weights.load import start_from

@@ -31,8 +31,8 @@ from fm_distill.recordings.reading import RecordingReader
 from fm_distill.runs.state import TrainState
 from fm_distill.runs.workdir import Workdir
 from fm_distill.system.sharding import Layout
+from fm_distill.train_step.program import make_program
 from fm_distill.training.build import Build, build
-from fm_distill.training.program import make_program
 from fm_distill.training.quantised_teachers import FrozenTeachers, freeze_teachers
 from fm_distill.training.recorded import check_recording, repeated
 from fm_distill.training.targets import fixed_targets

@@ -22,6 +22,13 @@ from fm_distill.networks.cost import run_cost
 from fm_distill.networks.loading import check_student_weights
 from fm_distill.networks.teachers import teacher_workdirs
 from fm_distill.objectives.terms import needs_labels
+from fm_distill.preparation.check import check
+from fm_distill.preparation.check_features import check_features_of_experiment
+from fm_distill.preparation.experiment import check_chain, load_experiment
+from fm_distill.preparation.input_moments import with_input_moments
+from fm_distill.preparation.open_networks import open_networks
+from fm_distill.preparation.resolve import resolve
+from fm_distill.preparation.warnings import warnings_on
 from fm_distill.runs.checkpoint import CheckpointWriter
 from fm_distill.runs.integrity import (
     NewestCheckpoint,
@@ -37,15 +44,9 @@ from fm_distill.system.preemption import Stop, Stopped, stop_signals
 from fm_distill.system.processes import broadcast_from_first, first_process, only_process
 from fm_distill.system.sharding import check_batch_size, make_layout
 from fm_distill.training.channels import decided_networks
-from fm_distill.training.check import check
-from fm_distill.training.check_features import check_features_of_experiment
-from fm_distill.training.experiment import check_chain, load_experiment
-from fm_distill.training.input_moments import with_input_moments
 from fm_distill.training.loop import Loop
-from fm_distill.training.open_networks import open_networks
 from fm_distill.training.recorded import refuse_another_recording, with_recording_here
 from fm_distill.training.reporter import Reporter, introduce, progress_bar
-from fm_distill.training.resolve import resolve
 from fm_distill.training.resume import accept, first_state
 from fm_distill.training.rollback import (
     Rollback,
@@ -57,7 +58,6 @@ from fm_distill.training.rollback import (
     slowness,
 )
 from fm_distill.training.setup import Setup, prepare
-from fm_distill.training.warnings import warnings_on
 
 
 @dataclasses.dataclass(frozen=True)

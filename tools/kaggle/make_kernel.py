@@ -18,7 +18,7 @@ import sys
 
 import tyro
 
-from fm_distill.cli.options import guarded, quiet
+from fm_distill.cli.command import guarded, quiet
 from fm_distill.errors import EXIT_COMPLETE, UserError
 from fm_distill.notebooks.packing import (
     INPUT,

@@ -12,10 +12,10 @@ from fm_distill.models import Network, build_network
 from fm_distill.objectives.adapters import AdapterShape
 from fm_distill.objectives.features import ADAPTED, OF_FEATURES, OF_MAPS
 from fm_distill.objectives.terms import features_of, named_terms
-from fm_distill.training.check import check
-from fm_distill.training.experiment import load_experiment
-from fm_distill.training.resolve import described_student
-from fm_distill.training.term_state import TermShapes
+from fm_distill.preparation.check import check
+from fm_distill.preparation.experiment import load_experiment
+from fm_distill.preparation.resolve import described_student
+from fm_distill.train_step.term_state import TermShapes
 
 FLOAT32 = jnp.dtype("float32")
 Shape = tuple[int, ...]

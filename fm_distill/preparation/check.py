@@ -24,13 +24,13 @@ from fm_distill.data.sources import SOURCES
 from fm_distill.errors import UserError
 from fm_distill.models import build_network, resolve
 from fm_distill.networks.shrinking import pruned_network
+from fm_distill.preparation.check_networks import wrong_network, wrong_teachers
+from fm_distill.preparation.check_objective import wrong_objective
+from fm_distill.preparation.check_own_parts import wrong_own_parts
 from fm_distill.runs.metric_table import RANKED
 from fm_distill.system.references import not_an_entry
-from fm_distill.training.check_networks import wrong_network, wrong_teachers
-from fm_distill.training.check_objective import wrong_objective
-from fm_distill.training.check_own_parts import wrong_own_parts
-from fm_distill.training.memory import REMATERIALISE
-from fm_distill.training.optim import OPTIMIZERS
+from fm_distill.train_step.memory import REMATERIALISE
+from fm_distill.train_step.optim import OPTIMIZERS
 from fm_distill.views.crops import CROPS
 from fm_distill.weights.card import only_network
 

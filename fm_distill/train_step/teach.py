@@ -19,7 +19,7 @@ from fm_distill.objectives.ensemble import combine
 from fm_distill.objectives.example_weights import class_weights
 from fm_distill.objectives.terms import Targets, features_of, needs_labels
 from fm_distill.recordings.rows import decode, decode_features, indices_of
-from fm_distill.training.memory import in_parts
+from fm_distill.train_step.memory import in_parts
 from fm_distill.views.draws import mix
 
 # `(frozen teachers, batch, views) -> targets`.

@@ -17,13 +17,13 @@ from fm_distill.errors import UserError
 from fm_distill.models import is_own, own_code
 from fm_distill.models import resolve as resolve_network
 from fm_distill.networks.shrinking import pruned_network
+from fm_distill.preparation.check import points_after, points_after_run
+from fm_distill.preparation.input_moments import with_input_moments
+from fm_distill.preparation.open_networks import open_networks
 from fm_distill.runs.workdir import Workdir
 from fm_distill.system.foreign_code import code_files
 from fm_distill.system.references import is_reference, load_reference
 from fm_distill.system.sharding import Layout, make_layout
-from fm_distill.training.check import points_after, points_after_run
-from fm_distill.training.input_moments import with_input_moments
-from fm_distill.training.open_networks import open_networks
 from fm_distill.weights.card import only_network
 from fm_distill.weights.hub import PREFIX
 

@@ -24,11 +24,11 @@ from fm_distill.networks.branch import Branch, step_views
 from fm_distill.objectives.example_weights import effective_share
 from fm_distill.objectives.terms import Targets, first_choice
 from fm_distill.runs.state import TrainState
-from fm_distill.training.loss import Loss
-from fm_distill.training.memory import accumulated
-from fm_distill.training.pruning import SPARSITY, Prune, masked, sparsity_of
-from fm_distill.training.teach import Teach
-from fm_distill.training.term_state import NOTHING, TermUpdate
+from fm_distill.train_step.loss import Loss
+from fm_distill.train_step.memory import accumulated
+from fm_distill.train_step.pruning import SPARSITY, Prune, masked, sparsity_of
+from fm_distill.train_step.teach import Teach
+from fm_distill.train_step.term_state import NOTHING, TermUpdate
 from fm_distill.views.draws import ViewRoot
 
 Metrics = dict[str, Float[Array, ""]]

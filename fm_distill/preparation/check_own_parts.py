@@ -12,7 +12,7 @@ from fm_distill.config.objective import terms_of
 from fm_distill.errors import UserError
 from fm_distill.objectives.distances import DISTANCES
 from fm_distill.system.references import entry, is_reference
-from fm_distill.training.optim import OPTIMIZERS
+from fm_distill.train_step.optim import OPTIMIZERS
 from fm_distill.views.crops import CROPS
 
 EXAMPLES, CLASSES = 3, 5

@@ -10,7 +10,7 @@ from fm_distill.config.regime import regime_of
 from fm_distill.config.teachers import recording_of, teachers_of
 from fm_distill.errors import UserError
 from fm_distill.models import MODELS, check_network, is_own
-from fm_distill.training.input_moments import wrong_moments
+from fm_distill.preparation.input_moments import wrong_moments
 
 
 def wrong_network(option: str, network: NetworkConfig) -> Iterator[str]:

@@ -10,7 +10,7 @@ from fm_distill.data.batch import Batch
 from fm_distill.data.resident import Fed, Resident, ResidentSteps
 from fm_distill.runs.state import TrainState
 from fm_distill.system.sharding import Layout
-from fm_distill.training.step import Metrics, TrainStep
+from fm_distill.train_step.step import Metrics, TrainStep
 from fm_distill.views.draws import ViewRoot
 
 # Metrics without which the state after a step is worth nothing.

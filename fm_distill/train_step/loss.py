@@ -25,7 +25,7 @@ from fm_distill.objectives.terms import (
     values_of,
     weighted_sum,
 )
-from fm_distill.training.memory import rematerialised
+from fm_distill.train_step.memory import rematerialised
 
 
 class Evaluated(NamedTuple):

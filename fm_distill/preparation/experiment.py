@@ -12,7 +12,7 @@ from fm_distill.config.serialization import changed, flatten, from_json, to_json
 from fm_distill.config.steps import total_steps, transfer_examples
 from fm_distill.config.teachers import teachers_of
 from fm_distill.errors import UserError
-from fm_distill.training.optim import decay_equivalent
+from fm_distill.train_step.optim import decay_equivalent
 
 # Python's words for a field that a dataclass needs, and for one that it does not have.
 LEFT_OUT = re.compile(r"(\w+)\.__init__\(\) missing \d+ required keyword-only arguments?: (.*)")

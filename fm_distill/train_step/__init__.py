@@ -1,0 +1,1 @@
+"""The compiled step: targets, loss, gradient, update. Pure. Imports `networks`, `objectives`."""
