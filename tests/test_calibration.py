@@ -22,8 +22,6 @@ from fm_distill.models import build_network, ranges_of, with_switches
 from fm_distill.runs.open_run import open_run
 from fm_distill.training.train import train
 
-pytest.importorskip("onnx", reason="needs the extra onnx")
-
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):

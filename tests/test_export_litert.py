@@ -32,8 +32,6 @@ from fm_distill.views.rendering import CentralCrop
 
 __all__ = ["workdir"]  # a fixture
 
-pytest.importorskip("ai_edge_litert", reason="needs the extra litert")
-pytest.importorskip("tensorflow", reason="needs the extra litert")
 
 # What somebody else would write, who has LiteRT alone.
 READ_LITERT = """
@@ -74,6 +72,12 @@ def lite() -> Student:
     )
 
 
+@pytest.fixture(scope="module")
+def lite_in_floats() -> bytes:
+    """The file of `lite`."""
+    return litert_file.to_litert(function_of(lite(), "logits"), 32, 1, "lite")
+
+
 def smooth_pixels(rows: int, side: int) -> np.ndarray:
     """With what images have: large areas that differ from image to image."""
     coarse = np.random.default_rng(5).uniform(0, 255, (rows, 4, 4, 3))
@@ -90,15 +94,14 @@ def test_a_file_runs_without_this_package(workdir, exported, tmp_path):
     assert student.facts.operations["CONV_2D"] > 0 and student.card.class_names == (*"0123456789",)
 
 
-def test_each_depthwise_convolution_is_one_operation_and_int8_is_small():
+def test_each_depthwise_convolution_is_one_operation_and_int8_is_small(lite_in_floats):
     """EfficientNet-Lite0 has 16; and the int8 file is the float function, coarser."""
     student = lite()
     pixels = smooth_pixels(32, 32)
     function = function_of(student, "logits")
-    whole = litert_file.to_litert(function, 32, 1, "lite")
     small = litert_file.to_quantised(function, 32, 1, "lite", "int8", pixels[:16])
-    assert len(small) < 0.35 * len(whole)
-    runtimes = [litert_file.load_function(x) for x in (whole, small)]
+    assert len(small) < 0.35 * len(lite_in_floats)
+    runtimes = [litert_file.load_function(x) for x in (lite_in_floats, small)]
     for runtime in runtimes:
         assert runtime.operations["DEPTHWISE_CONV_2D"] == 16
         assert runtime.operations["CONV_2D"] == 33 and "MUL" not in runtime.operations
@@ -112,6 +115,25 @@ def test_each_depthwise_convolution_is_one_operation_and_int8_is_small():
     for runtime, kind in zip(runtimes, ("tflite", "tflite int8"), strict=True):
         with pytest.raises(UserError, match="so nothing was written"):
             compare(runtime, kind, wrong, "logits", 1, examples)
+
+
+@pytest.mark.parametrize(("kind", "share"), [("float16", 0.55), ("dynamic", 0.35)])
+def test_weights_alone_are_stored_in_fewer_bits(kind, share, lite_in_floats):
+    """The function is that of the run, or nothing is written: one of another student is refused."""
+    student = lite()
+    pixels = smooth_pixels(32, 32)
+    function = function_of(student, "logits")
+    small = litert_file.to_quantised(function, 32, 1, "lite", kind, None)
+    assert len(small) < share * len(lite_in_floats)
+    runtime = litert_file.load_function(small)
+    examples = Examples("validation", pixels, np.full(32, -1, np.int32))
+    found = compare(runtime, f"tflite {kind}", student, "logits", 1, examples)
+    assert 0 < found.relative_error < (0.005 if kind == "float16" else 0.35)
+    wrong = dataclasses.replace(
+        student, network=dataclasses.replace(student.network, input_range="imagenet")
+    )
+    with pytest.raises(UserError, match="so nothing was written"):
+        compare(runtime, f"tflite {kind}", wrong, "logits", 1, examples)
 
 
 def test_the_relative_error_is_of_the_spread():

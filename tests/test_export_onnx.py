@@ -29,11 +29,10 @@ from fm_distill.weights.card import CARD_KEY
 
 __all__ = ["workdir"]  # a fixture
 
-onnx = pytest.importorskip("onnx", reason="needs the extra onnx")
-pytest.importorskip("onnxruntime", reason="needs the extra onnx")
+import onnx
 
-from fm_distill.exporting import onnx_file  # noqa: E402
-from fm_distill.exporting.onnx_operations import RULES  # noqa: E402
+from fm_distill.exporting import onnx_file
+from fm_distill.exporting.onnx_operations import RULES
 
 # What somebody else would write, who has ONNX Runtime alone.
 READ_ONNX = """

@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ai_edge_litert import schema_py_generated as schema
 from test_export_functions import pixels_of
 from test_litert_steps import transposed, transposed_by_numpy
 from test_quantisation import INT8, STUDENT, rounded_weights, with_head
 from tiny import tiny_config
 
 from fm_distill.config import NetworkConfig, QuantisationConfig
+from fm_distill.exporting import litert_file
 from fm_distill.exporting.export import export
 from fm_distill.models.assembly import make_network
 from fm_distill.models.convnext import ConvNeXt
@@ -20,13 +22,6 @@ from fm_distill.models.layers import identity
 from fm_distill.models.vit import VisionTransformer
 from fm_distill.models.vit_designs import Design
 from fm_distill.training.train import train
-
-pytest.importorskip("ai_edge_litert", reason="needs the extra litert")
-pytest.importorskip("tensorflow", reason="needs the extra litert")
-
-from ai_edge_litert import schema_py_generated as schema
-
-from fm_distill.exporting import litert_file
 
 FLOAT32 = jnp.dtype("float32")
 NETWORKS = {

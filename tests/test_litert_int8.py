@@ -6,12 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ai_edge_litert.interpreter import Interpreter, OpResolverType
 from test_export_functions import pixels_of, run_elsewhere
+from test_export_litert import READ_LITERT
 from test_quantisation import STUDENT, WITH_BATCH_NORM
 from test_quantised_export import trained_logits
 from tiny import tiny_config
 
 from fm_distill.errors import UserError
+from fm_distill.exporting import litert_file
 from fm_distill.exporting.export import export
 from fm_distill.exporting.function import function_of
 from fm_distill.exporting.parity import compare, examples_of
@@ -19,14 +22,6 @@ from fm_distill.models import ranges_of
 from fm_distill.models.quantisation import OF_ACTIVATIONS, Range, affine
 from fm_distill.runs.open_run import open_run
 from fm_distill.training.train import train
-
-pytest.importorskip("ai_edge_litert", reason="needs the extra litert")
-pytest.importorskip("tensorflow", reason="needs the extra litert")
-
-from ai_edge_litert.interpreter import Interpreter, OpResolverType
-from test_export_litert import READ_LITERT
-
-from fm_distill.exporting import litert_file
 
 
 @pytest.fixture(scope="module")

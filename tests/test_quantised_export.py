@@ -6,6 +6,8 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 from test_cli import command
 from test_export_functions import pixels_of, run_elsewhere
@@ -15,6 +17,7 @@ from tiny import logits_of, tiny_config
 
 from fm_distill.errors import UserError
 from fm_distill.evaluation.inference import open_student
+from fm_distill.exporting import onnx_file
 from fm_distill.exporting.export import export
 from fm_distill.exporting.function import function_of
 from fm_distill.exporting.parity import compare, examples_of
@@ -28,11 +31,6 @@ from fm_distill.models.quantisation import (
 )
 from fm_distill.runs.open_run import open_run
 from fm_distill.training.train import train
-
-onnx = pytest.importorskip("onnx", reason="needs the extra onnx")
-onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra onnx")
-
-from fm_distill.exporting import onnx_file  # noqa: E402
 
 DATA = ("QuantizeLinear", "DequantizeLinear")
 

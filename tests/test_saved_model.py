@@ -104,7 +104,9 @@ def test_what_does_not_tell_is_refused():
 @pytest.fixture(scope="module")
 def tf():
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    return pytest.importorskip("tensorflow", reason="needs TensorFlow")
+    import tensorflow  # takes seconds, so not for each worker that collects the tests
+
+    return tensorflow
 
 
 def same_arrays(found):
