@@ -99,7 +99,7 @@ def test_the_first_hundred_steps_are_those_of_the_live_teacher(tmp_path):
 
     state = init_state(setup.keys.init, built.student.network, optimizer, None)
     fed = ResidentSteps(jnp.asarray(ids), recorded.rows)
-    _, (*found, losses) = program(state, setup.frozen, setup.feed.data, fed)
+    _, (*found, losses) = program(state, setup.teachers.frozen, setup.feed.data, fed)
     # Below, a KL in float32 is the difference of larger numbers, and less exact than 1e-6 itself.
     assert 0.3 < losses[-1] < losses[0] and np.isfinite(losses).all()
     for name, difference in zip(("loss", "gradient", "update"), found, strict=True):

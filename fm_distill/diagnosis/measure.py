@@ -152,17 +152,19 @@ def _central(
     examined: Examined, rows: list[Found], examples: np.ndarray, setting: Setting
 ) -> CentralView:
     branches = (examined.student, *examined.teachers)
-    label = _joined(rows, "label").astype(int)
+    # The steps of a small data set show an image several times; its central crop is the same.
+    first = np.sort(np.unique(examples, return_index=True)[1])
+    label = _joined(rows, "label")[first].astype(int)
     own = [f"{i} {x.input_spec.input_range}" for i, x in enumerate(branches)]
     # In float64: the first teacher's log-probabilities and classes are what the student aims at.
-    student, *teachers = (_joined(rows, x) for x in own)
+    student, *teachers = (_joined(rows, x)[first] for x in own)
     aim = teachers[0]
     names = ["teacher", *(f"teacher {i}" for i in range(2, len(teachers) + 1))]
     options = [x.option for x in teachers_of(examined.config)]
     known = label >= 0
     ranges = []
     for i, branch in enumerate(branches):
-        logits = {x: _joined(rows, f"{i} {x}") for x in ranges_to_try(branch)}
+        logits = {x: _joined(rows, f"{i} {x}")[first] for x in ranges_to_try(branch)}
         configured = branch.input_spec.input_range
         if i == 0:
             right = {x: y.argmax(-1) == aim.argmax(-1) for x, y in logits.items()}
@@ -174,13 +176,13 @@ def _central(
             option = f"{options[i - 1]}.network"
             ranges.append(InRanges(names[i - 1], option, configured, "label", right, distance))
     return CentralView(
-        example=examples,
+        example=examples[first],
         label=label,
         classes=examined.run.classes,
         teacher_class=tuple(x.argmax(-1) for x in teachers),
         kl_nats=kl(aim, student, setting.temperature),
         ranges=tuple(ranges),
-        central_statistics_kl_nats=kl(aim, _joined(rows, RECOMPUTED), setting.temperature)
+        central_statistics_kl_nats=kl(aim, _joined(rows, RECOMPUTED)[first], setting.temperature)
         if RECOMPUTED in rows[0]
         else None,
     )

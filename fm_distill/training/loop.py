@@ -4,6 +4,7 @@ Nothing numerical is done here, and nothing is built here; `train.py` does.
 """
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -48,12 +49,8 @@ class Loop:
         setup, config, total = self.setup, self.setup.config, self.setup.resolved.total_steps
         root = setup.keys.draws
         start, steps, reason, slowest_s = step, 0, None, 0.0
-        fed: Iterator[Fed] = setup.feed.feed(
-            step,
-            dispatch_sizes(step, total, setup.resolved.steps_per_dispatch),
-            skipped_steps=self.skipped_steps,
-        )
-        sizes = dispatch_sizes(step, total, setup.resolved.steps_per_dispatch)
+        sizes, ahead = itertools.tee(dispatch_sizes(step, total, setup.resolved.steps_per_dispatch))
+        fed: Iterator[Fed] = setup.feed.feed(step, ahead, skipped_steps=self.skipped_steps)
         if evaluation_pending and (reason := self._evaluate(state, step, RESERVE_S)) is None:
             evaluation_pending = False
         while reason is None and step < total:
@@ -110,7 +107,7 @@ class Loop:
         checked = self.stop.checked(batches, reserve_s) if only_process() else batches
         student = state.ema or state.student
         try:
-            figures = setup.evaluator(student, setup.frozen, checked, "validation", step)
+            figures = setup.evaluator(student, setup.teachers.frozen, checked, "validation", step)
         except Stopped as stopped:
             return str(stopped)
         self.reporter.evaluated(figures)

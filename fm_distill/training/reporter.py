@@ -178,7 +178,9 @@ def introduce(setup: Setup, start: int) -> None:
     config = setup.config
     shapes = setup.built.abstract_state
     students = parameter_count(shapes.student.params)
-    teachers = sum(parameter_count(x.params) for x in setup.frozen or setup.teaching)
+    teachers = sum(
+        parameter_count(x.params) for x in setup.teachers.frozen or setup.teachers.teaching
+    )
     against = f", teacher of {teachers:,}" if teachers else ""
     devices = f"{setup.layout.mesh.size} x {jax.devices()[0].device_kind}"
     log(
@@ -190,12 +192,12 @@ def introduce(setup: Setup, start: int) -> None:
     if start < setup.resolved.total_steps:
         log(f"{COMPILING}; then the steps begin")
     recording = setup.feed.recording
-    if recording is not None and setup.frozen:
+    if recording is not None and setup.teachers.frozen:
         log(
             compare_with_teachers(
                 config,
-                setup.teachers_here,
-                setup.frozen,
+                setup.teachers.branches,
+                setup.teachers.frozen,
                 recording,
                 setup.reader,
                 setup.layout,

@@ -56,12 +56,7 @@ class Setup:
     layout: Layout
     feed: ResidentFeed | StreamingFeed
     reader: Reader
-    # Of all teachers, in floats; none where they have no head, or only their recorded outputs are
-    # here.
-    frozen: tuple[Variables, ...]
-    # The same as they teach: those that are quantised in integers.
-    teaching: tuple[Variables, ...]
-    teachers_here: tuple[Branch, ...]
+    teachers: FrozenTeachers  # none where only their recorded outputs are here
     networks: Networks
     keys: RunKeys
     program: jax.stages.Wrapped
@@ -94,14 +89,14 @@ class Setup:
     @property
     def live_teachers(self) -> tuple[Variables, ...]:
         """The frozen teachers that the step runs."""
-        return self.teaching[: len(self.built.live_teachers)]
+        return self.teachers.teaching[: len(self.built.live_teachers)]
 
     @property
     def teachers_to_check(self) -> tuple[tuple[Branch, Variables], ...]:
         """Those that are here, in floats."""
         if self.resolved.headless:
             return tuple(zip(self.built.live_teachers, self.live_teachers, strict=True))
-        return tuple(zip(self.teachers_here, self.frozen, strict=True))
+        return tuple(zip(self.teachers.branches, self.teachers.frozen, strict=True))
 
     def with_final_statistics(self, state: TrainState) -> TrainState:
         """The state after the last step, with the statistics that it is to be used with."""
@@ -234,9 +229,7 @@ def prepare(
         layout=layout,
         feed=feed,
         reader=reader,
-        frozen=teachers.frozen,
-        teaching=teachers.teaching,
-        teachers_here=teachers.branches,
+        teachers=teachers,
         networks=networks,
         keys=keys,
         program=program,

@@ -280,7 +280,9 @@ def _finish(setup: Setup, state: TrainState, workdir: Workdir, stop: Stop) -> Re
     try:
         with stop.recorded(lambda why: workdir.set_status("paused", total, total, why)):
             stop.idle()
-            figures = setup.evaluator(student, setup.frozen, batches, setup.final_split, total)
+            figures = setup.evaluator(
+                student, setup.teachers.frozen, batches, setup.final_split, total
+            )
             figures |= {"cost": run_cost(setup.resolved)}
     except Stopped as stopped:
         reason = f"{stopped}, before the last evaluation was done"
