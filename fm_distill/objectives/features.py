@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Float
 
 from fm_distill.config.objective import BANK_SIMILARITY
@@ -71,7 +72,7 @@ def rkd_distance(student: Features, teacher: Features) -> PerExample:
     no less than 1e-12 before the root, zero on the diagonal, all batch^2 pairs in the mean. Their
     weight is 1 for embeddings that are not normalised.
     """
-    return _smooth_l1(_relative(_flat(student)) - _relative(_flat(teacher))).mean(axis=-1)
+    return optax.huber_loss(_relative(_flat(student)), _relative(_flat(teacher))).mean(axis=-1)
 
 
 def _relative(x: Vectors) -> Square:
@@ -93,7 +94,7 @@ def rkd_angle(student: Features, teacher: Features) -> PerExample:
         apart = _unit(x[None] - x[:, None])
         return jnp.einsum("ijc,ikc->ijk", apart, apart, precision=jax.lax.Precision.HIGHEST)
 
-    return _smooth_l1(cosines(_flat(student)) - cosines(_flat(teacher))).mean(axis=(1, 2))
+    return optax.huber_loss(cosines(_flat(student)), cosines(_flat(teacher))).mean(axis=(1, 2))
 
 
 def hint(student: Features, teacher: Features) -> PerExample:
@@ -151,11 +152,6 @@ def _unit(x: Float[Array, "..."]) -> Array:
 def _root(squares: Float[Array, "..."]) -> Array:
     """Whose gradient at zero is finite."""
     return jnp.sqrt(squares + LEAST_SQUARE**2)
-
-
-def _smooth_l1(x: Float[Array, "..."]) -> Array:
-    size = jnp.abs(x)
-    return jnp.where(size < 1, 0.5 * jnp.square(x), size - 0.5)
 
 
 FeatureDistance = Callable[[Features, Features], PerExample]
