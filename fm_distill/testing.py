@@ -30,22 +30,26 @@ def check_distance(distance: Distance) -> None:
     Its gradient moves a student that disagrees.
     """
     rng = np.random.Generator(np.random.Philox(1))
-    student, teacher = jnp.asarray(rng.normal(0, 3, (2, 5, 7)), jnp.float32)
-    found = distance(student, teacher, 2.0)
-    assert found.shape == (5,), f"expected one number per example, (5,); got {found.shape}"
-    assert found.dtype == jnp.float32, f"expected float32, got {found.dtype}"
-    assert jnp.isfinite(found).all(), "a distance is not finite"
-    alone = distance(student[2:3], teacher[2:3], 2.0)
-    assert jnp.allclose(found[2], alone[0], rtol=1e-5), (
+    student_logits, teacher_logits = jnp.asarray(rng.normal(0, 3, (2, 5, 7)), jnp.float32)
+    distances = distance(student_logits, teacher_logits, 2.0)
+    assert distances.shape == (5,), f"expected one number per example, (5,); got {distances.shape}"
+    assert distances.dtype == jnp.float32, f"expected float32, got {distances.dtype}"
+    assert jnp.isfinite(distances).all(), "a distance is not finite"
+    single_distance = distance(student_logits[2:3], teacher_logits[2:3], 2.0)
+    assert jnp.allclose(distances[2], single_distance[0], rtol=1e-5), (
         "an example's distance depends on other examples"
     )
-    assert distance(teacher, teacher, 2.0).sum() <= found.sum() + 1e-5, (
+    assert distance(teacher_logits, teacher_logits, 2.0).sum() <= distances.sum() + 1e-5, (
         "the teacher's distance to itself is larger than that of another function"
     )
-    gradient = jax.grad(lambda x: distance(x, teacher, 2.0).sum())
-    assert jnp.isfinite(gradient(student)).all(), "the gradient is not finite"
-    assert jnp.abs(gradient(student)).max(-1).all(), "the gradient is zero where the two disagree"
-    assert jnp.isfinite(gradient(teacher)).all(), "the gradient is not finite where the two agree"
+    gradient = jax.grad(lambda logits: distance(logits, teacher_logits, 2.0).sum())
+    assert jnp.isfinite(gradient(student_logits)).all(), "the gradient is not finite"
+    assert jnp.abs(gradient(student_logits)).max(-1).all(), (
+        "the gradient is zero where the two disagree"
+    )
+    assert jnp.isfinite(gradient(teacher_logits)).all(), (
+        "the gradient is not finite where the two agree"
+    )
 
 
 def check_crop(crop: Crop) -> None:
@@ -56,8 +60,8 @@ def check_crop(crop: Crop) -> None:
     start, length = boxes[:, :2], boxes[:, 2:]
     assert (start >= 0).all() and (length > 0).all(), "a box begins outside or is empty"
     assert (start + length <= sizes + 1e-4).all(), "a box ends outside of its image"
-    again = crop(jax.random.key(1), sizes, ViewConfig(), ViewConfig().crop_area[0])
-    assert (boxes == again).all(), "the same key draws different boxes"
+    repeated_boxes = crop(jax.random.key(1), sizes, ViewConfig(), ViewConfig().crop_area[0])
+    assert (boxes == repeated_boxes).all(), "the same key draws different boxes"
 
 
 def check_network(
@@ -76,28 +80,31 @@ def check_network(
     logits = network.apply(variables, images, train=False).logits
     assert logits.shape == (3, 5), f"expected logits of shape (3, 5), got {logits.shape}"
     assert logits.dtype == jnp.float32, f"expected float32 logits, got {logits.dtype}"
-    alone = network.apply(variables, images[1:2], train=False).logits
-    assert jnp.allclose(alone, logits[1:2], atol=1e-4), (
+    single_logits = network.apply(variables, images[1:2], train=False).logits
+    assert jnp.allclose(single_logits, logits[1:2], atol=1e-4), (
         "in evaluation an example's logits depend on other examples"
     )
-    frozen = network.apply_frozen(network.freeze(variables), images).logits
-    assert jnp.allclose(frozen, logits, atol=1e-4), (
+    frozen_logits = network.apply_frozen(network.freeze(variables), images).logits
+    assert jnp.allclose(frozen_logits, logits, atol=1e-4), (
         "when frozen, the network computes a different function"
     )
 
     # A head of zeros would hide the gradient of all that is before it.
     params = jax.tree.map(
-        lambda x: x + 0.1 * jax.random.normal(jax.random.key(3), x.shape), variables.params
+        lambda value: value + 0.1 * jax.random.normal(jax.random.key(3), value.shape),
+        variables.params,
     )
-    moved = type(variables)(params, variables.statistics)
+    perturbed = type(variables)(params, variables.statistics)
 
     def loss(params: object) -> jax.Array:
-        output = network.apply(type(moved)(params, moved.statistics), images, train=True)
+        output = network.apply(type(perturbed)(params, perturbed.statistics), images, train=True)
         return jnp.square(output.logits).sum()
 
     gradients = jax.tree_util.tree_leaves_with_path(jax.grad(loss)(params))
-    missed = [jax.tree_util.keystr(path) for path, x in gradients if not (x != 0).any()]
-    assert not missed, f"no gradient reaches {', '.join(missed)}"
+    without_gradient = [
+        jax.tree_util.keystr(path) for path, gradient in gradients if not (gradient != 0).any()
+    ]
+    assert not without_gradient, f"no gradient reaches {', '.join(without_gradient)}"
 
 
 def check_source(source: Source) -> None:
@@ -105,25 +112,27 @@ def check_source(source: Source) -> None:
     assert len(source) > 0, "the source is empty"
     ForkingPickler.dumps(source)  # as reader processes get it
     for index in {0, len(source) // 2, len(source) - 1}:
-        one, again = source[index], source[index]
-        assert np.array_equal(one.image, again.image), (
+        example, example_again = source[index], source[index]
+        assert np.array_equal(example.image, example_again.image), (
             f"example {index} is not the same when it is read again"
         )
-        assert one.label == again.label, f"example {index} has another label when it is read again"
+        assert example.label == example_again.label, (
+            f"example {index} has another label when it is read again"
+        )
         classes = source.classes or 0
-        assert -1 <= one.label < max(classes, 0) or (classes == 0 and one.label == -1), (
-            f"example {index} has the label {one.label}; expected -1, or 0 to {classes - 1}"
+        assert -1 <= example.label < max(classes, 0) or (classes == 0 and example.label == -1), (
+            f"example {index} has the label {example.label}; expected -1, or 0 to {classes - 1}"
         )
     assert source.identity, "the source has no identity, by which a run recognises its data"
 
 
 def check_optimizer(make: Callable[[OptimizerConfig], optax.GradientTransformation]) -> None:
     """A direction of descent: small steps against it find the bottom of a parabola."""
-    transform = make(OptimizerConfig(learning_rate=0.1))
-    place = {"kernel": jnp.array([3.0, -2.0])}
-    state = transform.init(place)
+    optimizer = make(OptimizerConfig(learning_rate=0.1))
+    params = {"kernel": jnp.array([3.0, -2.0])}
+    state = optimizer.init(params)
     for _ in range(200):
-        gradient = jax.tree.map(lambda x: 2 * x, place)
-        update, state = transform.update(gradient, state, place)
-        place = jax.tree.map(lambda x, u: x - 0.03 * u, place, update)
-    assert jnp.abs(place["kernel"]).max() < 0.5, f"after 200 steps it stands at {place['kernel']}"
+        gradient = jax.tree.map(lambda value: 2 * value, params)
+        update, state = optimizer.update(gradient, state, params)
+        params = jax.tree.map(lambda value, change: value - 0.03 * change, params, update)
+    assert jnp.abs(params["kernel"]).max() < 0.5, f"after 200 steps it stands at {params['kernel']}"

@@ -27,16 +27,16 @@ class _Bench:
 
 
 def bench_command(arguments: list[str]) -> int:
-    path, rest = first(arguments, "bench FILE|DIR [FILE|DIR ...]")
-    asked = parse(_Bench, None, rest, f"bench {path}")
+    path, remaining = first(arguments, "bench FILE|DIR [FILE|DIR ...]")
+    options = parse(_Bench, None, remaining, f"bench {path}")
 
     from fm_distill.evaluation.bench import bench, bench_text
 
-    found = bench(
-        [path, *asked.more],
-        batch_size=asked.batch_size,
-        threads=asked.threads,
-        seconds=asked.seconds,
+    benchmark = bench(
+        [path, *options.more],
+        batch_size=options.batch_size,
+        threads=options.threads,
+        seconds=options.seconds,
     )
-    print(json.dumps(dataclasses.asdict(found)) if asked.json else bench_text(found))
+    print(json.dumps(dataclasses.asdict(benchmark)) if options.json else bench_text(benchmark))
     return EXIT_COMPLETE

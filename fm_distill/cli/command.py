@@ -29,9 +29,9 @@ def guarded(command: Callable[[list[str]], int], arguments: list[str]) -> int:
     """The exit code of a command; prints what went wrong."""
     try:
         with trusted_code(FLAG in arguments):
-            code = command(arguments)
+            exit_code = command(arguments)
         print(end="", flush=True)  # a full disk is noticed here, and not when Python exits
-        return code
+        return exit_code
     except UserError as error:
         print(f"fm-distill: {error}", file=sys.stderr)
         return EXIT_WRONG_INPUT
@@ -46,9 +46,9 @@ def guarded(command: Callable[[list[str]], int], arguments: list[str]) -> int:
         os._exit(EXIT_OUR_FAULT)
     except Exception as error:
         if isinstance(error, OSError) and error.errno in NO_ROOM:
-            place = "" if error.filename is None else f" for {error.filename}"
+            target = "" if error.filename is None else f" for {error.filename}"
             print(
-                f"fm-distill: the disk or its quota is full{place}; free some space, and run the "
+                f"fm-distill: the disk or its quota is full{target}; free some space, and run the "
                 "same command again",
                 file=sys.stderr,
             )
@@ -68,7 +68,7 @@ def _drop_output() -> None:
 
 def flags_last(arguments: list[str]) -> list[str]:
     """Moves the flags that every command has to the end: commands look at what comes first."""
-    return sorted(arguments, key=lambda x: x in (VERBOSE, FLAG))
+    return sorted(arguments, key=lambda argument: argument in (VERBOSE, FLAG))
 
 
 def quiet(arguments: list[str]) -> None:
@@ -94,7 +94,7 @@ def first(arguments: list[str], usage: str) -> tuple[str, list[str]]:
 
     Help is also there without it.
     """
-    arguments = [x for x in arguments if x not in (VERBOSE, FLAG)]
+    arguments = [argument for argument in arguments if argument not in (VERBOSE, FLAG)]
     if arguments and arguments[0] in HELP:
         return usage.split()[1], arguments
     if not arguments or arguments[0].startswith("-"):
@@ -104,19 +104,19 @@ def first(arguments: list[str], usage: str) -> tuple[str, list[str]]:
 
 def first_experiment(arguments: list[str], usage: str) -> tuple[str, Config, list[str]]:
     """The experiment's path, its config, and the options over it."""
-    experiment, rest = first(arguments, usage)
+    experiment, remaining = first(arguments, usage)
     if arguments[0] in HELP:
-        return experiment, empty(Config), rest
+        return experiment, empty(Config), remaining
     from fm_distill.preparation.experiment import load_experiment
 
-    return experiment, load_experiment(experiment), rest
+    return experiment, load_experiment(experiment), remaining
 
 
 def first_run(arguments: list[str], usage: str) -> tuple[str, Config, list[str]]:
     """The workdir of a run, its config, and the options over it."""
-    workdir, rest = first(arguments, usage)
+    workdir, remaining = first(arguments, usage)
     if arguments[0] in HELP:
-        return workdir, empty(Config), rest
+        return workdir, empty(Config), remaining
     from fm_distill.runs.workdir import Workdir
 
-    return workdir, Workdir(workdir).stored().config, rest
+    return workdir, Workdir(workdir).stored().config, remaining

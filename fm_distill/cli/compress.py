@@ -33,24 +33,24 @@ class _Compress(OverConfig):
 
 
 def compress_command(arguments: list[str]) -> int:
-    workdir, stored, rest = first_run(arguments, "compress DIR --steps prune:structured:0.5")
-    asked = parse_over(_Compress, stored, rest, f"compress {workdir}")
-    check_hours(asked.max_hours)
+    workdir, stored, remaining = first_run(arguments, "compress DIR --steps prune:structured:0.5")
+    options = parse_over(_Compress, stored, remaining, f"compress {workdir}")
+    check_hours(options.max_hours)
 
     from fm_distill.reports.compress import compress
     from fm_distill.reports.compression_table import FOLDER
     from fm_distill.system.compilation_cache import use_compilation_cache
 
-    folder = pathlib.Path(asked.to or pathlib.Path(workdir) / FOLDER)
+    folder = pathlib.Path(options.to or pathlib.Path(workdir) / FOLDER)
     log(use_compilation_cache(pathlib.Path(workdir)))
     table = compress(
         workdir,
-        asked.steps,
-        asked.config,
+        options.steps,
+        options.config,
         folder,
-        formats=asked.format,
-        seconds=asked.seconds,
-        max_hours=asked.max_hours,
+        formats=options.format,
+        seconds=options.seconds,
+        max_hours=options.max_hours,
     )
     if table is None:
         say_paused(["compress", *arguments], "")

@@ -30,14 +30,14 @@ def demo_command(arguments: list[str]) -> int:
             f"export of the whole function ({', '.join(FORMATS)})"
         )
     if arguments and pathlib.Path(arguments[0]).suffix in FORMATS:
-        path, rest = first(arguments, "demo FILE")
+        path, remaining = first(arguments, "demo FILE")
         stored = config_in(path)
     else:
-        path, stored, rest = first_run(arguments, "demo DIR|FILE")
-    asked = parse_over(_Demo, stored, rest, f"demo {path}")
-    refuse_other_config(stored, asked.config, f"the run of {path}")
-    networks = judges(path, asked.config)
-    with make_server(networks, asked.port) as server:
+        path, stored, remaining = first_run(arguments, "demo DIR|FILE")
+    options = parse_over(_Demo, stored, remaining, f"demo {path}")
+    refuse_other_config(stored, options.config, f"the run of {path}")
+    networks = judges(path, options.config)
+    with make_server(networks, options.port) as server:
         log(COMPILING)
         for network in networks:
             warm_up(network)

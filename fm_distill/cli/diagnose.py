@@ -26,15 +26,15 @@ def diagnose_command(arguments: list[str]) -> int:
     from fm_distill.diagnosis.diagnose import as_json, diagnose
     from fm_distill.diagnosis.page import refuse_place, text, write_page
 
-    workdir, stored, rest = first_run(arguments, "diagnose DIR")
-    asked = parse_over(_Diagnose, stored, rest, f"diagnose {workdir}")
-    if asked.examples < 1:
-        raise UserError(f"--examples is {asked.examples}; expected 1 or more")
-    if asked.out:
-        refuse_place(asked.out, asked.overwrite)
-    found = diagnose(workdir, asked.config, asked.examples)
+    workdir, stored, remaining = first_run(arguments, "diagnose DIR")
+    options = parse_over(_Diagnose, stored, remaining, f"diagnose {workdir}")
+    if options.examples < 1:
+        raise UserError(f"--examples is {options.examples}; expected 1 or more")
+    if options.out:
+        refuse_place(options.out, options.overwrite)
+    diagnosis = diagnose(workdir, options.config, options.examples)
     # First, so that it is not lost where the page cannot be written.
-    print(json.dumps(as_json(found)) if asked.json else text(found), flush=True)
-    if asked.out:
-        write_page(found, asked.out, asked.overwrite)
+    print(json.dumps(as_json(diagnosis)) if options.json else text(diagnosis), flush=True)
+    if options.out:
+        write_page(diagnosis, options.out, options.overwrite)
     return EXIT_COMPLETE

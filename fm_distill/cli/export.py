@@ -50,76 +50,78 @@ class _Export:
 def export_command(arguments: list[str]) -> int:
     from fm_distill.exporting.export import export
 
-    workdir, rest = first(arguments, "export DIR OUT")
-    asked = parse(_Export, None, rest, f"export {workdir}")
+    workdir, remaining = first(arguments, "export DIR OUT")
+    options = parse(_Export, None, remaining, f"export {workdir}")
     card = export(
         workdir,
-        asked.out,
-        asked.overwrite,
-        asked.step,
-        batch=asked.batch,
-        output=asked.output,
-        quantise=asked.quantise,
-        float_layers=asked.float_layers,
-        range_percentile=asked.range_percentile,
-        data_dir=asked.data_dir,
+        options.out,
+        options.overwrite,
+        options.step,
+        batch=options.batch,
+        output=options.output,
+        quantise=options.quantise,
+        float_layers=options.float_layers,
+        range_percentile=options.range_percentile,
+        data_dir=options.data_dir,
     )
-    print("\n".join(_lines(asked.out, card)))
+    print("\n".join(_lines(options.out, card)))
     return EXIT_COMPLETE
 
 
 def _lines(out: str, card: "Card") -> list[str]:
-    what = "the moving average (EMA) of the student" if card.averaged else "the student"
-    held = f"{out}: {what} after {card.step:,} steps, {card.model}, {card.classes} classes"
+    subject = "the moving average (EMA) of the student" if card.averaged else "the student"
+    headline = f"{out}: {subject} after {card.step:,} steps, {card.model}, {card.classes} classes"
     if card.function is None:
-        return [f"{held}, tensors named as in {card.naming}"]
-    facts, parity, side = card.function, card.function.parity, card.resolution
+        return [f"{headline}, tensors named as in {card.naming}"]
+    function, parity, resolution = card.function, card.function.parity, card.resolution
     lines = [
-        held,
-        f"uint8 ({facts.batch}, {side}, {side}, 3) to {facts.output}",
+        headline,
+        f"uint8 ({function.batch}, {resolution}, {resolution}, 3) to {function.output}",
         f"{parity.runtime}, on {parity.images:,} images of the {parity.split} split: largest "
         f"difference {parity.largest_difference:.2g} ({parity.bound:.2g} allowed), same top-1 "
         f"class for {100 * parity.agreement:.2f} %",
     ]
     if parity.within_bound < 1:
         lines.append(f"{100 * parity.within_bound:.2f} % of the values are within the tolerance")
-    if facts.bytes and facts.float32_bytes:
-        share = f"{facts.bytes / facts.float32_bytes:.2f} of the size of its float32 weights"
-        lines.append(f"{facts.bytes:,} bytes without its card, {share}")
-    if facts.layer_errors:
+    if function.bytes and function.float32_bytes:
+        size_ratio = (
+            f"{function.bytes / function.float32_bytes:.2f} of the size of its float32 weights"
+        )
+        lines.append(f"{function.bytes:,} bytes without its card, {size_ratio}")
+    if function.layer_errors:
         lines.append("layers with the largest errors, relative to their outputs:")
-        lines += _worst(facts.layer_errors)
-    if facts.layer_effects:
+        lines += _worst(function.layer_errors)
+    if function.layer_effects:
         lines.append(
             "layers whose quantisation alone changes the logits most, relative to the logits' "
             "spread:"
         )
-        lines += _worst(facts.layer_effects)
-    if mixed := facts.mixed_precision:
+        lines += _worst(function.layer_effects)
+    if mixed_precision := function.mixed_precision:
         lines.append(
-            f"error of the logits with all layers quantised: {100 * mixed.error:.1f} %; "
-            f"{100 * mixed.error_with_them:.1f} % with --float-layers "
-            f"{' '.join(mixed.float_layers)}"
+            f"error of the logits with all layers quantised: {100 * mixed_precision.error:.1f} %; "
+            f"{100 * mixed_precision.error_with_them:.1f} % with --float-layers "
+            f"{' '.join(mixed_precision.float_layers)}"
         )
-    if facts.operations is not None:
-        lines.append(_parts(facts.quantise, facts.operations))
+    if function.operations is not None:
+        lines.append(_parts(function.quantise, function.operations))
     if parity.file_top1 is not None and parity.run_top1 is not None:
-        of_run = f"of the run {100 * parity.run_top1:.2f} %"
-        lines.append(f"top-1 of the file {100 * parity.file_top1:.2f} %, {of_run}")
+        run_accuracy = f"of the run {100 * parity.run_top1:.2f} %"
+        lines.append(f"top-1 of the file {100 * parity.file_top1:.2f} %, {run_accuracy}")
     return lines
 
 
 def _worst(by_layer: dict[str, float]) -> list[str]:
-    worst = sorted(by_layer.items(), key=lambda x: -x[1])[:WORST]
-    return [f"  {100 * error:5.1f} %  {layer}" for layer, error in worst]
+    largest = sorted(by_layer.items(), key=lambda item: -item[1])[:WORST]
+    return [f"  {100 * error:5.1f} %  {layer}" for layer, error in largest]
 
 
 def _parts(quantise: str, operations: dict[str, int]) -> str:
     count = operations.get("DELEGATE", 0)
     line = f"XNNPACK runs it in {count} partition{'' if count == 1 else 's'}"
-    if quantise == "int8" and (outside := operations.get("HARD_SWISH", 0)):
+    if quantise == "int8" and (swishes := operations.get("HARD_SWISH", 0)):
         line += (
-            f", split by {outside} HARD_SWISH, which it lacks in int8: students with relu6 stay "
+            f", split by {swishes} HARD_SWISH, which it lacks in int8: students with relu6 stay "
             "in one"
         )
     return line

@@ -114,23 +114,23 @@ def _evaluate(arguments: list[str]) -> int:
     from fm_distill.exporting.formats import FORMATS
 
     if arguments and pathlib.Path(arguments[0]).suffix in FORMATS:
-        path, rest = first(arguments, "evaluate FILE")
-        asked = parse_over(_Evaluate, config_in(path), rest, f"evaluate {path}")
-        if asked.step is not None or asked.cost:
+        path, remaining = first(arguments, "evaluate FILE")
+        options = parse_over(_Evaluate, config_in(path), remaining, f"evaluate {path}")
+        if options.step is not None or options.cost:
             raise UserError(
                 f"--step and --cost are for runs, and {path} is a file; leave them out "
                 f"(fm-distill bench {path} measures its cost)"
             )
-        figures = evaluate_file(path, asked.split, asked.config)
-        print(json.dumps(figures) if asked.json else table(figures))
+        figures = evaluate_file(path, options.split, options.config)
+        print(json.dumps(figures) if options.json else table(figures))
         return EXIT_COMPLETE
-    workdir, stored, rest = first_run(arguments, "evaluate DIR")
-    asked = parse_over(_Evaluate, stored, rest, f"evaluate {workdir}")
+    workdir, stored, remaining = first_run(arguments, "evaluate DIR")
+    options = parse_over(_Evaluate, stored, remaining, f"evaluate {workdir}")
     print(COMPILING, file=sys.stderr)
     if stored.ema_decay is not None:
         print("evaluating the moving average (EMA) of the student", file=sys.stderr)
-    figures = evaluate(workdir, asked.split, asked.config, asked.step, cost=asked.cost)
-    print(json.dumps(figures) if asked.json else table(figures))
+    figures = evaluate(workdir, options.split, options.config, options.step, cost=options.cost)
+    print(json.dumps(figures) if options.json else table(figures))
     return EXIT_COMPLETE
 
 
@@ -149,19 +149,19 @@ class _Predict:
 def _predict(arguments: list[str]) -> int:
     from fm_distill.evaluation.inference import predict
 
-    student, rest = first(arguments, "predict DIR IMAGE...")
-    asked = parse(_Predict, None, rest, f"predict {student}")
-    if not asked.images:
+    student, remaining = first(arguments, "predict DIR IMAGE...")
+    options = parse(_Predict, None, remaining, f"predict {student}")
+    if not options.images:
         raise UserError("predict needs at least one image: fm-distill predict DIR IMAGE...")
-    if asked.top < 1:
-        raise UserError(f"--top is {asked.top}; expected 1 or more")
-    predictions = predict(student, asked.images, asked.top)
-    if asked.json:
-        print(json.dumps([dataclasses.asdict(x) for x in predictions]))
+    if options.top < 1:
+        raise UserError(f"--top is {options.top}; expected 1 or more")
+    predictions = predict(student, options.images, options.top)
+    if options.json:
+        print(json.dumps([dataclasses.asdict(prediction) for prediction in predictions]))
         return EXIT_COMPLETE
-    for found in predictions:
-        print(found.image)
-        for name, probability in zip(found.classes, found.probabilities, strict=True):
+    for prediction in predictions:
+        print(prediction.image)
+        for name, probability in zip(prediction.classes, prediction.probabilities, strict=True):
             print(f"  {100 * probability:6.2f} %  {name}")
     return EXIT_COMPLETE
 
@@ -187,17 +187,17 @@ class _Report:
 def _report(arguments: list[str]) -> int:
     from fm_distill.reports.report import report
 
-    workdir, rest = first(arguments, "report DIR [DIR ...]")
-    asked = parse(_Report, None, rest, f"report {workdir}")
-    written = report(
-        [workdir, *asked.more],
-        asked.out,
-        overwrite=asked.overwrite,
-        data_dir=asked.data_dir,
-        teacher_weights=asked.teacher_weights,
-        cost=asked.cost,
+    workdir, remaining = first(arguments, "report DIR [DIR ...]")
+    options = parse(_Report, None, remaining, f"report {workdir}")
+    report_path = report(
+        [workdir, *options.more],
+        options.out,
+        overwrite=options.overwrite,
+        data_dir=options.data_dir,
+        teacher_weights=options.teacher_weights,
+        cost=options.cost,
     )
-    print(written)
+    print(report_path)
     return EXIT_COMPLETE
 
 
@@ -212,29 +212,29 @@ class _Show(OverConfig):
 
 
 def _show(arguments: list[str]) -> int:
-    experiment, default, rest = first_experiment(arguments, "show EXPERIMENT.py")
-    asked = parse_over(_Show, default, rest, f"show {experiment}")
+    experiment, experiment_config, remaining = first_experiment(arguments, "show EXPERIMENT.py")
+    options = parse_over(_Show, experiment_config, remaining, f"show {experiment}")
 
     from fm_distill.preparation.check import check
     from fm_distill.preparation.experiment import describe
     from fm_distill.preparation.resolve import resolve_here
 
-    check(asked.config)
-    if asked.modules and not asked.taps:
+    check(options.config)
+    if options.modules and not options.taps:
         raise UserError("--modules needs --taps; give both")
-    if asked.taps:
+    if options.taps:
         from fm_distill.config.teachers import teachers_of
         from fm_distill.networks.taps import tap_table
         from fm_distill.planning.plan import described_teachers
 
-        print(tap_table("student", asked.config.student, asked.modules))
-        teachers = zip(teachers_of(asked.config), described_teachers(asked.config), strict=True)
+        print(tap_table("student", options.config.student, options.modules))
+        teachers = zip(teachers_of(options.config), described_teachers(options.config), strict=True)
         for (option, _), network in teachers:
-            print(tap_table(option, network, asked.modules))
+            print(tap_table(option, network, options.modules))
         return EXIT_COMPLETE
-    print(describe(asked.config))
+    print(describe(options.config))
     try:
-        resolved = resolve_here(asked.config, pathlib.Path("runs", asked.config.name))
+        resolved = resolve_here(options.config, pathlib.Path("runs", options.config.name))
     except UserError as error:
         print(f"\n# not resolved: {error}")
     else:
@@ -256,16 +256,16 @@ def _status(arguments: list[str]) -> int:
     from fm_distill.recordings.manifest import is_recording, open_recording
     from fm_distill.runs.status import status, status_text
 
-    workdir, rest = first(arguments, "status DIR")
-    asked = parse(_Status, None, rest, f"status {workdir}")
+    workdir, remaining = first(arguments, "status DIR")
+    options = parse(_Status, None, remaining, f"status {workdir}")
     if is_recording(workdir):
-        recorded = open_recording(workdir)
-        checked = recordings.status(recorded)
-        text = recordings.status_text(recorded, checked)
-        print(json.dumps(dataclasses.asdict(checked)) if asked.json else text)
+        recording = open_recording(workdir)
+        recording_status = recordings.status(recording)
+        text = recordings.status_text(recording, recording_status)
+        print(json.dumps(dataclasses.asdict(recording_status)) if options.json else text)
         return EXIT_COMPLETE
-    found = status(workdir)
-    print(json.dumps(dataclasses.asdict(found)) if asked.json else status_text(found))
+    run_status = status(workdir)
+    print(json.dumps(dataclasses.asdict(run_status)) if options.json else status_text(run_status))
     return EXIT_COMPLETE
 
 

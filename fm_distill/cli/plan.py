@@ -27,31 +27,33 @@ class _Plan(OverConfig):
 
 
 def plan_command(arguments: list[str]) -> int:
-    experiment, default, rest = first_experiment(arguments, "plan EXPERIMENT.py --topology v3-8")
-    asked = parse_over(_Plan, default, rest, f"plan {experiment}")
-    if not asked.topology:
+    experiment, experiment_config, remaining = first_experiment(
+        arguments, "plan EXPERIMENT.py --topology v3-8"
+    )
+    options = parse_over(_Plan, experiment_config, remaining, f"plan {experiment}")
+    if not options.topology:
         raise UserError("plan needs --topology: v3-8, v5e-8, cpu:8, ...")
     for option, value in {
-        "max-hours": asked.max_hours,
-        "weekly-hours": asked.weekly_hours,
-        "num-examples": asked.num_examples,
+        "max-hours": options.max_hours,
+        "weekly-hours": options.weekly_hours,
+        "num-examples": options.num_examples,
     }.items():
         if value is not None and not value > 0:
             raise UserError(f"--{option} is {value}; expected a number above zero")
     from fm_distill.planning.plan import plan
     from fm_distill.planning.plan_text import movers_text, text
 
-    found = plan(
-        asked.config,
-        asked.topology,
-        max_hours=asked.max_hours,
-        weekly_hours=asked.weekly_hours,
-        num_examples=asked.num_examples,
+    run_plan = plan(
+        options.config,
+        options.topology,
+        max_hours=options.max_hours,
+        weekly_hours=options.weekly_hours,
+        num_examples=options.num_examples,
     )
-    if asked.json:
-        print(json.dumps(dataclasses.asdict(found)))
+    if options.json:
+        print(json.dumps(dataclasses.asdict(run_plan)))
     else:
-        print(text(found, asked.max_hours, asked.weekly_hours))
-        if asked.by_operation:
-            print(movers_text(found))
-    return EXIT_COMPLETE if found.fits else EXIT_DOES_NOT_FIT
+        print(text(run_plan, options.max_hours, options.weekly_hours))
+        if options.by_operation:
+            print(movers_text(run_plan))
+    return EXIT_COMPLETE if run_plan.fits else EXIT_DOES_NOT_FIT

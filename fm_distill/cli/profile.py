@@ -30,24 +30,26 @@ class _Profile(OverConfig):
 def profile_command(arguments: list[str]) -> int:
     usage = "profile EXPERIMENT.py|DIR"
     is_run = bool(arguments) and pathlib.Path(arguments[0]).is_dir()
-    place, default, rest = (first_run if is_run else first_experiment)(arguments, usage)
-    asked = parse_over(_Profile, default, rest, f"profile {place}")
+    target, base_config, remaining = (first_run if is_run else first_experiment)(arguments, usage)
+    options = parse_over(_Profile, base_config, remaining, f"profile {target}")
 
     from fm_distill.runs.run_code import refuse_code_of_run
     from fm_distill.runs.workdir import Workdir
     from fm_distill.training.profile import Profile, profile
 
     if is_run:
-        refuse_code_of_run(Workdir(place).stored(), pathlib.Path(place), config=asked.config)
-    workdir = place if is_run else str(pathlib.Path("runs", asked.config.name))
-    found: Profile = profile(asked.config, workdir, asked.measured_steps, asked.trace)
-    if asked.json:
-        print(json.dumps(dataclasses.asdict(found)))
+        refuse_code_of_run(Workdir(target).stored(), pathlib.Path(target), config=options.config)
+    workdir = target if is_run else str(pathlib.Path("runs", options.config.name))
+    run_profile: Profile = profile(options.config, workdir, options.measured_steps, options.trace)
+    if options.json:
+        print(json.dumps(dataclasses.asdict(run_profile)))
         return EXIT_COMPLETE
-    print("\n".join(_lines(dataclasses.asdict(found))))
-    if asked.trace:
-        print(f"the trace is in {asked.trace}: open perfetto_trace.json.gz at ui.perfetto.dev, or")
-        print(f"tensorboard --logdir {asked.trace}")
+    print("\n".join(_lines(dataclasses.asdict(run_profile))))
+    if options.trace:
+        print(
+            f"the trace is in {options.trace}: open perfetto_trace.json.gz at ui.perfetto.dev, or"
+        )
+        print(f"tensorboard --logdir {options.trace}")
     return EXIT_COMPLETE
 
 

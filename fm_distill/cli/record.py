@@ -35,14 +35,16 @@ class _Record(OverConfig):
 
 
 def record_command(arguments: list[str]) -> int:
-    experiment, default, rest = first_experiment(arguments, "record EXPERIMENT.py --to DIR")
-    asked = parse_over(_Record, default, rest, f"record {experiment}")
-    check_hours(asked.max_hours)
-    steps = parse_steps(asked.steps)
-    to = asked.to or os.path.join("recordings", asked.config.name)
+    experiment, experiment_config, remaining = first_experiment(
+        arguments, "record EXPERIMENT.py --to DIR"
+    )
+    options = parse_over(_Record, experiment_config, remaining, f"record {experiment}")
+    check_hours(options.max_hours)
+    steps = parse_steps(options.steps)
+    folder = options.to or os.path.join("recordings", options.config.name)
     command = ["record", *arguments]
     stop = Stop(
-        asked.max_hours,
+        options.max_hours,
         leave=lambda reason: say_paused(command, f": {reason}; nothing is lost"),
     )
     with stop_signals(stop):
@@ -50,22 +52,22 @@ def record_command(arguments: list[str]) -> int:
         from fm_distill.system.compilation_cache import use_compilation_cache
         from fm_distill.training.record import record
 
-        log(use_compilation_cache(pathlib.Path(to)))
-        found = record(
-            asked.config,
-            to,
+        log(use_compilation_cache(pathlib.Path(folder)))
+        outcome = record(
+            options.config,
+            folder,
             stop,
             steps=steps,
-            dtype=asked.dtype,
-            top_k=asked.top_k,
-            taps=asked.taps,
+            dtype=options.dtype,
+            top_k=options.top_k,
+            taps=options.taps,
         )
-        if found.recording:
-            print(status_text(found.recording))
-        if found.complete:
+        if outcome.recording:
+            print(status_text(outcome.recording))
+        if outcome.complete:
             return EXIT_COMPLETE
-        left = sessions_left(found.hours_left, stop.max_hours or stop.hours())
-        say_paused(command, f": {found.reason}; {left}")
+        sessions_text = sessions_left(outcome.hours_left, stop.max_hours or stop.hours())
+        say_paused(command, f": {outcome.reason}; {sessions_text}")
         return EXIT_PAUSED
 
 

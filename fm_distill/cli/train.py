@@ -46,9 +46,9 @@ def train_command(arguments: list[str]) -> int:
         leave=lambda reason: say_paused(["train", *arguments], f": {reason}; nothing is lost")
     )
     with stop_signals(stop):
-        asked, workdir = _train_options(arguments)
-        if not is_distributed(asked.distributed):
-            return _train_here(asked, workdir, stop, arguments)
+        options, workdir = _train_options(arguments)
+        if not is_distributed(options.distributed):
+            return _train_here(options, workdir, stop, arguments)
     return supervised(_train_as_one_of_many, arguments)
 
 
@@ -57,23 +57,23 @@ def _train_as_one_of_many(arguments: list[str]) -> None:
 
     def command(arguments: list[str]) -> int:
         quiet(arguments)
-        asked, workdir = _train_options(arguments)
-        join(asked.distributed)
+        options, workdir = _train_options(arguments)
+        join(options.distributed)
         stop = Stop()
         with stop_signals(stop):
-            return _train_here(asked, workdir, stop, arguments)
+            return _train_here(options, workdir, stop, arguments)
 
-    code = guarded(command, arguments)
-    if code not in (EXIT_COMPLETE, EXIT_PAUSED):
-        os._exit(code)  # an exit that waits for peers would hide the error
-    sys.exit(code)
+    exit_code = guarded(command, arguments)
+    if exit_code not in (EXIT_COMPLETE, EXIT_PAUSED):
+        os._exit(exit_code)  # an exit that waits for peers would hide the error
+    sys.exit(exit_code)
 
 
 def _train_options(arguments: list[str]) -> tuple[_Train, str]:
-    experiment, default, rest = first_experiment(arguments, "train EXPERIMENT.py")
-    asked = parse_over(_Train, default, rest, f"train {experiment}")
-    check_hours(asked.max_hours)
-    return asked, asked.workdir or os.path.join("runs", asked.config.name)
+    experiment, experiment_config, remaining = first_experiment(arguments, "train EXPERIMENT.py")
+    options = parse_over(_Train, experiment_config, remaining, f"train {experiment}")
+    check_hours(options.max_hours)
+    return options, options.workdir or os.path.join("runs", options.config.name)
 
 
 def _train_here(asked: _Train, workdir: str, stop: Stop, arguments: list[str]) -> int:
@@ -90,12 +90,12 @@ def _train_here(asked: _Train, workdir: str, stop: Stop, arguments: list[str]) -
     result = train_until(asked.config, workdir, stop, asked.extend)
     if result.complete:
         if first_process():
-            later = f"{result.step:,} steps are done; evaluate: fm-distill evaluate {workdir}"
-            print(table(result.evaluation) if result.evaluation else later)
+            summary = f"{result.step:,} steps are done; evaluate: fm-distill evaluate {workdir}"
+            print(table(result.evaluation) if result.evaluation else summary)
         return EXIT_COMPLETE
-    left = sessions_left(result.hours_left, stop.max_hours or stop.hours())
-    steps = f"after {result.step:,} of {result.total_steps:,} steps"
-    say_paused(["train", *arguments], f" {steps}: {result.reason}; {left}")
+    sessions_text = sessions_left(result.hours_left, stop.max_hours or stop.hours())
+    progress = f"after {result.step:,} of {result.total_steps:,} steps"
+    say_paused(["train", *arguments], f" {progress}: {result.reason}; {sessions_text}")
     return EXIT_PAUSED
 
 
@@ -106,8 +106,8 @@ def check_hours(hours: float | None) -> None:
 
 def say_paused(command: list[str], reason: str) -> None:
     """Why a command stopped, and the command that continues."""
-    line = shlex.join(["fm-distill", *command])
-    print(f"paused{reason}; run again to continue:\n  {line}", file=sys.stderr)
+    command_line = shlex.join(["fm-distill", *command])
+    print(f"paused{reason}; run again to continue:\n  {command_line}", file=sys.stderr)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,20 +126,22 @@ class _Sweep(OverConfig):
 
 def sweep_command(arguments: list[str]) -> int:
     usage = "sweep EXPERIMENT.py --over seed=0,1,2"
-    experiment, default, rest = first_experiment(arguments, usage)
-    asked = parse_over(_Sweep, default, rest, f"sweep {experiment}")
-    check_hours(asked.max_hours)
-    if not asked.over:
+    experiment, experiment_config, remaining = first_experiment(arguments, usage)
+    options = parse_over(_Sweep, experiment_config, remaining, f"sweep {experiment}")
+    check_hours(options.max_hours)
+    if not options.over:
         raise UserError("sweep needs what to sweep over: --over seed=0,1,2 optimizer.name=adam,sgd")
 
     from fm_distill.reports import sweep as sweeping
     from fm_distill.system.compilation_cache import use_compilation_cache
 
-    workdir = asked.workdir or os.path.join("runs", f"{asked.config.name}_sweep")
+    workdir = options.workdir or os.path.join("runs", f"{options.config.name}_sweep")
     log(use_compilation_cache(pathlib.Path(workdir)))
-    values = [sweeping.parse_over(x) for x in asked.over]
-    over = {ALIASES.get(name, name): chosen for name, chosen in values}
-    table = sweeping.sweep(asked.config, over, workdir, max_hours=asked.max_hours, cost=asked.cost)
+    parsed_options = [sweeping.parse_over(text) for text in options.over]
+    over = {ALIASES.get(name, name): option_values for name, option_values in parsed_options}
+    table = sweeping.sweep(
+        options.config, over, workdir, max_hours=options.max_hours, cost=options.cost
+    )
     if table is None:
         say_paused(["sweep", *arguments], "")
         return EXIT_PAUSED

@@ -18,8 +18,8 @@ class Bounds:
     below: int | float = math.inf
 
     def hold(self, value: int | float) -> bool:
-        within = self.least <= value <= self.most and self.above < value < self.below
-        return within and math.isfinite(value)
+        in_range = self.least <= value <= self.most and self.above < value < self.below
+        return in_range and math.isfinite(value)
 
     def __repr__(self) -> str:
         # The command line's parser prints it where a value has another type.
@@ -29,8 +29,8 @@ class Bounds:
             return "a number above zero"
         if self.most < math.inf:
             return f"{self.least:.12g} to {self.most:.12g}"
-        upper = f" and less than {self.below:.12g}" if self.below < math.inf else ""
-        return f"{self.least:.12g} or more{upper}"
+        upper_bound = f" and less than {self.below:.12g}" if self.below < math.inf else ""
+        return f"{self.least:.12g} or more{upper_bound}"
 
 
 PositiveInt = Annotated[int, Bounds(above=0)]
@@ -49,7 +49,7 @@ def out_of_bounds(part: Any, prefix: str = "") -> Iterator[str]:
         option = prefix + name
         if dataclasses.is_dataclass(value):
             yield from out_of_bounds(value, f"{option}.")
-        elif isinstance(value, tuple) and any(dataclasses.is_dataclass(x) for x in value):
+        elif isinstance(value, tuple) and any(dataclasses.is_dataclass(item) for item in value):
             for i, item in enumerate(value):
                 yield from out_of_bounds(item, f"{option}.{i}.")
         elif isinstance(value, int | float) and not isinstance(value, bool):
@@ -61,7 +61,7 @@ def out_of_bounds(part: Any, prefix: str = "") -> Iterator[str]:
 def _bounds(hint: Any) -> Iterator[Bounds]:
     """The bounds in an annotation, also in those of a union."""
     if typing.get_origin(hint) is Annotated:
-        yield from (x for x in hint.__metadata__ if isinstance(x, Bounds))
+        yield from (bounds for bounds in hint.__metadata__ if isinstance(bounds, Bounds))
     elif typing.get_origin(hint) is not tuple:
         for part in typing.get_args(hint):
             yield from _bounds(part)

@@ -12,5 +12,5 @@ def not_a_choice(option: str, value: str, known: Iterable[str]) -> Iterator[str]
 
 
 def check_choice(option: str, value: str, known: Iterable[str]) -> None:
-    for wrong in not_a_choice(option, value, known):
-        raise UserError(wrong)
+    for message in not_a_choice(option, value, known):
+        raise UserError(message)

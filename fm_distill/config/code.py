@@ -20,7 +20,11 @@ ALL = (*NETWORKS, *IMAGES, "objective", "optimizer")
 
 def code_options(config: Config) -> dict[str, str]:
     """The options that may name code, and their values, references or lines of tables."""
-    return {x: str(y) for x, y in flatten(config).items() if OPTIONS.fullmatch(x) and y}
+    return {
+        option: str(value)
+        for option, value in flatten(config).items()
+        if OPTIONS.fullmatch(option) and value
+    }
 
 
 def named_code(config: Config, sections: tuple[str, ...] = ALL) -> tuple[str, ...]:
@@ -29,11 +33,11 @@ def named_code(config: Config, sections: tuple[str, ...] = ALL) -> tuple[str, ..
     Teachers that are functions are left out where a recording stands for them.
     """
     recorded = recording_of(config) is not None
-    found = [
+    references = [
         reference
         for option, reference in code_options(config).items()
         if ":" in reference
         and option.partition(".")[0] in sections
         and not (recorded and option.endswith(".function"))
     ]
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys(references))

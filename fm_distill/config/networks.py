@@ -80,7 +80,10 @@ class NetworkConfig:
 
     def __post_init__(self) -> None:
         # Lists of JSON and of the command line would not be equal to an experiment's tuples.
-        values = {x: tuple(y) if isinstance(y, list) else y for x, y in self.options.items()}
+        values = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in self.options.items()
+        }
         object.__setattr__(self, "options", frozendict(values))
 
 

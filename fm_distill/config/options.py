@@ -29,7 +29,9 @@ MODEL_OPTION = re.compile(r"(.+\.options)\.[a-zA-Z_]\w*")
 def empty(kind: Any) -> Any:
     """The dataclass `kind` with placeholders where a field has no default."""
     hints = typing.get_type_hints(kind)
-    required = [x.name for x in dataclasses.fields(kind) if x.default is dataclasses.MISSING]
+    required = [
+        field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING
+    ]
     return kind(
         **{
             name: empty(hints[name])
@@ -55,8 +57,8 @@ def option_names(part: Any, prefix: str = "") -> Iterator[str]:
 
 def is_model_option(name: str, fields: Collection[str]) -> bool:
     """Whether this is `student.options.NAME` or that of a teacher, where `fields` has such."""
-    found = MODEL_OPTION.fullmatch(name)
-    return found is not None and found[1] in fields
+    match = MODEL_OPTION.fullmatch(name)
+    return match is not None and match[1] in fields
 
 
 def optional_parts(part: Any, prefix: str = "") -> Iterator[str]:
@@ -82,8 +84,10 @@ def without_parts(part: Any, names: Collection[str], prefix: str = "") -> Any:
         if option in names and kind is not None:
             changes[name] = () if isinstance(value, tuple) else None
         elif isinstance(value, tuple) and kind is not None:
-            items = enumerate(value)
-            changes[name] = tuple(without_parts(x, names, f"{option}.{i}.") for i, x in items)
+            indexed_items = enumerate(value)
+            changes[name] = tuple(
+                without_parts(item, names, f"{option}.{i}.") for i, item in indexed_items
+            )
         elif kind is not None and value is not None:
             changes[name] = without_parts(value, names, f"{option}.")
     return dataclasses.replace(part, **changes)
@@ -105,8 +109,10 @@ def with_parts(part: Any, names: Collection[str], prefix: str = "") -> Any:
             while _lies_in(f"{option}.{len(items)}", names):
                 items.append(_brought_in(kind, f"{option}.{len(items)}", names))
             _refuse_gap(option, len(items), names)
-            places = enumerate(items)
-            changes[name] = tuple(with_parts(x, names, f"{option}.{i}.") for i, x in places)
+            indexed_items = enumerate(items)
+            changes[name] = tuple(
+                with_parts(item, names, f"{option}.{i}.") for i, item in indexed_items
+            )
             continue
         if value is None and _lies_in(option, names):
             value = _brought_in(kind, option, names)
@@ -121,15 +127,17 @@ def _lies_in(part: str, names: Collection[str]) -> bool:
 
 def _refuse_gap(option: str, count: int, names: Collection[str]) -> None:
     for name in names:
-        place = name.removeprefix(f"{option}.").partition(".")[0]
-        if name.startswith(f"{option}.") and place.isdecimal() and int(place) >= count:
+        index = name.removeprefix(f"{option}.").partition(".")[0]
+        if name.startswith(f"{option}.") and index.isdecimal() and int(index) >= count:
             raise UserError(
                 f"there is no {option}.{count} before {name}; give {option}.{count} first"
             )
 
 
 def _brought_in(kind: Any, option: str, names: Collection[str]) -> Any:
-    required = [x.name for x in dataclasses.fields(kind) if x.default is dataclasses.MISSING]
+    required = [
+        field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING
+    ]
     missing = [f"{option}.{name}" for name in required if f"{option}.{name}" not in names]
     if missing:
         raise UserError(f"{option} is not set yet: give {' and '.join(missing)} as well")
@@ -142,7 +150,10 @@ def _fields(part: Any) -> Iterator[tuple[str, Any, Any, bool]]:
     for name, value in vars(part).items():
         hint = hints[name]
         arguments = typing.get_args(hint)
-        kind = next((x for x in (hint, *arguments) if dataclasses.is_dataclass(x)), None)
+        kind = next(
+            (candidate for candidate in (hint, *arguments) if dataclasses.is_dataclass(candidate)),
+            None,
+        )
         yield name, value, kind, hint is not kind
 
 
@@ -151,9 +162,9 @@ def nearest(name: str, known: list[str]) -> list[str]:
     section, _, leaf = name.rpartition(".")
 
     def means(option: str) -> bool:
-        words = option.rpartition(".")[2]
-        return leaf == words or leaf == "".join(x[0] for x in words.split("_"))
+        option_leaf = option.rpartition(".")[2]
+        return leaf == option_leaf or leaf == "".join(word[0] for word in option_leaf.split("_"))
 
-    same = [x for x in known if means(x) or x == ALIASES.get(leaf)]
-    inside = [x for x in same if x.rpartition(".")[0] == section]
-    return (inside or same or difflib.get_close_matches(name, known, 3, 0.6))[:3]
+    matching = [option for option in known if means(option) or option == ALIASES.get(leaf)]
+    in_section = [option for option in matching if option.rpartition(".")[0] == section]
+    return (in_section or matching or difflib.get_close_matches(name, known, 3, 0.6))[:3]

@@ -18,12 +18,12 @@ def settle(default: Config, asked: Config, typed: Collection[str] = ()) -> Confi
     Another model drops the options of the one before, steps replace epochs, and the other way
     round. What was asked for itself stays.
     """
-    before = {option: teacher.network for option, teacher in teachers_of(default)}
+    default_networks = {option: teacher.network for option, teacher in teachers_of(default)}
     teachers = [
         dataclasses.replace(
             teacher,
             network=_settled_network(
-                before.get(option), teacher.network, _of(typed, f"{option}.network")
+                default_networks.get(option), teacher.network, _of(typed, f"{option}.network")
             ),
         )
         if teacher.network
@@ -44,20 +44,26 @@ def _of(typed: Collection[str], network: str) -> set[str]:
 def _settled_network(default: NetworkConfig | None, asked: Network, typed: set[str]) -> Network:
     if default is None or asked.model == default.model:
         return asked
-    inherited = default.options.items()
-    own = {
+    default_options = default.options.items()
+    kept_options = {
         name: value
         for name, value in asked.options.items()
-        if name in typed or (name, value) not in inherited
+        if name in typed or (name, value) not in default_options
     }
-    return dataclasses.replace(asked, options=own)
+    return dataclasses.replace(asked, options=kept_options)
 
 
 def _settled_length(default: Config, asked: Config) -> Config:
-    a, b = default.schedule, asked.schedule
-    if b.total_steps is not None and b.total_epochs is not None:
-        if a.total_steps is None and b.total_epochs == a.total_epochs:
-            b = dataclasses.replace(b, total_epochs=None)
-        elif a.total_epochs is None and b.total_steps == a.total_steps:
-            b = dataclasses.replace(b, total_steps=None)
-    return dataclasses.replace(asked, schedule=b)
+    default_schedule, schedule = default.schedule, asked.schedule
+    if schedule.total_steps is not None and schedule.total_epochs is not None:
+        if (
+            default_schedule.total_steps is None
+            and schedule.total_epochs == default_schedule.total_epochs
+        ):
+            schedule = dataclasses.replace(schedule, total_epochs=None)
+        elif (
+            default_schedule.total_epochs is None
+            and schedule.total_steps == default_schedule.total_steps
+        ):
+            schedule = dataclasses.replace(schedule, total_steps=None)
+    return dataclasses.replace(asked, schedule=schedule)

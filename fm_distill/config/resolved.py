@@ -79,9 +79,11 @@ class WeightFacts:
 
 
 def _same(mine: Any, other: Any) -> bool:
-    """Equal wherever the file of an own network lies: `code` has the digest of its contents."""
+    """Equal wherever the file of a custom network is: `code` has the digest of its contents."""
     if isinstance(mine, dict) and isinstance(other, dict) and "model" in mine:
-        mine, other = ({**x, "model": x["model"].rpartition("/")[2]} for x in (mine, other))
+        mine, other = (
+            {**network, "model": network["model"].rpartition("/")[2]} for network in (mine, other)
+        )
     if isinstance(mine, list | tuple) and isinstance(other, list | tuple):
         return len(mine) == len(other) and all(map(_same, mine, other))
     return bool(mine == other)
@@ -112,7 +114,7 @@ class ResolvedRun:
     recording: str | None = None
     # Steps after which order and views repeat; None: not in this run.
     period_steps: int | None = None
-    # SHA-256 of the files of parts of one's own, the student's network first.
+    # SHA-256 of the files of custom code, the student's network first.
     code: tuple[str, ...] = ()
     # By their references, where the run found those files.
     code_files: Mapping[str, CodeFile] = dataclasses.field(default_factory=dict)
@@ -125,19 +127,26 @@ class ResolvedRun:
 
     def differences(self, other: "ResolvedRun") -> list[str]:
         """One line for each field of `IDENTITY` in which `other` is not the same run."""
-        mine, others = msgspec.to_builtins(self), msgspec.to_builtins(other)
+        stored, current = msgspec.to_builtins(self), msgspec.to_builtins(other)
         lines = [
-            f"{name}: {mine[name]} in the workdir, {others[name]} now (its contents, not its path)"
+            f"{name}: {stored[name]} in the workdir, {current[name]} now (its contents, not its "
+            "path)"
             for name in IDENTITY
-            if not _same(mine[name], others[name])
+            if not _same(stored[name], current[name])
         ]
-        shared = min(self.total_steps, other.total_steps)
-        before, now = (x.period_steps or x.total_steps for x in (self, other))
+        shared_steps = min(self.total_steps, other.total_steps)
+        stored_period, current_period = (
+            run.period_steps or run.total_steps for run in (self, other)
+        )
         # A longer schedule may begin to repeat behind the end of the shorter one.
-        if self.period_steps != other.period_steps and min(before, now) < shared:
+        if (
+            self.period_steps != other.period_steps
+            and min(stored_period, current_period) < shared_steps
+        ):
             lines.append(
-                f"the views repeat after {before:,} steps in the workdir, after {now:,} now, "
-                f"because the length of the recording changed; set views.period_steps={before}"
+                f"the views repeat after {stored_period:,} steps in the workdir, after "
+                f"{current_period:,} now, because the length of the recording changed; set "
+                f"views.period_steps={stored_period}"
             )
         return lines
 
@@ -153,10 +162,10 @@ class ResolvedRun:
 
     def lines(self) -> list[str]:
         """One line a field, for people; of many classes the first ones."""
-        tree: dict[str, Any] = msgspec.to_builtins(self)
+        fields: dict[str, Any] = msgspec.to_builtins(self)
         for name, values in (
             ("class_names", self.class_names), ("class_counts", self.class_counts),
         ):  # fmt: skip
             if values and len(values) > 10:
-                tree[name] = ", ".join([*map(str, values[:3]), "..."])
-        return [f"{name} = {value}" for name, value in tree.items()]
+                fields[name] = ", ".join([*map(str, values[:3]), "..."])
+        return [f"{name} = {value}" for name, value in fields.items()]

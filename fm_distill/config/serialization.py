@@ -64,8 +64,11 @@ def _completed(value: Part) -> Part:
         return type(value)(map(_completed, value))
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return value
-    whole = dataclasses.replace(value)
-    return dataclasses.replace(whole, **{name: _completed(x) for name, x in vars(whole).items()})
+    completed_copy = dataclasses.replace(value)
+    return dataclasses.replace(
+        completed_copy,
+        **{name: _completed(field_value) for name, field_value in vars(completed_copy).items()},
+    )
 
 
 def before_options(network: Any) -> bool:
@@ -96,11 +99,13 @@ def flatten(config: Config) -> dict[str, Any]:
     """`{"data.canvas.size": 160, ...}`: each leaf of the config by its option's name."""
 
     def leaves(prefix: str, value: Any) -> dict[str, Any]:
-        if isinstance(value, list | tuple) and any(isinstance(x, dict) for x in value):
+        if isinstance(value, list | tuple) and any(isinstance(item, dict) for item in value):
             value = {str(i): x for i, x in enumerate(value)}
         if not isinstance(value, dict):
             return {prefix: value}
-        parts = [leaves(f"{prefix}.{name}" if prefix else name, v) for name, v in value.items()]
+        parts = [
+            leaves(f"{prefix}.{name}" if prefix else name, child) for name, child in value.items()
+        ]
         return {name: leaf for part in parts for name, leaf in part.items()}
 
     return leaves("", to_json(config))
@@ -111,26 +116,26 @@ def changed(config: Config, values: dict[str, Any]) -> Config:
 
     A model's own option that is None is left to its default.
     """
-    known = {*option_names(config)}
+    known_options = {*option_names(config)}
     for name in values:
-        if name not in known and not is_model_option(name, known):
-            near = ", ".join(nearest(name, [*known]))
-            near = f"did you mean {near}?" if near else "`show` lists them all"
-            raise UserError(f"there is no option {name!r}; {near}")
+        if name not in known_options and not is_model_option(name, known_options):
+            suggestion = ", ".join(nearest(name, [*known_options]))
+            suggestion = f"did you mean {suggestion}?" if suggestion else "`show` lists them all"
+            raise UserError(f"there is no option {name!r}; {suggestion}")
     tree = to_json(with_parts(config, values))
     for name, value in values.items():
         *parents, leaf = name.split(".")
-        place = tree
+        node = tree
         for parent in parents:
-            place = place[int(parent) if isinstance(place, list | tuple) else parent]
-        place[leaf] = value
-        if value is None and name not in known:
-            del place[leaf]
+            node = node[int(parent) if isinstance(node, list | tuple) else parent]
+        node[leaf] = value
+        if value is None and name not in known_options:
+            del node[leaf]
     try:
         return converted(tree, Config)
     except msgspec.ValidationError as error:
-        given = ", ".join(f"{name}={value}" for name, value in values.items())
-        raise UserError(f"{given}: a value has the wrong type: {error}") from None
+        assignments = ", ".join(f"{name}={value}" for name, value in values.items())
+        raise UserError(f"{assignments}: a value has the wrong type: {error}") from None
 
 
 def parse_value(text: str) -> Any:
@@ -146,27 +151,29 @@ def parse_value(text: str) -> Any:
 
 def refuse_other_config(stored: Config, asked: Config, run: str) -> None:
     """Raises `UserError` where `asked` would train another student than `run` did."""
-    if differ := differences(stored, asked):
-        raise UserError(f"{run} was trained with another config:\n  " + "\n  ".join(differ))
+    if mismatches := differences(stored, asked):
+        raise UserError(f"{run} was trained with another config:\n  " + "\n  ".join(mismatches))
 
 
 def differences(stored: Config, asked: Config) -> list[str]:
     """One line for each field that changes the student and is not the same in both."""
-    a, b = flatten(stored), flatten(asked)
+    old, new = flatten(stored), flatten(asked)
 
     def counts(name: str) -> bool:
         name = re.sub(r"\.\d+", "", any_teacher(name))
-        return not any(name == x or name.startswith(x + ".") for x in NOT_IDENTITY)
+        return not any(
+            name == excluded or name.startswith(excluded + ".") for excluded in NOT_IDENTITY
+        )
 
     def same(one: Any, other: Any) -> bool:
         # Of a file of code, the resolved run knows the contents; here is only its place.
         if isinstance(one, str) and isinstance(other, str) and ".py:" in one:
-            one, other = (re.sub(r"^.*/", "", x) for x in (one, other))
+            one, other = (re.sub(r"^.*/", "", reference) for reference in (one, other))
         return bool(one == other)
 
     missing = "(not set)"
     return [
-        f"{name}: {a.get(name, missing)} in the workdir, {b.get(name, missing)} now"
-        for name in sorted({*a, *b})
-        if counts(name) and not same(a.get(name, missing), b.get(name, missing))
+        f"{name}: {old.get(name, missing)} in the workdir, {new.get(name, missing)} now"
+        for name in sorted({*old, *new})
+        if counts(name) and not same(old.get(name, missing), new.get(name, missing))
     ]

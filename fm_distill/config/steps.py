@@ -14,16 +14,16 @@ BIT_HYPER_RULE: tuple[tuple[float, tuple[int, int, int, int, int]], ...] = (
 
 def transfer_examples(data: DataConfig) -> int | None:
     """How many examples are trained on, as far as the config knows."""
-    parts = [part.examples for part in data.transfer] or [data.train.examples]
-    known = [count for count in parts if count is not None]
-    return sum(known) if len(known) == len(parts) else None
+    counts = [part.examples for part in data.transfer] or [data.train.examples]
+    known_counts = [count for count in counts if count is not None]
+    return sum(known_counts) if len(known_counts) == len(counts) else None
 
 
 def total_steps(config: Config, examples: int) -> int:
     """Steps of the whole run: given, by the rule, or round(examples x epochs / batch size)."""
     schedule = config.schedule
     if schedule.shape == "bit_hyper_rule":
-        return next(steps[-1] for below, steps in BIT_HYPER_RULE if examples < below)
+        return next(steps[-1] for limit, steps in BIT_HYPER_RULE if examples < limit)
     if schedule.total_steps is not None:
         return schedule.total_steps
     assert schedule.total_epochs is not None

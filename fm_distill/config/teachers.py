@@ -17,7 +17,10 @@ class NamedTeacher(NamedTuple):
 def teachers_of(config: Config) -> tuple[NamedTeacher, ...]:
     """All teachers of `config`, the first one first."""
     first = (NamedTeacher("teacher", config.teacher),) if config.teacher else ()
-    others = (NamedTeacher(f"more_teachers.{i}", x) for i, x in enumerate(config.more_teachers))
+    others = (
+        NamedTeacher(f"more_teachers.{i}", teacher)
+        for i, teacher in enumerate(config.more_teachers)
+    )
     return (*first, *others)
 
 
@@ -29,8 +32,11 @@ def recording_of(config: Config) -> str | None:
 def moved(config: Config, stored: Config) -> bool:
     """Whether `config` names other teachers than `stored`, or other places, recordings aside."""
 
-    def places(of: Config) -> list[NamedTeacher]:
-        return [NamedTeacher(x, dataclasses.replace(y, recording=None)) for x, y in teachers_of(of)]
+    def places(run_config: Config) -> list[NamedTeacher]:
+        return [
+            NamedTeacher(option, dataclasses.replace(teacher, recording=None))
+            for option, teacher in teachers_of(run_config)
+        ]
 
     return places(config) != places(stored)
 

@@ -32,6 +32,6 @@ def read_names(path: pathlib.Path, option: str, expected: str = FILE) -> tuple[s
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{option} cannot be read ({error}); expected {expected}") from None
     names = tuple(line.strip() for line in lines if line.strip())
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError(f"{path} names classes more than once: {', '.join(twice[:5])}")
+    if duplicates := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"{path} names classes more than once: {', '.join(duplicates[:5])}")
     return names

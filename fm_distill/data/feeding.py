@@ -89,9 +89,9 @@ class TrainingStream:
         example = int(example_ids(self.seed, position, len(self.reader))[0])
         # The next valid image stands for a corrupt one, in both ways of feeding.
         for offset in range(len(self.reader)):
-            read = self.reader[(example + offset) % len(self.reader)]
-            if read["valid"]:
-                return read | {"valid": np.bool_(offset == 0)}
+            item = self.reader[(example + offset) % len(self.reader)]
+            if item["valid"]:
+                return item | {"valid": np.bool_(offset == 0)}
         raise UserError(f"no image of {self.reader.source.identity} can be read")
 
 
@@ -155,21 +155,23 @@ class StreamingFeed:
         stream = dataclasses.replace(
             self.stream, total_steps=self.stream.total_steps + skipped_steps
         )
-        read = read_stream(stream, start_step + skipped_steps)
+        items = read_stream(stream, start_step + skipped_steps)
         recorded = self.recording.steps(start_step) if self.recording else None
         ready: collections.deque[Batch] = collections.deque()
         for steps in dispatches:
             assert steps == 1
-            while len(ready) < DEVICE_PREFETCH and (item := next(read, None)) is not None:
+            while len(ready) < DEVICE_PREFETCH and (item := next(items, None)) is not None:
                 self.skipped += int((~item["valid"]).sum())
                 batch = host_batch(item)
                 if self.targets is not None:
                     batch = dataclasses.replace(batch, targets=self.targets[item["example"]])
                 if recorded is not None:
-                    own = slice(self.stream.first_row, self.stream.first_row + rows)
-                    found = jax.tree.map(lambda x, own=own: x[0, own], next(recorded))
-                    refuse_other_examples(found, item["example"])
-                    batch = dataclasses.replace(batch, recorded=found.rows)
+                    local_rows = slice(self.stream.first_row, self.stream.first_row + rows)
+                    recorded_steps = jax.tree.map(
+                        lambda x, local_rows=local_rows: x[0, local_rows], next(recorded)
+                    )
+                    refuse_other_examples(recorded_steps, item["example"])
+                    batch = dataclasses.replace(batch, recorded=recorded_steps.rows)
                 ready.append(jax.tree.map(lambda x: send(x, self.sharding, 0), batch))
             yield ready.popleft()
 
@@ -177,10 +179,10 @@ class StreamingFeed:
 def refuse_other_examples(found: RecordedSteps, examples: np.ndarray) -> None:
     """Raises `UserError` where the recorded outputs belong to other examples."""
     if not np.array_equal(found.examples, examples):
-        at = int(np.argmax((found.examples != examples).ravel()))
+        row = int(np.argmax((found.examples != examples).ravel()))
         raise UserError(
-            f"the recording has example {found.examples.ravel()[at]} where this run has example "
-            f"{examples.ravel()[at]}: the data or their order differ; use the data that was "
+            f"the recording has example {found.examples.ravel()[row]} where this run has example "
+            f"{examples.ravel()[row]}: the data or their order differ; use the data that was "
             "recorded, or record this data"
         )
 
@@ -225,12 +227,12 @@ class _Padded:
 
 def read_ahead(dataset: Any, workers: int) -> Iterator[dict[str, np.ndarray]]:
     options = grain.ReadOptions(num_threads=os.cpu_count() or 1, prefetch_buffer_size=64)
-    read = dataset.to_iter_dataset(options)
+    iter_dataset = dataset.to_iter_dataset(options)
     if workers:
         # Grain's worker processes read absl flags, which nobody parses here.
         flags.FLAGS.mark_as_parsed()
-        read = read.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-    return iter(read)
+        iter_dataset = iter_dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    return iter(iter_dataset)
 
 
 def stack(items: list[dict[str, Any]]) -> Batch:

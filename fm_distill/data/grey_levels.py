@@ -36,8 +36,8 @@ def count_levels(reader: Reader, first: int = 0, every: int = 1) -> LevelCounts:
     """
     counts = np.zeros((len(CHANNELS), LEVELS), np.int64)
     images = grain.MapDataset.source(reader)[first::every]
-    read = read_ahead(images, reader.config.workers) if len(images) else iter(())
-    for item in progress(read, "grey levels", "images", len(images)):
+    items = read_ahead(images, reader.config.workers) if len(images) else iter(())
+    for item in progress(items, "grey levels", "images", len(images)):
         if item["valid"]:
             height, width = item["size"]
             pixels = item["canvas"][:height, :width]

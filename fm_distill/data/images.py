@@ -43,8 +43,8 @@ def _wrap(pixels: np.ndarray) -> Image.Image:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         # 16-bit greyscale; convert() would clip all above 255 to white.
-        wide = np.asarray(image).astype(np.int64)
-        return Image.fromarray((wide >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+        pixels = np.asarray(image).astype(np.int64)
+        return Image.fromarray((pixels >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ValueError("floating-point images have no known range")
     if image.has_transparency_data:
@@ -63,8 +63,8 @@ def shrink(image: Image.Image, canvas: CanvasConfig) -> Pixels:
     side = min(width, height) if canvas.fit == "short" else max(width, height)
     scale = min(1.0, canvas.size / side, canvas.side / max(width, height))
     if scale < 1:
-        new = max(1, round(width * scale)), max(1, round(height * scale))
-        image = image.resize(new, Image.Resampling.BILINEAR)
+        new_size = max(1, round(width * scale)), max(1, round(height * scale))
+        image = image.resize(new_size, Image.Resampling.BILINEAR)
     return np.asarray(image)
 
 

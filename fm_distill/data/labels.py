@@ -63,10 +63,10 @@ def refuse_unlabelled(source: Source) -> None:
         labels = known_labels(source)
         if labels is None:
             labels = np.array([source[0].label])
-        wrong = np.flatnonzero(labels < 0)
-        if not wrong.size:
+        unlabelled = np.flatnonzero(labels < 0)
+        if not unlabelled.size:
             return
-        missing = f"none for example {wrong[0]}"
+        missing = f"none for example {unlabelled[0]}"
     raise UserError(
         f"the objective needs the label of each training image, and {source.identity} has "
         f"{missing}; use labelled images, or terms that read only the teacher "
@@ -87,18 +87,18 @@ def every_class(source: Source, wanted: str) -> Labels:
         )
     labels = known_labels(source)
     if labels is None:
-        read = read_ahead(grain.MapDataset.source(_Reading(source)), 0)
-        labels = np.fromiter(progress(read, "reading labels", "images", len(source)), np.int64)
-    wrong = np.flatnonzero((labels < 0) | (labels >= classes))
-    if wrong.size:
+        items = read_ahead(grain.MapDataset.source(_Reading(source)), 0)
+        labels = np.fromiter(progress(items, "reading labels", "images", len(source)), np.int64)
+    invalid = np.flatnonzero((labels < 0) | (labels >= classes))
+    if invalid.size:
         raise UserError(
-            f"{wanted} needs the label of each training image, and {source.identity}[{wrong[0]}] "
-            f"has {labels[wrong[0]]}; expected 0 to {classes - 1}: fix the data, or leave it out"
+            f"{wanted} needs the label of each training image, and {source.identity}[{invalid[0]}] "
+            f"has {labels[invalid[0]]}; expected 0 to {classes - 1}: fix the data, or leave it out"
         )
     missing = np.flatnonzero(np.bincount(labels, minlength=classes) == 0)
     if missing.size:
-        named = source.class_names
-        name = f" ({named[missing[0]]})" if named else ""
+        class_names = source.class_names
+        name = f" ({class_names[missing[0]]})" if class_names else ""
         raise UserError(
             f"{wanted} needs examples of each class, and {source.identity} has none of "
             f"{missing.size} of {classes} classes, the first of them {missing[0]}{name}; leave it "

@@ -18,10 +18,10 @@ def tail_counts(
     Here n_max is the size of the largest class, and a class that has fewer than n_c keeps what it
     has.
     """
-    places = np.arange(len(counts)) / (len(counts) - 1)
+    exponents = np.arange(len(counts)) / (len(counts) - 1)
     # Divided, so that a factor that divides n_max leaves exactly the quotient.
-    wanted = np.floor(counts.max() / np.float64(factor) ** places).astype(np.int64)
-    return np.minimum(np.maximum(wanted, 1), counts)
+    target_counts = np.floor(counts.max() / np.float64(factor) ** exponents).astype(np.int64)
+    return np.minimum(np.maximum(target_counts, 1), counts)
 
 
 def long_tailed(source: Source, factor: float) -> Source:
@@ -33,8 +33,11 @@ def long_tailed(source: Source, factor: float) -> Source:
     counts = np.bincount(labels)
     order = np.argsort(labels, kind="stable")
     starts = np.cumsum(counts) - counts
-    kept = [order[a : a + n] for a, n in zip(starts, tail_counts(counts, factor), strict=True)]
-    examples = np.sort(np.concatenate(kept))
+    kept_examples = [
+        order[start : start + count]
+        for start, count in zip(starts, tail_counts(counts, factor), strict=True)
+    ]
+    examples = np.sort(np.concatenate(kept_examples))
     return Selected(
         source,
         examples,

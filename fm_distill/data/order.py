@@ -14,8 +14,8 @@ def example_ids(seed: int, positions: Int[np.ndarray, "..."], examples: int) -> 
     epochs, offsets = np.divmod(positions, examples)
     ids = np.empty_like(positions)
     for epoch in np.unique(epochs):
-        here = epochs == epoch
-        ids[here] = epoch_permutation(seed, int(epoch), examples)[offsets[here]]
+        in_epoch = epochs == epoch
+        ids[in_epoch] = epoch_permutation(seed, int(epoch), examples)[offsets[in_epoch]]
     return ids
 
 

@@ -101,8 +101,8 @@ class ResidentFeed:
             raise UserError(f"no image of {reader.source.identity} can be read")
         self.skipped = int((~valid).sum())
         self.stand_in = _next_valid(valid)
-        everything = Resident.of(dataclasses.replace(arrays, targets=targets))
-        self.data: Resident | None = jax.device_put(everything, replicated)
+        resident = Resident.of(dataclasses.replace(arrays, targets=targets))
+        self.data: Resident | None = jax.device_put(resident, replicated)
 
     def feed(
         self, start_step: int, dispatches: Iterator[int], skipped_steps: int = 0
@@ -111,13 +111,13 @@ class ResidentFeed:
         step = start_step + skipped_steps
         recorded = self.recording.steps(start_step) if self.recording else None
         for steps in dispatches:
-            fed = ResidentSteps(self.ids(np.arange(step, step + steps)))
+            resident_steps = ResidentSteps(self.ids(np.arange(step, step + steps)))
             if recorded is not None:
                 parts = list(itertools.islice(recorded, steps))
-                found = jax.tree.map(lambda *x: np.concatenate(x), *parts)
-                refuse_other_examples(found, fed.ids)
-                fed = dataclasses.replace(fed, recorded=found.rows)
-            yield jax.tree.map(lambda x: send(x, self.ids_sharding, 1), fed)
+                recorded_steps = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+                refuse_other_examples(recorded_steps, resident_steps.ids)
+                resident_steps = dataclasses.replace(resident_steps, recorded=recorded_steps.rows)
+            yield jax.tree.map(lambda x: send(x, self.ids_sharding, 1), resident_steps)
             step += steps
 
     def ids(self, steps: Int[np.ndarray, " steps"]) -> Int32[np.ndarray, "steps batch"]:
@@ -134,8 +134,8 @@ def load_split(reader: Reader) -> tuple[Batch, np.ndarray]:
     canvases = np.zeros((count, side, side, 3), np.uint8)
     sizes, labels = np.ones((count, 2), np.int32), np.full(count, -1, np.int32)
     valid = np.zeros(count, bool)
-    read = read_ahead(grain.MapDataset.source(reader), 0)
-    for i, item in enumerate(progress(read, "decoding", "images", count)):
+    items = read_ahead(grain.MapDataset.source(reader), 0)
+    for i, item in enumerate(progress(items, "decoding", "images", count)):
         canvases[i], sizes[i] = item["canvas"], item["size"]
         labels[i], valid[i] = item["label"], item["valid"]
     return Batch(canvases, sizes, labels), valid
@@ -148,8 +148,8 @@ def is_resident(config: DataConfig, examples: int, memory_bytes: int | None = No
     """
     if config.feeding != "auto":
         return config.feeding == "resident"
-    have = _memory_bytes() if memory_bytes is None else memory_bytes
-    return split_bytes(config, examples) <= config.resident_share * have
+    available_bytes = _memory_bytes() if memory_bytes is None else memory_bytes
+    return split_bytes(config, examples) <= config.resident_share * available_bytes
 
 
 def split_bytes(config: DataConfig, examples: int) -> int:

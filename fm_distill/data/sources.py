@@ -68,8 +68,8 @@ class Digits:
 
 def _digits_table() -> Float[np.ndarray, "digits 65"]:
     """64 pixels of 0 to 16 and the label. As `load_digits`, whose import takes a second longer."""
-    found = importlib.util.find_spec("sklearn")
-    path = pathlib.Path(found.origin).parent / DIGITS if found and found.origin else None
+    spec = importlib.util.find_spec("sklearn")
+    path = pathlib.Path(spec.origin).parent / DIGITS if spec and spec.origin else None
     if path is None or not path.is_file():
         raise UserError("data.source=digits needs scikit-learn: pip install -e '.[quickstart]'")
     return np.loadtxt(path, delimiter=",")
@@ -105,10 +105,10 @@ def digits(config: DataConfig, name: str) -> Source:
 
 def _percentages(name: str) -> tuple[str, int, int]:
     """A split's name and its part in percent, written as TFDS writes it: `train[40%:80%]`."""
-    found = re.fullmatch(r"(\w+)(?:\[(?:(\d+)%)?:(?:(\d+)%)?\])?", name)
-    if not found:
+    match = re.fullmatch(r"(\w+)(?:\[(?:(\d+)%)?:(?:(\d+)%)?\])?", name)
+    if not match:
         raise UserError(f"the digits have no split {name!r}; expected e.g. train[40%:80%]")
-    split, start, stop = found.groups()
+    split, start, stop = match.groups()
     return split, min(int(start or 0), 100), min(int(stop or 100), 100)
 
 
@@ -135,8 +135,8 @@ class Tfds:
 def tfds(config: DataConfig, name: str) -> Source:
     import tensorflow_datasets
 
-    where = f" in {config.data_dir}" if config.data_dir else ""
-    builder = _tfds_builder(config, where)
+    folder_text = f" in {config.data_dir}" if config.data_dir else ""
+    builder = _tfds_builder(config, folder_text)
     features = builder.info.features
     images = [k for k, f in features.items() if isinstance(f, tensorflow_datasets.features.Image)]
     labels = [
@@ -152,13 +152,13 @@ def tfds(config: DataConfig, name: str) -> Source:
         )
     except (ValueError, KeyError) as error:
         raise UserError(
-            f"{config.name}{where} has no split {name!r}; it has {', '.join(builder.info.splits)} "
-            f"({str(error).splitlines()[0]})"
+            f"{config.name}{folder_text} has no split {name!r}; it has "
+            f"{', '.join(builder.info.splits)} ({str(error).splitlines()[0]})"
         ) from None
     except NotImplementedError:
         raise UserError(
-            f"{config.name}{where} is prepared as {builder.info.file_format}, which has no random "
-            f"access; prepare it again:\n{_prepare_line(config)}"
+            f"{config.name}{folder_text} is prepared as {builder.info.file_format}, which has no "
+            f"random access; prepare it again:\n{_prepare_line(config)}"
         ) from None
     classes = features[label_key].num_classes if label_key else None
     names = tuple(features[label_key].names) if label_key and features[label_key].names else None
@@ -232,10 +232,12 @@ def class_folders(config: DataConfig, name: str) -> Source:
             f"{root} has no class folders; expected {root}/CLASS/IMAGE, or use data.source=images "
             "for images without labels"
         )
-    found = [(path, label) for label, c in enumerate(classes) for path in image_paths(root / c)]
-    if not found:
+    labelled_paths = [
+        (path, label) for label, c in enumerate(classes) for path in image_paths(root / c)
+    ]
+    if not labelled_paths:
         raise UserError(f"the class folders of {root} hold no images ({', '.join(SUFFIXES)})")
-    paths, labels = zip(*found, strict=True)
+    paths, labels = zip(*labelled_paths, strict=True)
     return Files(
         tuple(map(str, paths)), labels, tuple(classes), _identity(root, paths, tuple(classes))
     )
@@ -260,8 +262,8 @@ def _folder(config: DataConfig, name: str) -> pathlib.Path:
 
 
 def image_paths(root: pathlib.Path) -> list[pathlib.Path]:
-    hits = (p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    return sorted(p for p in hits if not p.name.startswith("."))
+    paths = (path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    return sorted(path for path in paths if not path.name.startswith("."))
 
 
 def _identity(root: pathlib.Path, paths: Any, classes: tuple[str, ...]) -> str:

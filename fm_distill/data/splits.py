@@ -52,11 +52,11 @@ def open_data(config: Config) -> tuple[Data, list[str]]:
     data = config.data
     train = open_training(data)
     warnings = []
-    if (given := transfer_examples(data)) is not None and given != len(train):
+    if (configured := transfer_examples(data)) is not None and configured != len(train):
         option = "data.transfer.examples" if data.transfer else "data.train.examples"
         warnings.append(
-            f"WARNING: {option} is {given:,}, but {train.identity} has {len(train):,}; the run's "
-            "length follows the data"
+            f"WARNING: {option} is {configured:,}, but {train.identity} has {len(train):,}; the "
+            "run's length follows the data"
         )
     counts = class_counts(config, train)
     if data.long_tail is not None and counts:
@@ -77,8 +77,8 @@ def class_counts(config: Config, train: Source) -> tuple[int, ...] | None:
     kind = config.objective.example_weights.kind
     if kind in BY_CLASS:
         labels = every_class(train, f"objective.example_weights.kind={kind}")
-    elif (known := known_labels(train)) is not None and train.classes:
-        labels = known
+    elif (available_labels := known_labels(train)) is not None and train.classes:
+        labels = available_labels
     else:
         return None
     return tuple(map(int, np.bincount(labels, minlength=train.classes or 0)))
@@ -86,8 +86,10 @@ def class_counts(config: Config, train: Source) -> tuple[int, ...] | None:
 
 def open_named(config: Config, split: str) -> Source:
     """`split` of the own data set, as the run sees it. Raises `UserError`."""
-    named = split_of(config, split)
-    return open_own(config.data) if split == "train" else open_source(config.data, named.name)
+    split_config = split_of(config, split)
+    return (
+        open_own(config.data) if split == "train" else open_source(config.data, split_config.name)
+    )
 
 
 def split_of(config: Config, split: str) -> SplitConfig:
@@ -98,8 +100,8 @@ def split_of(config: Config, split: str) -> SplitConfig:
         "test": config.data.test,
     }
     check_choice("split", split, splits)
-    found = splits[split]
-    if found is None:
-        have = ", ".join(name for name, value in splits.items() if value)
-        raise UserError(f"this experiment has no {split} split; it has {have}")
-    return found
+    split_config = splits[split]
+    if split_config is None:
+        available = ", ".join(name for name, value in splits.items() if value)
+        raise UserError(f"this experiment has no {split} split; it has {available}")
+    return split_config

@@ -77,7 +77,7 @@ def spectra(targets: TargetImages, beta: float, sides: set[int]) -> Spectra:
 
     Each image is squeezed into the square first, as the authors do.
     """
-    found: dict[int, list[Amplitudes]] = {side: [] for side in sorted(sides)}
+    amplitudes: dict[int, list[Amplitudes]] = {side: [] for side in sorted(sides)}
     for path in targets.paths:
         try:
             image = decode(_bytes(path))
@@ -85,9 +85,9 @@ def spectra(targets: TargetImages, beta: float, sides: set[int]) -> Spectra:
             raise UserError(
                 f"{path} is not a complete image ({error}); remove it from views.fourier.folder"
             ) from None
-        for side, rows in found.items():
+        for side, rows in amplitudes.items():
             rows.append(low_amplitudes(image, beta, side).astype(np.float32))
-    return {side: np.stack(rows) for side, rows in found.items()}
+    return {side: np.stack(rows) for side, rows in amplitudes.items()}
 
 
 def low_amplitudes(image: Image.Image, beta: float, side: int) -> np.ndarray:

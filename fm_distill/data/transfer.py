@@ -35,15 +35,15 @@ class Joined:
 
 def open_own(config: DataConfig) -> Source:
     """The own training split, thinned where `long_tail` says so. Raises `UserError`."""
-    own = open_source(config, config.train.name)
-    return own if config.long_tail is None else long_tailed(own, config.long_tail)
+    own_source = open_source(config, config.train.name)
+    return own_source if config.long_tail is None else long_tailed(own_source, config.long_tail)
 
 
 def open_training(config: DataConfig) -> Source:
     """What is trained on: the own training split, or what `transfer` names. Raises `UserError`."""
-    own = open_own(config)
+    own_source = open_own(config)
     if not config.transfer:
-        return own
+        return own_source
     parts = tuple(
         open_source(
             dataclasses.replace(
@@ -53,4 +53,4 @@ def open_training(config: DataConfig) -> Source:
         )
         for x in config.transfer
     )
-    return Joined(parts, own.classes, own.class_names)
+    return Joined(parts, own_source.classes, own_source.class_names)

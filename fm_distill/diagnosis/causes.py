@@ -38,6 +38,6 @@ class Cause:
 
 def causes_of(evidence: Evidence) -> tuple[Cause, ...]:
     """What is wrong, the likeliest first; empty where all is well."""
-    found = [(name, x) for name, rule in CAUSES.items() if (x := rule(evidence)) is not None]
-    found.sort(key=lambda x: -x[1].strength)  # stable
-    return tuple(Cause(name, x.evidence, x.advice) for name, x in found)
+    findings = [(name, x) for name, rule in CAUSES.items() if (x := rule(evidence)) is not None]
+    findings.sort(key=lambda x: -x[1].strength)  # stable
+    return tuple(Cause(name, x.evidence, x.advice) for name, x in findings)

@@ -75,16 +75,16 @@ def at_high_rate(log: Log) -> np.ndarray:
 
 def fall_at_high_rate(log: Log) -> Fall | None:
     """A line of the log of the loss over the log of the steps; None where it cannot be drawn."""
-    chosen = at_high_rate(log) & (log.loss > 0)
-    if chosen.sum() < FEWEST_LINES / 2:
+    selected = at_high_rate(log) & (log.loss > 0)
+    if selected.sum() < FEWEST_LINES / 2:
         return None
-    x, y = np.log2(log.step[chosen]), np.log(log.loss[chosen])
+    x, y = np.log2(log.step[selected]), np.log(log.loss[selected])
     centred = x - x.mean()
     if not (width := (centred**2).sum()):
         return None
     slope = (centred * y).sum() / width
-    rest = y - y.mean() - slope * centred
-    error = ((rest**2).sum() / (len(x) - 2) / width) ** 0.5
+    residuals = y - y.mean() - slope * centred
+    error = ((residuals**2).sum() / (len(x) - 2) / width) ** 0.5
     return Fall(float(1 - np.exp(slope)), float(error))
 
 
@@ -116,8 +116,8 @@ def learning_rate_too_high(evidence: Evidence) -> Finding | None:
     setting, log = evidence.setting, evidence.log
     advice = "divide optimizer.learning_rate by 3 to 10; keep optimizer.clip_norm"
     if "finite" in setting.failure or setting.rollbacks:
-        often = f"it went back {setting.rollbacks} times" if setting.rollbacks else setting.failure
-        return Finding(CLEAR, f"the run diverged: {often}", advice)
+        reason = f"it went back {setting.rollbacks} times" if setting.rollbacks else setting.failure
+        return Finding(CLEAR, f"the run diverged: {reason}", advice)
     if not _readable(evidence):
         return None
     start, longest = start_level(log), _longest_update(evidence)
@@ -127,11 +127,11 @@ def learning_rate_too_high(evidence: Evidence) -> Finding | None:
             f"the loss rose from {jump[0]:.3g} to {jump[1]:.3g}, and was {start:.3g} at the start",
             advice,
         )
-    reached = np.nanmean(log.loss[at_high_rate(log)])
-    if reached > NOT_LEARNED * start and longest is not None and longest > LONGEST_UPDATE:
+    plateau = np.nanmean(log.loss[at_high_rate(log)])
+    if plateau > NOT_LEARNED * start and longest is not None and longest > LONGEST_UPDATE:
         return Finding(
             LIKELY,
-            f"the loss is {reached:.3g} while the learning rate is high, and was {start:.3g} at "
+            f"the loss is {plateau:.3g} while the learning rate is high, and was {start:.3g} at "
             f"the start; the norm of the largest update is {longest:.2g} times that of the "
             "initial parameters",
             advice,
@@ -145,11 +145,11 @@ def _jump(log: Log, least: float) -> tuple[float, float] | None:
     levels = [float(x.mean()) for x in parts]
     errors = [float(x.std(ddof=1) / len(x) ** 0.5) for x in parts]
     for later in range(1, len(parts)):
-        low = int(np.argmin(levels[:later]))
-        error = (errors[low] ** 2 + errors[later] ** 2) ** 0.5
-        rise = levels[later] - levels[low]
-        if levels[later] > max(SPIKE * levels[low], least) and rise > SPIKE_ERRORS * error:
-            return levels[low], levels[later]
+        lowest = int(np.argmin(levels[:later]))
+        error = (errors[lowest] ** 2 + errors[later] ** 2) ** 0.5
+        rise = levels[later] - levels[lowest]
+        if levels[later] > max(SPIKE * levels[lowest], least) and rise > SPIKE_ERRORS * error:
+            return levels[lowest], levels[later]
     return None
 
 
@@ -212,8 +212,8 @@ def capacity_reached(evidence: Evidence) -> Finding | None:
     # Surely flat: a noisy curve proves nothing.
     if fall.share + 2 * fall.error > SURELY_FLAT or fall.share > FLAT_FALL:
         return None
-    later = 1 - end_level(log) / np.nanmean(log.loss[at_high_rate(log)])
-    if later > ANNEALING_FALL:
+    annealing_fall = 1 - end_level(log) / np.nanmean(log.loss[at_high_rate(log)])
+    if annealing_fall > ANNEALING_FALL:
         return None
     return Finding(
         POSSIBLE,
@@ -266,13 +266,13 @@ def dead_adapter(evidence: Evidence) -> Finding | None:
     """An adapter has had no gradient in the later half of the lines in which its term counted."""
     log = evidence.log
     for name, norms in log.adapter_gradients.items():
-        counted = np.isfinite(norms) & (log.terms.get(name, np.ones(len(norms))) != 0)
-        newer = norms[counted][counted.sum() // 2 :]
-        if len(newer) >= FEWEST_OF_ADAPTER and not newer.any():
+        active = np.isfinite(norms) & (log.terms.get(name, np.ones(len(norms))) != 0)
+        recent = norms[active][active.sum() // 2 :]
+        if len(recent) >= FEWEST_OF_ADAPTER and not recent.any():
             return Finding(
                 CLEAR,
                 f"the gradient of the adapter of the term {name} is zero in the last "
-                f"{len(newer):,} lines of the log: the student's feature is zero everywhere",
+                f"{len(recent):,} lines of the log: the student's feature is zero everywhere",
                 f"let the term {name} read another student_tap, or lower "
                 "optimizer.learning_rate, which may have killed the activations",
             )
@@ -284,11 +284,11 @@ def input_bound(evidence: Evidence) -> Finding | None:
     log = evidence.log
     # The first lines have the time of the compiler in them.
     later = np.arange(len(log.step)) >= len(log.step) // 4
-    known = later & np.isfinite(log.data_wait) & np.isfinite(log.seconds)
-    if known.sum() < 3:
+    valid = later & np.isfinite(log.data_wait) & np.isfinite(log.seconds)
+    if valid.sum() < 3:
         return None
     # By time: batches come in pairs, and every other line has waited for both.
-    wait = float((log.data_wait * log.seconds)[known].sum() / log.seconds[known].sum())
+    wait = float((log.data_wait * log.seconds)[valid].sum() / log.seconds[valid].sum())
     if wait <= MOST_WAIT:
         return None
     return Finding(

@@ -46,27 +46,27 @@ SHOWN_EXAMPLES = 5
 def wrong_input_range(evidence: Evidence) -> Finding | None:
     """A network does better when its input is normalised in another way."""
     networks = evidence.central.ranges if evidence.central else ()
-    found = [x for x in map(_better_range, networks) if x is not None]
-    return max(found, key=lambda x: x.strength, default=None)
+    findings = [x for x in map(_better_range, networks) if x is not None]
+    return max(findings, key=lambda x: x.strength, default=None)
 
 
 def _better_range(network: InRanges) -> Finding | None:
-    own = network.configured
-    right, distance = network.right[own], network.distance_nats[own]
+    configured = network.configured
+    correct, distance = network.right[configured], network.distance_nats[configured]
     for name in sorted(network.right, key=lambda x: network.distance_nats[x].mean()):
-        gain = network.right[name].astype(float) - right
-        nearer = distance - network.distance_nats[name]
+        accuracy_gain = network.right[name].astype(float) - correct
+        distance_gain = distance - network.distance_nats[name]
         if (
-            name != own
-            and gain.mean() >= LEAST_ACCURACY_GAIN
-            and all(x.mean() > SURE_ERRORS * _error(x) for x in (gain, nearer))
+            name != configured
+            and accuracy_gain.mean() >= LEAST_ACCURACY_GAIN
+            and all(x.mean() > SURE_ERRORS * _error(x) for x in (accuracy_gain, distance_gain))
         ):
             measured = "cross-entropy" if network.aim == "label" else "KL"
             return Finding(
                 MEASURED,
-                f"on the central crop of {len(right):,} training images the {network.network}'s "
-                f"top-1 class is the {network.aim}'s for {right.mean():.1%} of them with "
-                f"input_range={own}, and for {network.right[name].mean():.1%} with {name} "
+                f"on the central crop of {len(correct):,} training images the {network.network}'s "
+                f"top-1 class is the {network.aim}'s for {correct.mean():.1%} of them with "
+                f"input_range={configured}, and for {network.right[name].mean():.1%} with {name} "
                 f"({measured} {distance.mean():.3g} and {network.distance_nats[name].mean():.3g} "
                 "nats)",
                 f"give --{network.option}.input-range {name}, as the {network.network}'s weights "
@@ -85,20 +85,23 @@ def wrong_class_order(evidence: Evidence) -> Finding | None:
     central = evidence.central
     if central is None:
         return None
-    known = central.label >= 0
-    if known.sum() < EXAMPLES_A_CLASS * central.classes:
+    has_label = central.label >= 0
+    if has_label.sum() < EXAMPLES_A_CLASS * central.classes:
         return None
-    label = central.label[known]
+    label = central.label[has_label]
     for i, classes in enumerate(central.teacher_class):
-        found = classes[known]
-        before, after = (found == label).mean(), renamed_accuracy(found, label, central.classes)
-        if after - before >= LEAST_ORDER_GAIN:
-            who = "the teacher" if i == 0 else f"teacher {i + 1}"
+        predicted = classes[has_label]
+        accuracy, renamed = (
+            (predicted == label).mean(),
+            renamed_accuracy(predicted, label, central.classes),
+        )
+        if renamed - accuracy >= LEAST_ORDER_GAIN:
+            teacher_name = "the teacher" if i == 0 else f"teacher {i + 1}"
             return Finding(
                 MEASURED,
-                f"{who}'s top-1 class is the label for {before:.1%} of {known.sum():,} training "
-                f"images, and for {after:.1%} once its classes are renamed to the labels that "
-                "they coincide with on other images",
+                f"{teacher_name}'s top-1 class is the label for {accuracy:.1%} of "
+                f"{has_label.sum():,} training images, and for {renamed:.1%} once its classes are "
+                "renamed to the labels that they coincide with on other images",
                 "the classes of the teacher's head are in another order than those of the data: "
                 "number the classes of the data as in the teacher's training, or reorder its head",
             )
@@ -110,18 +113,18 @@ def renamed_accuracy(found: np.ndarray, label: np.ndarray, classes: int) -> floa
 
     One to one: pairs are taken by falling counts.
     """
-    right = np.zeros(len(found), bool)
-    for part in (0, 1):
-        own = np.arange(len(found)) % 2 == part
+    correct = np.zeros(len(found), bool)
+    for half in (0, 1):
+        in_half = np.arange(len(found)) % 2 == half
         counts = np.zeros((classes, classes))
-        np.add.at(counts, (found[~own], label[~own]), 1)
+        np.add.at(counts, (found[~in_half], label[~in_half]), 1)
         names = np.full(classes, -1)
         while counts.max() > 0:
             row, column = np.unravel_index(counts.argmax(), counts.shape)
             names[row] = column
             counts[row], counts[:, column] = 0, 0
-        right[own] = names[found[own]] == label[own]
-    return float(right.mean())
+        correct[in_half] = names[found[in_half]] == label[in_half]
+    return float(correct.mean())
 
 
 def weak_teacher(evidence: Evidence) -> Finding | None:
@@ -142,21 +145,21 @@ def weak_teacher(evidence: Evidence) -> Finding | None:
             "information that is needed to tell the classes apart",
             advice,
         )
-    known = training.label >= 0
-    if central is None or not known.any() or not (central.label >= 0).any():
+    labelled_views = training.label >= 0
+    if central is None or not labelled_views.any() or not (central.label >= 0).any():
         return None
     chance = 1 / central.classes
-    here = (training.label == training.teacher_class)[known].mean()
-    labelled = central.label >= 0
-    there = (central.teacher_class[0] == central.label)[labelled].mean()
-    skill, own = here - chance, there - chance
-    noise = SURE_ERRORS * (chance * (1 - chance) / known.sum()) ** 0.5
-    if skill < max(LEAST_SKILL_KEPT * own, noise):
+    top1 = (training.label == training.teacher_class)[labelled_views].mean()
+    labelled_crops = central.label >= 0
+    crop_top1 = (central.teacher_class[0] == central.label)[labelled_crops].mean()
+    skill, crop_skill = top1 - chance, crop_top1 - chance
+    noise = SURE_ERRORS * (chance * (1 - chance) / labelled_views.sum()) ** 0.5
+    if skill < max(LEAST_SKILL_KEPT * crop_skill, noise):
         return Finding(
             CLEAR,
-            f"the teacher is right for {here:.1%} of {known.sum():,} training views (of a mixture, "
-            f"the label of its larger part), for {there:.1%} of the same images' central crops, "
-            f"and chance is {chance:.1%}",
+            f"the teacher is right for {top1:.1%} of {labelled_views.sum():,} training views (of a "
+            f"mixture, the label of its larger part), for {crop_top1:.1%} of the same images' "
+            f"central crops, and chance is {chance:.1%}",
             advice,
         )
     return None
@@ -167,14 +170,14 @@ def views_differ(evidence: Evidence) -> Finding | None:
     training = evidence.training
     if training is None or training.views_kl_nats is None:
         return None
-    apart, all_of_it = training.views_kl_nats.mean(), training.information_nats
-    if apart < max(MOST_NOISE * all_of_it, LEAST_NOISE_NATS):
+    distance, information = training.views_kl_nats.mean(), training.information_nats
+    if distance < max(MOST_NOISE * information, LEAST_NOISE_NATS):
         return None
     return Finding(
         MEASURED,
         f"with teaching={evidence.setting.teaching} the teacher's outputs for its own view and "
-        f"for the student's differ by {apart:.3g} nats (KL), where its outputs carry "
-        f"{all_of_it:.3g} nats of information about the view in all",
+        f"for the student's differ by {distance:.3g} nats (KL), where its outputs carry "
+        f"{information:.3g} nats of information about the view in all",
         "show both networks the same view: --teaching function_matching",
     )
 
@@ -188,11 +191,11 @@ def batch_norm_drift(evidence: Evidence) -> Finding | None:
         return None  # they are meant for other views
     shifted = max(norm.shift, key=lambda x: norm.shift[x])
     spread = max(norm.spread, key=lambda x: norm.spread[x])
-    far = norm.shift[shifted] > MOST_SHIFT or norm.spread[spread] > MOST_SPREAD
-    worse = norm.kl_kept_nats - norm.kl_batch_nats
-    hurts = worse > max(MOST_KEPT_LOSS * norm.kl_batch_nats, LEAST_KEPT_NATS)
+    drifted = norm.shift[shifted] > MOST_SHIFT or norm.spread[spread] > MOST_SPREAD
+    excess = norm.kl_kept_nats - norm.kl_batch_nats
+    harmful = excess > max(MOST_KEPT_LOSS * norm.kl_batch_nats, LEAST_KEPT_NATS)
     # Where the kept moments are trained with, the distance to the batch's says it alone.
-    if not (far and (hurts or evidence.setting.keeps_statistics)):
+    if not (drifted and (harmful or evidence.setting.keeps_statistics)):
         return None
     return Finding(
         CLEAR,
@@ -215,16 +218,16 @@ def statistics_of_training_views(evidence: Evidence) -> Finding | None:
     if setting.ends_with_central_statistics and not setting.complete:
         return None  # they come with the last step
     gain = central.kl_nats - central.central_statistics_kl_nats
-    before, after = central.kl_nats.mean(), central.central_statistics_kl_nats.mean()
+    running_kl, central_kl = central.kl_nats.mean(), central.central_statistics_kl_nats.mean()
     error = gain.std() / np.sqrt(len(gain))
-    least = max(MOST_KEPT_LOSS * before, LEAST_KEPT_NATS, SURE_ERRORS * error)
-    if gain.mean() < least:
+    least_gain = max(MOST_KEPT_LOSS * running_kl, LEAST_KEPT_NATS, SURE_ERRORS * error)
+    if gain.mean() < least_gain:
         return None
     return Finding(
         LIKELY,
-        f"on central crops of training images the student is {before:.3g} nats from its teacher "
-        f"with BatchNorm's running moments, of mixed crops, and {after:.3g} with those of central "
-        "crops",
+        f"on central crops of training images the student is {running_kl:.3g} nats from its "
+        f"teacher with BatchNorm's running moments, of mixed crops, and {central_kl:.3g} with "
+        "those of central crops",
         "end the run with the latter: --student.final_statistics central",
     )
 
@@ -234,16 +237,16 @@ def saturated_gradient(evidence: Evidence) -> Finding | None:
     training, temperature = evidence.training, evidence.setting.temperature
     if training is None:
         return None
-    own, plain = training.teacher_entropy.mean(), training.teacher_entropy_one.mean()
+    entropy, entropy_one = training.teacher_entropy.mean(), training.teacher_entropy_one.mean()
     text = (
-        f"at temperature {temperature:g} the teacher's outputs have {own:.2%} of the maximum "
-        f"entropy, and {plain:.2%} at temperature 1"
+        f"at temperature {temperature:g} the teacher's outputs have {entropy:.2%} of the maximum "
+        f"entropy, and {entropy_one:.2%} at temperature 1"
     )
     if evidence.gradients is not None:
         text += f"; the gradient's norm is {evidence.gradients.norms.sum(axis=1).mean():.2g}"
-    if temperature > 1 and own > MOST_ENTROPY:
+    if temperature > 1 and entropy > MOST_ENTROPY:
         return Finding(CLEAR, text, "lower objective.temperature; the paper uses 1 to 10")
-    if temperature < 1 and own < LEAST_ENTROPY:
+    if temperature < 1 and entropy < LEAST_ENTROPY:
         return Finding(
             CLEAR,
             text,

@@ -44,8 +44,8 @@ def diagnose(
     """
     if examples < 1:
         raise UserError(f"examples is {examples}; expected 1 or more")
-    place = Workdir(workdir)
-    stored = place.stored()
+    run_workdir = Workdir(workdir)
+    stored = run_workdir.stored()
     config = config or stored.config
     refuse_other_config(stored.config, config, f"the run in {workdir}")
     if regime_of(config).targets == "labels":
@@ -53,15 +53,15 @@ def diagnose(
             f"the run in {workdir} learns from labels, without a teacher: diagnose examines how a "
             "student matches its teacher; look at such a run with `fm-distill report`"
         )
-    refuse_code_of_run(stored, place.path, config=config)
-    if steps_in(place.checkpoints):
+    refuse_code_of_run(stored, run_workdir.path, config=config)
+    if steps_in(run_workdir.checkpoints):
         log(COMPILING)
         evidence = measure(open_run(workdir), config, examples)
     else:
-        evidence = measure_log(stored, place)
-    if (why := why_not_readable(evidence)) is not None:
-        left_out = NotExamined("the curve of the loss", why)
-        evidence = dataclasses.replace(evidence, not_examined=(*evidence.not_examined, left_out))
+        evidence = measure_log(stored, run_workdir)
+    if (reason := why_not_readable(evidence)) is not None:
+        unexamined = NotExamined("the curve of the loss", reason)
+        evidence = dataclasses.replace(evidence, not_examined=(*evidence.not_examined, unexamined))
     return Diagnosis(str(workdir), causes_of(evidence), evidence)
 
 
@@ -99,21 +99,21 @@ def _finite(tree: Any) -> Any:
 
 def _gradients(evidence: Evidence) -> dict[str, Any] | None:
     """Norms of each term's gradient: mean over the batches, their deviation, share of the sum."""
-    if (found := evidence.gradients) is None:
+    if (gradients := evidence.gradients) is None:
         return None
-    mean, deviation = found.norms.mean(axis=0), found.norms.std(axis=0)
+    mean, deviation = gradients.norms.mean(axis=0), gradients.norms.std(axis=0)
     return {
         "terms": {
             name: {
                 "norm": float(mean[i]),
                 "deviation": float(deviation[i]),
-                "share": float(found.shares[i]),
+                "share": float(gradients.shares[i]),
             }
-            for i, name in enumerate(found.terms)
+            for i, name in enumerate(gradients.terms)
         },
         "cosines": {
-            name: dict(zip(found.terms, found.cosines[i].tolist(), strict=True))
-            for i, name in enumerate(found.terms)
+            name: dict(zip(gradients.terms, gradients.cosines[i].tolist(), strict=True))
+            for i, name in enumerate(gradients.terms)
         },
     }
 
@@ -127,57 +127,57 @@ def over_the_run(logged: Log) -> list[dict[str, Any]]:
     count = len(logged.step)
     total = sum((np.abs(x) for x in logged.terms.values()), np.zeros(count))
     parts = []
-    for part in np.array_split(np.arange(count), min(PARTS, count)) if count else []:
-        shares = {name: np.abs(x)[part] / total[part] for name, x in logged.terms.items()}
+    for indices in np.array_split(np.arange(count), min(PARTS, count)) if count else []:
+        shares = {name: np.abs(x)[indices] / total[indices] for name, x in logged.terms.items()}
         parts.append(
             {
-                "last_step": int(logged.step[part][-1]),
-                "loss": _mean(logged.loss[part]),
-                "gradient_norm": _mean(logged.gradient_norm[part]),
-                "update_norm": _mean(logged.update_norm[part]),
-                "data_wait": _mean(logged.data_wait[part]),
+                "last_step": int(logged.step[indices][-1]),
+                "loss": _mean(logged.loss[indices]),
+                "gradient_norm": _mean(logged.gradient_norm[indices]),
+                "update_norm": _mean(logged.update_norm[indices]),
+                "data_wait": _mean(logged.data_wait[indices]),
                 "terms": {
                     name: {"share": _mean(x), "deviation": float(x.std())}
                     for name, x in shares.items()
                 },
-                "term_gradients": {x: _mean(y[part]) for x, y in logged.term_gradients.items()},
-                "term_cosines": {x: _mean(y[part]) for x, y in logged.term_cosines.items()},
+                "term_gradients": {x: _mean(y[indices]) for x, y in logged.term_gradients.items()},
+                "term_cosines": {x: _mean(y[indices]) for x, y in logged.term_cosines.items()},
             }
         )
     return parts
 
 
 def _mean(values: np.ndarray) -> float | None:
-    known = values[np.isfinite(values)]
-    return float(known.mean()) if len(known) else None
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else None
 
 
 def _training_view(evidence: Evidence) -> dict[str, Any] | None:
-    if (found := evidence.training) is None:
+    if (view := evidence.training) is None:
         return None
-    known = found.label >= 0
-    views = found.views_kl_nats
+    labelled = view.label >= 0
+    views = view.views_kl_nats
     return {
-        "examples": len(found.kl_nats),
-        "agreement": float(found.same_class.mean()),
-        "kl_nats": float(found.kl_nats.mean()),
+        "examples": len(view.kl_nats),
+        "agreement": float(view.same_class.mean()),
+        "kl_nats": float(view.kl_nats.mean()),
         "kl_between_views_nats": None if views is None else float(views.mean()),
-        "teacher_top1": _mean((found.label == found.teacher_class)[known].astype(float)),
-        "teacher_entropy": float(found.teacher_entropy.mean()),
-        "teacher_entropy_one": float(found.teacher_entropy_one.mean()),
-        "teacher_information_nats": found.information_nats,
+        "teacher_top1": _mean((view.label == view.teacher_class)[labelled].astype(float)),
+        "teacher_entropy": float(view.teacher_entropy.mean()),
+        "teacher_entropy_one": float(view.teacher_entropy_one.mean()),
+        "teacher_information_nats": view.information_nats,
     }
 
 
 def _central_view(evidence: Evidence) -> dict[str, Any] | None:
-    if (found := evidence.central) is None:
+    if (view := evidence.central) is None:
         return None
-    known = found.label >= 0
+    labelled = view.label >= 0
     return {
-        "examples": len(found.kl_nats),
-        "kl_nats": float(found.kl_nats.mean()),
+        "examples": len(view.kl_nats),
+        "kl_nats": float(view.kl_nats.mean()),
         "teacher_top1": [
-            _mean((found.label == x)[known].astype(float)) for x in found.teacher_class
+            _mean((view.label == x)[labelled].astype(float)) for x in view.teacher_class
         ],
         "input_ranges": {
             x.network: {
@@ -186,6 +186,6 @@ def _central_view(evidence: Evidence) -> dict[str, Any] | None:
                 "top1": {name: float(y.mean()) for name, y in x.right.items()},
                 "distance_nats": {name: float(y.mean()) for name, y in x.distance_nats.items()},
             }
-            for x in found.ranges
+            for x in view.ranges
         },
     }

@@ -49,8 +49,8 @@ def log_of(history: History, batch_size: int) -> Log:
         return np.array([np.nan if x is None else float(x) for x in values])
 
     def named(prefix: str) -> list[str]:
-        found = (x.removeprefix(prefix) for y in lines for x in y if x.startswith(prefix))
-        return list(dict.fromkeys(found))
+        names = (x.removeprefix(prefix) for line in lines for x in line if x.startswith(prefix))
+        return list(dict.fromkeys(names))
 
     return Log(
         step=column("step"),

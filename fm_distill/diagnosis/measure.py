@@ -63,8 +63,8 @@ def measure(run: Run, config: Config, examples: int) -> Evidence:
     except (UserError, TrainingFailed) as error:
         if teachers_of(config) != teachers_of(run.config):
             raise
-        why = (NotExamined("networks and views", str(error)),)
-        return Evidence(setting, log, not_examined=why)
+        unexamined = (NotExamined("networks and views", str(error)),)
+        return Evidence(setting, log, not_examined=unexamined)
 
 
 def measure_log(stored: StoredRun, workdir: Workdir) -> Evidence:
@@ -76,34 +76,36 @@ def measure_log(stored: StoredRun, workdir: Workdir) -> Evidence:
     log = log_of(read_history(workdir.path), stored.config.batch_size)
     if not setting.failure and not len(log.step):
         raise UserError(f"the run in {workdir.path} has no checkpoint yet; train it first")
-    why = (NotExamined("networks and views", "the run has no checkpoint yet"),)
-    return Evidence(setting, log, not_examined=why)
+    unexamined = (NotExamined("networks and views", "the run has no checkpoint yet"),)
+    return Evidence(setting, log, not_examined=unexamined)
 
 
 def _probed(examined: Examined, setting: Setting, log: Log, examples: int) -> Evidence:
-    on_training, on_central = training_probe(examined), central_probe(examined)
+    probe_training, probe_central = training_probe(examined), central_probe(examined)
     rows: list[Found] = []
     central: list[Found] = []
-    places: list[np.ndarray] = []
+    example_ids: list[np.ndarray] = []
     total = examined.run.resolved.total_steps
-    judged = examined.teachers_have_heads
-    recomputed = _recomputed(examined, examples) if judged else None
+    has_logits = examined.teachers_have_heads
+    recomputed = _recomputed(examined, examples) if has_logits else None
     newest = jnp.int32(min(examined.run.step, total) - 1)
     for step, ids, batch in examined.batches(examined.steps(examples)):
-        found = on_training(
+        measured = probe_training(
             examined.evaluated, examined.trained, examined.terms, examined.frozen, batch,
             examined.root, jnp.int32(step), newest,
         )  # fmt: skip
-        rows.append(_on_host(found))
-        if judged:
-            of_centre = on_central(examined.evaluated, recomputed, examined.frozen, batch)
-            central.append(_on_host(of_centre | {"label": batch.labels}))
-        places.append(ids)
+        rows.append(_on_host(measured))
+        if has_logits:
+            crop_logits = probe_central(examined.evaluated, recomputed, examined.frozen, batch)
+            central.append(_on_host(crop_logits | {"label": batch.labels}))
+        example_ids.append(ids)
     config = examined.config
     return Evidence(
         setting=setting,
         log=log,
-        central=_central(examined, central, np.concatenate(places), setting) if central else None,
+        central=_central(examined, central, np.concatenate(example_ids), setting)
+        if central
+        else None,
         training=_training(rows) if "teacher_class" in rows[0] else None,
         batch_norm=_batch_norm(examined, rows),
         gradients=_gradients(examined, rows),
@@ -133,7 +135,7 @@ def _joined(rows: Iterable[Found], name: str) -> np.ndarray:
 def _training(rows: list[Found]) -> TrainingView:
     mean = np.mean([x["teacher_probabilities"] for x in rows], axis=0)
     # Entropy of the mean less the mean of the entropies.
-    spread = -(mean * np.log(np.maximum(mean, 1e-30))).sum()
+    entropy_of_mean = -(mean * np.log(np.maximum(mean, 1e-30))).sum()
     entropy_one = _joined(rows, "teacher_entropy_one")
     return TrainingView(
         same_class=_joined(rows, "same_class") > 0,
@@ -143,7 +145,7 @@ def _training(rows: list[Found]) -> TrainingView:
         teacher_class=_joined(rows, "teacher_class").astype(int),
         teacher_entropy=_joined(rows, "teacher_entropy"),
         teacher_entropy_one=entropy_one,
-        information_nats=float(spread - entropy_one.mean() * np.log(len(mean))),
+        information_nats=float(entropy_of_mean - entropy_one.mean() * np.log(len(mean))),
         classes=len(mean),
     )
 
@@ -155,34 +157,34 @@ def _central(
     # The steps of a small data set show an image several times; its central crop is the same.
     first = np.sort(np.unique(examples, return_index=True)[1])
     label = _joined(rows, "label")[first].astype(int)
-    own = [f"{i} {x.input_spec.input_range}" for i, x in enumerate(branches)]
+    configured_keys = [f"{i} {x.input_spec.input_range}" for i, x in enumerate(branches)]
     # In float64: the first teacher's log-probabilities and classes are what the student aims at.
-    student, *teachers = (_joined(rows, x)[first] for x in own)
-    aim = teachers[0]
+    student, *teachers = (_joined(rows, x)[first] for x in configured_keys)
+    target = teachers[0]
     names = ["teacher", *(f"teacher {i}" for i in range(2, len(teachers) + 1))]
     options = [x.option for x in teachers_of(examined.config)]
-    known = label >= 0
+    labelled = label >= 0
     ranges = []
     for i, branch in enumerate(branches):
         logits = {x: _joined(rows, f"{i} {x}")[first] for x in ranges_to_try(branch)}
         configured = branch.input_spec.input_range
         if i == 0:
-            right = {x: y.argmax(-1) == aim.argmax(-1) for x, y in logits.items()}
-            distance = {x: kl(aim, y) for x, y in logits.items()}
-            ranges.append(InRanges("student", "student", configured, "teacher", right, distance))
-        elif known.any():
-            right = {x: (y.argmax(-1) == label)[known] for x, y in logits.items()}
-            distance = {x: cross_entropy(y[known], label[known]) for x, y in logits.items()}
+            correct = {x: y.argmax(-1) == target.argmax(-1) for x, y in logits.items()}
+            distance = {x: kl(target, y) for x, y in logits.items()}
+            ranges.append(InRanges("student", "student", configured, "teacher", correct, distance))
+        elif labelled.any():
+            correct = {x: (y.argmax(-1) == label)[labelled] for x, y in logits.items()}
+            distance = {x: cross_entropy(y[labelled], label[labelled]) for x, y in logits.items()}
             option = f"{options[i - 1]}.network"
-            ranges.append(InRanges(names[i - 1], option, configured, "label", right, distance))
+            ranges.append(InRanges(names[i - 1], option, configured, "label", correct, distance))
     return CentralView(
         example=examples[first],
         label=label,
         classes=examined.run.classes,
         teacher_class=tuple(x.argmax(-1) for x in teachers),
-        kl_nats=kl(aim, student, setting.temperature),
+        kl_nats=kl(target, student, setting.temperature),
         ranges=tuple(ranges),
-        central_statistics_kl_nats=kl(aim, _joined(rows, RECOMPUTED)[first], setting.temperature)
+        central_statistics_kl_nats=kl(target, _joined(rows, RECOMPUTED)[first], setting.temperature)
         if RECOMPUTED in rows[0]
         else None,
     )
@@ -195,8 +197,8 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 def kl(teacher: np.ndarray, student: np.ndarray, temperature: float = 1.0) -> np.ndarray:
     """KL(teacher || student) of logits in float64, nats, an entry an example."""
-    of_teacher, of_student = (log_softmax(x / temperature) for x in (teacher, student))
-    return (np.exp(of_teacher) * (of_teacher - of_student)).sum(axis=-1)
+    teacher_logp, student_logp = (log_softmax(x / temperature) for x in (teacher, student))
+    return (np.exp(teacher_logp) * (teacher_logp - student_logp)).sum(axis=-1)
 
 
 def cross_entropy(logits: np.ndarray, label: np.ndarray) -> np.ndarray:
@@ -206,21 +208,21 @@ def cross_entropy(logits: np.ndarray, label: np.ndarray) -> np.ndarray:
 def _batch_norm(examined: Examined, rows: list[Found]) -> BatchNorm | None:
     if "moments" not in rows[0]:
         return None
-    kept = jax.tree.map(np.asarray, jax.device_get(examined.evaluated.statistics))
+    running = jax.tree.map(np.asarray, jax.device_get(examined.evaluated.statistics))
     batches = jax.tree.map(lambda *x: np.mean(x, axis=0), *(x["moments"] for x in rows))
-    found: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
-    pairs = zip(jax.tree_util.tree_leaves_with_path(kept), jax.tree.leaves(batches), strict=True)
-    for (path, old), new in pairs:
+    by_layer: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
+    pairs = zip(jax.tree_util.tree_leaves_with_path(running), jax.tree.leaves(batches), strict=True)
+    for (path, running_value), batch_value in pairs:
         *layer, moment = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-        found.setdefault("/".join(layer), {})[moment] = (old, new)
-    layers = {x: y for x, y in found.items() if {"mean", "var"} <= y.keys()}
+        by_layer.setdefault("/".join(layer), {})[moment] = (running_value, batch_value)
+    layers = {x: y for x, y in by_layer.items() if {"mean", "var"} <= y.keys()}
 
     def shift(mean: tuple[np.ndarray, np.ndarray], var: tuple[np.ndarray, np.ndarray]) -> float:
         return float((np.abs(mean[1] - mean[0]) / np.sqrt(var[1] + EPSILON)).mean())
 
     def spread(var: tuple[np.ndarray, np.ndarray]) -> float:
-        old, new = (np.maximum(x, 0) + EPSILON for x in var)
-        return float(np.abs(np.log(new / old)).mean())
+        running_value, batch_value = (np.maximum(x, 0) + EPSILON for x in var)
+        return float(np.abs(np.log(batch_value / running_value)).mean())
 
     return BatchNorm(
         shift={x: shift(y["mean"], y["var"]) for x, y in layers.items()},
@@ -269,29 +271,29 @@ def _cka(examined: Examined, rows: list[Found]) -> Cka | None:
 
 def _left_out(examined: Examined, config: Config, rows: list[Found]) -> Iterable[NotExamined]:
     if not examined.teachers:
-        why = (
+        reason = (
             "the teacher itself is not available, only its recorded outputs; give "
             "--teacher.weights FILE"
         )
-        yield NotExamined("features, input ranges, class order and single examples", why)
+        yield NotExamined("features, input ranges, class order and single examples", reason)
         return
     if "cka" not in rows[0]:
-        without = [
+        untapped = [
             name
             for name, branch in (("student", examined.student), ("teacher", examined.teachers[0]))
             if not taps_of(branch)
         ]
-        why = f"the {' and the '.join(without)} has no named features"
-        if not without:
-            why = f"a batch of {config.batch_size} is too small: the unbiased CKA needs four"
-        yield NotExamined("features", why)
+        reason = f"the {' and the '.join(untapped)} has no named features"
+        if not untapped:
+            reason = f"a batch of {config.batch_size} is too small: the unbiased CKA needs four"
+        yield NotExamined("features", reason)
     if not examined.teachers_have_heads:
         what = "agreement, distances, input ranges, BatchNorm, class order and single examples"
         yield NotExamined(what, "the teacher has no head, and so no logits to compare with")
         return
     if not (np.concatenate([x["label"] for x in rows]) >= 0).any():
-        why = "the training images have no labels"
-        yield NotExamined("the teacher's input range, class order and accuracy", why)
+        reason = "the training images have no labels"
+        yield NotExamined("the teacher's input range, class order and accuracy", reason)
     if "views_kl_nats" not in rows[0]:
-        why = "the recording holds only the most likely classes"
-        yield NotExamined("how far views differ between the networks", why)
+        reason = "the recording holds only the most likely classes"
+        yield NotExamined("how far views differ between the networks", reason)

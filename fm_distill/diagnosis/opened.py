@@ -87,9 +87,9 @@ class Examined:
             if self.table is not None:
                 batch = dataclasses.replace(batch, targets=self.table[examples])
             if self.recording is not None:
-                found = jax.tree.map(lambda x: x[0], self.recording.at(step))
-                refuse_other_examples(found, examples)
-                batch = dataclasses.replace(batch, recorded=found.rows)
+                recorded = jax.tree.map(lambda x: x[0], self.recording.at(step))
+                refuse_other_examples(recorded, examples)
+                batch = dataclasses.replace(batch, recorded=recorded.rows)
             yield step % self.period_steps, examples, self.layout.spread(batch)
 
 
@@ -112,9 +112,9 @@ def examine(run: Run, config: Config) -> Examined:
         config, run.resolved, built, teachers_of_run(run, config), reader, layout,
         run.workdir.path, root,
     )  # fmt: skip
-    live = regime.targets == "teachers"
+    is_live = regime.targets == "teachers"
     teachers, frozen = loaded.branches, loaded.frozen
-    if live:
+    if is_live:
         teachers, frozen = built.teachers, loaded.teaching
     recording = table = None
     if recorded is not None:
@@ -123,10 +123,12 @@ def examine(run: Run, config: Config) -> Examined:
         taps = features_of(config.objective)[1]
         recording = RecordingReader(open_recording(path), steps, taps)
     if regime.targets == "table":
-        kept = run.workdir.fixed_targets
-        if not kept.is_file():
-            raise UserError(f"{kept}, which holds the targets of the run, is missing; restore it")
-        table = fixed_targets(config, run.resolved, teachers, frozen, reader, layout, kept)
+        table_path = run.workdir.fixed_targets
+        if not table_path.is_file():
+            raise UserError(
+                f"{table_path}, which holds the targets of the run, is missing; restore it"
+            )
+        table = fixed_targets(config, run.resolved, teachers, frozen, reader, layout, table_path)
 
     def placed(variables: Variables) -> Variables:
         return on_devices(variables, layout.variables(variables))
@@ -152,10 +154,10 @@ def examine(run: Run, config: Config) -> Examined:
 
 
 def _terms(run: Run, built: Build, layout: Layout) -> TermState:
-    like = built.abstract_state.terms
-    if like is None:
+    abstract_terms = built.abstract_state.terms
+    if abstract_terms is None:
         return NOTHING
-    shapes = abstract(like, layout.variables(like))
+    shapes = abstract(abstract_terms, layout.variables(abstract_terms))
     return restore_terms(run.workdir.checkpoints / str(run.step), shapes)
 
 
@@ -163,6 +165,8 @@ def _trained(run: Run) -> Variables:
     """The student itself, where `run.student` is its average."""
     if not run.averaged:
         return run.student.variables
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    like = abstract(run.student.variables, jax.tree.map(lambda _: here, run.student.variables))
-    return restore_student(run.workdir.checkpoints / str(run.step), like, averaged=False)
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shapes = abstract(
+        run.student.variables, jax.tree.map(lambda _: sharding, run.student.variables)
+    )
+    return restore_student(run.workdir.checkpoints / str(run.step), shapes, averaged=False)

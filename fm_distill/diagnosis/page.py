@@ -30,8 +30,8 @@ def text(found: Diagnosis) -> str:
     """The causes as a table, and what was not examined."""
     lines = [_title(found), *_cause_lines(found), ""]
     lines += [f"{name:<36} {value}" for name, value in figures(found)]
-    for one in found.evidence.not_examined:
-        lines += _wrapped(f"not examined: {one.what}: {one.why}", "  ")
+    for item in found.evidence.not_examined:
+        lines += _wrapped(f"not examined: {item.what}: {item.why}", "  ")
     return "\n".join(lines)
 
 
@@ -60,14 +60,14 @@ def figures(found: Diagnosis) -> Rows:
     evidence = found.evidence
     rows: Rows = []
     if (view := evidence.training) is not None:
-        known = view.label >= 0
+        labelled = view.label >= 0
         rows += [
             ("agreement, training view", f"{view.same_class.mean():.1%}"),
             ("KL, training view and temperature", f"{view.kl_nats.mean():.4f} nats"),
         ]
-        if known.any():
-            right = (view.label == view.teacher_class)[known].mean()
-            rows.append(("teacher top-1, training view", f"{right:.1%}"))
+        if labelled.any():
+            accuracy = (view.label == view.teacher_class)[labelled].mean()
+            rows.append(("teacher top-1, training view", f"{accuracy:.1%}"))
         entropy = f"{view.teacher_entropy.mean():.1%} of the maximum"
         rows.append(("entropy of the targets", entropy))
     if (central := evidence.central) is not None:
@@ -75,11 +75,14 @@ def figures(found: Diagnosis) -> Rows:
     if evidence.gradients is not None:
         rows += gradient_rows(evidence.gradients)
     if (cka := evidence.cka) is not None:
-        best = cka.values.argmax(axis=1) if np.isfinite(cka.values).all() else None
+        closest = cka.values.argmax(axis=1) if np.isfinite(cka.values).all() else None
         rows += [
-            (f"CKA, student's {name}", f"most with {cka.teacher[best[i]]}: {row[best[i]]:.2f}")
+            (
+                f"CKA, student's {name}",
+                f"most with {cka.teacher[closest[i]]}: {row[closest[i]]:.2f}",
+            )
             for i, (name, row) in enumerate(zip(cka.student, cka.values, strict=True))
-            if best is not None
+            if closest is not None
         ]
     return rows
 
@@ -131,7 +134,7 @@ def page(found: Diagnosis) -> str:
     evidence = found.evidence
     title = html.escape(_title(found))
     causes = [(str(i), x.name, x.evidence, x.advice) for i, x in enumerate(found.causes, 1)]
-    parts = [
+    sections = [
         f"<h1>{title}</h1>",
         _table(("", "cause", "evidence", "what to change"), causes)
         if causes
@@ -141,7 +144,7 @@ def page(found: Diagnosis) -> str:
     ]
     if evidence.cka is not None:
         picture = base64.b64encode(cka_picture(evidence.cka).encode()).decode()
-        parts.append(
+        sections.append(
             "<h2>CKA</h2><figure><img alt='CKA' src='data:image/svg+xml;base64,"
             f"{picture}'><figcaption>Linear CKA, unbiased, of each tap of the student with each of "
             f"the teacher on {evidence.cka.examples:,} training views that both networks saw: "
@@ -171,19 +174,19 @@ def page(found: Diagnosis) -> str:
             "norms of the terms' gradients",
             "their cosines",
         )
-        parts += ["<h2>Over the run</h2>", _table(heads, rows)]
-    left_out = [(x.what, x.why) for x in evidence.not_examined]
-    if left_out:
-        parts += ["<h2>Not examined</h2>", _table(("what", "why"), left_out)]
+        sections += ["<h2>Over the run</h2>", _table(heads, rows)]
+    unexamined = [(x.what, x.why) for x in evidence.not_examined]
+    if unexamined:
+        sections += ["<h2>Not examined</h2>", _table(("what", "why"), unexamined)]
     return (
         f"<!DOCTYPE html>\n<html lang='en'><head><meta charset='utf-8'><title>{title}</title>"
-        f"<style>{STYLE}</style></head><body>\n" + "\n".join(parts) + "\n</body></html>\n"
+        f"<style>{STYLE}</style></head><body>\n" + "\n".join(sections) + "\n</body></html>\n"
     )
 
 
 def _means(found: Mapping[str, float | None]) -> str:
-    known = {x.replace("_", " "): y for x, y in found.items() if y is not None}
-    return ", ".join(f"{name} {value:.3g}" for name, value in known.items())
+    values = {x.replace("_", " "): y for x, y in found.items() if y is not None}
+    return ", ".join(f"{name} {value:.3g}" for name, value in values.items())
 
 
 def _table(heads: Row, rows: Sequence[Row]) -> str:
@@ -205,8 +208,8 @@ def cka_picture(cka: Cka) -> str:
     ]
     for j, name in enumerate(cka.teacher):
         x = MARGIN + CELL * (j + 0.6)
-        turned = f'transform="translate({x:.0f} {MARGIN - 6}) rotate(-60)"'
-        lines.append(f"<text {turned}>{html.escape(name)}</text>")
+        rotation = f'transform="translate({x:.0f} {MARGIN - 6}) rotate(-60)"'
+        lines.append(f"<text {rotation}>{html.escape(name)}</text>")
     for i, name in enumerate(cka.student):
         y = MARGIN + CELL * i
         lines.append(
@@ -214,14 +217,14 @@ def cka_picture(cka: Cka) -> str:
             f"{html.escape(name)}</text>"
         )
         for j, value in enumerate(cka.values[i].tolist()):
-            known = np.isfinite(value)
-            share = min(max(value, 0.0), 1.0) if known else 0.0
-            shade = "#dddddd" if not known else f"hsl(225,60%,{100 - 65 * share:.0f}%)"
-            letters = f"{value:.2f}" if known else "-"
+            finite = np.isfinite(value)
+            darkness = min(max(value, 0.0), 1.0) if finite else 0.0
+            shade = "#dddddd" if not finite else f"hsl(225,60%,{100 - 65 * darkness:.0f}%)"
+            label = f"{value:.2f}" if finite else "-"
             lines.append(
                 f'<rect x="{MARGIN + CELL * j}" y="{y}" width="{CELL}" height="{CELL}" '
                 f'fill="{shade}"/><text x="{MARGIN + CELL * (j + 0.5):.0f}" '
                 f'y="{y + CELL * 0.6:.0f}" text-anchor="middle" '
-                f'fill="{"#ffffff" if share > 0.5 else "#111111"}">{letters}</text>'
+                f'fill="{"#ffffff" if darkness > 0.5 else "#111111"}">{label}</text>'
             )
     return "\n".join([*lines, "</svg>", ""])

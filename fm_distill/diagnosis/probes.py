@@ -58,68 +58,70 @@ def training_probe(examined: Examined) -> TrainingProbe:
     """Agreement, distances, teacher, features, BatchNorm and gradients on the training view."""
     config, student, teachers = examined.config, examined.student, examined.teachers
     objective, classes = config.objective, examined.run.classes
-    live = teachers if examined.regime.targets == "teachers" else ()
+    live_teachers = teachers if examined.regime.targets == "teachers" else ()
     loss = examined.loss
-    own_taps = taps_of(student)
-    their_taps = taps_of(teachers[0]) if teachers else ()
-    compare = config.batch_size >= FEWEST and bool(own_taps and their_taps)
+    student_taps = taps_of(student)
+    teacher_taps = taps_of(teachers[0]) if teachers else ()
+    compare = config.batch_size >= FEWEST and bool(student_taps and teacher_taps)
 
     def probe(
         evaluated: Variables,
         trained: Variables,
-        own: TermState,
+        term_state: TermState,
         frozen: tuple[Variables, ...],
         batch: Batch,
         root: ViewRoot,
-        drawn: Int[Array, ""],
+        view_step: Int[Array, ""],
         step: Int[Array, ""],
     ) -> Found:
         schedule = value_at(objective.temperature_schedule, loss.progress(step))
         temperature = objective.temperature * schedule
         views = step_views(
-            examined.regime.views, config.views, student, teachers, batch, root, drawn
+            examined.regime.views, config.views, student, teachers, batch, root, view_step
         )
-        targets = examined.teach(frozen[: len(live)], batch, views)
+        targets = examined.teach(frozen[: len(live_teachers)], batch, views)
         output = student.network.apply(
-            evaluated, views.student, train=False, features=own_taps if compare else ()
+            evaluated, views.student, train=False, features=student_taps if compare else ()
         )
         mixed = mix(views.draw, jax.nn.one_hot(batch.labels, classes))
-        found: Found = {"label": jnp.where((batch.labels >= 0).all(), mixed.argmax(-1), -1)}
+        measured: Found = {"label": jnp.where((batch.labels >= 0).all(), mixed.argmax(-1), -1)}
         if targets.teacher_logits:
             first = first_choice(targets)
-            found |= {
+            measured |= {
                 "same_class": output.logits.argmax(-1) == first,
                 "kl_nats": kl_to(targets, output.logits, temperature),
                 "teacher_class": first,
                 **_teacher_of(targets, temperature),
             }
         if teachers:
-            seen = render_views(views.draw, batch, teachers, root.spectra)
+            teacher_views = render_views(views.draw, batch, teachers, root.spectra)
             logits, features = teacher_outputs_with_features(
-                teachers, frozen, seen, their_taps if compare else ()
+                teachers, frozen, teacher_views, teacher_taps if compare else ()
             )
             if logits and not targets.indices:
-                same_view = combine(logits, objective.ensemble, objective.temperature)
-                found["views_kl_nats"] = kl_divergence(same_view[0], targets.teacher_logits[0])
+                same_view_logits = combine(logits, objective.ensemble, objective.temperature)
+                measured["views_kl_nats"] = kl_divergence(
+                    same_view_logits[0], targets.teacher_logits[0]
+                )
             if compare:
-                found["cka"] = _similarities(
-                    [output.features[x] for x in own_taps], [features[x] for x in their_taps]
+                measured["cka"] = _similarities(
+                    [output.features[x] for x in student_taps], [features[x] for x in teacher_taps]
                 )
         if targets.teacher_logits and jax.tree.leaves(evaluated.statistics):
-            found["moments"] = batch_moments(student, evaluated, views.student)
-            of_batch = student.network.apply(evaluated, views.student, train=True)
-            found["kl_batch_nats"] = kl_to(targets, of_batch.logits, temperature)
+            measured["moments"] = batch_moments(student, evaluated, views.student)
+            batch_output = student.network.apply(evaluated, views.student, train=True)
+            measured["kl_batch_nats"] = kl_to(targets, batch_output.logits, temperature)
 
         def losses(params: PyTree) -> Float[Array, " terms"]:
             variables = dataclasses.replace(trained, params=params)
             values = loss.evaluate(
-                variables, own.params, own.banks, views.student, targets, step
+                variables, term_state.params, term_state.banks, views.student, targets, step
             ).values
-            one_by_one = (slice(i, i + 1) for i in range(len(values)))
-            return jnp.stack([loss.mean(values, step, x) for x in one_by_one])
+            slices = (slice(i, i + 1) for i in range(len(values)))
+            return jnp.stack([loss.mean(values, step, x) for x in slices])
 
-        found["products"] = gradient_products(losses, trained.params)
-        return found
+        measured["products"] = gradient_products(losses, trained.params)
+        return measured
 
     return jax.jit(probe, out_shardings=examined.layout.replicated)
 
@@ -129,7 +131,7 @@ def gradient_products(
 ) -> Float[Array, "terms terms"]:
     """The inner products of the gradients of `losses`: squared norms on the diagonal."""
     values, pullback = jax.vjp(losses, params)
-    gradients = [pullback(one)[0] for one in jnp.eye(len(values))]
+    gradients = [pullback(cotangent)[0] for cotangent in jnp.eye(len(values))]
     return jnp.stack([jnp.stack([optax.tree.vdot(x, y) for y in gradients]) for x in gradients])
 
 
@@ -156,11 +158,11 @@ def _teacher_of(targets: Targets, temperature: Array) -> Found:
 
 
 def _similarities(own: list[Array], theirs: list[Array]) -> dict[str, Array]:
-    grams, others = ([centred_gram(x) for x in side] for side in (own, theirs))
+    student_grams, teacher_grams = ([centred_gram(x) for x in side] for side in (own, theirs))
     return {
-        "between": hsic(grams, others),
-        "student": jnp.stack([hsic([x], [x])[0, 0] for x in grams]),
-        "teacher": jnp.stack([hsic([x], [x])[0, 0] for x in others]),
+        "between": hsic(student_grams, teacher_grams),
+        "student": jnp.stack([hsic([x], [x])[0, 0] for x in student_grams]),
+        "teacher": jnp.stack([hsic([x], [x])[0, 0] for x in teacher_grams]),
     }
 
 
@@ -171,12 +173,12 @@ def central_probe(examined: Examined) -> CentralProbe:
     """
     config, branches = examined.config, (examined.student, *examined.teachers)
     inputs = [(i, name) for i, x in enumerate(branches) for name in ranges_to_try(x)]
-    every = tuple(_in_range(branches[i], name) for i, name in inputs)
+    range_branches = tuple(_in_range(branches[i], name) for i, name in inputs)
 
     @functools.partial(jax.jit, out_shardings=examined.layout.batch)
     def views(batch: Batch) -> list[Array]:
-        rendered = render_central_views(batch, every, CentralCrop.of(config.views))
-        return [rendered[x.input_spec] for x in every]
+        rendered = render_central_views(batch, range_branches, CentralCrop.of(config.views))
+        return [rendered[x.input_spec] for x in range_branches]
 
     def compiled(apply: Callable[..., Output]) -> Callable[[Variables, Array], Array]:
         def forward(variables: Variables, images: Array) -> Array:
@@ -195,14 +197,14 @@ def central_probe(examined: Examined) -> CentralProbe:
         frozen: tuple[Variables, ...],
         batch: Batch,
     ) -> Found:
-        of_networks = [*zip(networks, (evaluated, *frozen), strict=True)]
-        found: Found = {}
+        networks_with_variables = [*zip(networks, (evaluated, *frozen), strict=True)]
+        outputs: Found = {}
         for (i, name), images in zip(inputs, views(batch), strict=True):
-            network, variables = of_networks[i]
-            found[f"{i} {name}"] = network(variables, images)
+            network, variables = networks_with_variables[i]
+            outputs[f"{i} {name}"] = network(variables, images)
             if recomputed and i == 0 and name == examined.student.input_spec.input_range:
-                found[RECOMPUTED] = network(recomputed, images)
-        return found
+                outputs[RECOMPUTED] = network(recomputed, images)
+        return outputs
 
     return probe
 

@@ -80,14 +80,16 @@ def bench(
         raise UserError(f"--threads is {threads}; expected 1 or more")
     if not 0 < seconds < 3600:
         raise UserError(f"--seconds is {seconds:g}; expected more than 0 and less than 3600")
-    count = threads or _cores()
-    subjects = [x for path in paths for x in _subjects(str(path), batch_size, count)]
+    thread_count = threads or _cores()
+    subjects = [x for path in paths for x in _subjects(str(path), batch_size, thread_count)]
     with contextlib.ExitStack() as stack:
-        started = [stack.enter_context(_process(x)) for x in subjects]
-        kept = [(x, opened) for x in started if (opened := x.opened()) is not None]
-        bursts = _in_turn([x.burst for x, _ in kept], seconds)
-    rows = tuple(_row(x.subject, opened, y) for (x, opened), y in zip(kept, bursts, strict=True))
-    return Bench(kept[0][1].device, count, batch_size, rows)
+        processes = [stack.enter_context(_process(x)) for x in subjects]
+        available = [(x, opened) for x in processes if (opened := x.opened()) is not None]
+        bursts = _in_turn([x.burst for x, _ in available], seconds)
+    rows = tuple(
+        _row(x.subject, opened, y) for (x, opened), y in zip(available, bursts, strict=True)
+    )
+    return Bench(available[0][1].device, thread_count, batch_size, rows)
 
 
 def _cores() -> int:
@@ -124,12 +126,12 @@ class _Process:
 
     def opened(self) -> Opened | None:
         """None, with a message, for a teacher that is not available."""
-        found = self._answer(Opened)
-        if found.error is None:
-            return found
+        answer = self._answer(Opened)
+        if answer.error is None:
+            return answer
         if self.subject.of != "teacher":
-            raise UserError(found.error)
-        log(f"{_of(self.subject)} of {self.subject.path} is not timed: {found.error}")
+            raise UserError(answer.error)
+        log(f"{_of(self.subject)} of {self.subject.path} is not timed: {answer.error}")
         return None
 
     def burst(self, seconds: float) -> Burst:
@@ -144,10 +146,10 @@ class _Process:
             return msgspec.json.decode(line, type=kind)
         code = self.child.wait()
         self.stderr.seek(0)
-        last = (self.stderr.read().strip().splitlines() or ["it printed nothing"])[-1]
+        last_line = (self.stderr.read().strip().splitlines() or ["it printed nothing"])[-1]
         raise UserError(
             f"{self.subject.path} cannot be timed: the process of {_of(self.subject)} ended with "
-            f"code {code} ({last})"
+            f"code {code} ({last_line})"
         )
 
 
@@ -174,16 +176,16 @@ def _process(subject: Subject) -> Iterator[_Process]:
 
 def _in_turn(processes: Sequence[Callable[[float], Burst]], seconds: float) -> list[list[Burst]]:
     """The bursts of each process, all of which take turns until they had their time."""
-    found: list[list[Burst]] = [[] for _ in processes]
-    waiting = True
-    while waiting:
-        waiting = False
-        for process, bursts in zip(processes, found, strict=True):
+    all_bursts: list[list[Burst]] = [[] for _ in processes]
+    unfinished = True
+    while unfinished:
+        unfinished = False
+        for process, bursts in zip(processes, all_bursts, strict=True):
             calls = [x for burst in bursts for x in burst.calls_ms]
             if sum(calls) < 1e3 * seconds or len(calls) < FEWEST_CALLS:
                 bursts.append(process(min(BURST_S, seconds)))
-                waiting = True
-    return found
+                unfinished = True
+    return all_bursts
 
 
 def _of(subject: Subject) -> str:
@@ -226,8 +228,8 @@ def bench_text(found: Bench) -> str:
     )
     texts = []
     for line in lines:
-        cells = [x.rjust(w) for x, w in zip(line, widths, strict=True)]
-        cells[:2] = [x.ljust(w) for x, w in zip(line[:2], widths, strict=False)]
+        cells = [x.rjust(width) for x, width in zip(line, widths, strict=True)]
+        cells[:2] = [x.ljust(width) for x, width in zip(line[:2], widths, strict=False)]
         texts.append("  ".join(cells).rstrip())
     return "\n".join([title, *texts])
 

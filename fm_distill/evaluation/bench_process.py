@@ -66,14 +66,14 @@ class Burst:
 def main() -> None:
     """The process; its one argument is a `Subject` as JSON."""
     # Runtimes print what they like to standard output.
-    answers = os.fdopen(os.dup(1), "w")
+    output = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
-    def answer(what: Opened | Burst) -> None:
-        print(msgspec.json.encode(what).decode(), file=answers, flush=True)
+    def answer(message: Opened | Burst) -> None:
+        print(msgspec.json.encode(message).decode(), file=output, flush=True)
 
     subject = msgspec.json.decode(sys.argv[1], type=Subject)
-    started = _memory("VmRSS")
+    started_bytes = _memory("VmRSS")
     try:
         with trusted_code(subject.trust_code):
             network, resolution, runtime, call = _open(subject)
@@ -84,7 +84,7 @@ def main() -> None:
     except UserError as error:
         answer(Opened("", 0, "", "", 0, str(error)))
         return
-    answer(Opened(network, resolution, runtime, device_name(), started))
+    answer(Opened(network, resolution, runtime, device_name(), started_bytes))
     for line in sys.stdin:
         calls: list[float] = []
         while not calls or sum(calls) < 1e3 * float(line):
@@ -96,10 +96,10 @@ def _open(subject: Subject) -> tuple[str, int, str, Callable[[np.ndarray], Any]]
     """Network, resolution and runtime of what is timed, and itself. Raises `UserError`."""
     if subject.of == "file":
         exported = load_exported(subject.path, subject.threads)
-        takes = exported.facts.batch
-        if takes not in ("dynamic", subject.batch_size):
+        batch = exported.facts.batch
+        if batch not in ("dynamic", subject.batch_size):
             raise UserError(
-                f"{subject.path} takes batches of {takes} images and --batch-size is "
+                f"{subject.path} takes batches of {batch} images and --batch-size is "
                 f"{subject.batch_size}; export it with --batch {subject.batch_size}"
             )
         runtime = exported.runtime
@@ -138,11 +138,11 @@ def _memory(name: str) -> int:
     """Bytes: `VmRSS`, resident now, or `VmHWM`, the most so far."""
     status = pathlib.Path("/proc/self/status")
     if not status.is_file():  # then the most so far stands for both
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return most if sys.platform == "darwin" else most * 1024
-    found = re.search(rf"^{name}:\s*(\d+) kB", status.read_text(), flags=re.MULTILINE)
-    assert found is not None
-    return int(found.group(1)) * 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+    match = re.search(rf"^{name}:\s*(\d+) kB", status.read_text(), flags=re.MULTILINE)
+    assert match is not None
+    return int(match.group(1)) * 1024
 
 
 if __name__ == "__main__":

@@ -35,9 +35,13 @@ def retention_interval(right: Right) -> Interval | None:
 
     Beyond all bounds in a resample in which the teacher is never right; None where an end is.
     """
-    both, student, teacher, _ = _resamples(right).T
-    aim = both + teacher
-    return _interval(np.where(aim > 0, (both + student) / np.maximum(aim, 1), np.inf))
+    both_correct, student, teacher, _ = _resamples(right).T
+    teacher_correct = both_correct + teacher
+    return _interval(
+        np.where(
+            teacher_correct > 0, (both_correct + student) / np.maximum(teacher_correct, 1), np.inf
+        )
+    )
 
 
 def gap_interval(right: Right) -> Interval | None:
@@ -54,5 +58,5 @@ def _resamples(right: Right) -> Int[np.ndarray, "resamples 4"]:
 
 
 def _interval(values: Float[np.ndarray, " resamples"]) -> Interval | None:
-    ends = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method="nearest")
-    return ends.tolist() if np.isfinite(ends).all() else None
+    bounds = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], method="nearest")
+    return bounds.tolist() if np.isfinite(bounds).all() else None

@@ -38,11 +38,11 @@ def sums_of_groups(
     mask: Bool[Array, " batch"],
 ) -> dict[str, Int[Array, " groups"]]:
     """Labelled and rightly classified examples of each group, of those that the mask keeps."""
-    known = mask & (labels >= 0)
+    labelled = mask & (labels >= 0)
     group = jnp.asarray(groups)[jnp.maximum(labels, 0)]
-    inside = jax.nn.one_hot(group, len(GROUPS), dtype=jnp.int32) * known[:, None]
-    right = jnp.argmax(logits, -1) == labels
-    return {"labelled": inside.sum(0), "top1": (inside * right[:, None]).sum(0)}
+    in_group = jax.nn.one_hot(group, len(GROUPS), dtype=jnp.int32) * labelled[:, None]
+    correct = jnp.argmax(logits, -1) == labels
+    return {"labelled": in_group.sum(0), "top1": (in_group * correct[:, None]).sum(0)}
 
 
 def accuracies(sums: dict[str, Float[np.ndarray, " groups"]]) -> dict[str, float | None]:
@@ -51,4 +51,6 @@ def accuracies(sums: dict[str, Float[np.ndarray, " groups"]]) -> dict[str, float
     None where no example of the group is in the split.
     """
     pairs = zip(GROUPS, sums["top1"], sums["labelled"], strict=True)
-    return {f"{name}_top1": float(right / count) if count else None for name, right, count in pairs}
+    return {
+        f"{name}_top1": float(correct / count) if count else None for name, correct, count in pairs
+    }

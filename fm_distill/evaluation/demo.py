@@ -60,10 +60,10 @@ def judges(path: str | os.PathLike[str], config: Config | None = None) -> tuple[
     path = pathlib.Path(path)
     if path.is_dir():
         run = open_run(path)
-        of_run = _judge("student", run.student)
+        run_judge = _judge("student", run.student)
         config = config or run.config
         teachers = teachers_if_here(lambda: teachers_of_run(run, config), run.config, config)
-        return (of_run, *_teachers(teachers, of_run, run.resolved.precision))
+        return (run_judge, *_teachers(teachers, run_judge, run.resolved.precision))
     student = load_exported(path)
     card, stored = student.card, config_of_card(student.card, path)
     exported = Judge(
@@ -82,7 +82,7 @@ def _teachers(
     teachers: tuple[Teacher, ...], student: Judge, precision: Literal["float32", "bfloat16"]
 ) -> tuple[Judge, ...]:
     """For images that are prepared as the student's are."""
-    found: list[Judge] = []
+    teacher_judges: list[Judge] = []
     for teacher in teachers:
         if teacher.variables is None or not teacher.has_head:
             continue
@@ -95,8 +95,10 @@ def _teachers(
             precision=precision,
             variables=teacher.variables,
         )
-        found.append(_judge(f"teacher {len(found) + 1}" if found else "teacher", network))
-    return tuple(found)
+        teacher_judges.append(
+            _judge(f"teacher {len(teacher_judges) + 1}" if teacher_judges else "teacher", network)
+        )
+    return tuple(teacher_judges)
 
 
 def _judge(name: str, student: Student) -> Judge:
@@ -121,9 +123,9 @@ def judged(judge: Judge, image: bytes) -> Judgement:
         pixels = judge.predictor.prepare(image)
     except CorruptImage as error:
         raise UserError(f"this is not an image that can be read: {error}") from None
-    began = time.perf_counter()
+    start = time.perf_counter()
     probabilities = judge.predictor.predict_pixels([pixels])[0]
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start
     return Judgement(
         judge.name,
         judge.description,
@@ -136,6 +138,6 @@ def judged(judge: Judge, image: bytes) -> Judgement:
 def _view(judge: Judge, pixels: np.ndarray) -> str:
     canvases, sizes = canvases_of([pixels], judge.canvas.side, 1)
     (square,) = central_squares(canvases, sizes, judge.crop, judge.resolution)
-    out = io.BytesIO()
-    Image.fromarray(square).save(out, "PNG")
-    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
+    buffer = io.BytesIO()
+    Image.fromarray(square).save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -66,7 +66,7 @@ def make_server(judges: tuple[Judge, ...], port: int) -> http.server.ThreadingHT
         def _judge(self, image: bytes) -> None:
             try:
                 with one_at_a_time:
-                    found = [dataclasses.asdict(judged(x, image)) for x in judges]
+                    judgements = [dataclasses.asdict(judged(x, image)) for x in judges]
             except UserError as error:
                 self._error(HTTPStatus.BAD_REQUEST, str(error))
                 return
@@ -74,13 +74,13 @@ def make_server(judges: tuple[Judge, ...], port: int) -> http.server.ThreadingHT
                 text = f"{type(error).__name__}: {error}"
                 self._error(HTTPStatus.INTERNAL_SERVER_ERROR, text)
                 raise
-            self._answer(HTTPStatus.OK, "application/json", json.dumps(found).encode())
+            self._answer(HTTPStatus.OK, "application/json", json.dumps(judgements).encode())
 
         def _refused(self) -> bool:
             origin = self.headers.get("Origin")  # of the page that asks, where a browser says it
             with contextlib.suppress(ValueError):  # of a broken address
-                places = [f"//{self.headers.get('Host', '')}", *([origin] if origin else [])]
-                if all(urlsplit(x).hostname in HOSTS for x in places):
+                addresses = [f"//{self.headers.get('Host', '')}", *([origin] if origin else [])]
+                if all(urlsplit(x).hostname in HOSTS for x in addresses):
                     return False
             self._error(HTTPStatus.FORBIDDEN, f"this page is served to {LOOPBACK} only")
             return True

@@ -75,11 +75,13 @@ def make_evaluation_step(
         mask: Bool[Array, " batch"],
         index: Array,
     ) -> Sums:
-        seen = evaluation_views(student, teachers, views, batch, mask, index)
-        own = tuple(student_logits(student, variables, x) for x in seen.views)
-        taught = tuple(teacher_logits(teachers, teacher_variables, x, objective)
-                       for x in seen.views) if teachers else ()  # fmt: skip
-        return sums_of(own, taught, batch.labels, mask, seen.both, objective, groups)
+        rendered = evaluation_views(student, teachers, views, batch, mask, index)
+        student_outputs = tuple(student_logits(student, variables, x) for x in rendered.views)
+        teacher_targets = tuple(teacher_logits(teachers, teacher_variables, x, objective)
+                                for x in rendered.views) if teachers else ()  # fmt: skip
+        return sums_of(
+            student_outputs, teacher_targets, batch.labels, mask, rendered.both, objective, groups
+        )
 
     return evaluation_step
 
@@ -105,9 +107,9 @@ def evaluation_views(
     central = render_central_views(batch, branches, CentralCrop.of(views))
     if not teachers:
         return EvaluationViews((central,), mask)
-    drawn = draw(jax.random.fold_in(jax.random.key(DRAW_SEED), index), batch.sizes, views)
-    both = mask & (mix(drawn, 1 - mask.astype(jnp.float32)) == 0)
-    return EvaluationViews((central, render_views(drawn, batch, branches)), both)
+    training_draw = draw(jax.random.fold_in(jax.random.key(DRAW_SEED), index), batch.sizes, views)
+    unmixed_mask = mask & (mix(training_draw, 1 - mask.astype(jnp.float32)) == 0)
+    return EvaluationViews((central, render_views(training_draw, batch, branches)), unmixed_mask)
 
 
 def evaluate_batches(
@@ -120,10 +122,10 @@ def evaluate_batches(
     """Sums over all batches, accumulated in float64 on the host."""
     total: PyTree = None
     for index, (host_batch, mask) in enumerate(batches):
-        batch, kept = layout.spread((host_batch, mask))
+        batch, device_mask = layout.spread((host_batch, mask))
         sums = jax.tree.map(
             lambda x: np.asarray(x, np.float64),
-            jax.device_get(program(student, teachers, batch, kept, jnp.int32(index))),
+            jax.device_get(program(student, teachers, batch, device_mask, jnp.int32(index))),
         )
         total = sums if total is None else jax.tree.map(np.add, total, sums)
     return total
@@ -139,8 +141,8 @@ def summarise(sums: Sums, split: str, step: int) -> dict[str, Any]:
     student = _figures(sums["student"], classes)
     teacher = _figures(sums["teacher"], classes) if "teacher" in sums else _figures(None, classes)
     central = _match(sums.get("match"), classes)
-    top1, aim = student["top1"], teacher["top1"]
-    right = _paired(sums) if top1 is not None and aim is not None else None
+    student_top1, teacher_top1 = student["top1"], teacher["top1"]
+    paired = _paired(sums) if student_top1 is not None and teacher_top1 is not None else None
     return {
         "split": split,
         "examples": examples,
@@ -149,10 +151,14 @@ def summarise(sums: Sums, split: str, step: int) -> dict[str, Any]:
         "teacher": teacher,
         **central,
         "training_view": _match(sums.get("training_view"), classes),
-        "retention": top1 / aim if top1 is not None and aim else None,
-        "retention_interval": retention_interval(right) if right else None,
-        "gap": aim - top1 if top1 is not None and aim is not None else None,
-        "gap_interval": gap_interval(right) if right else None,
+        "retention": student_top1 / teacher_top1
+        if student_top1 is not None and teacher_top1
+        else None,
+        "retention_interval": retention_interval(paired) if paired else None,
+        "gap": teacher_top1 - student_top1
+        if student_top1 is not None and teacher_top1 is not None
+        else None,
+        "gap_interval": gap_interval(paired) if paired else None,
     }
 
 
@@ -231,6 +237,9 @@ class Evaluator:
 def table(figures: dict[str, Any]) -> str:
     """The headline figures, and what student and teacher cost, as text."""
     title = f"{figures['split']}, {figures['examples']:,} examples, step {figures['step']:,}"
-    found = shown(figures, "table")
-    lines = [f"  {x.label:<28}{x.text(value):>12}{x.interval_text(figures)}" for x, value in found]
+    shown_metrics = shown(figures, "table")
+    lines = [
+        f"  {x.label:<28}{x.text(value):>12}{x.interval_text(figures)}"
+        for x, value in shown_metrics
+    ]
     return "\n".join([title, *lines, *costs_text(figures)])

@@ -113,10 +113,10 @@ def teachers_of_file(
             raise UserError("it is a custom function")
         return teachers
 
-    found = teachers_if_here(load, stored, config)
-    if found and card.teacher_weights:  # older cards lack them
-        refuse_other_teachers(found, card.teacher_weights, f"the run of {path}")
-    return tuple(x for x in found if x.has_head)
+    loaded = teachers_if_here(load, stored, config)
+    if loaded and card.teacher_weights:  # older cards lack them
+        refuse_other_teachers(loaded, card.teacher_weights, f"the run of {path}")
+    return tuple(x for x in loaded if x.has_head)
 
 
 def refuse_code_of_file(
@@ -130,11 +130,11 @@ def refuse_code_of_file(
 
     `sections` of `config` are asked; what they name otherwise than `stored` is the user's own.
     """
-    of_run = named_code(stored)
-    asked = [x for x in named_code(config, sections) if x in of_run]
+    stored_code = named_code(stored)
+    references = [x for x in named_code(config, sections) if x in stored_code]
     if "student" in sections and is_own(card.model):
-        asked.append(card.model)
-    refuse_foreign_code(dict.fromkeys(asked), card.code_files, str(path))
+        references.append(card.model)
+    refuse_foreign_code(dict.fromkeys(references), card.code_files, str(path))
 
 
 def _program(
@@ -149,25 +149,31 @@ def _program(
     def seen(
         frozen: tuple[Variables, ...], batch: Batch, mask: Bool[Array, " batch"], index: Array
     ) -> tuple[tuple[Array, ...], tuple[Array, ...], Array]:
-        found = evaluation_views(student, teachers, config.views, batch, mask, index)
-        pixels = tuple(as_pixels(x[student.input_spec], student.input_spec) for x in found.views)
-        taught = tuple(
-            teacher_logits(teachers, frozen, x, config.objective) for x in found.views if teachers
+        rendered = evaluation_views(student, teachers, config.views, batch, mask, index)
+        pixels = tuple(as_pixels(x[student.input_spec], student.input_spec) for x in rendered.views)
+        teacher_outputs = tuple(
+            teacher_logits(teachers, frozen, x, config.objective)
+            for x in rendered.views
+            if teachers
         )
-        return pixels, taught, found.both
+        return pixels, teacher_outputs, rendered.both
 
     @jax.jit
     def sums(
-        own: tuple[Array, ...], taught: tuple[Array, ...], labels: Array, mask: Array, both: Array
+        student_outputs: tuple[Array, ...],
+        teacher_outputs: tuple[Array, ...],
+        labels: Array,
+        mask: Array,
+        both: Array,
     ) -> Sums:
-        return sums_of(own, taught, labels, mask, both, config.objective, None)
+        return sums_of(student_outputs, teacher_outputs, labels, mask, both, config.objective, None)
 
     def program(
         _: Variables, frozen: tuple[Variables, ...], batch: Batch, mask: Array, index: Array
     ) -> Sums:
-        pixels, taught, both = seen(frozen, batch, mask, index)
-        own = tuple(_logits(exported, np.asarray(x)) for x in pixels)
-        return sums(own, taught, batch.labels, mask, both)
+        pixels, teacher_outputs, both = seen(frozen, batch, mask, index)
+        student_outputs = tuple(_logits(exported, np.asarray(x)) for x in pixels)
+        return sums(student_outputs, teacher_outputs, batch.labels, mask, both)
 
     return program
 
@@ -175,7 +181,7 @@ def _program(
 def _logits(exported: ExportedStudent, pixels: np.ndarray) -> np.ndarray:
     """What the file returns, or the logarithm of it, which is as good as logits."""
     facts, classes = exported.facts, exported.card.classes
-    found = in_batches(exported.runtime.call, pixels, facts.batch, classes)
+    outputs = in_batches(exported.runtime.call, pixels, facts.batch, classes)
     if facts.output == "logits":
-        return found
-    return np.log(np.maximum(found, SMALLEST_PROBABILITY))
+        return outputs
+    return np.log(np.maximum(outputs, SMALLEST_PROBABILITY))

@@ -22,7 +22,7 @@ def prepared(
     """
     if isinstance(places, str | os.PathLike):
         places = [places]
-    for path in [path for place in places for path in _files(pathlib.Path(place))]:
+    for path in [path for source in places for path in _files(pathlib.Path(source))]:
         if path.suffix == ".npy":
             for row, image in enumerate(_array(path)):
                 yield f"{path}[{row}]", student.prepare(image)
@@ -41,10 +41,10 @@ def _files(path: pathlib.Path) -> list[pathlib.Path]:
     if not path.is_dir():
         raise UserError(f"there is no image, folder or array {path}")
     kinds = (*SUFFIXES, ".npy")
-    found = sorted(x for x in path.rglob("*") if x.suffix.lower() in kinds and x.is_file())
-    if not found:
+    paths = sorted(x for x in path.rglob("*") if x.suffix.lower() in kinds and x.is_file())
+    if not paths:
         raise UserError(f"{path} holds no images; expected files that end in {', '.join(kinds)}")
-    return found
+    return paths
 
 
 def _array(path: pathlib.Path) -> np.ndarray:

@@ -178,27 +178,29 @@ def predict(
     """
     if top < 1:
         raise UserError(f"top is {top}; expected 1 or more")
-    asked = open_student(student)
-    found = []
-    waiting = prepared(asked, images)
+    predictor = open_student(student)
+    predictions = []
+    remaining = prepared(predictor, images)
     compiled = pathlib.Path(student).suffix in FORMATS
-    while part := list(itertools.islice(waiting, BATCH)):
+    while batch := list(itertools.islice(remaining, BATCH)):
         if not compiled:
             log(COMPILING)
         compiled = True
-        names, pixels = zip(*part, strict=True)
-        for name, p in zip(names, asked.predict_pixels(list(pixels)), strict=True):
-            best = most_likely(asked.class_names, p, top)
-            found.append(Prediction(name, tuple(x for x, _ in best), tuple(y for _, y in best)))
-    return found
+        names, pixels = zip(*batch, strict=True)
+        for name, probabilities in zip(names, predictor.predict_pixels(list(pixels)), strict=True):
+            top_classes = most_likely(predictor.class_names, probabilities, top)
+            predictions.append(
+                Prediction(name, tuple(x for x, _ in top_classes), tuple(y for _, y in top_classes))
+            )
+    return predictions
 
 
 def most_likely(
     names: tuple[str, ...], probabilities: Float[np.ndarray, " classes"], top: int
 ) -> tuple[tuple[str, float], ...]:
     """The `top` classes and their probabilities, the largest first."""
-    best = np.argsort(-probabilities, kind="stable")[:top]
-    return tuple((names[i], float(probabilities[i])) for i in best)
+    order = np.argsort(-probabilities, kind="stable")[:top]
+    return tuple((names[i], float(probabilities[i])) for i in order)
 
 
 def open_student(path: str | os.PathLike[str]) -> Predictor:

@@ -78,8 +78,8 @@ def confusions(predictions: SplitPredictions, classes: int) -> Int[np.ndarray, "
     counts = np.zeros((classes, classes), int)
     _, expected = predictions.expected
     if expected is not None:
-        known = expected >= 0
-        np.add.at(counts, (expected[known], predictions.student[known]), 1)
+        labelled = expected >= 0
+        np.add.at(counts, (expected[labelled], predictions.student[labelled]), 1)
     return counts
 
 

@@ -34,10 +34,10 @@ def sums_of(
     sums: Sums = {"examples": mask.sum(), "student": measured(student[0])}
     if not teacher:
         return sums
-    right = _right(student[0], labels, mask) & _right(teacher[0], labels, mask)
+    both_correct = _right(student[0], labels, mask) & _right(teacher[0], labels, mask)
     return sums | {
         "teacher": measured(teacher[0]),
-        "both_right": right.sum(),
+        "both_right": both_correct.sum(),
         "match": _compare(student[0], teacher[0], mask, objective.temperature),
         "training_view": _compare(student[1], teacher[1], both, objective.temperature),
     }
@@ -55,22 +55,22 @@ def _measure(logits: Float[Array, "batch classes"], labels: Array, mask: Array) 
 
     Expected calibration error: Guo et al. 2017 (arXiv 1706.04599), bins (0, 1/15], (1/15, 2/15]...
     """
-    known = mask & (labels >= 0)
+    labelled = mask & (labels >= 0)
     log_probabilities = jax.nn.log_softmax(logits)
     label = jnp.maximum(labels, 0)
-    right = _right(logits, labels, mask)
+    correct = _right(logits, labels, mask)
     top5 = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1]
-    picked = jnp.take_along_axis(log_probabilities, label[:, None], axis=-1)[:, 0]
+    log_likelihood = jnp.take_along_axis(log_probabilities, label[:, None], axis=-1)[:, 0]
     confidence = jnp.exp(log_probabilities.max(axis=-1))
     bins = jnp.clip(jnp.ceil(confidence * ECE_BINS).astype(jnp.int32) - 1, 0, ECE_BINS - 1)
-    in_bin = jax.nn.one_hot(bins, ECE_BINS) * known[:, None]
+    in_bin = jax.nn.one_hot(bins, ECE_BINS) * labelled[:, None]
     return {
-        "labelled": known.sum(),
-        "top1": right.sum(),
-        "top5": ((top5 == label[:, None]).any(-1) & known).sum(),
-        "cross_entropy": -jnp.where(known, picked, 0.0).sum(),
+        "labelled": labelled.sum(),
+        "top1": correct.sum(),
+        "top5": ((top5 == label[:, None]).any(-1) & labelled).sum(),
+        "cross_entropy": -jnp.where(labelled, log_likelihood, 0.0).sum(),
         "bin_confidence": (in_bin * confidence[:, None]).sum(0),
-        "bin_right": (in_bin * right[:, None]).sum(0),
+        "bin_right": (in_bin * correct[:, None]).sum(0),
     }
 
 

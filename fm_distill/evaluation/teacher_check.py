@@ -39,12 +39,12 @@ def check_teacher(
     """
     classes = student.network.classes
     names = () if teacher.has_head else features_of(config.objective)[1]
-    law = regime_of(config).views
+    view_sampling = regime_of(config).views
 
     def outputs(
         frozen: Variables, batch: Batch, root: ViewRoot, step: Array
     ) -> tuple[list[Array], Array]:
-        views = step_views(law, config.views, student, (teacher,), batch, root, step)
+        views = step_views(view_sampling, config.views, student, (teacher,), batch, root, step)
         logits, features = teacher_outputs_with_features(
             (teacher,), (frozen,), views.teachers, names
         )
@@ -60,10 +60,10 @@ def check_teacher(
         ids = example_ids(config.seed, positions, len(reader))
         batch = jax.device_put(stack([reader[i] for i in ids.tolist()]), layout.batch)
         rows.append(jax.device_get(compiled(frozen, batch, root, jnp.int32(step))))
-    found = [np.concatenate(x) for x in zip(*(x for x, _ in rows), strict=True)]
+    arrays = [np.concatenate(x) for x in zip(*(x for x, _ in rows), strict=True)]
     if teacher.has_head:
-        return teacher_warnings(found[0], np.concatenate([x for _, x in rows]))
-    pairs = zip(names, found, strict=True)
+        return teacher_warnings(arrays[0], np.concatenate([x for _, x in rows]))
+    pairs = zip(names, arrays, strict=True)
     return [warning for name, x in pairs for warning in feature_warnings(name, x)]
 
 
@@ -73,14 +73,14 @@ def feature_warnings(name: str, features: np.ndarray) -> list[str]:
         return [
             f"WARNING: the teacher's {name} has values that are not finite on the training view"
         ]
-    apart, length = (
+    deviation, norm = (
         np.linalg.norm(x, axis=1).mean() for x in (features - features.mean(axis=0), features)
     )
-    if apart > CONSTANT * length:
+    if deviation > CONSTANT * norm:
         return []
     return [
-        f"WARNING: the teacher's {name} hardly differs between images (by {apart:.2g}, with a "
-        f"norm of {length:.2g}): are its weights and input_range right?"
+        f"WARNING: the teacher's {name} hardly differs between images (by {deviation:.2g}, with a "
+        f"norm of {norm:.2g}): are its weights and input_range right?"
     ]
 
 
@@ -97,15 +97,15 @@ def teacher_warnings(probabilities: np.ndarray, labels: np.ndarray) -> list[str]
             f"WARNING: the teacher's outputs hardly differ between images (mean total variation "
             f"{variation:.4f}): are its weights, head and input_range right?"
         )
-    known = labels >= 0
-    if known.any():
-        accuracy = (probabilities.argmax(axis=1) == labels)[known].mean()
+    labelled = labels >= 0
+    if labelled.any():
+        accuracy = (probabilities.argmax(axis=1) == labels)[labelled].mean()
         chance = 1 / classes
-        deviation = (chance * (1 - chance) / known.sum()) ** 0.5
+        deviation = (chance * (1 - chance) / labelled.sum()) ** 0.5
         if accuracy <= chance + 2 * deviation:
             warnings.append(
                 f"WARNING: the teacher is no better than chance on the training view: "
-                f"{accuracy:.1%} of {known.sum()} images, chance is {chance:.1%}; are its class "
+                f"{accuracy:.1%} of {labelled.sum()} images, chance is {chance:.1%}; are its class "
                 "order, weights and input_range those of this data set?"
             )
     return warnings

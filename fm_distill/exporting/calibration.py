@@ -56,61 +56,77 @@ def calibrated(
             "out --quantise"
         )
     images = normalise(jnp.asarray(pixels, jnp.float32), InputSpec.of(student.network))
-    rounded, network = _observed(student, images, quantisation)
-    plain = build_network(student.network, student.classes, FLOAT32)
-    errors = layer_errors(plain, network, student.variables, rounded.variables, images)
-    effects, error = layer_effects(network, rounded.variables, images)
-    mixed = None
-    if kept := worth_keeping(effects):
-        chosen = dataclasses.replace(quantisation, float_layers=(*quantisation.float_layers, *kept))
-        other, other_network = _observed(student, images, chosen)
-        _, with_them = layer_effects(other_network, other.variables, images, layers=())
-        mixed = MixedPrecision(
-            float_layers=chosen.float_layers, error=error, error_with_them=with_them
+    quantised_student, network = _observed(student, images, quantisation)
+    float_network = build_network(student.network, student.classes, FLOAT32)
+    errors = layer_errors(
+        float_network, network, student.variables, quantised_student.variables, images
+    )
+    effects, total_error = layer_effects(network, quantised_student.variables, images)
+    mixed_precision = None
+    if kept_layers := worth_keeping(effects):
+        mixed_quantisation = dataclasses.replace(
+            quantisation, float_layers=(*quantisation.float_layers, *kept_layers)
         )
-    return Calibration(rounded, errors, effects, mixed)
+        mixed_student, mixed_network = _observed(student, images, mixed_quantisation)
+        _, mixed_error = layer_effects(mixed_network, mixed_student.variables, images, layers=())
+        mixed_precision = MixedPrecision(
+            float_layers=mixed_quantisation.float_layers,
+            error=total_error,
+            error_with_them=mixed_error,
+        )
+    return Calibration(quantised_student, errors, effects, mixed_precision)
 
 
 def _observed(
     student: Student, images: Array, quantisation: QuantisationConfig
 ) -> tuple[Student, Network]:
     """`student` rounded so, with the ranges on `images`, and its network."""
-    chosen = dataclasses.replace(student.network, quantisation=quantisation)
+    network_config = dataclasses.replace(student.network, quantisation=quantisation)
     try:
-        network = build_network(chosen, student.classes, FLOAT32)
+        network = build_network(network_config, student.classes, FLOAT32)
     except ValueError as error:
         raise UserError(str(error)) from None
-    observing = network.apply_observing
-    if observing is None or not network.quantised_layers:
-        raise UserError(f"{chosen.model} has no layer that can be quantised; leave out --quantise")
+    apply_observing = network.apply_observing
+    if apply_observing is None or not network.quantised_layers:
+        raise UserError(
+            f"{network_config.model} has no layer that can be quantised; leave out --quantise"
+        )
     initial = jax.eval_shape(network.init, jax.random.key(0)).ranges
-    unseen = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), initial)
-    variables = dataclasses.replace(jax.tree.map(np.asarray, student.variables), ranges=unseen)
+    empty_ranges = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), initial)
+    variables = dataclasses.replace(
+        jax.tree.map(np.asarray, student.variables), ranges=empty_ranges
+    )
 
     @jax.jit
     def observed(variables: Variables, images: Array) -> Variables:
         # All images at once: the first batch's ranges are taken as they are.
-        ranges = observing(variables, images, train=False).ranges
+        ranges = apply_observing(variables, images, train=False).ranges
         return dataclasses.replace(variables, ranges=ranges)
 
-    found = observed(variables, images)
-    return dataclasses.replace(student, network=chosen, variables=found), network
+    observed_variables = observed(variables, images)
+    return dataclasses.replace(
+        student, network=network_config, variables=observed_variables
+    ), network
 
 
 def layer_errors(
     plain: Network, quantised: Network, before: Variables, after: Variables, images: Array
 ) -> dict[str, float]:
     """By path, in the order of the calls; of layers whose output is a map or a vector."""
-    there = plain.feature_shapes(modules=True)
-    paths = tuple(x for x in quantised.quantised_layers if x in there)
+    float_shapes = plain.feature_shapes(modules=True)
+    paths = tuple(x for x in quantised.quantised_layers if x in float_shapes)
 
     @jax.jit
     def errors(before: Variables, after: Variables, images: Array) -> Array:
-        expected = plain.apply(before, images, train=False, features=paths).features
-        found = quantised.apply(after, images, train=False, features=paths).features
-        norms = [jnp.maximum(jnp.linalg.norm(expected[x]), SMALLEST_NORM) for x in paths]
-        apart = [jnp.linalg.norm(found[x] - expected[x]) for x in paths]
-        return jnp.stack(apart) / jnp.stack(norms)
+        float_features = plain.apply(before, images, train=False, features=paths).features
+        quantised_features = quantised.apply(after, images, train=False, features=paths).features
+        norms = [
+            jnp.maximum(jnp.linalg.norm(float_features[path]), SMALLEST_NORM) for path in paths
+        ]
+        differences = [
+            jnp.linalg.norm(quantised_features[path] - float_features[path]) for path in paths
+        ]
+        return jnp.stack(differences) / jnp.stack(norms)
 
     ratios = np.asarray(errors(jax.tree.map(np.asarray, before), after, images))
     return {path: float(x) for path, x in zip(paths, ratios, strict=True)}
@@ -123,15 +139,17 @@ def layer_effects(
 
     @jax.jit
     def logits(ranges: PyTree) -> Array:
-        rounded = dataclasses.replace(variables, ranges=ranges)
-        return network.apply(rounded, images, train=False).logits
+        quantised_variables = dataclasses.replace(variables, ranges=ranges)
+        return network.apply(quantised_variables, images, train=False).logits
 
-    plain = np.asarray(logits(with_switches(variables.ranges, "")), np.float64)
-    spread = max(float(np.sqrt(np.square(plain - plain.mean(axis=0)).mean())), SMALLEST_NORM)
+    float_logits = np.asarray(logits(with_switches(variables.ranges, "")), np.float64)
+    spread = max(
+        float(np.sqrt(np.square(float_logits - float_logits.mean(axis=0)).mean())), SMALLEST_NORM
+    )
 
     def error(ranges: PyTree) -> float:
-        apart = np.asarray(logits(ranges), np.float64) - plain
-        return float(np.sqrt(np.square(apart).mean())) / spread
+        differences = np.asarray(logits(ranges), np.float64) - float_logits
+        return float(np.sqrt(np.square(differences).mean())) / spread
 
     paths = network.quantised_layers if layers is None else layers
     effects = {path: error(with_switches(variables.ranges, path)) for path in paths}
@@ -144,11 +162,11 @@ def worth_keeping(effects: dict[str, float]) -> tuple[str, ...]:
     None where these are more than `MOST_KEPT` of them: then all share the error.
     """
     squares = {path: x**2 for path, x in effects.items()}
-    total = left = sum(squares.values())
-    kept: list[str] = []
+    total = remaining = sum(squares.values())
+    kept_layers: list[str] = []
     for path in sorted(squares, key=lambda x: -squares[x]):
-        if left <= total / 4:
+        if remaining <= total / 4:
             break
-        kept.append(path)
-        left -= squares[path]
-    return tuple(kept) if len(kept) <= MOST_KEPT * len(effects) else ()
+        kept_layers.append(path)
+        remaining -= squares[path]
+    return tuple(kept_layers) if len(kept_layers) <= MOST_KEPT * len(effects) else ()

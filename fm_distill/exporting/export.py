@@ -71,11 +71,11 @@ def export(
             f"--batch, --output and --data-dir are for whole functions, and {path} holds weights "
             "only; leave them out"
         )
-    known = {x: format.quantisations for x, format in FORMATS.items()}
-    if quantise != "none" and quantise not in known.get(path.suffix, ()):
-        able = " or ".join(x for x, kinds in known.items() if quantise in kinds)
+    supported = {suffix: file_format.quantisations for suffix, file_format in FORMATS.items()}
+    if quantise != "none" and quantise not in supported.get(path.suffix, ()):
+        suffixes = " or ".join(x for x, kinds in supported.items() if quantise in kinds)
         raise UserError(
-            f"--quantise {quantise} is for {able}, and {path} has another format; leave it out"
+            f"--quantise {quantise} is for {suffixes}, and {path} has another format; leave it out"
         )
     quantisation = dataclasses.replace(
         INT8, float_layers=float_layers, range_percentile=range_percentile
@@ -85,12 +85,14 @@ def export(
             "--float-layers and --range-percentile are for --quantise int8 of an .onnx; leave them "
             "out"
         )
-    for sentence in out_of_bounds(quantisation):
-        raise UserError(sentence)
-    written = (path, path.with_suffix(".json")) if path.suffix == WEIGHTS else (path,)
-    there = [str(x) for x in written if x.exists()]
-    if there and not overwrite:
-        raise UserError(f"{' and '.join(there)} already exists; use another name, or --overwrite")
+    for problem in out_of_bounds(quantisation):
+        raise UserError(problem)
+    output_paths = (path, path.with_suffix(".json")) if path.suffix == WEIGHTS else (path,)
+    existing = [str(x) for x in output_paths if x.exists()]
+    if existing and not overwrite:
+        raise UserError(
+            f"{' and '.join(existing)} already exists; use another name, or --overwrite"
+        )
     if not path.parent.is_dir():
         raise UserError(
             f"there is no folder {path.parent} to write {path.name} to; create it first"
@@ -121,16 +123,17 @@ def _check_ranges(run: Run, path: pathlib.Path) -> None:
             f"{path} would hold weights only, and the quantised student in {run.workdir.path} "
             f"also needs the ranges of its activations; export to {' or '.join(FORMATS)}"
         )
-    for place, (low, high, batches) in ranges.items():
+    for activation, (low, high, batches) in ranges.items():
         if not (batches > 0 and -np.inf < low <= high < np.inf):
             raise UserError(
-                f"the student in {run.workdir.path} has an invalid range for {place}, {low:g} to "
-                f"{high:g} after {batches:g} batches; export another step (--step), or train again"
+                f"the student in {run.workdir.path} has an invalid range for {activation}, "
+                f"{low:g} to {high:g} after {batches:g} batches; export another step (--step), or "
+                "train again"
             )
 
 
 def _card_of(run: Run, naming: str, tensors: dict[str, np.ndarray]) -> Card:
-    network, stored = run.network, run.workdir.read("config.json")
+    network, stored_config = run.network, run.workdir.read("config.json")
     mean, std = InputSpec.of(network).moments
     return Card(
         model=network.model,
@@ -146,9 +149,9 @@ def _card_of(run: Run, naming: str, tensors: dict[str, np.ndarray]) -> Card:
         step=run.step,
         averaged=run.averaged,
         metrics=run.workdir.read_evaluation() if run.complete else None,
-        config=stored["config"],
-        versions=stored["versions"],
-        commit=stored["commit"],
+        config=stored_config["config"],
+        versions=stored_config["versions"],
+        commit=stored_config["commit"],
         naming=naming,
         sha256=digest(tensors),
         teacher_weights=run.resolved.teacher_weights,
@@ -175,35 +178,39 @@ def _write_function(
     quantisation: QuantisationConfig,
     data_dir: str | None,
 ) -> Card:
-    format, config = FORMATS[path.suffix], run.config
+    file_format, config = FORMATS[path.suffix], run.config
     if data_dir is not None:
-        moved = dataclasses.replace(config.data, data_dir=data_dir)
-        config = dataclasses.replace(config, data=moved)
+        data_config = dataclasses.replace(config.data, data_dir=data_dir)
+        config = dataclasses.replace(config, data=data_config)
     refuse_code_of_run(run.stored, run.workdir.path, IMAGES)
     examples = examples_of(config, run.student)
     student, calibration = run.student, None
-    shown = images_of(config, run.student, "train").pixels if quantise == "int8" else None
-    if shown is not None and format.quantise is None:
+    calibration_pixels = (
+        images_of(config, run.student, "train").pixels if quantise == "int8" else None
+    )
+    if calibration_pixels is not None and file_format.quantise is None:
         log("measuring the quantisation error of each layer")
-        calibration = calibrated(student, shown, quantisation)
+        calibration = calibrated(student, calibration_pixels, quantisation)
         student = calibration.student
     function = function_of(student, output)
-    if quantise == "none" or format.quantise is None:
-        data = format.convert(function, card.resolution, batch, card.model)
+    if quantise == "none" or file_format.quantise is None:
+        serialised = file_format.convert(function, card.resolution, batch, card.model)
     else:
-        data = format.quantise(function, card.resolution, batch, card.model, quantise, shown)
+        serialised = file_format.quantise(
+            function, card.resolution, batch, card.model, quantise, calibration_pixels
+        )
     with runs(f"the runtime of {path.suffix}"):
-        runtime = format.load(data, None)
+        runtime = file_format.load(serialised, None)
     if student is not run.student:  # what the file is to compute, to within a step of the outputs
-        compare(runtime, format.name, student, output, batch, examples)
-    kind = format.name if quantise == "none" else f"{format.name} {quantise}"
+        compare(runtime, file_format.name, student, output, batch, examples)
+    kind = file_format.name if quantise == "none" else f"{file_format.name} {quantise}"
     parity = compare(runtime, kind, run.student, output, batch, examples)
     facts = FunctionFacts(
-        format=format.name,
+        format=file_format.name,
         batch=batch,
         output=output,
         parity=parity,
-        bytes=len(data),
+        bytes=len(serialised),
         float32_bytes=sum(x.nbytes for x in tensors.values()),
         quantise=quantise,
         layer_errors=calibration.errors if calibration else None,
@@ -213,7 +220,7 @@ def _write_function(
         operations=runtime.operations,
     )
     card = dataclasses.replace(card, function=facts)
-    _write(path, lambda temporary: format.write(temporary, data, card_to_json(card)))
+    _write(path, lambda temporary: file_format.write(temporary, serialised, card_to_json(card)))
     return card
 
 

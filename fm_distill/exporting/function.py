@@ -66,9 +66,9 @@ def central_squares(
     resolution: int,
 ) -> Pixels:
     """What such a function takes: the central view of evaluation, rounded to uint8."""
-    parts = [slice(i, i + BATCH) for i in range(0, len(canvases), BATCH)]
+    slices = [slice(start, start + BATCH) for start in range(0, len(canvases), BATCH)]
     return np.concatenate(
-        [np.asarray(_square(canvases[i], sizes[i], crop, resolution)) for i in parts]
+        [np.asarray(_square(canvases[rows], sizes[rows], crop, resolution)) for rows in slices]
     )
 
 
@@ -82,17 +82,17 @@ def in_batches(
     call: Callable[[Pixels], Outputs], pixels: Pixels, batch: BatchSize, classes: int
 ) -> Outputs:
     """`call` on all `pixels`, so many at a time; the last ones of a fixed batch beside black."""
-    size = BATCH if batch == "dynamic" else batch
-    found = [np.zeros((0, classes), np.float32)]
-    for start in range(0, len(pixels), size):
-        part = pixels[start : start + size]
-        missing = 0 if batch == "dynamic" else size - len(part)
-        padded = np.pad(part, ((0, missing), (0, 0), (0, 0), (0, 0)))
-        outputs = np.asarray(call(padded), np.float32)
-        if outputs.shape != (len(padded), classes):
+    batch_size = BATCH if batch == "dynamic" else batch
+    outputs = [np.zeros((0, classes), np.float32)]
+    for start in range(0, len(pixels), batch_size):
+        chunk = pixels[start : start + batch_size]
+        padding = 0 if batch == "dynamic" else batch_size - len(chunk)
+        padded = np.pad(chunk, ((0, padding), (0, 0), (0, 0), (0, 0)))
+        batch_outputs = np.asarray(call(padded), np.float32)
+        if batch_outputs.shape != (len(padded), classes):
             raise UserError(
-                f"the function returned an array of shape {outputs.shape} for {len(padded)} "
+                f"the function returned an array of shape {batch_outputs.shape} for {len(padded)} "
                 f"images, and its card describes {classes} classes; export it again"
             )
-        found.append(outputs[: len(part)])
-    return np.concatenate(found)
+        outputs.append(batch_outputs[: len(chunk)])
+    return np.concatenate(outputs)

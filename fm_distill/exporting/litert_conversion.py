@@ -27,23 +27,25 @@ def main(folder: pathlib.Path) -> None:
     """Converts what lies in `folder`."""
     import tensorflow as tf
 
-    described = json.loads((folder / STEPS).read_text())
+    description = json.loads((folder / STEPS).read_text())
     makers = MAKERS
-    if all(step["kind"] != "round" for step in described["steps"]):
+    if all(step["kind"] != "round" for step in description["steps"]):
         # Of a FakeQuant alone the converter makes layers that round what they read as they run.
         makers = MAKERS | {"kernel": _plain_kernel}
 
     def function(pixels: Any) -> Any:
-        known = {0: pixels}
-        for step in described["steps"]:
-            found = makers[step["kind"]](tf, folder, step, *(known[x] for x in step["reads"]))
-            known.update(zip(step["makes"], found, strict=True))
-        return known[described["result"]]
+        tensors = {0: pixels}
+        for step in description["steps"]:
+            outputs = makers[step["kind"]](
+                tf, folder, step, *(tensors[number] for number in step["reads"])
+            )
+            tensors.update(zip(step["makes"], outputs, strict=True))
+        return tensors[description["result"]]
 
-    spec = tf.TensorSpec(described["shape"], tf.as_dtype(described["dtype"]), name="pixels")
-    converted = tf.function(function, input_signature=[spec], autograph=False)
-    found = [converted.get_concrete_function()]
-    converter = tf.lite.TFLiteConverter.from_concrete_functions(found, converted)
+    spec = tf.TensorSpec(description["shape"], tf.as_dtype(description["dtype"]), name="pixels")
+    tf_function = tf.function(function, input_signature=[spec], autograph=False)
+    concrete_functions = [tf_function.get_concrete_function()]
+    converter = tf.lite.TFLiteConverter.from_concrete_functions(concrete_functions, tf_function)
     _quantise(tf, converter, json.loads((folder / KIND).read_text()), folder)
     (folder / RESULT).write_bytes(converter.convert())
 
@@ -53,26 +55,26 @@ def _called(tf: Any, folder: pathlib.Path, step: dict[str, Any], *inputs: Any) -
     from jax.experimental import jax2tf
 
     exported = export.deserialize(bytearray((folder / step["function"]).read_bytes()))
-    found = jax2tf.convert(
+    outputs = jax2tf.convert(
         exported.call, with_gradient=False, native_serialization_platforms=exported.platforms
     )(*inputs)
-    return found if isinstance(found, list | tuple) else (found,)
+    return outputs if isinstance(outputs, list | tuple) else (outputs,)
 
 
 def _rounded(tf: Any, folder: pathlib.Path, step: dict[str, Any], x: Any) -> Any:
-    scale, zero = step["scale"], step["zero_point"]
-    low, high = (np.float32(scale * (end - zero)) for end in (LOWEST, HIGHEST))
+    scale, zero_point = step["scale"], step["zero_point"]
+    low, high = (np.float32(scale * (level - zero_point)) for level in (LOWEST, HIGHEST))
     return (tf.quantization.fake_quant_with_min_max_vars(x, low, high),)
 
 
 def _kernel(tf: Any, folder: pathlib.Path, step: dict[str, Any]) -> Any:
-    weights, scales = (np.load(folder / step[x]) for x in ("weights", "scales"))
+    weights, scales = (np.load(folder / step[key]) for key in ("weights", "scales"))
     highest = np.float32(step["highest"])
-    ends = -highest * scales, highest * scales  # constants, or the converter does not see them
+    bounds = -highest * scales, highest * scales  # constants, or the converter does not see them
     bits = step["highest"].bit_length() + 1
     return (
         tf.quantization.fake_quant_with_min_max_vars_per_channel(
-            weights, *ends, num_bits=bits, narrow_range=True
+            weights, *bounds, num_bits=bits, narrow_range=True
         ),
     )
 
@@ -82,11 +84,11 @@ def _plain_kernel(tf: Any, folder: pathlib.Path, step: dict[str, Any]) -> Any:
 
 
 def _convolved(tf: Any, folder: pathlib.Path, step: dict[str, Any], x: Any, kernel: Any) -> Any:
-    strides, padding, dilations = (step[k] for k in ("strides", "padding", "dilations"))
+    strides, padding, dilations = (step[key] for key in ("strides", "padding", "dilations"))
     name, zeros = padding_of(x.shape[1:3], kernel.shape[:2], strides, padding, dilations)
     x = tf.pad(x, [[0, 0], *zeros, [0, 0]]) if zeros else x
-    out = tf.nn.conv2d(x, kernel, strides, name, dilations=dilations)
-    return (tf.nn.bias_add(out, np.load(folder / step["offset"])),)
+    output = tf.nn.conv2d(x, kernel, strides, name, dilations=dilations)
+    return (tf.nn.bias_add(output, np.load(folder / step["offset"])),)
 
 
 def padding_of(
@@ -99,11 +101,11 @@ def padding_of(
     """TensorFlow's name of `padding`, and the zeros that have to stand there before; none: []."""
     if all([*x] == [0, 0] for x in padding):
         return "VALID", []
-    found = [
+    same = [
         same_padding(int(sizes[i]), (int(kernel[i]) - 1) * dilations[i] + 1, strides[i])
         for i in range(2)
     ]
-    return ("SAME", []) if found == [[*x] for x in padding] else ("VALID", padding)
+    return ("SAME", []) if same == [[*x] for x in padding] else ("VALID", padding)
 
 
 def same_padding(size: int, kernel: int, stride: int) -> list[int]:
@@ -127,8 +129,8 @@ def _quantise(tf: Any, converter: Any, kind: str, folder: pathlib.Path) -> None:
     if kind == "float16":
         converter.target_spec.supported_types = [tf.float16]
     if kind == "int8":
-        shown = np.load(folder / PIXELS)
-        converter.representative_dataset = lambda: ([x] for x in shown)
+        calibration_pixels = np.load(folder / PIXELS)
+        converter.representative_dataset = lambda: ([x] for x in calibration_pixels)
         converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
         converter.inference_input_type = tf.uint8
 

@@ -59,22 +59,26 @@ def to_quantised(
     if batch == "dynamic":
         raise UserError(f"a {SUFFIX} file takes a fixed number of images; give --batch N")
     pixels = jax.ShapeDtypeStruct((batch, resolution, resolution, 3), np.uint8)
-    found = traced(function, pixels)
-    if found.has("round") and quantise != "none":
+    traced_function = traced(function, pixels)
+    if traced_function.has("round") and quantise != "none":
         raise UserError(
             "the student was quantised in training and is exported with its own ranges; leave "
             "out --quantise"
         )
-    if shown is not None and (found.operations & GELU or found.has("kernel")):
+    if shown is not None and (traced_function.operations & GELU or traced_function.has("kernel")):
         # Layers that training left in floats stay so.
-        found = traced(function, pixels, calibrated=True, floats=not found.has("kernel"))
-        found = found._replace(steps=with_ranges(found.steps, _in_batches(shown, batch)))
-    elif quantise != "none" or not found.has("kernel"):
+        traced_function = traced(
+            function, pixels, calibrated=True, floats=not traced_function.has("kernel")
+        )
+        traced_function = traced_function._replace(
+            steps=with_ranges(traced_function.steps, _in_batches(shown, batch))
+        )
+    elif quantise != "none" or not traced_function.has("kernel"):
         # int8's own input is the uint8 pixels: a float of scale 1 before it is quantised.
         pixels = pixels.update(dtype=np.float32) if quantise == "int8" else pixels
         return _converted(in_one_step(function, pixels), pixels, quantise, shown, model)
-    steps = [*joined(found.steps, found.result)]
-    kind = litert_conversion.ROUNDED if found.has("round") else "none"
+    steps = [*joined(traced_function.steps, traced_function.result)]
+    kind = litert_conversion.ROUNDED if traced_function.has("round") else "none"
     data = _converted(steps, pixels, kind, None, model)
     return with_integers(data, steps)
 
@@ -90,33 +94,33 @@ def _converted(
         if shown is not None:
             calibration = _calibration(shown, pixels.shape[0])
             (folder / litert_conversion.PIXELS).write_bytes(_npy(calibration))
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-m", litert_conversion.__name__, name],
             capture_output=True,
             text=True,
         )
-        if done.returncode:
-            raise UserError(f"{model} cannot be converted to LiteRT: {_reason(done.stderr)}")
+        if process.returncode:
+            raise UserError(f"{model} cannot be converted to LiteRT: {_reason(process.stderr)}")
         return (folder / litert_conversion.RESULT).read_bytes()
 
 
 def _write_steps(folder: pathlib.Path, steps: list[Step], pixels: jax.ShapeDtypeStruct) -> None:
     """What `litert_conversion` reads: a list, and a file for each array and function in it."""
-    lines = []
+    entries = []
     for i, step in enumerate(steps):
-        line: dict[str, Any] = {"kind": step.kind, "reads": step.reads, "makes": step.makes}
+        entry: dict[str, Any] = {"kind": step.kind, "reads": step.reads, "makes": step.makes}
         for key, value in step.values.items():
-            line[key] = value
+            entry[key] = value
             if isinstance(value, np.ndarray):
-                line[key] = f"{i}_{key}.npy"
-                (folder / line[key]).write_bytes(_npy(value))
+                entry[key] = f"{i}_{key}.npy"
+                (folder / entry[key]).write_bytes(_npy(value))
             elif isinstance(value, bytes):
-                line[key] = f"{i}_{key}"
-                (folder / line[key]).write_bytes(value)
-        lines.append(line)
+                entry[key] = f"{i}_{key}"
+                (folder / entry[key]).write_bytes(value)
+        entries.append(entry)
     shape, dtype = pixels.shape, pixels.dtype.name
-    described = {"steps": lines, "shape": shape, "dtype": dtype, "result": steps[-1].makes[0]}
-    (folder / litert_conversion.STEPS).write_text(json.dumps(described))
+    description = {"steps": entries, "shape": shape, "dtype": dtype, "result": steps[-1].makes[0]}
+    (folder / litert_conversion.STEPS).write_text(json.dumps(description))
 
 
 def _npy(array: np.ndarray) -> bytes:
@@ -128,8 +132,8 @@ def _npy(array: np.ndarray) -> bytes:
 
 def _in_batches(shown: Pixels, batch: int) -> Batches:
     """`shown` in whole batches, its first images again where the last one is not full."""
-    rows = np.resize(shown, (-(-len(shown) // batch) * batch, *shown.shape[1:]))
-    return rows.reshape(-1, batch, *shown.shape[1:])
+    images = np.resize(shown, (-(-len(shown) // batch) * batch, *shown.shape[1:]))
+    return images.reshape(-1, batch, *shown.shape[1:])
 
 
 def _calibration(shown: Pixels, batch: int) -> np.ndarray:
@@ -137,15 +141,15 @@ def _calibration(shown: Pixels, batch: int) -> np.ndarray:
 
     One of black and white is first, so that a step of the input is one grey level.
     """
-    ends = np.zeros((batch, *shown.shape[1:]), np.float32)
-    ends[:, ::2] = 255
-    return np.concatenate([ends[None], _in_batches(shown, batch).astype(np.float32)])
+    extremes = np.zeros((batch, *shown.shape[1:]), np.float32)
+    extremes[:, ::2] = 255
+    return np.concatenate([extremes[None], _in_batches(shown, batch).astype(np.float32)])
 
 
 def _reason(stderr: str) -> str:
-    lines = [x.strip() for x in stderr.splitlines() if x.strip()]
-    wrong = [x for x in lines if "error:" in x]
-    return (wrong or lines[-1:] or ["the converter printed nothing"])[0].rpartition("error: ")[2]
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if "error:" in line]
+    return (errors or lines[-1:] or ["the converter printed nothing"])[0].rpartition("error: ")[2]
 
 
 def load_function(data: bytes, threads: int | None = None) -> Runtime:
@@ -156,12 +160,15 @@ def load_function(data: bytes, threads: int | None = None) -> Runtime:
         raise UserError(_missing("LiteRT")) from None
     interpreter = Interpreter(model_content=data, num_threads=threads)
     interpreter.allocate_tensors()
-    (given,), (found,) = interpreter.get_input_details(), interpreter.get_output_details()
+    (input_details,), (output_details,) = (
+        interpreter.get_input_details(),
+        interpreter.get_output_details(),
+    )
 
     def call(pixels: np.ndarray) -> np.ndarray:
-        interpreter.set_tensor(given["index"], pixels)
+        interpreter.set_tensor(input_details["index"], pixels)
         interpreter.invoke()
-        return np.array(interpreter.get_tensor(found["index"]))
+        return np.array(interpreter.get_tensor(output_details["index"]))
 
     return Runtime(
         f"LiteRT {importlib.metadata.version('ai-edge-litert')}", call, operations_of(interpreter)
@@ -176,17 +183,17 @@ def operations_of(interpreter: Any) -> dict[str, int]:
 
 def write_model(path: pathlib.Path, function: bytes, card: str) -> None:
     """The file. Raises `OSError`."""
-    behind = io.BytesIO(function)
+    content = io.BytesIO(function)
     names = json.loads(card)["class_names"] or []
     members = {
         CARD: card,
         LABELS: "".join(f"{x}\n" for x in names),
         DIGEST: hashlib.sha256(function).hexdigest(),
     }
-    with zipfile.ZipFile(behind, "a") as archive:
+    with zipfile.ZipFile(content, "a") as archive:
         for name, text in members.items():
             archive.writestr(zipfile.ZipInfo(name), text)
-    path.write_bytes(behind.getvalue())
+    path.write_bytes(content.getvalue())
 
 
 def read_model(path: pathlib.Path) -> tuple[bytes, str]:
@@ -194,7 +201,7 @@ def read_model(path: pathlib.Path) -> tuple[bytes, str]:
     try:
         data = path.read_bytes()
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            starts = min(x.header_offset for x in archive.infolist())
+            archive_start = min(member.header_offset for member in archive.infolist())
             card, digest = archive.read(CARD).decode(), archive.read(DIGEST).decode()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error}") from None
@@ -203,12 +210,12 @@ def read_model(path: pathlib.Path) -> tuple[bytes, str]:
             f"{path} has no card of fm-distill, or was damaged ({error}); expected a file that "
             "`fm-distill export` wrote"
         ) from None
-    if hashlib.sha256(data[:starts]).hexdigest() != digest:
+    if hashlib.sha256(data[:archive_start]).hexdigest() != digest:
         raise UserError(
             f"{path} is damaged or was changed: it is not the function that its card was written "
             "for; export it again"
         )
-    return data[:starts], card
+    return data[:archive_start], card
 
 
 def _missing(what: str) -> str:

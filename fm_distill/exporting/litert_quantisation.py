@@ -57,9 +57,11 @@ def traced(
     """
     jaxpr = jax.make_jaxpr(function)(pixels)
     steps = Steps(calibrated, floats)
-    given = Unknown(0, pixels.shape, np.dtype(pixels.dtype))
-    (found,) = _run(steps, jaxpr.jaxpr, [np.asarray(x) for x in jaxpr.consts], [given])
-    return Traced(steps.found, steps.tensor(found).number, steps.operations)
+    input_tensor = Unknown(0, pixels.shape, np.dtype(pixels.dtype))
+    (result,) = _run(
+        steps, jaxpr.jaxpr, [np.asarray(const) for const in jaxpr.consts], [input_tensor]
+    )
+    return Traced(steps.found, steps.tensor(result).number, steps.operations)
 
 
 def in_one_step(function: Function, pixels: jax.ShapeDtypeStruct) -> list[Step]:
@@ -68,19 +70,19 @@ def in_one_step(function: Function, pixels: jax.ShapeDtypeStruct) -> list[Step]:
 
 
 def _run(steps: Steps, jaxpr: Jaxpr, consts: list[Any], inputs: list[Any]) -> list[Any]:
-    known: dict[Any, Any] = {}
+    environment: dict[Any, Any] = {}
     variables = [x for equation in jaxpr.eqns for x in equation.invars] + jaxpr.outvars
     reads = collections.Counter(x for x in variables if not isinstance(x, Written))
 
     def read(variable: Any) -> Any:
         if not isinstance(variable, Written):
-            return known[variable]
-        kind: Any = variable.aval  # the value may be a number of Python's
-        return np.asarray(variable.val, kind.dtype)
+            return environment[variable]
+        aval: Any = variable.aval  # the value may be a number of Python's
+        return np.asarray(variable.val, aval.dtype)
 
     def know(names: Sequence[Any], values: list[Any]) -> None:
         for name, value in zip(names, values, strict=True):
-            known[name] = value
+            environment[name] = value
             if isinstance(value, Product) and reads[name] > 1:
                 steps.share(value)
 
@@ -95,19 +97,21 @@ def _of_equation(steps: Steps, equation: JaxprEqn, inputs: list[Any]) -> list[An
     name, params = equation.primitive.name, equation.params
     if name in CALLS and params.get("name") == "fake_quantise":
         return [_rounded(steps, *inputs)]
-    if (found := inside(equation)) is not None:
-        return _run(steps, found[0], [np.asarray(x) for x in found[1]], inputs)
+    if (called := inside(equation)) is not None:
+        return _run(steps, called[0], [np.asarray(x) for x in called[1]], inputs)
     if name in UNCHANGING:
         return inputs
-    known = all(isinstance(x, np.ndarray) for x in inputs)
-    if known and name == "broadcast_in_dim":
-        held = np.ones(len(params["shape"]), int)
-        held[list(params["broadcast_dimensions"])] = inputs[0].shape
-        return [np.broadcast_to(inputs[0].reshape(held), params["shape"])]
+    all_constant = all(isinstance(x, np.ndarray) for x in inputs)
+    if all_constant and name == "broadcast_in_dim":
+        operand_shape = np.ones(len(params["shape"]), int)
+        operand_shape[list(params["broadcast_dimensions"])] = inputs[0].shape
+        return [np.broadcast_to(inputs[0].reshape(operand_shape), params["shape"])]
     bind = functools.partial(equation.primitive.bind, **params)
-    if known:
-        out = bind(*inputs)
-        return [np.asarray(x) for x in (out if equation.primitive.multiple_results else [out])]
+    if all_constant:
+        outputs = bind(*inputs)
+        return [
+            np.asarray(x) for x in (outputs if equation.primitive.multiple_results else [outputs])
+        ]
     if name in ("conv_general_dilated", "dot_general") and _is_layer(steps, equation, inputs):
         images, weights = inputs
         weights = weights if isinstance(weights, Weights) else Weights.of(weights)
@@ -124,15 +128,22 @@ def _is_layer(steps: Steps, equation: JaxprEqn, inputs: list[Any]) -> bool:
     params, weights = equation.params, inputs[1]
     if not isinstance(weights, (Weights, np.ndarray) if steps.floats else Weights):
         return False
-    places, inner, outer = (x.aval.shape for x in (*equation.invars, *equation.outvars))  # type: ignore[attr-defined]
-    numbers = params["dimension_numbers"]
+    input_shape, kernel_shape, output_shape = (
+        x.aval.shape  # type: ignore[attr-defined]
+        for x in (*equation.invars, *equation.outvars)
+    )
+    dimension_numbers = params["dimension_numbers"]
     if equation.primitive.name == "dot_general":
-        plain: tuple[Any, ...] = (((len(places) - 1,), (0,)), ((), ()))
-        return numbers == plain and len(inner) == 2 and len(places) > 1
-    layout = (numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec)
+        matrix_product: tuple[Any, ...] = (((len(input_shape) - 1,), (0,)), ((), ()))
+        return (
+            dimension_numbers == matrix_product and len(kernel_shape) == 2 and len(input_shape) > 1
+        )
+    layout = (dimension_numbers.lhs_spec, dimension_numbers.rhs_spec, dimension_numbers.out_spec)
     # A transposed convolution, which sets its pixels apart, is another operation in LiteRT.
-    apart = set(params["lhs_dilation"]) != {1} or params["batch_group_count"] != 1
-    return layout == NHWC and not apart and params["feature_group_count"] in (1, outer[-1])
+    transposed = set(params["lhs_dilation"]) != {1} or params["batch_group_count"] != 1
+    return (
+        layout == NHWC and not transposed and params["feature_group_count"] in (1, output_shape[-1])
+    )
 
 
 def _followed(steps: Steps, name: str, x: Any, other: Any) -> Product | None:
@@ -150,20 +161,22 @@ def _followed(steps: Steps, name: str, x: Any, other: Any) -> Product | None:
 
 def _by_channel(array: np.ndarray, channels: int) -> np.ndarray | None:
     """Its values for each channel, the last axis, where it has nothing else."""
-    small = without_repeats(array)
-    if small.size == 1:
-        return np.full(channels, float(small.reshape(())))
-    if small.size != channels or small.shape[-1] != channels:
+    unrepeated = without_repeats(array)
+    if unrepeated.size == 1:
+        return np.full(channels, float(unrepeated.reshape(())))
+    if unrepeated.size != channels or unrepeated.shape[-1] != channels:
         return None
-    return small.reshape(-1).astype(np.float64)
+    return unrepeated.reshape(-1).astype(np.float64)
 
 
 def _rounded(steps: Steps, x: Any, *of_range: Any) -> Any:
     if not all(isinstance(value, np.ndarray) for value in of_range):
         raise UserError("a range that depends on the pixels cannot be converted to LiteRT")
-    scale, zero, lowest, highest = of_range
+    scale, zero_point, lowest, highest = of_range
     if isinstance(x, np.ndarray):
-        integers = np.clip(np.rint(x / scale) + zero, lowest, highest).astype(np.int8)
+        integers = np.clip(np.rint(x / scale) + zero_point, lowest, highest).astype(np.int8)
         return Weights(integers, np.broadcast_to(scale, x.shape[-1:]), int(highest))
     x = steps.tensor(x)
-    return steps.add("round", [x], steps.new(x.shape), scale=float(scale), zero_point=int(zero))
+    return steps.add(
+        "round", [x], steps.new(x.shape), scale=float(scale), zero_point=int(zero_point)
+    )

@@ -23,16 +23,16 @@ def with_ranges(steps: list[Step], batches: Batches) -> list[Step]:
 
     Weights are rounded while images are looked at, activations are not.
     """
-    unknown = [x for x in steps if _lacks_range(x)]
-    ends = jax.jit(lambda pixels: _ends(steps, pixels))
-    seen = [jax.device_get(ends(jnp.asarray(pixels))) for pixels in batches]
-    low, high = np.min([x for x, _ in seen], axis=0), np.max([x for _, x in seen], axis=0)
-    known = {}
-    for step, *ends_of_step in zip(unknown, low, high, strict=True):
-        seen_of_step = Range(*map(jnp.float32, ends_of_step))
-        scale, zero = map(float, affine(seen_of_step, OF_ACTIVATIONS["int8"]))
-        known[step.makes] = {"scale": scale, "zero_point": int(zero)}
-    return [dataclasses.replace(x, values=known[x.makes]) if _lacks_range(x) else x for x in steps]
+    unranged = [x for x in steps if _lacks_range(x)]
+    observe = jax.jit(lambda pixels: _ends(steps, pixels))
+    observed = [jax.device_get(observe(jnp.asarray(pixels))) for pixels in batches]
+    low, high = np.min([x for x, _ in observed], axis=0), np.max([x for _, x in observed], axis=0)
+    ranges = {}
+    for step, *step_ends in zip(unranged, low, high, strict=True):
+        step_range = Range(*map(jnp.float32, step_ends))
+        scale, zero_point = map(float, affine(step_range, OF_ACTIVATIONS["int8"]))
+        ranges[step.makes] = {"scale": scale, "zero_point": int(zero_point)}
+    return [dataclasses.replace(x, values=ranges[x.makes]) if _lacks_range(x) else x for x in steps]
 
 
 def _lacks_range(step: Step) -> bool:
@@ -41,18 +41,18 @@ def _lacks_range(step: Step) -> bool:
 
 def _ends(steps: list[Step], pixels: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
     """Lowest and highest number that each rounding without a range reads."""
-    known, low, high = {0: pixels}, [], []
+    tensors, low, high = {0: pixels}, [], []
     for step in steps:
-        inputs = [known[x] for x in step.reads]
+        inputs = [tensors[number] for number in step.reads]
         if _lacks_range(step):
             low.append(inputs[0].min())
             high.append(inputs[0].max())
-        known.update(zip(step.makes, MAKERS[step.kind](step, *inputs), strict=True))
+        tensors.update(zip(step.makes, MAKERS[step.kind](step, *inputs), strict=True))
     return low, high
 
 
 def _convolved(step: Step, x: jax.Array, kernel: jax.Array) -> Iterable[jax.Array]:
-    out = jax.lax.conv_general_dilated(
+    output = jax.lax.conv_general_dilated(
         x,
         kernel,
         step.values["strides"],
@@ -60,7 +60,7 @@ def _convolved(step: Step, x: jax.Array, kernel: jax.Array) -> Iterable[jax.Arra
         rhs_dilation=step.values["dilations"],
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
-    return (out + step.values["offset"],)
+    return (output + step.values["offset"],)
 
 
 MAKERS: dict[str, Callable[..., Iterable[Any]]] = {

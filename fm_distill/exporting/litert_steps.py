@@ -120,22 +120,22 @@ class Steps:
 
     def call(self, function: Callable[..., Any], inputs: list[Any]) -> list[Unknown]:
         """`function`, of tensors and of arrays that are known."""
-        given = [self.tensor(x) for x in inputs]
-        unknown = [x for x in given if isinstance(x, Unknown)]
+        arguments = [self.tensor(x) for x in inputs]
+        unknown = [x for x in arguments if isinstance(x, Unknown)]
 
         def of_unknown(*values: Any) -> tuple[Any, ...]:
-            rest = iter(values)
-            found = function(
-                *(next(rest) if isinstance(x, Unknown) else _repeated(x) for x in given)
+            remaining = iter(values)
+            outputs = function(
+                *(next(remaining) if isinstance(x, Unknown) else _repeated(x) for x in arguments)
             )
-            return tuple(found) if isinstance(found, list | tuple) else (found,)
+            return tuple(outputs) if isinstance(outputs, list | tuple) else (outputs,)
 
         shapes = jax.eval_shape(of_unknown, *map(_spec, unknown))
-        makes = [self.new(x.shape, x.dtype) for x in shapes]
-        names = tuple(x.number for x in unknown), tuple(x.number for x in makes)
+        results = [self.new(x.shape, x.dtype) for x in shapes]
+        numbers = tuple(x.number for x in unknown), tuple(x.number for x in results)
         values = {"python": of_unknown, "specs": [*map(_spec, unknown)]}
-        self.found.append(Step("call", *names, values))
-        return makes
+        self.found.append(Step("call", *numbers, values))
+        return results
 
     def tensor(self, value: Any) -> Any:
         """`value` as others read it: a tensor, or an array."""
@@ -151,30 +151,36 @@ class Steps:
     def _product(self, product: Product) -> Unknown:
         equation, images = product.equation, product.images
         scales = product.weights.scales * np.abs(product.factor)
-        none = scales < SMALLEST_SCALE
-        signs = np.where(none, 0, np.sign(product.factor))
-        scales = np.where(none, 1.0, scales).astype(np.float32)
+        is_zero = scales < SMALLEST_SCALE
+        signs = np.where(is_zero, 0, np.sign(product.factor))
+        scales = np.where(is_zero, 1.0, scales).astype(np.float32)
         kernel = (product.weights.integers * signs * scales).astype(np.float32)
         offset, shape = product.offset.astype(np.float32), equation.outvars[0].aval.shape  # type: ignore[attr-defined]
-        rounded = {"scales": scales, "highest": product.weights.highest}
+        quantisation = {"scales": scales, "highest": product.weights.highest}
         images = self._rounded(images)
         if equation.primitive.name == "dot_general":
             # A convolution of one pixel, whose kernel the converter takes as it lies here.
-            places = images.shape[:-1]
-            places = places if len(places) == 3 else (places[0], math.prod(places[1:]), 1)
-            pictures = self._reshaped(images, (*places, images.shape[-1]))
-            out = (*places, shape[-1])
-            made = self._convolution(pictures, kernel[None, None], rounded, offset, out)
-            return self._reshaped(made, shape)
+            leading_shape = images.shape[:-1]
+            leading_shape = (
+                leading_shape
+                if len(leading_shape) == 3
+                else (leading_shape[0], math.prod(leading_shape[1:]), 1)
+            )
+            reshaped_images = self._reshaped(images, (*leading_shape, images.shape[-1]))
+            output_shape = (*leading_shape, shape[-1])
+            tensor = self._convolution(
+                reshaped_images, kernel[None, None], quantisation, offset, output_shape
+            )
+            return self._reshaped(tensor, shape)
         params = equation.params
         if params["feature_group_count"] == 1:
-            return self._convolution(images, kernel, rounded, offset, shape, params)
+            return self._convolution(images, kernel, quantisation, offset, shape, params)
         # The order of axes that LiteRT has: what turned them would stand behind the rounding.
         weights = kernel.transpose(2, 0, 1, 3)
-        made = self.add("kernel", [], self.new(weights.shape), weights=weights, **rounded)
+        tensor = self.add("kernel", [], self.new(weights.shape), weights=weights, **quantisation)
 
         def depthwise(x: Any, kernel: Any) -> Any:
-            out = jax.lax.conv_general_dilated(
+            output = jax.lax.conv_general_dilated(
                 x,
                 kernel,
                 params["window_strides"],
@@ -183,9 +189,9 @@ class Steps:
                 dimension_numbers=("NHWC", "IHWO", "NHWC"),
                 feature_group_count=params["feature_group_count"],
             )
-            return out + offset
+            return output + offset
 
-        return self._rounded(self.call(depthwise, [images, made])[0])
+        return self._rounded(self.call(depthwise, [images, tensor])[0])
 
     def _reshaped(self, x: Unknown, shape: tuple[int, ...]) -> Unknown:
         return x if x.shape == shape else self.call(lambda x: x.reshape(shape), [x])[0]
@@ -202,60 +208,62 @@ class Steps:
         shape: tuple[int, ...],
         params: dict[str, Any] | None = None,
     ) -> Unknown:
-        made = self.add("kernel", [], self.new(kernel.shape), weights=kernel, **rounded)
-        p = params or {}
-        out = self.add(
+        kernel_tensor = self.add("kernel", [], self.new(kernel.shape), weights=kernel, **rounded)
+        layer_params = params or {}
+        output = self.add(
             "convolution",
-            [images, made],
+            [images, kernel_tensor],
             self.new(shape),
             offset=offset,
-            strides=tuple(p.get("window_strides", (1, 1))),
-            padding=tuple(map(tuple, p.get("padding", ((0, 0), (0, 0))))),
-            dilations=tuple(p.get("rhs_dilation", (1, 1))),
+            strides=tuple(layer_params.get("window_strides", (1, 1))),
+            padding=tuple(map(tuple, layer_params.get("padding", ((0, 0), (0, 0))))),
+            dilations=tuple(layer_params.get("rhs_dilation", (1, 1))),
         )
-        return self._rounded(out)
+        return self._rounded(output)
 
 
 def joined(steps: list[Step], result: int) -> Iterator[Step]:
     """With one exported function instead of several that follow each other."""
-    read_by = {result: {len(steps)}}
+    readers = {result: {len(steps)}}
     for i, step in enumerate(steps):
         for number in step.reads:
-            read_by.setdefault(number, set()).add(i)
+            readers.setdefault(number, set()).add(i)
     for is_call, group in itertools.groupby(enumerate(steps), lambda x: x[1].kind == "call"):
         members = [*group]
         if not is_call:
             yield from (step for _, step in members)
             continue
-        places, calls = {i for i, _ in members}, [step for _, step in members]
-        made = {number for step in calls for number in step.makes}
+        indices, calls = {i for i, _ in members}, [step for _, step in members]
+        produced = {number for step in calls for number in step.makes}
         reads = {
             number: spec
             for step in calls
             for number, spec in zip(step.reads, step.values["specs"], strict=True)
-            if number not in made
+            if number not in produced
         }
-        makes = tuple(x for x in sorted(made) if read_by.get(x, set()) - places)
-        of_all = functools.partial(_in_turn, calls, tuple(reads), makes)
-        data = exported(of_all, [*reads.values()])
-        yield Step("call", tuple(reads), makes, {"function": data})
+        makes = tuple(x for x in sorted(produced) if readers.get(x, set()) - indices)
+        joined_calls = functools.partial(_in_turn, calls, tuple(reads), makes)
+        serialised = exported(joined_calls, [*reads.values()])
+        yield Step("call", tuple(reads), makes, {"function": serialised})
 
 
 def _in_turn(
     calls: list[Step], reads: tuple[int, ...], makes: tuple[int, ...], *values: Any
 ) -> tuple[Any, ...]:
-    known = dict(zip(reads, values, strict=True))
+    tensors = dict(zip(reads, values, strict=True))
     for step in calls:
-        found = step.values["python"](*(known[x] for x in step.reads))
-        known.update(zip(step.makes, found, strict=True))
-    return tuple(known[x] for x in makes)
+        outputs = step.values["python"](*(tensors[x] for x in step.reads))
+        tensors.update(zip(step.makes, outputs, strict=True))
+    return tuple(tensors[x] for x in makes)
 
 
 def exported(function: Callable[..., Any], specs: Sequence[jax.ShapeDtypeStruct]) -> bytes:
     """`function` of arrays of `specs`, serialised by `jax.export`."""
-    checks = (ANYWHERE,)
-    made = export.export(jax.jit(function), platforms=(PLATFORM,), disabled_checks=checks)
-    return bytes(made(*specs).serialize())
+    disabled_checks = (ANYWHERE,)
+    exported_function = export.export(
+        jax.jit(function), platforms=(PLATFORM,), disabled_checks=disabled_checks
+    )
+    return bytes(exported_function(*specs).serialize())
 
 
 def without_repeats(array: np.ndarray) -> np.ndarray:

@@ -28,17 +28,17 @@ def with_integers(data: bytes, steps: list[Step]) -> bytes:
     model = schema.ModelT.InitFromPackedBuf(data, 0)
     kernels = [x.values for x in steps if x.kind == "kernel"]
     for graph in model.subgraphs:
-        kernels_of_graph = _read_as_kernels(schema, model, graph)
-        made = [
-            _dequantised(schema, model, graph, number, *found)
-            for number, axis in kernels_of_graph.items()
-            if (found := _integers(schema, model, graph.tensors[number], axis, kernels))
+        kernel_axes = _read_as_kernels(schema, model, graph)
+        dequantise_operators = [
+            _dequantised(schema, model, graph, number, *integers)
+            for number, axis in kernel_axes.items()
+            if (integers := _integers(schema, model, graph.tensors[number], axis, kernels))
         ]
-        graph.operators = made + graph.operators
-    read = {x.buffer for graph in model.subgraphs for x in graph.tensors}
-    read |= {x.buffer for x in model.metadata or []}
-    for i, content in enumerate(model.buffers):
-        content.data = content.data if i in read else None
+        graph.operators = dequantise_operators + graph.operators
+    used_buffers = {x.buffer for graph in model.subgraphs for x in graph.tensors}
+    used_buffers |= {x.buffer for x in model.metadata or []}
+    for i, buffer in enumerate(model.buffers):
+        buffer.data = buffer.data if i in used_buffers else None
     builder = flatbuffers.Builder(len(data))
     builder.Finish(model.Pack(builder), file_identifier=IDENTIFIER)
     return bytes(builder.Output())
@@ -46,13 +46,15 @@ def with_integers(data: bytes, steps: list[Step]) -> bytes:
 
 def _read_as_kernels(schema: Any, model: Any, graph: Any) -> dict[int, int]:
     """Numbers of the tensors that layers read as kernels, and the axis of their channels."""
-    names = {getattr(schema.BuiltinOperator, x): axis for x, axis in CHANNEL_AXES.items()}
-    found = {}
+    axis_by_operator = {
+        getattr(schema.BuiltinOperator, x): axis for x, axis in CHANNEL_AXES.items()
+    }
+    axes = {}
     for operator in graph.operators:
-        kind = model.operatorCodes[operator.opcodeIndex].builtinCode
-        if kind in names:
-            found[int(operator.inputs[KERNEL_INPUT])] = names[kind]
-    return found
+        operator_code = model.operatorCodes[operator.opcodeIndex].builtinCode
+        if operator_code in axis_by_operator:
+            axes[int(operator.inputs[KERNEL_INPUT])] = axis_by_operator[operator_code]
+    return axes
 
 
 def _integers(
@@ -68,9 +70,9 @@ def _integers(
         weights, scales = kernel["weights"], kernel["scales"]
         if channels_last.size != weights.size or channels_last.shape[-1] != len(scales):
             continue
-        whole = np.rint(weights / scales).reshape(channels_last.shape)
-        if np.abs(channels_last / scales - whole).max() < NEAR:
-            return np.moveaxis(whole, -1, axis).astype(np.int8), scales, axis
+        integers = np.rint(weights / scales).reshape(channels_last.shape)
+        if np.abs(channels_last / scales - integers).max() < NEAR:
+            return np.moveaxis(integers, -1, axis).astype(np.int8), scales, axis
     return None
 
 
@@ -79,12 +81,12 @@ def _dequantised(
 ) -> Any:
     """The operation that makes the tensor `number`, constant until now, of integers."""
     floats = graph.tensors[number]
-    of_scales = schema.QuantizationParametersT()
-    of_scales.scale, of_scales.quantizedDimension = scales.astype(np.float32), axis
-    of_scales.zeroPoint = np.zeros(len(scales), np.int64)
+    quantisation = schema.QuantizationParametersT()
+    quantisation.scale, quantisation.quantizedDimension = scales.astype(np.float32), axis
+    quantisation.zeroPoint = np.zeros(len(scales), np.int64)
     integers, content = schema.TensorT(), schema.BufferT()
     integers.name, integers.shape = floats.name + b"_integers", floats.shape
-    integers.type, integers.quantization = schema.TensorType.INT8, of_scales
+    integers.type, integers.quantization = schema.TensorType.INT8, quantisation
     integers.buffer, floats.buffer = len(model.buffers), 0  # the first one is empty
     content.data = whole.reshape(-1).view(np.uint8)
     model.buffers.append(content)

@@ -44,10 +44,10 @@ class ExportedStudent:
         """Probabilities of images that went through `prepare`, uint8 (height, width, 3) each."""
         canvases, sizes = canvases_of(prepared, self.canvas.side, len(prepared))
         pixels = central_squares(canvases, sizes, self.card.central_crop, self.card.resolution)
-        found = in_batches(self.runtime.call, pixels, self.facts.batch, self.card.classes)
+        outputs = in_batches(self.runtime.call, pixels, self.facts.batch, self.card.classes)
         if self.facts.output == "logits":
-            return np.asarray(jax.nn.softmax(found, axis=-1))
-        return found
+            return np.asarray(jax.nn.softmax(outputs, axis=-1))
+        return outputs
 
 
 def card_of(path: str | os.PathLike[str]) -> Card:
@@ -59,13 +59,13 @@ def card_of(path: str | os.PathLike[str]) -> Card:
 def load_exported(path: str | os.PathLike[str], threads: int | None = None) -> ExportedStudent:
     """The student in a file of `FORMATS`. Raises `UserError` where `export` did not write it."""
     path = pathlib.Path(path)
-    format = FORMATS[path.suffix]
-    data, text = format.read(path)
+    file_format = FORMATS[path.suffix]
+    data, text = file_format.read(path)
     card = card_from_json(text, str(path))
     if card.function is None:
         raise UserError(f"{path}: its card describes no function; export it again")
     try:
-        runtime = format.load(data, threads)
+        runtime = file_format.load(data, threads)
     except UserError:
         raise
     except Exception as error:  # of many kinds, by what the bytes seem to be

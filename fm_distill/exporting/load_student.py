@@ -27,15 +27,15 @@ def load_student(path: str | os.PathLike[str]) -> Student:
             "expected a file that `fm-distill export` wrote"
         )
     canvas = canvas_of(card, path)
-    found = load_weights(os.fspath(path), None, "student")
+    pretrained = load_weights(os.fspath(path), None, "student")
     return Student(
-        network=found.network,
-        classes=found.classes,
-        class_names=names_of(found.class_names, found.classes),
+        network=pretrained.network,
+        classes=pretrained.classes,
+        class_names=names_of(pretrained.class_names, pretrained.classes),
         canvas=canvas,
         central_crop=card.central_crop,
         precision=card.precision,
-        variables=found.variables,
+        variables=pretrained.variables,
     )
 
 

@@ -56,11 +56,11 @@ def load_function(data: bytes, threads: int | None = None) -> Runtime:
 def write_model(path: pathlib.Path, function: bytes, card: str) -> None:
     """The file. Raises `OSError`."""
     model = _onnx().ModelProto.FromString(function)
-    stated = {CARD_KEY: card}
+    metadata = {CARD_KEY: card}
     # For tools that do not know the card.
     if names := json.loads(card)["class_names"]:
-        stated["class_names"] = json.dumps(names)
-    for key, value in stated.items():
+        metadata["class_names"] = json.dumps(names)
+    for key, value in metadata.items():
         model.metadata_props.add(key=key, value=value)
     model.metadata_props.add(key=DIGEST_KEY, value=_digest(model))
     path.write_bytes(model.SerializeToString(deterministic=True))
@@ -76,28 +76,28 @@ def read_model(path: pathlib.Path) -> tuple[bytes, str]:
         raise UserError(f"{path} cannot be read: {error}") from None
     except Exception as error:  # protobuf's own, which has no public name in all its forms
         raise UserError(f"{path} is not an ONNX model, or was damaged ({error})") from None
-    stated = {x.key: x.value for x in model.metadata_props}
-    if CARD_KEY not in stated:
+    metadata = {x.key: x.value for x in model.metadata_props}
+    if CARD_KEY not in metadata:
         raise UserError(
             f"{path} has no card of fm-distill, so how its images are prepared is not known; "
             "expected a file that `fm-distill export` wrote"
         )
-    if stated.get(DIGEST_KEY) != _digest(model):
+    if metadata.get(DIGEST_KEY) != _digest(model):
         raise UserError(
             f"{path} is damaged or was changed: its contents are not those that were exported; "
             "export it again"
         )
-    if broken := _broken_scale(onnx, model):
+    if scale_name := _broken_scale(onnx, model):
         raise UserError(
-            f"{path} has a quantisation scale that is not positive, {broken}; export it again"
+            f"{path} has a quantisation scale that is not positive, {scale_name}; export it again"
         )
-    return data, stated[CARD_KEY]
+    return data, metadata[CARD_KEY]
 
 
 def _broken_scale(onnx: Any, model: Any) -> str | None:
     """The first scale of quantised numbers, by its name, that is not finite and positive."""
-    kinds = ("QuantizeLinear", "DequantizeLinear")
-    scales = {x.input[1] for x in model.graph.node if x.op_type in kinds}
+    operators = ("QuantizeLinear", "DequantizeLinear")
+    scales = {x.input[1] for x in model.graph.node if x.op_type in operators}
     for weight in model.graph.initializer:
         if weight.name in scales:
             values = onnx.numpy_helper.to_array(weight)
@@ -108,13 +108,13 @@ def _broken_scale(onnx: Any, model: Any) -> str | None:
 
 def _digest(model: Any) -> str:
     """SHA-256 of a model without this digest: nothing in its format checks its contents."""
-    rest = type(model)()
-    rest.CopyFrom(model)
-    for i, entry in enumerate(rest.metadata_props):
+    without_digest = type(model)()
+    without_digest.CopyFrom(model)
+    for i, entry in enumerate(without_digest.metadata_props):
         if entry.key == DIGEST_KEY:
-            del rest.metadata_props[i]
+            del without_digest.metadata_props[i]
             break
-    return hashlib.sha256(rest.SerializeToString(deterministic=True)).hexdigest()
+    return hashlib.sha256(without_digest.SerializeToString(deterministic=True)).hexdigest()
 
 
 def _onnx() -> Any:

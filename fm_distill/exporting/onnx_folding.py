@@ -58,30 +58,30 @@ class _Model:
                 name = self.instead[name]
             return name
 
-        kept = [x for x in self.graph.node if x.output[0] not in self.instead]
-        for node in kept:
+        remaining_nodes = [x for x in self.graph.node if x.output[0] not in self.instead]
+        for node in remaining_nodes:
             node.input[:] = map(resolved, node.input)
-        nodes = [*self.added, *kept]
-        used = {name for node in nodes for name in node.input}
-        weights = [x for name, x in self.weights.items() if name in used]
-        for place, values in ((self.graph.node, nodes), (self.graph.initializer, weights)):
+        nodes = [*self.added, *remaining_nodes]
+        used_names = {name for node in nodes for name in node.input}
+        weights = [x for name, x in self.weights.items() if name in used_names]
+        for field, values in ((self.graph.node, nodes), (self.graph.initializer, weights)):
             copies = [type(x).FromString(x.SerializeToString()) for x in values]
-            del place[:]
-            place.extend(copies)
+            del field[:]
+            field.extend(copies)
 
 
 def fold(model: onnx.ModelProto) -> None:
     """Changes `model` in its place; one without quantised layers stays as it is."""
-    found = _Model(model)
-    scaled = [x for x in model.graph.node if x.op_type == "DequantizeLinear"]
-    if not scaled:
+    indexed_model = _Model(model)
+    dequantisers = [x for x in model.graph.node if x.op_type == "DequantizeLinear"]
+    if not dequantisers:
         return
     for node in model.graph.node:
-        if node.op_type == "Conv" and _is_quantised(found, node.input[1]):
-            _fold_into(found, node)
+        if node.op_type == "Conv" and _is_quantised(indexed_model, node.input[1]):
+            _fold_into(indexed_model, node)
     for node in model.graph.node:
-        _as_activation(found, node)
-    found.finish()
+        _as_activation(indexed_model, node)
+    indexed_model.finish()
 
 
 def _is_quantised(model: _Model, name: str) -> bool:
@@ -107,16 +107,16 @@ def _fold_into(model: _Model, convolution: onnx.NodeProto) -> None:
     integers, scales = (model.array(weights.input[i]) for i in range(2))
     assert integers is not None and scales is not None
     following = _following(model, convolution.output[0], len(scales))
-    folded = scales.astype(np.float64) * np.abs(following.factor)
-    none = folded < SMALLEST_SCALE
-    signs = np.where(none, 0, np.sign(following.factor)).astype(np.int8)
-    shape = (-1,) + (1,) * (integers.ndim - 1)
-    folded = np.where(none, 1.0, folded).astype(np.float32)
-    turned = (integers.astype(np.int16) - SHIFT) * signs.reshape(shape) + SHIFT
-    weights.input[0] = model.constant(turned.astype(np.uint8))
-    weights.input[1] = model.constant(folded)
+    folded_scales = scales.astype(np.float64) * np.abs(following.factor)
+    is_zero = folded_scales < SMALLEST_SCALE
+    signs = np.where(is_zero, 0, np.sign(following.factor)).astype(np.int8)
+    broadcast_shape = (-1,) + (1,) * (integers.ndim - 1)
+    folded_scales = np.where(is_zero, 1.0, folded_scales).astype(np.float32)
+    signed_integers = (integers.astype(np.int16) - SHIFT) * signs.reshape(broadcast_shape) + SHIFT
+    weights.input[0] = model.constant(signed_integers.astype(np.uint8))
+    weights.input[1] = model.constant(folded_scales)
     if following.offset.any():
-        bias = _bias(model, convolution.input[0], folded, following.offset)
+        bias = _bias(model, convolution.input[0], folded_scales, following.offset)
         convolution.input.append(bias)
 
 
@@ -126,13 +126,13 @@ def _following(model: _Model, name: str, channels: int) -> _Following:
     axis = 1
     while (node := model.only_reader(name)) is not None:
         if node.op_type == "Transpose":
-            (order,) = (helper.get_attribute_value(x) for x in node.attribute)
-            axis, name = list(order).index(axis), node.output[0]
+            (permutation,) = (helper.get_attribute_value(x) for x in node.attribute)
+            axis, name = list(permutation).index(axis), node.output[0]
             continue
         if node.op_type not in ("Mul", "Add"):
             break
-        other = node.input[1] if node.input[0] == name else node.input[0]
-        values = _by_channel(model.array(other), axis, channels)
+        operand = node.input[1] if node.input[0] == name else node.input[0]
+        values = _by_channel(model.array(operand), axis, channels)
         if values is None:
             break
         if node.op_type == "Mul":
@@ -161,13 +161,13 @@ def _bias(model: _Model, read: str, scales: np.ndarray, offset: PerChannel) -> s
     while maker is not None and maker.op_type == "Transpose":
         maker = model.maker.get(maker.input[0])
     if maker is not None and maker.op_type == "DequantizeLinear":
-        of_input = model.array(maker.input[1])
-        assert of_input is not None
-        steps = (of_input * scales).astype(np.float32)
+        input_scale = model.array(maker.input[1])
+        assert input_scale is not None
+        bias_scales = (input_scale * scales).astype(np.float32)
         with np.errstate(all="ignore"):
-            integers = np.rint(offset / steps)
+            integers = np.rint(offset / bias_scales)
         if np.abs(integers).max() <= LARGEST_BIAS:
-            names = [model.constant(integers.astype(np.int32)), model.constant(steps)]
+            names = [model.constant(integers.astype(np.int32)), model.constant(bias_scales)]
             node = helper.make_node("DequantizeLinear", names, [f"{names[0]}_bias"], axis=0)
             model.added.append(node)
             return node.output[0]
@@ -191,7 +191,9 @@ def _as_activation(model: _Model, node: onnx.NodeProto) -> None:
     elif node.op_type == "Min" and maker is not None and maker.op_type == "Relu":
         if model.only_reader(x) is not node:
             return
-        low, high = (model.constant(np.asarray(v, np.float32)) for v in (0.0, array.reshape(())))
+        low, high = (
+            model.constant(np.asarray(limit, np.float32)) for limit in (0.0, array.reshape(()))
+        )
         node.op_type = "Clip"
         node.input[:] = [maker.input[0], low, high]
         model.instead[x] = maker.input[0]

@@ -64,8 +64,8 @@ class Value:
 
     @classmethod
     def of(cls, array: Any) -> "Value":
-        found = np.asarray(array)
-        return cls(found, found.shape, found.shape, found.dtype)
+        content = np.asarray(array)
+        return cls(content, content.shape, content.shape, content.dtype)
 
 
 class Graph:
@@ -111,8 +111,8 @@ class Graph:
     def _sizes(self, value: Value) -> str:
         if all(isinstance(x, int) for x in value.shape):
             return self.integers(value.shape)
-        parts = [self._batch_size() if is_batch(x) else self.integers([x]) for x in value.shape]
-        return self.add("Concat", *parts, axis=0)
+        sizes = [self._batch_size() if is_batch(x) else self.integers([x]) for x in value.shape]
+        return self.add("Concat", *sizes, axis=0)
 
     def _batch_size(self) -> str:
         if self._batch is None:
@@ -166,8 +166,8 @@ def convert(
 
     By the rules of operations, and those of `calls` of functions that have a name.
     """
-    rows = export.symbolic_shape(BATCH)[0] if batch == "dynamic" else batch
-    shape = (rows, resolution, resolution, 3)
+    batch_size = export.symbolic_shape(BATCH)[0] if batch == "dynamic" else batch
+    shape = (batch_size, resolution, resolution, 3)
     try:
         traced = jax.make_jaxpr(function)(jax.ShapeDtypeStruct(shape, np.uint8))
     except Exception as error:  # of many kinds, in code that may be the user's
@@ -177,18 +177,22 @@ def convert(
         ) from error
     graph = Graph()
     pixels = Value(INPUT, shape, shape, np.dtype(np.uint8))
-    consts = [Value.of(x) for x in traced.consts]
-    (found,) = _run(graph, traced.jaxpr, consts, [pixels], Rules(rules, calls))
-    graph.nodes.append(helper.make_node("Identity", [graph.full(found)], [OUTPUT]))
-    size = BATCH if batch == "dynamic" else batch
+    consts = [Value.of(const) for const in traced.consts]
+    (result,) = _run(graph, traced.jaxpr, consts, [pixels], Rules(rules, calls))
+    graph.nodes.append(helper.make_node("Identity", [graph.full(result)], [OUTPUT]))
+    batch_dimension = BATCH if batch == "dynamic" else batch
     return helper.make_model(
         helper.make_graph(
             graph.nodes,
             "student",
-            [helper.make_tensor_value_info(INPUT, onnx.TensorProto.UINT8, (size, *shape[1:]))],
             [
                 helper.make_tensor_value_info(
-                    OUTPUT, onnx.TensorProto.FLOAT, (size, *found.shape[1:])
+                    INPUT, onnx.TensorProto.UINT8, (batch_dimension, *shape[1:])
+                )
+            ],
+            [
+                helper.make_tensor_value_info(
+                    OUTPUT, onnx.TensorProto.FLOAT, (batch_dimension, *result.shape[1:])
                 )
             ],
             graph.weights,
@@ -206,19 +210,19 @@ def _run(
     inputs: list[Value],
     rules: Rules,
 ) -> list[Value]:
-    known: dict[Any, Value] = {}
-    known.update(zip(jaxpr.constvars, consts, strict=True))
-    known.update(zip(jaxpr.invars, inputs, strict=True))
+    environment: dict[Any, Value] = {}
+    environment.update(zip(jaxpr.constvars, consts, strict=True))
+    environment.update(zip(jaxpr.invars, inputs, strict=True))
 
     def read(variable: Any) -> Value:
         if not isinstance(variable, Literal):
-            return known[variable]
-        kind: Any = variable.aval  # the value may be a number of Python's
-        return Value.of(np.asarray(variable.val, kind.dtype))
+            return environment[variable]
+        aval: Any = variable.aval  # the value may be a number of Python's
+        return Value.of(np.asarray(variable.val, aval.dtype))
 
     for equation in jaxpr.eqns:
         results = _of_equation(graph, equation, [read(x) for x in equation.invars], rules)
-        known.update(zip(equation.outvars, results, strict=True))
+        environment.update(zip(equation.outvars, results, strict=True))
     return [read(x) for x in jaxpr.outvars]
 
 
@@ -229,8 +233,8 @@ def _of_equation(
     outputs = [x.aval for x in equation.outvars]
     if name in CALLS and params.get("name") in rules.calls:
         return rules.calls[params["name"]](graph, inputs, params, outputs)
-    if (found := inside(equation)) is not None:
-        return _run(graph, found[0], [Value.of(x) for x in found[1]], inputs, rules)
+    if (called := inside(equation)) is not None:
+        return _run(graph, called[0], [Value.of(x) for x in called[1]], inputs, rules)
     # A broadcast of what is known waits, as any does.
     if name != "broadcast_in_dim" and (computed := _computed(equation, inputs, outputs)):
         return computed
@@ -252,5 +256,5 @@ def _computed(equation: JaxprEqn, inputs: list[Value], outputs: list[Any]) -> li
         if isinstance(value.content, str):
             return None
         arrays.append(np.broadcast_to(value.content, value.shape))
-    found = equation.primitive.bind(*arrays, **equation.params)
-    return [Value.of(x) for x in (found if equation.primitive.multiple_results else [found])]
+    results = equation.primitive.bind(*arrays, **equation.params)
+    return [Value.of(x) for x in (results if equation.primitive.multiple_results else [results])]

@@ -33,69 +33,71 @@ def dequantised(graph: Graph, weights: Quantised, order: Sequence[int]) -> str:
 def product(graph: Graph, inputs: Values, params: Params, outputs: list[Any]) -> Values:
     (left_sum, right_sum), (left_batch, right_batch) = params["dimension_numbers"]
     left, right = inputs
-    plain = not left_batch and left_sum == (len(left.shape) - 1,) and right_sum == (0,)
-    plain = plain and len(right.shape) == 2
-    if plain and right.quantised is not None:
+    is_matmul = not left_batch and left_sum == (len(left.shape) - 1,) and right_sum == (0,)
+    is_matmul = is_matmul and len(right.shape) == 2
+    if is_matmul and right.quantised is not None:
         weights = dequantised(graph, right.quantised, (0, 1))
         return full_shaped(graph.add("MatMul", graph.full(left), weights), outputs[0])
     names = [graph.full(x) for x in inputs]
-    if plain:
+    if is_matmul:
         return full_shaped(graph.add("MatMul", *names), outputs[0])
     letters = iter(string.ascii_lowercase)
-    of_left = [next(letters) for _ in left.shape]
-    of_right = [next(letters) for _ in right.shape]
+    left_letters = [next(letters) for _ in left.shape]
+    right_letters = [next(letters) for _ in right.shape]
     for i, j in zip((*left_sum, *left_batch), (*right_sum, *right_batch), strict=True):
-        of_right[j] = of_left[i]
-    out = [of_left[i] for i in left_batch]
-    out += [x for i, x in enumerate(of_left) if i not in (*left_sum, *left_batch)]
-    out += [x for i, x in enumerate(of_right) if i not in (*right_sum, *right_batch)]
-    equation = f"{''.join(of_left)},{''.join(of_right)}->{''.join(out)}"
+        right_letters[j] = left_letters[i]
+    output_letters = [left_letters[i] for i in left_batch]
+    output_letters += [x for i, x in enumerate(left_letters) if i not in (*left_sum, *left_batch)]
+    output_letters += [
+        x for i, x in enumerate(right_letters) if i not in (*right_sum, *right_batch)
+    ]
+    equation = f"{''.join(left_letters)},{''.join(right_letters)}->{''.join(output_letters)}"
     return full_shaped(graph.add("Einsum", *names, equation=equation), outputs[0])
 
 
 def convolution(graph: Graph, inputs: Values, params: Params, outputs: list[Any]) -> Values:
-    numbers, padding = params["dimension_numbers"], params["padding"]
+    dimension_numbers, padding = params["dimension_numbers"], params["padding"]
     if set(params["lhs_dilation"]) != {1} or params["batch_group_count"] != 1:
         raise Unsupported("a transposed convolution, or batch groups")
     images, kernel = inputs
-    picture = graph.add("Transpose", graph.full(images), perm=numbers.lhs_spec)
+    nchw_images = graph.add("Transpose", graph.full(images), perm=dimension_numbers.lhs_spec)
     if kernel.quantised is not None:
-        weights = dequantised(graph, kernel.quantised, numbers.rhs_spec)
+        weights = dequantised(graph, kernel.quantised, dimension_numbers.rhs_spec)
     elif isinstance(kernel.content, str):
-        weights = graph.add("Transpose", graph.full(kernel), perm=numbers.rhs_spec)
+        weights = graph.add("Transpose", graph.full(kernel), perm=dimension_numbers.rhs_spec)
     else:
-        known = np.broadcast_to(kernel.content, kernel.shape)
-        weights = graph.constant(known.transpose(numbers.rhs_spec))
-    found = graph.add(
+        constant_kernel = np.broadcast_to(kernel.content, kernel.shape)
+        weights = graph.constant(constant_kernel.transpose(dimension_numbers.rhs_spec))
+    output = graph.add(
         "Conv",
-        picture,
+        nchw_images,
         weights,
         pads=[*(x for x, _ in padding), *(x for _, x in padding)],
         strides=params["window_strides"],
         dilations=params["rhs_dilation"],
         group=params["feature_group_count"],
     )
-    back = np.argsort(numbers.out_spec).tolist()
-    return full_shaped(graph.add("Transpose", found, perm=back), outputs[0])
+    inverse_permutation = np.argsort(dimension_numbers.out_spec).tolist()
+    return full_shaped(graph.add("Transpose", output, perm=inverse_permutation), outputs[0])
 
 
 def _pool(graph: Graph, kind: str, x: Value, params: Params, attributes: Params) -> str:
-    window, steps, padding = (
+    window, strides, padding = (
         params[name] for name in ("window_dimensions", "window_strides", "padding")
     )
     dilated = {*params["base_dilation"], *params["window_dilation"]} != {1}
-    flat = (window[0], window[-1], steps[0], steps[-1]) == (1, 1, 1, 1)
-    if dilated or len(window) != 4 or not flat or any(padding[0]) or any(padding[-1]):
+    only_spatial = (window[0], window[-1], strides[0], strides[-1]) == (1, 1, 1, 1)
+    if dilated or len(window) != 4 or not only_spatial or any(padding[0]) or any(padding[-1]):
         raise Unsupported("a window over other axes than height and width")
-    found = graph.add(
+    output = graph.add(
         kind,
         graph.add("Transpose", graph.full(x), perm=NHWC_TO_NCHW),
         kernel_shape=window[1:3],
-        strides=steps[1:3],
+        strides=strides[1:3],
         pads=[*(x for x, _ in padding[1:3]), *(x for _, x in padding[1:3])],
         **attributes,
     )
-    return graph.add("Transpose", found, perm=NCHW_TO_NHWC)
+    return graph.add("Transpose", output, perm=NCHW_TO_NHWC)
 
 
 def max_pool(graph: Graph, inputs: Values, params: Params, outputs: list[Any]) -> Values:

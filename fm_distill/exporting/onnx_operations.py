@@ -24,9 +24,9 @@ def _together(values: Values) -> Shape:
     """The shape that ONNX broadcasts what is held to."""
     if all(not x.held for x in values):
         return ()
-    held = [x.held for x in values if x.held]
+    held_shapes = [x.held for x in values if x.held]
     return tuple(
-        next((size for size in sizes if size != 1), 1) for sizes in zip(*held, strict=True)
+        next((size for size in sizes if size != 1), 1) for sizes in zip(*held_shapes, strict=True)
     )
 
 
@@ -74,8 +74,8 @@ def _erfc(graph: Graph, inputs: Values, params: Params, outputs: list[Any]) -> V
 def _select(graph: Graph, inputs: Values, params: Params, outputs: list[Any]) -> Values:
     if len(inputs) != 3:
         raise Unsupported("more than two cases")
-    which, where_false, where_true = inputs
-    return _applied(graph, "Where", [which, where_true, where_false], outputs[0])
+    condition, where_false, where_true = inputs
+    return _applied(graph, "Where", [condition, where_true, where_false], outputs[0])
 
 
 def _clamp(graph: Graph, inputs: Values, params: Params, outputs: list[Any]) -> Values:
@@ -90,10 +90,10 @@ def _round(graph: Graph, inputs: Values, params: Params, outputs: list[Any]) -> 
 
 
 def _broadcast(graph: Graph, inputs: Values, params: Params, outputs: list[Any]) -> Values:
-    x, places = inputs[0], params["broadcast_dimensions"]
+    x, dimensions = inputs[0], params["broadcast_dimensions"]
     held: list[Any] = [1] * len(params["shape"])
-    for size, place in zip(x.held, places, strict=True):
-        held[place] = size
+    for size, dimension in zip(x.held, dimensions, strict=True):
+        held[dimension] = size
     content = x.content
     if not isinstance(content, str):
         content = content.reshape(held)
@@ -112,44 +112,54 @@ def _transpose(graph: Graph, inputs: Values, params: Params, outputs: list[Any])
 
 
 def _concatenate(graph: Graph, inputs: Values, params: Params, outputs: list[Any]) -> Values:
-    parts = [graph.full(x) for x in inputs]
-    return full_shaped(graph.add("Concat", *parts, axis=params["dimension"]), outputs[0])
+    names = [graph.full(x) for x in inputs]
+    return full_shaped(graph.add("Concat", *names, axis=params["dimension"]), outputs[0])
 
 
 def _slice(graph: Graph, inputs: Values, params: Params, outputs: list[Any]) -> Values:
-    steps = params["strides"] or (1,) * len(inputs[0].shape)
-    name = _cut(graph, inputs[0], params["start_indices"], params["limit_indices"], steps)
+    strides = params["strides"] or (1,) * len(inputs[0].shape)
+    name = _cut(graph, inputs[0], params["start_indices"], params["limit_indices"], strides)
     return full_shaped(name, outputs[0])
 
 
 def _cut(graph: Graph, x: Value, starts: Shape, ends: Shape, steps: tuple[int, ...]) -> str:
     """`x` from `starts` to `ends`, by its axes."""
     shape = x.shape
-    cut = [
+    axes = [
         i
         for i, size in enumerate(shape)
         if not (isinstance(starts[i], int) and starts[i] == 0 and ends[i] == size and steps[i] == 1)
     ]
-    if not all(isinstance(ends[i], int) for i in cut):
+    if not all(isinstance(ends[i], int) for i in axes):
         raise Unsupported("a slice of the batch")
-    if not cut:
+    if not axes:
         return graph.full(x)
-    parts = [graph.integers([values[i] for i in cut]) for values in (starts, ends)]
-    parts += [graph.integers(cut), graph.integers([steps[i] for i in cut])]
-    return graph.add("Slice", graph.full(x), *parts)
+    slice_inputs = [graph.integers([values[i] for i in axes]) for values in (starts, ends)]
+    slice_inputs += [graph.integers(axes), graph.integers([steps[i] for i in axes])]
+    return graph.add("Slice", graph.full(x), *slice_inputs)
 
 
 def _gather(graph: Graph, inputs: Values, params: Params, outputs: list[Any]) -> Values:
     """What `x[:, 0]` is where the batch is not known: one slice, without the axes of size one."""
-    x, places = inputs
-    numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
-    if isinstance(places.content, str) or len(places.shape) != 1 or numbers.operand_batching_dims:
+    x, indices = inputs
+    dimension_numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
+    if (
+        isinstance(indices.content, str)
+        or len(indices.shape) != 1
+        or dimension_numbers.operand_batching_dims
+    ):
         raise Unsupported("more than one position")
     starts = [0] * len(sizes)
-    for axis, place in zip(numbers.start_index_map, places.content.tolist(), strict=True):
-        starts[axis] = place
+    for axis, index in zip(
+        dimension_numbers.start_index_map, indices.content.tolist(), strict=True
+    ):
+        starts[axis] = index
     ends = [start + size for start, size in zip(starts, sizes, strict=True)]
-    if any(i < 0 or j > k for i, j, k in zip(starts, ends, x.shape, strict=True) if j != k):
+    if any(
+        start < 0 or end > size
+        for start, end, size in zip(starts, ends, x.shape, strict=True)
+        if end != size
+    ):
         raise Unsupported("positions outside the array")
     name = _cut(graph, x, tuple(starts), tuple(ends), (1,) * len(sizes))
     return full_shaped(graph.reshaped(name, outputs[0].shape), outputs[0])
@@ -157,18 +167,18 @@ def _gather(graph: Graph, inputs: Values, params: Params, outputs: list[Any]) ->
 
 def _split(graph: Graph, inputs: Values, params: Params, outputs: list[Any]) -> Values:
     names = [graph.new_name("Split") for _ in outputs]
-    source = [graph.full(inputs[0]), graph.integers(params["sizes"])]
-    graph.nodes.append(helper.make_node("Split", source, names, axis=params["axis"]))
+    split_inputs = [graph.full(inputs[0]), graph.integers(params["sizes"])]
+    graph.nodes.append(helper.make_node("Split", split_inputs, names, axis=params["axis"]))
     return [full_shaped(name, output)[0] for name, output in zip(names, outputs, strict=True)]
 
 
 def _pad(graph: Graph, inputs: Values, params: Params, outputs: list[Any]) -> Values:
-    low, high, between = zip(*params["padding_config"], strict=True)
-    if any(between) or min(*low, *high) < 0:
+    low, high, interior = zip(*params["padding_config"], strict=True)
+    if any(interior) or min(*low, *high) < 0:
         raise Unsupported("interior or negative padding")
-    x, filling = inputs
-    amounts = graph.integers([*low, *high])
-    return full_shaped(graph.add("Pad", graph.full(x), amounts, graph.full(filling)), outputs[0])
+    x, fill_value = inputs
+    pads = graph.integers([*low, *high])
+    return full_shaped(graph.add("Pad", graph.full(x), pads, graph.full(fill_value)), outputs[0])
 
 
 def _reduction(kind: str) -> Rule:

@@ -22,15 +22,15 @@ def inside(operation: JaxprEqn) -> tuple[Jaxpr, list[Any]] | None:
     """What `operation` is made of, and the constants in it; None of one that is made of none."""
     if operation.primitive.name not in CALLS:
         return None
-    found = operation.params[CALLS[operation.primitive.name]]
+    called = operation.params[CALLS[operation.primitive.name]]
     # Closed over its constants, or with none.
-    return (found, []) if isinstance(found, Jaxpr) else (found.jaxpr, list(found.consts))
+    return (called, []) if isinstance(called, Jaxpr) else (called.jaxpr, list(called.consts))
 
 
 def operations_in(traced: Jaxpr) -> Iterator[JaxprEqn]:
     """All operations, those inside of others in their place."""
     for operation in traced.eqns:
-        if (found := inside(operation)) is None:
+        if (called := inside(operation)) is None:
             yield operation
         else:
-            yield from operations_in(found[0])
+            yield from operations_in(called[0])

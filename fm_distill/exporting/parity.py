@@ -82,11 +82,11 @@ def examples_of(config: Config, student: Student) -> Examples:
 def images_of(config: Config, student: Student, split: str) -> Examples:
     """`IMAGES` of `split`, spread evenly over it, as evaluation shows them. Raises `UserError`."""
     reader = Reader(open_named(config, split), config.data, student.classes)
-    chosen = np.unique(np.linspace(0, len(reader) - 1, IMAGES).round().astype(int))
-    read = [item for i in chosen if (item := reader[int(i)])["valid"]]
-    if not read:
+    indices = np.unique(np.linspace(0, len(reader) - 1, IMAGES).round().astype(int))
+    items = [item for i in indices if (item := reader[int(i)])["valid"]]
+    if not items:
         raise UserError(f"no image of the {split} split can be read, to compare the export with")
-    batch = stack(read)
+    batch = stack(items)
     pixels = central_squares(
         batch.canvases, batch.sizes, student.central_crop, student.network.resolution
     )
@@ -108,46 +108,49 @@ def compare(
     """
     with jax.default_device(_cpu()):
         with runs(runtime.name):
-            found = in_batches(runtime.call, examples.pixels, batch, student.classes)
+            outputs = in_batches(runtime.call, examples.pixels, batch, student.classes)
         expected = _logits(student, examples.pixels)
         if output == "probabilities":
             expected = np.asarray(jax.nn.softmax(expected, axis=-1))
-    bound, needed = BOUNDS[kind] * max(1.0, float(np.abs(expected).max())), 1.0
+    bound, required_share = BOUNDS[kind] * max(1.0, float(np.abs(expected).max())), 1.0
     if student.network.quantisation.activations != "none":
-        bound, needed = max(bound, float(np.ptp(expected)) / STEPS), WITHIN
-    differences = np.abs(found - expected)
-    difference, within = float(differences.max()), float((differences <= bound).mean())
-    if not (within >= needed and np.isfinite(difference)):
+        bound, required_share = max(bound, float(np.ptp(expected)) / STEPS), WITHIN
+    differences = np.abs(outputs - expected)
+    difference, share_within = float(differences.max()), float((differences <= bound).mean())
+    if not (share_within >= required_share and np.isfinite(difference)):
         raise UserError(
             f"{runtime.name} differs from the run by up to {difference:.3g} in its {output} on "
-            f"{len(found)} images of the {examples.split} split, where {needed:.0%} must be "
-            f"within {bound:.3g} and {within:.2%} are, so nothing was written; export to another "
-            "format, and report this"
+            f"{len(outputs)} images of the {examples.split} split, where "
+            f"{required_share:.0%} must be within {bound:.3g} and {share_within:.2%} are, so "
+            "nothing was written; export to another format, and report this"
         )
     spread = float(np.sqrt(np.square(expected - expected.mean(axis=0)).mean()))
-    error = float(np.sqrt(np.square(found - expected).mean())) / max(spread, 1e-12)
+    error = float(np.sqrt(np.square(outputs - expected).mean())) / max(spread, 1e-12)
     relative = RELATIVE_BOUNDS.get(kind)
     if relative is not None and error > relative:
         raise UserError(
             f"{runtime.name} as {kind} differs from the run by {error:.3g} of the spread of its "
-            f"{output} on {len(found)} images of the {examples.split} split, where {relative:g} is "
-            "allowed, so nothing was written; use --output logits, or a kind with more bits"
+            f"{output} on {len(outputs)} images of the {examples.split} split, where "
+            f"{relative:g} is allowed, so nothing was written; use --output logits, or a "
+            "kind with more bits"
         )
-    known = examples.labels >= 0
+    labelled = examples.labels >= 0
     top1 = [
-        float((x.argmax(axis=1) == examples.labels)[known].mean()) if known.any() else None
-        for x in (found, expected)
+        float((scores.argmax(axis=1) == examples.labels)[labelled].mean())
+        if labelled.any()
+        else None
+        for scores in (outputs, expected)
     ]
     return Parity(
         runtime=f"{runtime.name} on a CPU",
         split=examples.split,
-        images=len(found),
+        images=len(outputs),
         largest_difference=difference,
         bound=bound,
-        within_bound=within,
+        within_bound=share_within,
         relative_error=error,
         relative_bound=relative,
-        agreement=float((found.argmax(axis=1) == expected.argmax(axis=1)).mean()),
+        agreement=float((outputs.argmax(axis=1) == expected.argmax(axis=1)).mean()),
         file_top1=top1[0],
         run_top1=top1[1],
     )

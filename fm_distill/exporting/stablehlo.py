@@ -29,8 +29,8 @@ ANYWHERE = export.DisabledSafetyCheck.platform()
 
 def to_stablehlo(function: Function, resolution: int, batch: BatchSize, model: str) -> bytes:
     """`function`, serialised. Raises `UserError` where the network `model` cannot be converted."""
-    rows = export.symbolic_shape("batch")[0] if batch == "dynamic" else batch
-    pixels = jax.ShapeDtypeStruct((rows, resolution, resolution, 3), np.uint8)
+    batch_size = export.symbolic_shape("batch")[0] if batch == "dynamic" else batch
+    pixels = jax.ShapeDtypeStruct((batch_size, resolution, resolution, 3), np.uint8)
     try:
         return _serialised(function, pixels)
     except Exception as error:  # of many kinds, by the operation
@@ -41,8 +41,10 @@ def to_stablehlo(function: Function, resolution: int, batch: BatchSize, model: s
 
 
 def _serialised(function: Callable[..., Any], *inputs: jax.ShapeDtypeStruct) -> bytes:
-    checks = (ANYWHERE,)
-    exported = export.export(jax.jit(function), platforms=(PLATFORM,), disabled_checks=checks)
+    disabled_checks = (ANYWHERE,)
+    exported = export.export(
+        jax.jit(function), platforms=(PLATFORM,), disabled_checks=disabled_checks
+    )
     return bytes(exported(*inputs).serialize())
 
 
@@ -53,8 +55,8 @@ def _failing(function: Function, pixels: jax.ShapeDtypeStruct) -> str:
     except Exception:
         return "it cannot be traced"
     for operation in operations_in(traced.jaxpr):
-        known: list[Any] = [x.aval for x in operation.invars]
-        inputs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in known]
+        avals: list[Any] = [variable.aval for variable in operation.invars]
+        inputs = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
         bind = functools.partial(operation.primitive.bind, **operation.params)
         try:
             _serialised(bind, *inputs)

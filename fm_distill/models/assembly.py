@@ -41,9 +41,9 @@ def make_network(
 
     plan = plan_of(module, config)
     if plan:
-        asked = config.quantisation
+        quantisation = config.quantisation
         module, frozen_module = (
-            Quantised(x, plan, asked.activations, asked.range_percentile)
+            Quantised(x, plan, quantisation.activations, quantisation.range_percentile)
             for x in (module, frozen_module)
         )
 
@@ -61,9 +61,13 @@ def make_network(
         features: tuple[str, ...],
     ) -> Output:
         mutable = (*(("batch_stats",) if train else ()), *((RANGES,) if observe else ()))
-        logits, found, new = _run(module, _tree(variables), images, train, mutable, features)
-        statistics = new.get("batch_stats", {}) if train else variables.statistics
-        return Output(logits, found, statistics, new[RANGES] if observe else variables.ranges)
+        logits, selected_features, updates = _run(
+            module, _tree(variables), images, train, mutable, features
+        )
+        statistics = updates.get("batch_stats", {}) if train else variables.statistics
+        return Output(
+            logits, selected_features, statistics, updates[RANGES] if observe else variables.ranges
+        )
 
     def apply(
         variables: Variables, images: Images, *, train: bool, features: tuple[str, ...] = ()
@@ -85,8 +89,10 @@ def make_network(
     def apply_frozen(
         frozen: Variables, images: Images, *, features: tuple[str, ...] = ()
     ) -> Output:
-        logits, found, _ = _run(frozen_module, _tree(frozen), images, False, (), features)
-        return Output(logits, found, frozen.statistics, frozen.ranges)
+        logits, selected_features, _ = _run(
+            frozen_module, _tree(frozen), images, False, (), features
+        )
+        return Output(logits, selected_features, frozen.statistics, frozen.ranges)
 
     def apply_portable(frozen: Variables, images: Images) -> Array:
         def called(scope: core.Scope) -> Array:
@@ -97,10 +103,12 @@ def make_network(
     def feature_shapes(modules: bool = False) -> dict[str, tuple[int, ...]]:
         def features(key: PRNGKeyArray) -> list[Array]:
             images = jnp.zeros((2, config.resolution, config.resolution, 3), jnp.float32)
-            (_, named), tree = module.init_with_output(
+            (_, named_features), tree = module.init_with_output(
                 key, images, train=False, capture_intermediates=modules
             )
-            available = named | _outputs(tree.get("intermediates", {}), excluded=named)
+            available = named_features | _outputs(
+                tree.get("intermediates", {}), excluded=named_features
+            )
             names.extend(available)  # JAX sorts the keys of a dict
             return [*available.values()]
 
@@ -148,17 +156,17 @@ def _run(
         return method == "__call__" and "/".join(called.path) in features
 
     if not features:
-        (logits, _), new = module.apply(tree, images, train=train, mutable=mutable)
-        return logits, {}, new
-    (logits, named), new = module.apply(
+        (logits, _), updates = module.apply(tree, images, train=train, mutable=mutable)
+        return logits, {}, updates
+    (logits, named_features), updates = module.apply(
         tree,
         images,
         train=train,
         mutable=[*mutable, "intermediates"],
         capture_intermediates=requested,
     )
-    available = _outputs(new.get("intermediates", {}), excluded=named) | named
-    return logits, select_features(available, features), new
+    available = _outputs(updates.get("intermediates", {}), excluded=named_features) | named_features
+    return logits, select_features(available, features), updates
 
 
 def _outputs(intermediates: PyTree, excluded: Mapping[str, Array]) -> dict[str, Array]:

@@ -116,17 +116,17 @@ class Unit(nn.Module):
 
     @nn.compact
     def __call__(self, x: Activations) -> Activations:
-        out = 4 * self.middle
+        output_channels = 4 * self.middle
         groups = norm_groups(self.options)
         h = self._norm("a_norm", x, groups)
         # Groups keep their size, so those that are left have the moments that they had.
         groups = None if groups is None else groups * self.inner // self.middle
         shortcut = x
-        if x.shape[-1] != out or self.stride != 1:
-            shortcut = self._convolution("projection", h, out, 1, self.stride)
+        if x.shape[-1] != output_channels or self.stride != 1:
+            shortcut = self._convolution("projection", h, output_channels, 1, self.stride)
         h = self._convolution("a", h, self.inner, 1, 1)
         h = self._convolution("b", self._norm("b_norm", h, groups), self.inner, 3, self.stride)
-        h = self._convolution("c", self._norm("c_norm", h, groups), out, 1, 1)
+        h = self._convolution("c", self._norm("c_norm", h, groups), output_channels, 1, 1)
         return checkpoint_name(shortcut + quantised_branch(self, h), UNIT)
 
     def _norm(self, name: str, x: Activations, groups: int | None) -> Activations:
@@ -157,8 +157,8 @@ def inner_channels(config: NetworkConfig, options: BitOptions) -> tuple[InnerCha
     def of_unit(block: int, unit: int) -> InnerChannels:
         middle, name = middle_channels(options, block), unit_name(block, unit)
         places = (
-            channel_axes(name, (made,), (f"{read}_norm",), (read,), batch_norm=groups is None)
-            for made, read in (("a", "b"), ("b", "c"))
+            channel_axes(name, (maker,), (f"{reader}_norm",), (reader,), batch_norm=groups is None)
+            for maker, reader in (("a", "b"), ("b", "c"))
         )
         return InnerChannels(name, middle, middle // groups if groups else 1, tuple(places))
 
@@ -178,24 +178,24 @@ class ResNetV2(nn.Module):
 
     @nn.compact
     def __call__(self, images: Images, train: bool) -> tuple[Array, dict[str, Array]]:
-        c = self.options
-        root = root_channels(c)
-        prepare = preparation(c, self.frozen)
+        options = self.options
+        stem_channels = root_channels(options)
+        prepare = preparation(options, self.frozen)
         x = images.astype(self.dtype)
-        if c.stem == "imagenet":
-            x = Convolution(root, 7, 2, self.dtype, prepare=prepare, name="root")(x)
+        if options.stem == "imagenet":
+            x = Convolution(stem_channels, 7, 2, self.dtype, prepare=prepare, name="root")(x)
             x = self._pool(x)
         else:
-            x = Convolution(root, 3, 1, self.dtype, prepare=prepare, name="root")(x)
+            x = Convolution(stem_channels, 3, 1, self.dtype, prepare=prepare, name="root")(x)
         features, widths = {"root": x}, iter(self.widths)
-        for block, units in enumerate(c.depths, 1):
-            middle = middle_channels(c, block)
+        for block, units in enumerate(options.depths, 1):
+            middle = middle_channels(options, block)
             for unit in range(1, units + 1):
                 stride = 2 if unit == 1 and block > 1 else 1
                 sizes, name = (middle, next(widths), stride), unit_name(block, unit)
-                x = Unit(*sizes, c, self.frozen, train, self.dtype, name=name)(x)
+                x = Unit(*sizes, options, self.frozen, train, self.dtype, name=name)(x)
             features[f"block{block}"] = x
-        x = nn.relu(Norm(norm_groups(c), NORM_EPSILON, train, name="norm")(x))
+        x = nn.relu(Norm(norm_groups(options), NORM_EPSILON, train, name="norm")(x))
         pooled = x.astype(jnp.float32).mean(axis=(1, 2))
         features["pre_logits"] = pooled
         return Head(self.classes, name=HEAD)(pooled), features
@@ -239,13 +239,13 @@ def _check(config: NetworkConfig, options: BitOptions) -> None:
             "model=bit needs the option depths, the units of each block, e.g. (3, 4, 6, 3); got "
             f"{options.depths}"
         )
-    root = root_channels(options)
+    stem_channels = root_channels(options)
     assert options.groups != "auto"
-    if options.norm == "group" and (root < 1 or root % options.groups):
-        near = math.gcd(root, options.groups)
+    if options.norm == "group" and (stem_channels < 1 or stem_channels % options.groups):
+        usable_groups = math.gcd(stem_channels, options.groups)
         raise ValueError(
-            f"options.groups={options.groups} does not divide the {root} channels of "
-            f"options.width={options.width:g}; use groups={near}"
+            f"options.groups={options.groups} does not divide the {stem_channels} channels of "
+            f"options.width={options.width:g}; use groups={usable_groups}"
         )
-    shrink = 2 ** (len(options.depths) - 1) * (4 if options.stem == "imagenet" else 1)
-    check_resolution(config, shrink)
+    stride = 2 ** (len(options.depths) - 1) * (4 if options.stem == "imagenet" else 1)
+    check_resolution(config, stride)

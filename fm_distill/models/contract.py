@@ -101,11 +101,11 @@ def ranges_of(variables: Variables) -> dict[str, tuple[float, float, float]]:
 
     `PATH/input` is what a layer reads, `PATH/branch` what a block adds to its shortcut.
     """
-    found: dict[str, dict[str, float]] = {}
+    ranges: dict[str, dict[str, float]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables.ranges):
-        place, _, name = jax.tree_util.keystr(path, simple=True, separator="/").rpartition("/")
-        found.setdefault(place, {})[name] = float(leaf)
-    return {place: (x["low"], x["high"], x["batches"]) for place, x in found.items()}
+        activation, _, name = jax.tree_util.keystr(path, simple=True, separator="/").rpartition("/")
+        ranges.setdefault(activation, {})[name] = float(leaf)
+    return {activation: (x["low"], x["high"], x["batches"]) for activation, x in ranges.items()}
 
 
 def with_ranges(
@@ -116,19 +116,19 @@ def with_ranges(
     Raises `ValueError` where they are not those of `network`.
     """
     shapes = jax.eval_shape(network.init, jax.random.key(0)).ranges
-    left = dict.fromkeys(found)
+    unused = dict.fromkeys(found)
 
     def leaf_of(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> Array:
-        place, _, name = jax.tree_util.keystr(path, simple=True, separator="/").rpartition("/")
-        if place not in found:
-            raise ValueError(f"there is no range for {place}")
-        left.pop(place, None)
-        low, high, batches = found[place]
+        activation, _, name = jax.tree_util.keystr(path, simple=True, separator="/").rpartition("/")
+        if activation not in found:
+            raise ValueError(f"there is no range for {activation}")
+        unused.pop(activation, None)
+        low, high, batches = found[activation]
         return jnp.asarray({"low": low, "high": high, "batches": batches}[name], leaf.dtype)
 
     ranges = jax.tree_util.tree_map_with_path(leaf_of, shapes)
-    if left:
-        raise ValueError(f"no activation of the network is {next(iter(left))}")
+    if unused:
+        raise ValueError(f"no activation of the network is {next(iter(unused))}")
     return dataclasses.replace(variables, ranges=ranges)
 
 

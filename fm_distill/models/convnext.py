@@ -149,12 +149,16 @@ class ConvNeXt(nn.Module):
 
     @nn.compact
     def __call__(self, images: Images, train: bool) -> tuple[Array, dict[str, Array]]:
-        d, x = self.design, images.astype(self.dtype)
-        x = Convolution(d.channels, PATCH, PATCH, self.dtype, "valid", bias=True, name="stem_0")(x)
+        design, x = self.design, images.astype(self.dtype)
+        x = Convolution(
+            design.channels, PATCH, PATCH, self.dtype, "valid", bias=True, name="stem_0"
+        )(x)
         x = LayerNorm(name="stem_1")(x)
         features = {"stem": x}
-        for i, depth in enumerate(d.depths):
-            stage = Stage(depth, d.channels * 2**i, i == 0, d, self.dtype, name=f"stages_{i}")
+        for i, depth in enumerate(design.depths):
+            stage = Stage(
+                depth, design.channels * 2**i, i == 0, design, self.dtype, name=f"stages_{i}"
+            )
             x = stage(x)
             features[f"block{i + 1}"] = x
         pooled = x.astype(jnp.float32).mean(axis=(1, 2))

@@ -59,19 +59,19 @@ def convolve(
     matrix product.
     """
     around = _around(images, kernel, stride, padding)
-    xla = functools.partial(_xla, stride=stride, around=around)
+    xla_form = functools.partial(_xla, stride=stride, around=around)
     if portable:
-        return xla(images, kernel)
+        return xla_form(images, kernel)
     rows, columns = (
         (images.shape[1 + i] + sum(around[i]) - kernel.shape[i]) // stride + 1 for i in range(2)
     )
     if kernel.shape[:2] == (1, 1):
-        cpu = functools.partial(_pointwise, stride=stride)
+        cpu_form = functools.partial(_pointwise, stride=stride)
     elif rows * columns <= MOST_PIXELS_AS_COLUMNS and max(kernel.shape[:2]) <= LARGEST_AS_COLUMNS:
-        cpu = functools.partial(_by_columns, stride=stride, around=around)
+        cpu_form = functools.partial(_by_columns, stride=stride, around=around)
     else:
-        return xla(images, kernel)
-    return jax.lax.platform_dependent(images, kernel, cpu=cpu, default=xla)
+        return xla_form(images, kernel)
+    return jax.lax.platform_dependent(images, kernel, cpu=cpu_form, default=xla_form)
 
 
 def convolve_integer(
@@ -121,9 +121,9 @@ def _shifted(x: Array, kernel: Array, stride: int, around: Around) -> list[Array
 
 def _by_columns(x: Array, kernel: Array, stride: int, around: Around) -> Array:
     """One product, with what a kernel meets at each place side by side."""
-    met = jnp.concatenate(_shifted(x, kernel, stride, around), axis=-1)
-    out = met.reshape(-1, met.shape[-1]) @ kernel.reshape(-1, kernel.shape[-1])
-    return out.reshape(*met.shape[:-1], kernel.shape[-1])
+    patches = jnp.concatenate(_shifted(x, kernel, stride, around), axis=-1)
+    product = patches.reshape(-1, patches.shape[-1]) @ kernel.reshape(-1, kernel.shape[-1])
+    return product.reshape(*patches.shape[:-1], kernel.shape[-1])
 
 
 @functools.partial(jax.jit, static_argnames=("stride", "padding", "portable"), inline=True)
@@ -146,8 +146,8 @@ def convolve_depthwise(
 
     def shifts(x: Array, k: Array) -> Array:
         # Sums in float32, as a convolution does.
-        out = _sum_of_shifts(stride, around, x.astype(jnp.float32), k.astype(jnp.float32))
-        return out.astype(images.dtype)
+        output = _sum_of_shifts(stride, around, x.astype(jnp.float32), k.astype(jnp.float32))
+        return output.astype(images.dtype)
 
     return jax.lax.platform_dependent(images, kernel, cpu=shifts, default=grouped)
 
@@ -170,9 +170,9 @@ def _backward_of_shifts(
     stride: int, around: Around, saved: tuple[Array, Array], out: Array
 ) -> tuple[Array, Array]:
     x, kernel = saved
-    _, to_x = jax.vjp(lambda x: _sum_of_shifts.fun(stride, around, x, kernel), x)
-    per_tap = [_sum_pixels(pixels * out) for pixels in _shifted(x, kernel, stride, around)]
-    return to_x(out)[0], jnp.stack(per_tap).reshape(kernel.shape)
+    _, vjp_of_x = jax.vjp(lambda x: _sum_of_shifts.fun(stride, around, x, kernel), x)
+    tap_gradients = [_sum_pixels(pixels * out) for pixels in _shifted(x, kernel, stride, around)]
+    return vjp_of_x(out)[0], jnp.stack(tap_gradients).reshape(kernel.shape)
 
 
 _sum_of_shifts.defvjp(_forward_of_shifts, _backward_of_shifts)
@@ -182,8 +182,12 @@ def _sum_pixels(x: Float[Array, "batch _ _ channels"]) -> Float[Array, " channel
     """Over all but the channels, by halves: XLA's own sum is several times slower on a CPU."""
     for axis in (0, 1):
         while (count := x.shape[axis]) > 1:
-            low = jax.lax.slice_in_dim(x, 0, count // 2, axis=axis)
-            high = jax.lax.slice_in_dim(x, count - count // 2, count, axis=axis)
+            first_half = jax.lax.slice_in_dim(x, 0, count // 2, axis=axis)
+            second_half = jax.lax.slice_in_dim(x, count - count // 2, count, axis=axis)
             middle = jax.lax.slice_in_dim(x, count // 2, count - count // 2, axis=axis)
-            x = jnp.concatenate([low + high, middle], axis) if count % 2 else low + high
+            x = (
+                jnp.concatenate([first_half + second_half, middle], axis)
+                if count % 2
+                else first_half + second_half
+            )
     return x.sum(axis=(0, 1, 2))

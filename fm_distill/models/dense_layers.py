@@ -35,11 +35,11 @@ def gelu(x: Channels) -> Channels:
 
 @functools.partial(jax.jit, inline=True)
 def layer_norm(x: Channels, scale: Channel, bias: Channel) -> Channels:
-    wide = x.astype(jnp.float32)
-    wide = wide - wide.mean(axis=-1, keepdims=True)
-    variance = jnp.square(wide).mean(axis=-1, keepdims=True)
-    wide = wide * jax.lax.rsqrt(variance + LAYER_NORM_EPSILON)
-    return (wide * scale + bias).astype(x.dtype)
+    x_float32 = x.astype(jnp.float32)
+    x_float32 = x_float32 - x_float32.mean(axis=-1, keepdims=True)
+    variance = jnp.square(x_float32).mean(axis=-1, keepdims=True)
+    x_float32 = x_float32 * jax.lax.rsqrt(variance + LAYER_NORM_EPSILON)
+    return (x_float32 * scale + bias).astype(x.dtype)
 
 
 class Dense(QuantisableLayer):

@@ -77,10 +77,10 @@ class EfficientNetLite(nn.Module):
 
     @nn.compact
     def __call__(self, images: Images, train: bool) -> tuple[Array, dict[str, Array]]:
-        d = self.design
-        x, features = trunk(d, images, train, self.dtype)
-        x = Convolution(d.head_channels, 1, 1, self.dtype, name="conv_head")(x)
-        x = d.activation(Norm(d.groups, d.epsilon, train, name="bn2")(x))
+        design = self.design
+        x, features = trunk(design, images, train, self.dtype)
+        x = Convolution(design.head_channels, 1, 1, self.dtype, name="conv_head")(x)
+        x = design.activation(Norm(design.groups, design.epsilon, train, name="bn2")(x))
         pooled = x.astype(jnp.float32).mean(axis=(1, 2))
         features["pre_logits"] = pooled
         return Head(self.classes, name=HEAD)(pooled), features
@@ -92,8 +92,8 @@ def member(number: int) -> Callable[[NetworkConfig, int, jnp.dtype], Network]:
 
     def build_member(config: NetworkConfig, classes: int, dtype: jnp.dtype) -> Network:
         check_resolution(config, design.stride)
-        narrow, inner = with_block_widths(design, config)
-        module = EfficientNetLite(narrow, classes, dtype)
+        narrowed_design, inner = with_block_widths(design, config)
+        module = EfficientNetLite(narrowed_design, classes, dtype)
         return make_network(module, module, identity, config, classes, dtype, inner)
 
     return build_member

@@ -38,7 +38,11 @@ def channel_axes(
     return (
         *((f"params/{block}/{x}/kernel", -1) for x in makes),
         *((f"params/{block}/{x}/bias", -1) for x in biases),
-        *((f"{part}/{block}/{x}/{leaf}", -1) for x in norms for part, leaf in leaves),
+        *(
+            (f"{collection}/{block}/{norm}/{leaf}", -1)
+            for norm in norms
+            for collection, leaf in leaves
+        ),
         *((f"params/{block}/{x}/kernel", -2) for x in reads),
     )
 
@@ -62,4 +66,6 @@ def narrowed(blocks: tuple[InnerChannels, ...], config: NetworkConfig) -> tuple[
                 f"block_widths has {width} channels for {block.block}, whose GroupNorm has groups "
                 f"of {block.together}; use a multiple of that"
             )
-    return tuple(dataclasses.replace(x, width=y) for x, y in zip(blocks, widths, strict=True))
+    return tuple(
+        dataclasses.replace(block, width=width) for block, width in zip(blocks, widths, strict=True)
+    )

@@ -55,23 +55,23 @@ def multiplied(
     if kernel.dtype != jnp.int8:
         x, kernel = quantised(layer, x, kernel)
         return floats(x, kernel.astype(dtype))
-    seen: dict[str, Array] = layer.get_variable(RANGES, "input")
+    observed: dict[str, Array] = layer.get_variable(RANGES, "input")
     levels = OF_ACTIVATIONS[precision_of(layer).activations]
-    scale, zero_point = affine(Range(seen["low"], seen["high"]), levels)
-    numbers = jnp.clip(jnp.round(x.astype(jnp.float32) / scale) + zero_point, *levels)
+    scale, zero_point = affine(Range(observed["low"], observed["high"]), levels)
+    integers = jnp.clip(jnp.round(x.astype(jnp.float32) / scale) + zero_point, *levels)
 
-    def by_floats(numbers: Array, zero_point: Array, kernel: Array) -> Array:
-        return floats(numbers - zero_point, kernel.astype(jnp.float32))
+    def by_floats(integers: Array, zero_point: Array, kernel: Array) -> Array:
+        return floats(integers - zero_point, kernel.astype(jnp.float32))
 
-    def in_integers(numbers: Array, zero_point: Array, kernel: Array) -> Array:
+    def in_integers(integers: Array, zero_point: Array, kernel: Array) -> Array:
         zero = zero_point.astype(jnp.int8)
-        sums = whole(numbers.astype(jnp.int8), zero, kernel)
-        of_kernel = kernel.astype(jnp.int32).sum(axis=tuple(range(kernel.ndim - 1)))
-        return (sums - zero.astype(jnp.int32) * of_kernel).astype(jnp.float32)
+        sums = whole(integers.astype(jnp.int8), zero, kernel)
+        kernel_sums = kernel.astype(jnp.int32).sum(axis=tuple(range(kernel.ndim - 1)))
+        return (sums - zero.astype(jnp.int32) * kernel_sums).astype(jnp.float32)
 
     # On GPUs in floats: cuDNN has these convolutions in eight bits for some shapes alone.
     sums = jax.lax.platform_dependent(
-        numbers, zero_point, kernel, tpu=in_integers, default=by_floats
+        integers, zero_point, kernel, tpu=in_integers, default=by_floats
     )
     return (sums * (scale * layer.get_variable("params", SCALE))).astype(dtype)
 
@@ -102,6 +102,6 @@ def integer_kernels(
         kernel = leaf if modules[0] == HEAD else fold(leaf)
         levels = OF_WEIGHTS[precision.weights]
         scale = weight_scale(kernel, levels)
-        numbers = jnp.clip(jnp.round(kernel.astype(jnp.float32) / scale), *levels)
-        leaves[path], leaves[(*modules, SCALE)] = numbers.astype(jnp.int8), scale
+        integers = jnp.clip(jnp.round(kernel.astype(jnp.float32) / scale), *levels)
+        leaves[path], leaves[(*modules, SCALE)] = integers.astype(jnp.int8), scale
     return traverse_util.unflatten_dict(leaves)

@@ -60,8 +60,8 @@ class Design:
 
 def divisible_by_8(channels: float) -> int:
     """The nearest multiple of 8 that is not below 90 %. Source: both papers' reference code."""
-    nearest = max(8, int(channels + 4) // 8 * 8)
-    return nearest + 8 if nearest < 0.9 * channels else nearest
+    rounded = max(8, int(channels + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * channels else rounded
 
 
 class SqueezeAndExcitation(nn.Module):
@@ -73,9 +73,9 @@ class SqueezeAndExcitation(nn.Module):
     @nn.compact
     def __call__(self, x: Activations) -> Activations:
         means = x.astype(jnp.float32).mean(axis=(1, 2), keepdims=True).astype(self.dtype)
-        reduce = Convolution(self.squeezed, 1, 1, self.dtype, bias=True, name="conv_reduce")
-        expand = Convolution(x.shape[-1], 1, 1, self.dtype, bias=True, name="conv_expand")
-        return x * nn.hard_sigmoid(expand(nn.relu(reduce(means))))
+        squeeze = Convolution(self.squeezed, 1, 1, self.dtype, bias=True, name="conv_reduce")
+        excite = Convolution(x.shape[-1], 1, 1, self.dtype, bias=True, name="conv_expand")
+        return x * nn.hard_sigmoid(excite(nn.relu(squeeze(means))))
 
 
 class InvertedResidual(nn.Module):
@@ -92,27 +92,27 @@ class InvertedResidual(nn.Module):
 
     @nn.compact
     def __call__(self, x: Activations) -> Activations:
-        b = self.block
+        block = self.block
         h, norms = x, iter(("bn1", "bn2", "bn3"))
-        if b.expanded is not None:
-            h = Convolution(b.expanded, 1, 1, self.dtype, name="conv_pw")(h)
-            h = b.activation(self._norm(next(norms), h, b.groups))
+        if block.expanded is not None:
+            h = Convolution(block.expanded, 1, 1, self.dtype, name="conv_pw")(h)
+            h = block.activation(self._norm(next(norms), h, block.groups))
         h = DepthwiseConvolution(
-            b.kernel, b.stride, self.dtype, self.design.padding, name="conv_dw"
+            block.kernel, block.stride, self.dtype, self.design.padding, name="conv_dw"
         )(h)
-        h = b.activation(self._norm(next(norms), h, b.groups))
-        if b.squeezed:
-            h = SqueezeAndExcitation(b.squeezed, self.dtype, name="se")(h)
-        name = "conv_pw" if b.expanded is None else "conv_pwl"
-        h = Convolution(b.channels, 1, 1, self.dtype, name=name)(h)
+        h = block.activation(self._norm(next(norms), h, block.groups))
+        if block.squeezed:
+            h = SqueezeAndExcitation(block.squeezed, self.dtype, name="se")(h)
+        name = "conv_pw" if block.expanded is None else "conv_pwl"
+        h = Convolution(block.channels, 1, 1, self.dtype, name=name)(h)
         h = self._norm(next(norms), h)
-        if b.stride == 1 and x.shape == h.shape:
+        if block.stride == 1 and x.shape == h.shape:
             h = x + quantised_branch(self, h)
         return checkpoint_name(h, UNIT)
 
     def _norm(self, name: str, x: Activations, groups: int | None = None) -> Activations:
-        d = self.design
-        return Norm(groups or d.groups, d.epsilon, self.train, name=name)(x)
+        design = self.design
+        return Norm(groups or design.groups, design.epsilon, self.train, name=name)(x)
 
 
 def inner_channels(design: Design) -> tuple[InnerChannels, ...]:
@@ -147,14 +147,18 @@ def with_block_widths(
     """
     published = inner_channels(design)
     inner = narrowed(published, config)
-    widths = iter(zip(published, inner, strict=True))
+    pairs = iter(zip(published, inner, strict=True))
 
     def of(block: Block) -> Block:
         if block.expanded is None:
             return block
-        before, after = next(widths)
-        groups = None if design.groups is None else design.groups * after.width // before.width
-        return dataclasses.replace(block, expanded=after.width, groups=groups)
+        published_channels, new_channels = next(pairs)
+        groups = (
+            None
+            if design.groups is None
+            else design.groups * new_channels.width // published_channels.width
+        )
+        return dataclasses.replace(block, expanded=new_channels.width, groups=groups)
 
     stages = tuple(tuple(map(of, stage)) for stage in design.stages)
     return dataclasses.replace(design, stages=stages), inner

@@ -49,16 +49,18 @@ def group_norm(
     moments would too: groups are summed, and spread again, by a small matrix.
     """
     channels = x.shape[-1]
-    wide = x.astype(jnp.float32)
-    members = jnp.repeat(jnp.eye(groups, dtype=jnp.float32), channels // groups, axis=0)
+    x_float32 = x.astype(jnp.float32)
+    group_matrix = jnp.repeat(jnp.eye(groups, dtype=jnp.float32), channels // groups, axis=0)
     product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-    mean = product(wide.mean(axis=(1, 2)), members) * (groups / channels)
-    square = product(jnp.square(wide).mean(axis=(1, 2)), members) * (groups / channels)
-    variance = jnp.maximum(square - jnp.square(mean), 0)
-    inverse = jax.lax.rsqrt(variance + epsilon)
-    factor = product(inverse, members.T) * scale
-    offset = bias - product(mean, members.T) * factor
-    return (wide * factor[:, None, None] + offset[:, None, None]).astype(x.dtype)
+    mean = product(x_float32.mean(axis=(1, 2)), group_matrix) * (groups / channels)
+    mean_square = product(jnp.square(x_float32).mean(axis=(1, 2)), group_matrix) * (
+        groups / channels
+    )
+    variance = jnp.maximum(mean_square - jnp.square(mean), 0)
+    inverse_deviation = jax.lax.rsqrt(variance + epsilon)
+    factor = product(inverse_deviation, group_matrix.T) * scale
+    offset = bias - product(mean, group_matrix.T) * factor
+    return (x_float32 * factor[:, None, None] + offset[:, None, None]).astype(x.dtype)
 
 
 @functools.partial(jax.jit, inline=True)
@@ -67,9 +69,9 @@ def channel_moments(x: Activations) -> tuple[PerChannel, PerChannel]:
 
     Of the global batch: under `jit` the mean runs over the shards.
     """
-    wide = x.astype(jnp.float32)
-    mean = wide.mean(axis=(0, 1, 2))
-    return mean, jnp.maximum(jnp.square(wide).mean(axis=(0, 1, 2)) - jnp.square(mean), 0)
+    x_float32 = x.astype(jnp.float32)
+    mean = x_float32.mean(axis=(0, 1, 2))
+    return mean, jnp.maximum(jnp.square(x_float32).mean(axis=(0, 1, 2)) - jnp.square(mean), 0)
 
 
 # Functions with `inline=True` are traced once for each shape, not once for each layer and each time
@@ -112,11 +114,11 @@ class Convolution(QuantisableLayer):
         shape = (self.size, self.size, x.shape[-1], self.channels)
         kernel = self.param("kernel", initial_kernel, shape, jnp.float32)
         stride, padding = self.stride, self.padding
-        floats = functools.partial(
+        float_convolve = functools.partial(
             convolve, stride=stride, padding=padding, portable=is_portable(self)
         )
-        whole = functools.partial(convolve_integer, stride=stride, padding=padding)
-        x = multiplied(self, x, self.prepare(kernel), floats, whole, self.dtype)
+        integer_convolve = functools.partial(convolve_integer, stride=stride, padding=padding)
+        x = multiplied(self, x, self.prepare(kernel), float_convolve, integer_convolve, self.dtype)
         if self.bias:
             bias = self.param("bias", nn.initializers.zeros, (self.channels,), jnp.float32)
             x = x + bias.astype(self.dtype)
@@ -137,13 +139,13 @@ class DepthwiseConvolution(QuantisableLayer):
         shape = (self.size, self.size, 1, x.shape[-1])
         kernel = self.param("kernel", initial_kernel, shape, jnp.float32)
         stride, padding = self.stride, self.padding
-        floats = functools.partial(
+        float_convolve = functools.partial(
             convolve_depthwise, stride=stride, padding=padding, portable=is_portable(self)
         )
-        whole = functools.partial(
+        integer_convolve = functools.partial(
             convolve_integer, stride=stride, padding=padding, groups=x.shape[-1]
         )
-        x = multiplied(self, x, kernel, floats, whole, self.dtype)
+        x = multiplied(self, x, kernel, float_convolve, integer_convolve, self.dtype)
         if self.bias:
             bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
             x = x + bias.astype(self.dtype)
@@ -169,8 +171,8 @@ class Norm(nn.Module):
         if self.train:
             moments = channel_moments(x)
             for average, moment in zip((mean, variance), moments, strict=True):
-                kept = BATCH_NORM_MOMENTUM * average.value
-                average.value = kept + (1 - BATCH_NORM_MOMENTUM) * moment
+                retained = BATCH_NORM_MOMENTUM * average.value
+                average.value = retained + (1 - BATCH_NORM_MOMENTUM) * moment
         else:
             moments = mean.value, variance.value
         return batch_norm(x, scale, bias, moments, self.epsilon)
@@ -191,5 +193,7 @@ class Head(QuantisableLayer):
         shape = (pooled.shape[-1], self.classes)
         kernel = self.param("kernel", nn.initializers.zeros, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.classes,), jnp.float32)
-        wide = pooled.astype(jnp.float32)
-        return multiplied(self, wide, kernel, jnp.matmul, matmul_integer, jnp.float32) + bias
+        pooled_float32 = pooled.astype(jnp.float32)
+        return (
+            multiplied(self, pooled_float32, kernel, jnp.matmul, matmul_integer, jnp.float32) + bias
+        )

@@ -110,9 +110,9 @@ class LastStage(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch _ _ _"]) -> Float[Array, "batch _ _ _"]:
-        d = self.design
+        design = self.design
         x = Convolution(LAST_EXPANSION * x.shape[-1], 1, 1, self.dtype, name="conv")(x)
-        return d.activation(Norm(d.groups, d.epsilon, self.train, name="bn1")(x))
+        return design.activation(Norm(design.groups, design.epsilon, self.train, name="bn1")(x))
 
 
 class MobileNetV3(nn.Module):
@@ -124,15 +124,15 @@ class MobileNetV3(nn.Module):
 
     @nn.compact
     def __call__(self, images: Images, train: bool) -> tuple[Array, dict[str, Array]]:
-        d = self.design
-        x, features = trunk(d, images, train, self.dtype)
-        last = len(d.stages)
-        x = LastStage(d, train, self.dtype, name=f"blocks_{last}_0")(x)
-        features[f"block{last + 1}"] = x
+        design = self.design
+        x, features = trunk(design, images, train, self.dtype)
+        last_stage = len(design.stages)
+        x = LastStage(design, train, self.dtype, name=f"blocks_{last_stage}_0")(x)
+        features[f"block{last_stage + 1}"] = x
         # After the mean, where it costs a 49th at 224 px; without a norm, hence with a bias.
         x = x.astype(jnp.float32).mean(axis=(1, 2), keepdims=True).astype(self.dtype)
-        x = Convolution(d.head_channels, 1, 1, self.dtype, bias=True, name="conv_head")(x)
-        features["pre_logits"] = d.activation(x)[:, 0, 0].astype(jnp.float32)
+        x = Convolution(design.head_channels, 1, 1, self.dtype, bias=True, name="conv_head")(x)
+        features["pre_logits"] = design.activation(x)[:, 0, 0].astype(jnp.float32)
         return Head(self.classes, name=HEAD)(features["pre_logits"]), features
 
 
@@ -144,8 +144,8 @@ def member(
 
     def build_member(config: NetworkConfig, classes: int, dtype: jnp.dtype) -> Network:
         check_resolution(config, design.stride)
-        narrow, inner = with_block_widths(design, config)
-        module = MobileNetV3(narrow, classes, dtype)
+        narrowed_design, inner = with_block_widths(design, config)
+        module = MobileNetV3(narrowed_design, classes, dtype)
         return make_network(module, module, identity, config, classes, dtype, inner)
 
     return build_member

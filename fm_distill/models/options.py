@@ -30,21 +30,21 @@ def read_options(config: NetworkConfig, kind: type[Kind]) -> Kind:
 
     One number stands for a tuple of one.
     """
-    hints = typing.get_type_hints(kind)
-    refuse_unknown(config, hints)
+    field_types = typing.get_type_hints(kind)
+    refuse_unknown(config, field_types)
     values = {
         name: (value,)
-        if typing.get_origin(hints[name]) is tuple and not isinstance(value, tuple)
+        if typing.get_origin(field_types[name]) is tuple and not isinstance(value, tuple)
         else value
         for name, value in config.options.items()
     }
     try:
         options = msgspec.convert(values, kind)
     except msgspec.ValidationError as error:
-        text = str(error).replace("$.", "")
-        raise ValueError(f"an option of {config.model} has the wrong type: {text}") from None
-    for sentence in out_of_bounds(options, "options."):
-        raise ValueError(sentence)
+        reason = str(error).replace("$.", "")
+        raise ValueError(f"an option of {config.model} has the wrong type: {reason}") from None
+    for problem in out_of_bounds(options, "options."):
+        raise ValueError(problem)
     # msgspec leaves defaults to the class, where `vars` does not see them.
     return dataclasses.replace(options)
 
@@ -54,11 +54,11 @@ def refuse_unknown(config: NetworkConfig, known: Collection[str]) -> None:
     unknown = [name for name in config.options if name not in known]
     if not unknown:
         return
-    near = difflib.get_close_matches(unknown[0], known, 1)
-    has = f"it has {', '.join(known)}" if known else "it has none: leave it out"
+    suggestions = difflib.get_close_matches(unknown[0], known, 1)
+    available = f"it has {', '.join(known)}" if known else "it has none: leave it out"
     raise ValueError(
-        f"{config.model} has no option {', '.join(unknown)}; {has}"
-        + (f"; did you mean {near[0]}?" if near else "")
+        f"{config.model} has no option {', '.join(unknown)}; {available}"
+        + (f"; did you mean {suggestions[0]}?" if suggestions else "")
     )
 
 

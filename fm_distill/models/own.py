@@ -51,19 +51,19 @@ def own_builder(model: str) -> Builder:
 
     def build(config: NetworkConfig, classes: int, dtype: jnp.dtype) -> Network:
         try:
-            found = value(config, classes, dtype)
+            network = value(config, classes, dtype)
         except (UserError, ValueError):
             raise
         except Exception as error:
             raise UserError(
                 f"the model {model} cannot be built: {type(error).__name__}: {error}"
             ) from error
-        if not isinstance(found, Network):
+        if not isinstance(network, Network):
             raise UserError(
-                f"the model {model} returned a {type(found).__name__}; expected a "
+                f"the model {model} returned a {type(network).__name__}; expected a "
                 "fm_distill.models.Network"
             )
-        return found
+        return network
 
     return build
 
@@ -77,32 +77,36 @@ class _WithFeatures(nn.Module):
         nn.share_scope(self, self.inner)  # parameters keep the module's own names
 
     def __call__(self, images: Images, train: bool) -> tuple[Array, dict[str, Array]]:
-        found = self.inner(images, train)
-        logits, features = found if isinstance(found, tuple) else (found, {})
+        outputs = self.inner(images, train)
+        logits, features = outputs if isinstance(outputs, tuple) else (outputs, {})
         return logits.astype(jnp.float32), features
 
 
 def _from_module(
     module: type[nn.Module], model: str, config: NetworkConfig, classes: int, dtype: jnp.dtype
 ) -> Network:
-    given: dict[str, Any] = {"classes": classes, "dtype": dtype}
-    known = inspect.signature(module).parameters
-    fields = [name for name in known if name not in OF_FLAX]
+    arguments: dict[str, Any] = {"classes": classes, "dtype": dtype}
+    parameters = inspect.signature(module).parameters
+    fields = [name for name in parameters if name not in OF_FLAX]
     if "classes" not in fields:
         raise UserError(
             f"the model {model} has no field `classes`; give it one, the number of its logits"
         )
-    refuse_unknown(config, [name for name in fields if name not in given])
-    needed = [name for name in fields if known[name].default is inspect.Parameter.empty]
-    if missing := [name for name in needed if name not in given and name not in config.options]:
+    refuse_unknown(config, [name for name in fields if name not in arguments])
+    required = [name for name in fields if parameters[name].default is inspect.Parameter.empty]
+    if missing := [
+        name for name in required if name not in arguments and name not in config.options
+    ]:
         raise ValueError(
             f"{model} needs the option {', '.join(missing)}: give --student.options.{missing[0]} "
             "VALUE, or the field a default"
         )
-    given |= config.options
-    made = module(**{name: value for name, value in given.items() if name in fields})
-    whole = _WithFeatures(made)
-    return make_network(whole, whole, identity, config, classes, jnp.dtype("float32"))
+    arguments |= config.options
+    inner_module = module(**{name: value for name, value in arguments.items() if name in fields})
+    wrapped_module = _WithFeatures(inner_module)
+    return make_network(
+        wrapped_module, wrapped_module, identity, config, classes, jnp.dtype("float32")
+    )
 
 
 def check_logits(network: Network, config: NetworkConfig) -> None:

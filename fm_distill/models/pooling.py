@@ -26,17 +26,17 @@ def max_pool(x: Activations) -> Activations:
 
 
 def _forward(x: Activations) -> tuple[Activations, tuple[Activations, Activations]]:
-    out = _forward_pass(x)
-    return out, (x, out)
+    output = _forward_pass(x)
+    return output, (x, output)
 
 
 def _backward(saved: tuple[Activations, Activations], gradient: Activations) -> tuple[Activations]:
-    x, out = saved
+    x, output = saved
 
-    def instruction(x: Array, out: Array, gradient: Array) -> Array:
+    def instruction(x: Array, output: Array, gradient: Array) -> Array:
         return jax.vjp(_forward_pass, x)[1](gradient)[0]
 
-    return (jax.lax.platform_dependent(x, out, gradient, tpu=instruction, default=_by_shifts),)
+    return (jax.lax.platform_dependent(x, output, gradient, tpu=instruction, default=_by_shifts),)
 
 
 max_pool.defvjp(_forward, _backward)
@@ -48,17 +48,17 @@ def _by_shifts(x: Activations, out: Activations, gradient: Activations) -> Activ
     minus_infinity, zero = jnp.array(-jnp.inf, x.dtype), jnp.zeros((), gradient.dtype)
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=minus_infinity)
     (height, width), (rows, columns) = padded.shape[1:3], out.shape[1:3]
-    taken = jnp.zeros(out.shape, bool)
+    is_assigned = jnp.zeros(out.shape, bool)
     total = jnp.zeros(padded.shape, gradient.dtype)
     for i in range(3):
         for j in range(3):
-            here = padded[:, i : i + 2 * rows - 1 : 2, j : j + 2 * columns - 1 : 2] == out
-            part = jnp.where(here & ~taken, gradient, zero)
-            taken |= here
+            is_maximum = padded[:, i : i + 2 * rows - 1 : 2, j : j + 2 * columns - 1 : 2] == out
+            share = jnp.where(is_maximum & ~is_assigned, gradient, zero)
+            is_assigned |= is_maximum
             # Zeros between, before and behind: each window's share at its pixel.
             below, right = height - i - (2 * rows - 1), width - j - (2 * columns - 1)
             spread = ((0, 0, 0), (i, below, 1), (j, right, 1), (0, 0, 0))
-            total += jax.lax.pad(part, zero, spread)
+            total += jax.lax.pad(share, zero, spread)
     return total[:, 1:-1, 1:-1]
 
 
@@ -68,11 +68,11 @@ def max_pool_zero_padded(x: Activations) -> Activations:
     As the maximum of what is inside, and of zero at the border: a padded copy of the activations,
     and of their gradient, would move a tenth of a small student's memory.
     """
-    inside = max_pool(x)
-    rows, columns = (_reaches_outside(x.shape[i], inside.shape[i]) for i in (1, 2))
+    pooled = max_pool(x)
+    rows, columns = (_reaches_outside(x.shape[i], pooled.shape[i]) for i in (1, 2))
     border = (rows[:, None] | columns[None, :])[None, :, :, None]
     # Not `maximum`, which would send half of the gradient inside where both are zero.
-    return jnp.where(border & (inside <= 0), jnp.zeros((), x.dtype), inside)
+    return jnp.where(border & (pooled <= 0), jnp.zeros((), x.dtype), pooled)
 
 
 def _reaches_outside(size: int, windows: int) -> Array:
@@ -83,5 +83,5 @@ def _reaches_outside(size: int, windows: int) -> Array:
 
 def average_pool(x: Activations) -> Activations:
     """Means of 2x2 pixels, in float32; at an odd border, of those that are inside."""
-    wide = x.astype(jnp.float32)
-    return nn.avg_pool(wide, (2, 2), (2, 2), "SAME", count_include_pad=False).astype(x.dtype)
+    x_float32 = x.astype(jnp.float32)
+    return nn.avg_pool(x_float32, (2, 2), (2, 2), "SAME", count_include_pad=False).astype(x.dtype)

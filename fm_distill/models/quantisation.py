@@ -78,10 +78,10 @@ def precision_of(layer: nn.Module) -> Precision:
 
 def _network_of(module: nn.Module) -> Quantised | None:
     """What a bound `module` is a part of; None where nothing is quantised."""
-    top = module
-    while isinstance(top.parent, nn.Module):
-        top = top.parent
-    return top if isinstance(top, Quantised) else None
+    root = module
+    while isinstance(root.parent, nn.Module):
+        root = root.parent
+    return root if isinstance(root, Quantised) else None
 
 
 def quantised(
@@ -90,8 +90,8 @@ def quantised(
     """What `layer` reads, and its kernel as it was prepared, as they are to be multiplied."""
     weights, activations = precision_of(layer)
     if activations != "none":
-        seen = _range_of(layer, "input", x)
-        x = _switched(layer, quantised_activations(x, seen, OF_ACTIVATIONS[activations]), x)
+        observed = _range_of(layer, "input", x)
+        x = _switched(layer, quantised_activations(x, observed, OF_ACTIVATIONS[activations]), x)
     if weights != "none":
         kernel = _switched(layer, quantised_weights(kernel, OF_WEIGHTS[weights]), kernel)
     return x, kernel
@@ -107,10 +107,10 @@ def with_switches(ranges: Any, on: str, path: tuple[str, ...] = ()) -> Any:
     """The tree `ranges`, where the layer at the path `on` alone is rounded; "" is none."""
     if "low" in ranges:
         return ranges
-    found = {name: with_switches(x, on, (*path, name)) for name, x in ranges.items()}
-    if any("low" in x for x in found.values()):
-        found[SWITCH] = jnp.asarray("/".join(path) == on)
-    return found
+    switched = {name: with_switches(x, on, (*path, name)) for name, x in ranges.items()}
+    if any("low" in x for x in switched.values()):
+        switched[SWITCH] = jnp.asarray("/".join(path) == on)
+    return switched
 
 
 def quantised_branch(
@@ -121,8 +121,8 @@ def quantised_branch(
     network = _network_of(block)
     if network is None or network.branches == "none":
         return x
-    seen = _range_of(block, "branch", x)
-    rounded = quantised_activations(x, seen, OF_ACTIVATIONS[network.branches])
+    observed = _range_of(block, "branch", x)
+    rounded = quantised_activations(x, observed, OF_ACTIVATIONS[network.branches])
     return _switched(block, rounded, x)
 
 
@@ -183,8 +183,8 @@ def fake_quantise(
 def _rounded(
     x: Array, scale: Array, zero_point: Array, lowest: Array | float, highest: Array | float
 ) -> Array:
-    whole = jnp.round(x.astype(jnp.float32) / scale) + zero_point
-    return ((jnp.clip(whole, lowest, highest) - zero_point) * scale).astype(x.dtype)
+    integers = jnp.round(x.astype(jnp.float32) / scale) + zero_point
+    return ((jnp.clip(integers, lowest, highest) - zero_point) * scale).astype(x.dtype)
 
 
 @_rounded.defjvp
@@ -192,9 +192,9 @@ def _straight_through(
     primals: tuple[Array, ...], tangents: tuple[Array, ...]
 ) -> tuple[Array, Array]:
     x, scale, zero_point, lowest, highest = primals
-    whole = jnp.round(x.astype(jnp.float32) / scale) + zero_point
-    inside = (lowest <= whole) & (whole <= highest)
-    return _rounded(*primals), jnp.where(inside, tangents[0], 0)
+    integers = jnp.round(x.astype(jnp.float32) / scale) + zero_point
+    is_unclipped = (lowest <= integers) & (integers <= highest)
+    return _rounded(*primals), jnp.where(is_unclipped, tangents[0], 0)
 
 
 def _range_of(module: nn.Module, name: str, x: Array) -> Range:
@@ -204,21 +204,21 @@ def _range_of(module: nn.Module, name: str, x: Array) -> Range:
     the same.
     """
     zeros = functools.partial(jnp.zeros, (), jnp.float32)
-    seen = module.variable(
+    range_variable = module.variable(
         RANGES, name, lambda: {"low": zeros(), "high": zeros(), "batches": zeros()}
     )
     if module.is_mutable_collection(RANGES) and not module.is_initializing():
-        wide = jax.lax.stop_gradient(x).astype(jnp.float32)
-        before = seen.value["batches"]
-        kept = jnp.minimum(before / (before + 1), RANGE_MOMENTUM)
+        x_float32 = jax.lax.stop_gradient(x).astype(jnp.float32)
+        batch_count = range_variable.value["batches"]
+        momentum = jnp.minimum(batch_count / (batch_count + 1), RANGE_MOMENTUM)
         network = _network_of(module)
-        low, high = _ends(wide, network.percentile if network else 100.0)
-        seen.value = {
-            "low": kept * seen.value["low"] + (1 - kept) * low,
-            "high": kept * seen.value["high"] + (1 - kept) * high,
-            "batches": before + 1,
+        low, high = _ends(x_float32, network.percentile if network else 100.0)
+        range_variable.value = {
+            "low": momentum * range_variable.value["low"] + (1 - momentum) * low,
+            "high": momentum * range_variable.value["high"] + (1 - momentum) * high,
+            "batches": batch_count + 1,
         }
-    return Range(seen.value["low"], seen.value["high"])
+    return Range(range_variable.value["low"], range_variable.value["high"])
 
 
 def _ends(x: Array, percentile: float) -> tuple[Array, Array]:

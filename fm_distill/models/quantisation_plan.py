@@ -18,12 +18,12 @@ def plan_of(module: nn.Module, config: NetworkConfig) -> tuple[tuple[str, Precis
     Raises `ValueError` where a kernel is of a layer that cannot be quantised, by its name, for
     quantised activations of weights that are not, and for a float layer that is not there.
     """
-    asked = config.quantisation
-    if not asked.quantised:
+    quantisation = config.quantisation
+    if not quantisation.quantised:
         return ()
-    if asked.weights == "none":
+    if quantisation.weights == "none":
         raise ValueError(
-            f"quantisation.activations={asked.activations} needs quantised weights: give "
+            f"quantisation.activations={quantisation.activations} needs quantised weights: give "
             "quantisation.weights=int8 too, or neither"
         )
     layers, kernels = _layers_and_kernels(module, config.resolution)
@@ -32,9 +32,9 @@ def plan_of(module: nn.Module, config: NetworkConfig) -> tuple[tuple[str, Precis
             f"{config.model} has layers that cannot be quantised, {', '.join(unknown)}: build "
             "them from fm_distill.models.layers, or leave out quantisation"
         )
-    if unknown := [x for x in asked.float_layers if x not in layers]:
-        near = difflib.get_close_matches(unknown[0], layers, 1)
-        hint = f"did you mean {near[0]}" if near else f"it has {', '.join(layers)}"
+    if unknown := [x for x in quantisation.float_layers if x not in layers]:
+        suggestions = difflib.get_close_matches(unknown[0], layers, 1)
+        hint = f"did you mean {suggestions[0]}" if suggestions else f"it has {', '.join(layers)}"
         raise ValueError(
             f"quantisation.float_layers names {', '.join(unknown)}, which {config.model} does not "
             f"have; {hint}"
@@ -44,7 +44,7 @@ def plan_of(module: nn.Module, config: NetworkConfig) -> tuple[tuple[str, Precis
         for i, path in enumerate(layers)
         if (precision := _precision(path, i == 0, config)).weights != "none"
     )
-    if asked.float_layers and not plan:
+    if quantisation.float_layers and not plan:
         raise ValueError(
             f"quantisation.float_layers leaves no layer of {config.model} quantised; leave out "
             "quantisation"
@@ -53,13 +53,19 @@ def plan_of(module: nn.Module, config: NetworkConfig) -> tuple[tuple[str, Precis
 
 
 def _precision(path: str, first: bool, config: NetworkConfig) -> Precision:
-    asked = config.quantisation
-    if path in asked.float_layers:
+    quantisation = config.quantisation
+    if path in quantisation.float_layers:
         return Precision("none", "none")
-    kept = asked.head if path.split("/")[0] == HEAD else asked.first_layer if first else None
-    if kept is None:
-        return Precision(asked.weights, asked.activations)
-    return Precision(kept, "none" if kept == "none" else asked.activations)
+    override = (
+        quantisation.head
+        if path.split("/")[0] == HEAD
+        else quantisation.first_layer
+        if first
+        else None
+    )
+    if override is None:
+        return Precision(quantisation.weights, quantisation.activations)
+    return Precision(override, "none" if override == "none" else quantisation.activations)
 
 
 def _layers_and_kernels(module: nn.Module, resolution: int) -> tuple[list[str], list[str]]:

@@ -65,12 +65,12 @@ class Unit(nn.Module):
 
     @nn.compact
     def __call__(self, x: Activations) -> Activations:
-        inner, out = self.inner, self.middle
-        parts = [(inner, 3, self.stride), (out, 3, 1)]
+        inner, output_channels = self.inner, self.middle
+        convolutions = [(inner, 3, self.stride), (output_channels, 3, 1)]
         if self.design.bottleneck:
-            parts = [(inner, 1, 1), (inner, 3, self.stride), (4 * out, 1, 1)]
+            convolutions = [(inner, 1, 1), (inner, 3, self.stride), (4 * output_channels, 1, 1)]
         h = x
-        for i, (channels, size, stride) in enumerate(parts, 1):
+        for i, (channels, size, stride) in enumerate(convolutions, 1):
             h = nn.relu(h) if i > 1 else h
             h = Convolution(channels, size, stride, self.dtype, name=f"conv{i}")(h)
             h = self._norm(f"bn{i}", h)
@@ -79,13 +79,13 @@ class Unit(nn.Module):
     def _shortcut(self, x: Activations, channels: int) -> Activations:
         if x.shape[-1] == channels and self.stride == 1:
             return x
-        stride, first = self.stride, 0
+        stride, index = self.stride, 0
         if self.design.deep:
             x = average_pool(x) if stride == 2 else x
             # timm counts the pool, where there is none too.
-            stride, first = 1, 1
-        x = Convolution(channels, 1, stride, self.dtype, name=f"downsample_{first}")(x)
-        return self._norm(f"downsample_{first + 1}", x)
+            stride, index = 1, 1
+        x = Convolution(channels, 1, stride, self.dtype, name=f"downsample_{index}")(x)
+        return self._norm(f"downsample_{index + 1}", x)
 
     def _norm(self, name: str, x: Activations) -> Activations:
         return Norm(None, BATCH_NORM_EPSILON, self.train, name=name)(x)

@@ -56,9 +56,9 @@ class Patches(nn.Module):
 
     @nn.compact
     def __call__(self, images: Images) -> Float[Array, "batch _ _ channels"]:
-        d = self.design
+        design = self.design
         convolution = Convolution(
-            d.channels, d.patch, d.patch, self.dtype, "valid", bias=True, name="proj"
+            design.channels, design.patch, design.patch, self.dtype, "valid", bias=True, name="proj"
         )
         return convolution(images.astype(self.dtype))
 
@@ -98,8 +98,8 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: Tokens) -> Tokens:
-        d = self.design
-        h = Attention(d.heads, self.dtype, name="attn")(LayerNorm(name="norm1")(x))
+        design = self.design
+        h = Attention(design.heads, self.dtype, name="attn")(LayerNorm(name="norm1")(x))
         x = x + self._scaled("ls1", h)
         h = Mlp(self.hidden, self.dtype, name="mlp")(LayerNorm(name="norm2")(x))
         return checkpoint_name(x + self._scaled("ls2", h), UNIT)
@@ -150,47 +150,49 @@ class VisionTransformer(nn.Module):
 
     @nn.compact
     def __call__(self, images: Images, train: bool) -> tuple[Array, dict[str, Array]]:
-        d = self.design
-        patches = Patches(d, self.dtype, name="patch_embed")(images)
+        design = self.design
+        patches = Patches(design, self.dtype, name="patch_embed")(images)
         x = self._embedded(patches)
 
         def as_map(x: Tokens) -> Float[Array, "batch rows columns channels"]:
-            return x[:, d.prefix :].reshape(patches.shape)
+            return x[:, design.prefix :].reshape(patches.shape)
 
         features = {"stem": as_map(x)}
         for i, hidden in enumerate(self.widths):
-            x = Block(d, hidden, self.dtype, name=f"blocks_{i}")(x)
+            x = Block(design, hidden, self.dtype, name=f"blocks_{i}")(x)
             features[f"block{i + 1}"] = as_map(x)
-        if d.mean_pooled:
+        if design.mean_pooled:
             # Of the patches alone, and before the norm.
-            pooled = x[:, d.prefix :].astype(jnp.float32).mean(axis=1)
+            pooled = x[:, design.prefix :].astype(jnp.float32).mean(axis=1)
             pooled = LayerNorm(name="fc_norm")(pooled)
         else:
             # Of all tokens that the norm is defined for, those that are read.
-            pooled = LayerNorm(name="norm")(x[:, : 2 if d.distilled else 1].astype(jnp.float32))
+            pooled = LayerNorm(name="norm")(
+                x[:, : 2 if design.distilled else 1].astype(jnp.float32)
+            )
         features["pre_logits"] = pooled.reshape(pooled.shape[0], -1)
-        if d.distilled:
+        if design.distilled:
             return DistilledHead(self.classes, name=HEAD)(pooled), features
         return Head(self.classes, name=HEAD)(features["pre_logits"]), features
 
     def _embedded(self, patches: Float[Array, "batch _ _ channels"]) -> Tokens:
         """With their positions, behind class token, distillation token and registers."""
-        d = self.design
+        design = self.design
         batch, rows, columns, channels = patches.shape
-        prefix = 0 if d.bare_prefix else d.prefix
-        shape = (1, (d.resolution // d.patch) ** 2 + prefix, channels)
+        prefix = 0 if design.bare_prefix else design.prefix
+        shape = (1, (design.resolution // design.patch) ** 2 + prefix, channels)
         positions = self.param("pos_embed", truncated_normal, shape, jnp.float32)
         positions = resample_positions(positions, prefix, rows, columns).astype(self.dtype)
         x = patches.reshape(batch, -1, channels) + positions[:, prefix:]
-        before = []
-        for name, count in d.tokens:
-            normal = nn.initializers.normal(TOKEN_DEVIATION)
-            start = truncated_normal if name == "dist_token" else normal
-            before.append(self.param(name, start, (1, count, channels), jnp.float32))
-        if not before:
+        prefix_tokens = []
+        for name, count in design.tokens:
+            normal_initializer = nn.initializers.normal(TOKEN_DEVIATION)
+            initializer = truncated_normal if name == "dist_token" else normal_initializer
+            prefix_tokens.append(self.param(name, initializer, (1, count, channels), jnp.float32))
+        if not prefix_tokens:
             return x
-        tokens = jnp.concatenate(before, axis=1).astype(self.dtype)
-        tokens = tokens if d.bare_prefix else tokens + positions[:, :prefix]
+        tokens = jnp.concatenate(prefix_tokens, axis=1).astype(self.dtype)
+        tokens = tokens if design.bare_prefix else tokens + positions[:, :prefix]
         return jnp.concatenate([jnp.broadcast_to(tokens, (batch, *tokens.shape[1:])), x], axis=1)
 
 
@@ -199,11 +201,11 @@ def member(design: Design) -> Callable[[NetworkConfig, int, jnp.dtype], Network]
 
     def build_member(config: NetworkConfig, classes: int, dtype: jnp.dtype) -> Network:
         check_resolution(config, design.patch)
-        if over := config.resolution % design.patch:
-            below = config.resolution - over
+        if remainder := config.resolution % design.patch:
+            lower = config.resolution - remainder
             raise ValueError(
                 f"resolution {config.resolution} is not a multiple of the patch size of "
-                f"{config.model}, {design.patch} pixels; use {below} or {below + design.patch}"
+                f"{config.model}, {design.patch} pixels; use {lower} or {lower + design.patch}"
             )
         inner = narrowed(inner_channels(design), config)
         module = VisionTransformer(design, tuple(x.width for x in inner), classes, dtype)

@@ -28,11 +28,15 @@ def batch_moments(
     """
 
     def after(value: float) -> PyTree:
-        start = jax.tree.map(lambda x: jnp.full_like(x, value), variables.statistics)
-        replaced = dataclasses.replace(variables, statistics=start)
-        return student.network.apply(replaced, images, train=True).statistics
+        statistics = jax.tree.map(lambda x: jnp.full_like(x, value), variables.statistics)
+        replaced_variables = dataclasses.replace(variables, statistics=statistics)
+        return student.network.apply(replaced_variables, images, train=True).statistics
 
-    return jax.tree.map(lambda x, y: x / (1 - (y - x)), after(0.0), after(1.0))
+    return jax.tree.map(
+        lambda from_zeros, from_ones: from_zeros / (1 - (from_ones - from_zeros)),
+        after(0.0),
+        after(1.0),
+    )
 
 
 def with_central_statistics(
@@ -54,10 +58,10 @@ def with_central_statistics(
         return batch_moments(student, variables, views[student.input_spec])
 
     total, count = None, 0
-    for rows in batches:
-        moments = of_batch(variables, layout.spread(rows))
+    for batch in batches:
+        moments = of_batch(variables, layout.spread(batch))
         total = moments if total is None else jax.tree.map(jnp.add, total, moments)
         count += 1
     mean = jax.tree.map(lambda x: x / count, total)
-    placed = jax.device_put(mean, layout.variables(mean))
-    return dataclasses.replace(variables, statistics=placed)
+    statistics = jax.device_put(mean, layout.variables(mean))
+    return dataclasses.replace(variables, statistics=statistics)

@@ -33,8 +33,8 @@ class Branch:
 
     def on_whole_grey_levels(self) -> "Branch":
         """The same for images that are rounded to uint8."""
-        rounded = dataclasses.replace(self.input_spec, input_rounding="uint8")
-        return dataclasses.replace(self, input_spec=rounded)
+        rounded_spec = dataclasses.replace(self.input_spec, input_rounding="uint8")
+        return dataclasses.replace(self, input_spec=rounded_spec)
 
 
 def make_branch(config: NetworkConfig, classes: int, dtype: jnp.dtype) -> Branch:
@@ -67,12 +67,14 @@ def step_views(
     draws = step_draws(law, root, step, batch.sizes, views)
     if draws.shared:
         # Networks that expect the same input share one rendering.
-        together = render_views(draws.student, batch, (student, *teachers), root.spectra)
-        rendered = {branch.input_spec: together[branch.input_spec] for branch in teachers}
-        return StepViews(draws.student, together[student.input_spec], rendered)
-    own = render_views(draws.student, batch, (student,), root.spectra)
-    theirs = render_views(draws.teacher, batch, teachers, root.spectra)
-    return StepViews(draws.student, own[student.input_spec], theirs)
+        shared_views = render_views(draws.student, batch, (student, *teachers), root.spectra)
+        rendered_for_teachers = {
+            branch.input_spec: shared_views[branch.input_spec] for branch in teachers
+        }
+        return StepViews(draws.student, shared_views[student.input_spec], rendered_for_teachers)
+    student_views = render_views(draws.student, batch, (student,), root.spectra)
+    teacher_views = render_views(draws.teacher, batch, teachers, root.spectra)
+    return StepViews(draws.student, student_views[student.input_spec], teacher_views)
 
 
 def render_views(

@@ -33,13 +33,13 @@ def weight_scores(variables: Variables, network: NetworkConfig, criterion: str) 
 
     Raises `ValueError` where the network has nothing that `criterion` could read.
     """
-    built = build_network(network, 2, FLOAT32)
+    built_network = build_network(network, 2, FLOAT32)
     # As kernels are multiplied: standardised, for example.
-    frozen = dict(leaves_by_path(built.freeze(variables)))
-    of_place = _by_norm_scale if criterion == "norm_scale" else _by_magnitude
+    frozen = dict(leaves_by_path(built_network.freeze(variables)))
+    score_channels = _by_norm_scale if criterion == "norm_scale" else _by_magnitude
     return tuple(
-        tuple(of_place(frozen, axes, block) for axes in block.places)
-        for block in built.inner_channels
+        tuple(score_channels(frozen, axes, block) for axes in block.places)
+        for block in built_network.inner_channels
     )
 
 
@@ -62,9 +62,9 @@ def _by_magnitude(
     for path, axis in axes:
         if path.endswith("/kernel"):
             squares = np.square(np.asarray(frozen[path], np.float64))
-            by_channel = np.moveaxis(squares, axis, 0).reshape(block.width, -1).mean(axis=1)
+            channel_means = np.moveaxis(squares, axis, 0).reshape(block.width, -1).mean(axis=1)
             # Relative to its kernel, or the one with the largest numbers would decide alone.
-            total += by_channel / max(by_channel.mean(), np.finfo(np.float64).tiny)
+            total += channel_means / max(channel_means.mean(), np.finfo(np.float64).tiny)
     return total
 
 
@@ -104,8 +104,8 @@ def taylor_scores(batches: list[TaylorSums]) -> Scores:
     """
     return tuple(
         tuple(
-            np.mean([np.square(np.asarray(x, np.float64)) for x in of_batches], axis=0)
-            for of_batches in zip(*places, strict=True)
+            np.mean([np.square(np.asarray(x, np.float64)) for x in batch_sums], axis=0)
+            for batch_sums in zip(*places, strict=True)
         )
         for places in zip(*batches, strict=True)
     )
@@ -128,9 +128,9 @@ def read_scores(path: pathlib.Path, blocks: tuple[InnerChannels, ...]) -> Scores
     widths = [x.width for x in blocks for _ in x.places]
     if places != _places(blocks) or values.shape != (sum(widths),):
         return None
-    parts = iter(np.split(values, np.cumsum(widths)[:-1]))
-    found = tuple(tuple(next(parts) for _ in block.places) for block in blocks)
-    return found if values.dtype == np.float64 and np.isfinite(values).all() else None
+    chunks = iter(np.split(values, np.cumsum(widths)[:-1]))
+    scores = tuple(tuple(next(chunks) for _ in block.places) for block in blocks)
+    return scores if values.dtype == np.float64 and np.isfinite(values).all() else None
 
 
 def _places(blocks: tuple[InnerChannels, ...]) -> str:

@@ -33,8 +33,8 @@ def names_asked(asked: tuple[str, ...], option: str) -> tuple[str, ...]:
     """`teacher.classes` itself, or the lines of the one file that it names. Raises `UserError`."""
     if len(asked) == 1 and (asked[0].endswith(".txt") or pathlib.Path(asked[0]).is_file()):
         asked = read_names(pathlib.Path(asked[0]), f"{option}.classes={asked[0]}")
-    if twice := [x for i, x in enumerate(asked) if x in asked[:i]]:
-        raise UserError(f"{option}.classes names {twice[0]!r} more than once; name it once")
+    if repeated := [x for i, x in enumerate(asked) if x in asked[:i]]:
+        raise UserError(f"{option}.classes names {repeated[0]!r} more than once; name it once")
     if len(asked) < 2:
         raise UserError(
             f"{option}.classes names {f'only {asked[0]!r}' if asked else 'none'}; expected two "
@@ -56,17 +56,17 @@ def chosen(
             f"{option}.classes chooses among a teacher's classes, and this one has no head; leave "
             "it out"
         )
-    listed = read_names(IMAGENET, "imagenet") if names is None and classes == 1000 else names
-    known = {name: i for i, name in enumerate(listed or ())}
+    known_names = read_names(IMAGENET, "imagenet") if names is None and classes == 1000 else names
+    positions = {name: i for i, name in enumerate(known_names or ())}
 
     def place(name: str) -> int:
-        if name in known:
-            return known[name]
+        if name in positions:
+            return positions[name]
         if name.isdecimal() and int(name) < classes:
             return int(name)
-        near = difflib.get_close_matches(name, known, 3)
-        hint = f"did you mean {', '.join(near)}? " if near else ""
-        if not known:
+        suggestions = difflib.get_close_matches(name, positions, 3)
+        hint = f"did you mean {', '.join(suggestions)}? " if suggestions else ""
+        if not positions:
             hint = "its classes have no known names: "
         raise UserError(
             f"{option}.classes: the teacher has no class {name!r}; {hint}give names, or numbers "
@@ -74,11 +74,11 @@ def chosen(
         )
 
     places = tuple(place(name) for name in asked)
-    if twice := [asked[i] for i, x in enumerate(places) if x in places[:i]]:
-        raise UserError(f"{option}.classes: {twice[0]!r} is given twice")
+    if repeated := [asked[i] for i, x in enumerate(places) if x in places[:i]]:
+        raise UserError(f"{option}.classes: {repeated[0]!r} is given twice")
     if names:
         return Choice(places, tuple(names[i] for i in places))
-    return Choice(places, asked if all(x in known for x in asked) else None)
+    return Choice(places, asked if all(x in positions for x in asked) else None)
 
 
 def refuse_other_recording(
@@ -86,11 +86,11 @@ def refuse_other_recording(
 ) -> None:
     """Raises `UserError` where a recording of `classes` classes is not of those asked for."""
     names = recorded or asked
-    same = len(asked) == classes and all(
+    is_same = len(asked) == classes and all(
         x == name or (x.isdecimal() and not name.isdecimal())
         for x, name in zip(asked, names, strict=True)
     )
-    if not same:
+    if not is_same:
         raise UserError(
             f"{where} recorded {_first(names)}, and teacher.classes asks for {_first(asked)}; "
             "record these, or leave out teacher.classes"
@@ -98,8 +98,8 @@ def refuse_other_recording(
 
 
 def _first(names: tuple[str, ...]) -> str:
-    shown = ", ".join(names[:5])
-    return f"{len(names):,} classes ({shown}{', ...' if len(names) > 5 else ''})"
+    listing = ", ".join(names[:5])
+    return f"{len(names):,} classes ({listing}{', ...' if len(names) > 5 else ''})"
 
 
 def function_of(function: TeacherFunction, places: tuple[int, ...]) -> TeacherFunction:
@@ -121,23 +121,26 @@ def variables_of(
 ) -> Variables:
     """`variables` of a network of `classes` logits, with those at `places` alone."""
     key = jax.random.key(0)
-    shapes, more = (
+    shapes, larger_shapes = (
         jax.eval_shape(build_network(network, count, FLOAT32).init, key)
         for count in (classes, classes + 1)
     )
 
-    def axes(of: jax.ShapeDtypeStruct, of_more: jax.ShapeDtypeStruct) -> list[int]:
-        pairs = enumerate(zip(of.shape, of_more.shape, strict=True))
-        return [i for i, (a, b) in pairs if a != b]
+    def axes(struct: jax.ShapeDtypeStruct, larger_struct: jax.ShapeDtypeStruct) -> list[int]:
+        pairs = enumerate(zip(struct.shape, larger_struct.shape, strict=True))
+        return [i for i, (size, larger_size) in pairs if size != larger_size]
 
-    def kept(leaf: jax.Array, of: jax.ShapeDtypeStruct, of_more: jax.ShapeDtypeStruct) -> jax.Array:
-        for axis in axes(of, of_more):
-            if of.shape[axis] != classes:
+    def kept(
+        leaf: jax.Array, struct: jax.ShapeDtypeStruct, larger_struct: jax.ShapeDtypeStruct
+    ) -> jax.Array:
+        for axis in axes(struct, larger_struct):
+            if struct.shape[axis] != classes:
                 raise UserError(
                     f"teacher.classes needs a network with one output for each class, and an array "
-                    f"of {network.model} has {of.shape[axis]} for {classes} classes; leave it out"
+                    f"of {network.model} has {struct.shape[axis]} for {classes} classes; "
+                    "leave it out"
                 )
             leaf = jnp.take(leaf, np.array(places), axis=axis)
         return leaf
 
-    return jax.tree.map(kept, variables, shapes, more)
+    return jax.tree.map(kept, variables, shapes, larger_shapes)

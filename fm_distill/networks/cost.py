@@ -84,8 +84,10 @@ def cost_of(
         return Cost(None, None)
     code = tuple(own_code(x.model) if is_own(x.model) else "" for x in networks)
     # Roundings in training are no operations of a file of integers.
-    floats = tuple(dataclasses.replace(x, quantisation=QuantisationConfig()) for x in networks)
-    cost = _counted(floats, code, classes, precision)
+    float_networks = tuple(
+        dataclasses.replace(x, quantisation=QuantisationConfig()) for x in networks
+    )
+    cost = _counted(float_networks, code, classes, precision)
     if batch_size is None:
         return cost
     branches = tuple(make_branch(x, classes, jnp.dtype(precision)) for x in networks)
@@ -165,17 +167,23 @@ def _images(
 ) -> tuple[Float[np.ndarray, "batch height width 3"], ...]:
     rng = np.random.default_rng(0)
     sides = (x.input_spec.resolution for x in branches)
-    return tuple(rng.uniform(-1, 1, (batch_size, x, x, 3)).astype(np.float32) for x in sides)
+    return tuple(
+        rng.uniform(-1, 1, (batch_size, side, side, 3)).astype(np.float32) for side in sides
+    )
 
 
 def _forward(branches: tuple[Branch, ...]) -> Callable[..., tuple[Array, ...]]:
     """The logits; of networks without a head, the last of their features."""
-    last = tuple(() if x.has_head else (*x.network.feature_shapes(),)[-1:] for x in branches)
+    last_features = tuple(
+        () if x.has_head else (*x.network.feature_shapes(),)[-1:] for x in branches
+    )
 
     def forward(frozen: tuple[Variables, ...], images: tuple[Array, ...]) -> tuple[Array, ...]:
         outputs = (
             (branch, branch.network.apply_frozen(variables, x, features=name))
-            for branch, variables, x, name in zip(branches, frozen, images, last, strict=True)
+            for branch, variables, x, name in zip(
+                branches, frozen, images, last_features, strict=True
+            )
         )
         return tuple(
             output.logits if branch.has_head else next(iter(output.features.values()))
@@ -190,12 +198,12 @@ def _measured(
 ) -> Calls:
     images = jax.device_put(_images(branches, batch_size))
     program = jax.jit(_forward(branches)).lower(frozen, images).compile()
-    calls = [call_ms(lambda: program(frozen, images)) for _ in range(WARM_UP + CALLS)]
-    measured = calls[WARM_UP:]
+    times_ms = [call_ms(lambda: program(frozen, images)) for _ in range(WARM_UP + CALLS)]
+    measured_ms = times_ms[WARM_UP:]
     memory = program.memory_analysis()
     return Calls(
         batch_size=batch_size,
-        median_ms=float(np.median(measured)),
-        p95_ms=float(np.quantile(measured, 0.95)),
+        median_ms=float(np.median(measured_ms)),
+        p95_ms=float(np.quantile(measured_ms, 0.95)),
         activation_bytes=None if memory is None else int(memory.temp_size_in_bytes),
     )

@@ -32,26 +32,26 @@ def load_function(
     It is called twice with the same images. Raises `UserError` where a call fails, or the second
     returns other logits.
     """
-    found = load_reference(reference, f"{option}.function")
-    if not callable(found.value):
+    loaded = load_reference(reference, f"{option}.function")
+    if not callable(loaded.value):
         raise UserError(
-            f"{option}.function={reference} is a {type(found.value).__name__}; expected a function "
-            "from images to logits"
+            f"{option}.function={reference} is a {type(loaded.value).__name__}; expected a "
+            "function from images to logits"
         )
     images = probes(network)
-    first = logits_of(found.value, images, reference)
-    again = logits_of(found.value, images, reference)
-    if first.shape != again.shape or np.abs(first - again).max() > SAME * np.abs(first).max():
+    first = logits_of(loaded.value, images, reference)
+    second = logits_of(loaded.value, images, reference)
+    if first.shape != second.shape or np.abs(first - second).max() > SAME * np.abs(first).max():
         raise UserError(
             f"{reference} returns different logits when it is called again with the same images "
-            f"(by up to {np.abs(first - again).max():.3g}): put it into evaluation mode, without "
+            f"(by up to {np.abs(first - second).max():.3g}): put it into evaluation mode, without "
             "dropout"
         )
-    code = hashlib.sha256(f"{found.sha256} {reference.rpartition(':')[2]}".encode()).hexdigest()
+    code = hashlib.sha256(f"{loaded.sha256} {reference.rpartition(':')[2]}".encode()).hexdigest()
     classes = int(first.shape[1])
 
     def checked(images: Images) -> Float32[np.ndarray, "batch classes"]:
-        return logits_of(found.value, images, reference, classes)
+        return logits_of(loaded.value, images, reference, classes)
 
     return checked, classes, code
 
@@ -68,7 +68,7 @@ def logits_of(
 ) -> Float32[np.ndarray, "batch classes"]:
     """The logits of a batch. Raises `UserError` where the function fails or they cannot be that."""
     try:
-        found = np.asarray(function(images))
+        logits = np.asarray(function(images))
     except UserError:
         raise
     except Exception as error:
@@ -77,16 +77,16 @@ def logits_of(
             f"{error}"
         ) from error
     expected = f"({len(images)}, {'classes' if classes is None else classes})"
-    if found.ndim != 2 or len(found) != len(images) or classes not in (None, found.shape[1]):
+    if logits.ndim != 2 or len(logits) != len(images) or classes not in (None, logits.shape[1]):
         raise UserError(
-            f"{reference} returned an array of shape {found.shape} for {len(images)} images; "
+            f"{reference} returned an array of shape {logits.shape} for {len(images)} images; "
             f"expected logits of shape {expected}"
         )
-    if not np.issubdtype(found.dtype, np.floating):
+    if not np.issubdtype(logits.dtype, np.floating):
         raise UserError(
-            f"{reference} returned {found.dtype}; expected logits in floating point numbers, not "
+            f"{reference} returned {logits.dtype}; expected logits in floating point numbers, not "
             "classes"
         )
-    if not np.isfinite(found).all():
+    if not np.isfinite(logits).all():
         raise UserError(f"{reference} returned numbers that are not finite")
-    return found.astype(np.float32)
+    return logits.astype(np.float32)

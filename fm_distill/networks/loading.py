@@ -42,11 +42,11 @@ class Networks:
     @property
     def facts(self) -> WeightFacts:
         """What the run depends on of its networks."""
-        taught = tuple(teacher.teaching_network for teacher in self.teachers)
+        teaching_networks = tuple(teacher.teaching_network for teacher in self.teachers)
         return WeightFacts(
             student=self.student,
             # Those that were recorded, whether they are here or not.
-            teachers=self.recording.header.teachers if self.recording else taught,
+            teachers=self.recording.header.teachers if self.recording else teaching_networks,
             classes=self.classes,
             class_names=self.class_names,
             student_weights=fingerprint(self.pretrained.variables) if self.pretrained else None,
@@ -65,8 +65,8 @@ class Networks:
     @property
     def notes(self) -> list[str]:
         """What was recognised in weight files and chosen for them."""
-        of_teachers = [note for teacher in self.teachers for note in teacher.notes]
-        return [*of_teachers, *(self.pretrained.notes if self.pretrained else ())]
+        teacher_notes = [note for teacher in self.teachers for note in teacher.notes]
+        return [*teacher_notes, *(self.pretrained.notes if self.pretrained else ())]
 
 
 def load_networks(
@@ -88,14 +88,14 @@ def load_networks(
         teachers = load_teachers(config, workdir)
     # Where some of the teacher's classes are chosen, `data.class_names` named all of them.
     if not any(teacher.classes for _, teacher in teachers_of(config)):
-        named = named_classes(config.data)
-        recorded = recording.header.class_names if recording else None
-        some = named and recorded and len(recorded) < len(named)
-        data_names = data_names or (None if some else named)
-    start, undecided = None, False
+        config_names = named_classes(config.data)
+        recorded_names = recording.header.class_names if recording else None
+        only_some = config_names and recorded_names and len(recorded_names) < len(config_names)
+        data_names = data_names or (None if only_some else config_names)
+    pretrained, undecided = None, False
     if config.student.weights:
-        start = load_pretrained(config.student.weights, config.student, "student")
-        start, undecided = _with_channels(start, config.student.pruning, Workdir(workdir))
+        pretrained = load_pretrained(config.student.weights, config.student, "student")
+        pretrained, undecided = _with_channels(pretrained, config.student.pruning, Workdir(workdir))
     classes = agreed_classes(config.data.classes, data_classes, data_names, teachers)
     if data_names and len(data_names) != classes:
         raise UserError(
@@ -103,8 +103,8 @@ def load_networks(
             f"run has {classes:,} classes; give a name for each class"
         )
     return Networks(
-        student=start.network if start else resolve(only_network(config.student)),
-        pretrained=start,
+        student=pretrained.network if pretrained else resolve(only_network(config.student)),
+        pretrained=pretrained,
         teachers=teachers,
         classes=classes,
         class_names=data_names or next((t.class_names for t in teachers if t.class_names), None),
@@ -127,33 +127,39 @@ def agreed_classes(
     teachers: tuple[Teacher, ...],
 ) -> int:
     """Number of classes of the student. Raises `UserError` where its sources do not agree."""
-    given: dict[str, int | None] = {"data.classes": requested, "the data's labels": data_classes}
-    names = {"the data": data_names}
+    counts_by_source: dict[str, int | None] = {
+        "data.classes": requested,
+        "the data's labels": data_classes,
+    }
+    names_by_source = {"the data": data_names}
     for i, teacher in enumerate(teachers, 1):
-        who = "the teacher" if i == 1 else f"teacher {i}"
-        given[f"{who}'s head"] = teacher.classes or None
-        names[who] = teacher.class_names
-    known = {name: count for name, count in given.items() if count is not None}
-    if not known:
+        source = "the teacher" if i == 1 else f"teacher {i}"
+        counts_by_source[f"{source}'s head"] = teacher.classes or None
+        names_by_source[source] = teacher.class_names
+    known_counts = {name: count for name, count in counts_by_source.items() if count is not None}
+    if not known_counts:
         headless = " and the teacher no head" if teachers else ""
         raise UserError(
             f"the number of classes is unknown: the data have no labels{headless}; set data.classes"
         )
-    if len(set(known.values())) > 1:
-        counts = ", ".join(f"{name}: {count}" for name, count in known.items())
+    if len(set(known_counts.values())) > 1:
+        listing = ", ".join(f"{name}: {count}" for name, count in known_counts.items())
         raise UserError(
-            f"the number of classes differs ({counts}); use a teacher that was trained on these "
+            f"the number of classes differs ({listing}); use a teacher that was trained on these "
             "classes, choose some of its classes with teacher.classes, or set data.classes"
         )
-    named = [(who, x) for who, x in names.items() if x]
-    for (one, a), (other, b) in itertools.pairwise(named):
-        for i, (left, right) in enumerate(zip(a, b, strict=True)):
+    known_names = [(source, x) for source, x in names_by_source.items() if x]
+    for (first_source, first_names), (second_source, second_names) in itertools.pairwise(
+        known_names
+    ):
+        for i, (left, right) in enumerate(zip(first_names, second_names, strict=True)):
             if left != right:
                 raise UserError(
-                    f"class {i} is {left!r} in {one} and {right!r} in {other}: both must have the "
-                    "same classes in the same order; use a teacher that was trained on these"
+                    f"class {i} is {left!r} in {first_source} and {right!r} in {second_source}: "
+                    "both must have the same classes in the same order; use a teacher that "
+                    "was trained on these"
                 )
-    return next(iter(known.values()))
+    return next(iter(known_counts.values()))
 
 
 def _with_channels(

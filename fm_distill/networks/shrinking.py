@@ -54,19 +54,19 @@ def width_after(block: InnerChannels, sparsity: float, multiple_of: int) -> int:
     Of two as near, the larger. Raises `ValueError` where none would stay.
     """
     step = math.lcm(block.together, multiple_of)
-    kept = _nearest(block.width, sparsity, step)
-    if kept < 1:
+    kept_channels = _nearest(block.width, sparsity, step)
+    if kept_channels < 1:
         raise ValueError(
             f"pruning.sparsity={sparsity:g} leaves none of the {block.width} inner channels of "
             f"{block.block}, which keeps a multiple of {step} (groups of {block.together}, "
             f"pruning.multiple_of={multiple_of}); make one of the two smaller"
         )
-    return kept
+    return kept_channels
 
 
 def _nearest(width: int, sparsity: float, step: int) -> int:
-    kept = math.floor((1 - sparsity) * width / step + 0.5) * step
-    return min(kept, width // step * step)
+    kept_channels = math.floor((1 - sparsity) * width / step + 0.5) * step
+    return min(kept_channels, width // step * step)
 
 
 def _steps(blocks: tuple[InnerChannels, ...], pruning: PruningConfig) -> list[int]:
@@ -92,12 +92,12 @@ def check_ranking(blocks: tuple[InnerChannels, ...], pruning: PruningConfig) -> 
                 f"inner channels of {block.block}, which keeps a multiple of {step} (groups of "
                 f"{block.together}); make it smaller"
             )
-    most = (total - sum(steps)) / total
-    if pruning.sparsity > most:
+    largest_sparsity = (total - sum(steps)) / total
+    if pruning.sparsity > largest_sparsity:
         raise ValueError(
             f"pruning.sparsity={pruning.sparsity:g} removes too many of {total:,} inner channels, "
             f"of which each block keeps some ({sum(steps):,} in all); use "
-            f"{math.floor(most * 1000) / 1000:g} or less"
+            f"{math.floor(largest_sparsity * 1000) / 1000:g} or less"
         )
 
 
@@ -117,13 +117,13 @@ def ranked_widths(
     widths = [block.width // step * step for block, step in zip(blocks, steps, strict=True)]
     order: list[tuple[float, int]] = []
     for i, (block, places) in enumerate(zip(blocks, scores, strict=True)):
-        worth = np.mean([_ascending(x, block.together) for x in places], axis=0)
-        means = worth[block.width - widths[i] :].reshape(-1, steps[i]).mean(axis=1)
-        order += [(float(mean), i) for mean in means[:-1]]
+        channel_worth = np.mean([_ascending(x, block.together) for x in places], axis=0)
+        step_means = channel_worth[block.width - widths[i] :].reshape(-1, steps[i]).mean(axis=1)
+        order += [(float(mean), i) for mean in step_means[:-1]]
     order.sort(key=lambda x: x[0])
     total = sum(x.width for x in blocks)
-    gone = total - sum(widths) + np.cumsum([0, *(steps[i] for _, i in order)])
-    count = int(np.argmin(np.abs(gone - pruning.sparsity * total)))
+    removed = total - sum(widths) + np.cumsum([0, *(steps[i] for _, i in order)])
+    count = int(np.argmin(np.abs(removed - pruning.sparsity * total)))
     for _, i in order[:count]:
         widths[i] -= steps[i]
     return tuple(widths)
@@ -147,11 +147,11 @@ def shrunk(start: Pretrained, pruning: PruningConfig, scores: Scores | None = No
         variables = keep_channels(start.variables, start.network, network.block_widths, scores)
     except ValueError as error:
         raise UserError(f"student.pruning: {error}") from None
-    before = build_network(start.network, 2, FLOAT32).inner_channels
-    where = ", ranked over the network" if pruning.ranking == "network" else ""
+    blocks = build_network(start.network, 2, FLOAT32).inner_channels
+    scope = ", ranked over the network" if pruning.ranking == "network" else ""
     note = (
-        f"inner channels: {sum(network.block_widths):,} of {sum(x.width for x in before):,} stay "
-        f"in {len(before)} blocks, by {pruning.criterion}{where}"
+        f"inner channels: {sum(network.block_widths):,} of {sum(x.width for x in blocks):,} stay "
+        f"in {len(blocks)} blocks, by {pruning.criterion}{scope}"
     )
     return dataclasses.replace(
         start, network=network, variables=variables, notes=(*start.notes, note)
@@ -168,16 +168,16 @@ def keep_channels(
     leaves = dict(leaves_by_path(variables))
     blocks = build_network(network, 2, FLOAT32).inner_channels
     for block, width, places in zip(blocks, widths, scores, strict=True):
-        for axes, scored in zip(block.places, places, strict=True):
-            kept = _best(scored, width, block.together)
+        for axes, channel_scores in zip(block.places, places, strict=True):
+            indices = _best(channel_scores, width, block.together)
             for path, axis in axes:
-                leaves[path] = jnp.take(leaves[path], kept, axis=axis)
+                leaves[path] = jnp.take(leaves[path], indices, axis=axis)
     return jax.tree.unflatten(jax.tree.structure(variables), leaves.values())
 
 
 def _best(scores: Float[np.ndarray, " channels"], width: int, together: int) -> np.ndarray:
     """Indices of the `width` best channels, in their order; `together` neighbours stay or go."""
-    of_groups = scores.reshape(-1, together).sum(axis=1)
-    best = np.argsort(-of_groups, kind="stable")[: width // together]
-    first = np.sort(best)[:, None] * together
-    return (first + np.arange(together)).reshape(-1)
+    group_scores = scores.reshape(-1, together).sum(axis=1)
+    best_groups = np.argsort(-group_scores, kind="stable")[: width // together]
+    first_channels = np.sort(best_groups)[:, None] * together
+    return (first_channels + np.arange(together)).reshape(-1)

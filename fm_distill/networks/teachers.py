@@ -42,31 +42,37 @@ def load_pretrained(path: str, network: NetworkConfig | None, option: str) -> Pr
             f"the {option}'s run in {path} is not complete, or its last checkpoint is damaged "
             f"(the newest intact one is of step {run.step:,}); train it first"
         )
-    chosen = run.network
+    network_config = run.network
     if network is not None:
-        if differ := differing(run.network, network):
+        if differences := differing(run.network, network):
             raise UserError(
-                f"the run in {path} trained a different network from the {option}'s: {differ}"
+                f"the run in {path} trained a different network from the {option}'s: {differences}"
             )
         requested = only_network(network)
-        chosen = dataclasses.replace(
-            chosen, resolution=requested.resolution, input_rounding=requested.input_rounding
+        network_config = dataclasses.replace(
+            network_config, resolution=requested.resolution, input_rounding=requested.input_rounding
         )
         if option == "student":
-            chosen = dataclasses.replace(chosen, quantisation=requested.quantisation)
-        of_run = run.network.options
-        free = {x: y for x, y in requested.options.items() if x in FREE_OPTIONS}
-        for given, own, field in (
+            network_config = dataclasses.replace(
+                network_config, quantisation=requested.quantisation
+            )
+        run_options = run.network.options
+        free_options = {
+            name: value for name, value in requested.options.items() if name in FREE_OPTIONS
+        }
+        for requested_value, run_value, field in (
             (requested.input_range, run.network.input_range, "input_range"),
-            *((value, of_run.get(name), name) for name, value in free.items()),
+            *((value, run_options.get(name), name) for name, value in free_options.items()),
         ):
-            if given not in ("auto", own):
+            if requested_value not in ("auto", run_value):
                 raise UserError(
-                    f"the run in {path} was trained with {field}={own}, but the {option}'s is "
-                    f"{given}; use auto"
+                    f"the run in {path} was trained with {field}={run_value}, but the "
+                    f"{option}'s is {requested_value}; use auto"
                 )
-    note = f"{path}: the run's student after {run.step:,} steps, {chosen.model}"
-    return Pretrained(chosen, run.classes, run.resolved.class_names, run.student.variables, (note,))
+    note = f"{path}: the run's student after {run.step:,} steps, {network_config.model}"
+    return Pretrained(
+        network_config, run.classes, run.resolved.class_names, run.student.variables, (note,)
+    )
 
 
 FLOATS = QuantisationConfig()
@@ -117,11 +123,11 @@ def refuse_other_teachers(
 
     `whose` they are to be, for the message.
     """
-    found = tuple(x.fingerprint for x in teachers)
-    if found != expected:
+    fingerprints = tuple(x.fingerprint for x in teachers)
+    if fingerprints != expected:
         raise UserError(
-            f"this is not the teacher of {whose}: its weights have SHA-256 {' + '.join(found)}, "
-            f"expected {' + '.join(expected)}"
+            f"this is not the teacher of {whose}: its weights have SHA-256 "
+            f"{' + '.join(fingerprints)}, expected {' + '.join(expected)}"
         )
 
 
@@ -135,8 +141,8 @@ def teachers_here(config: Config, workdir: pathlib.Path) -> bool:
             return not teacher.weights.startswith(PREFIX) and pathlib.Path(teacher.weights).exists()
         return (pathlib.Path(where) / "config.json").is_file()
 
-    places = zip(teachers_of(config), teacher_workdirs(config, workdir), strict=True)
-    return all(here(teacher.config, where) for teacher, where in places)
+    pairs = zip(teachers_of(config), teacher_workdirs(config, workdir), strict=True)
+    return all(here(teacher.config, teacher_workdir) for teacher, teacher_workdir in pairs)
 
 
 def only_recorded(config: Config, stored: Config, workdir: pathlib.Path) -> bool:
@@ -144,8 +150,8 @@ def only_recorded(config: Config, stored: Config, workdir: pathlib.Path) -> bool
 
     Where `config` names other places of theirs than `stored`, they have to be there.
     """
-    recorded = recording_of(config) is not None and not moved(config, stored)
-    return recorded and not teachers_here(config, workdir)
+    has_recording = recording_of(config) is not None and not moved(config, stored)
+    return has_recording and not teachers_here(config, workdir)
 
 
 def recorded_teachers(
@@ -158,28 +164,30 @@ def recorded_teachers(
     header = recording.header
     if teachers_here(config, workdir):
         teachers = load_teachers(config, workdir)
-        found = tuple(x.fingerprint for x in teachers)
+        fingerprints = tuple(x.fingerprint for x in teachers)
         if any(x.classes > header.classes for x in teachers):
             names = ", ".join((header.class_names or ())[:5]) or f"{header.classes:,} of them"
             raise UserError(
                 f"{recording.path} recorded some of the teacher's classes ({names}); give them as "
                 "teacher.classes, in the same order"
             )
-        if found != header.teacher_weights:
+        if fingerprints != header.teacher_weights:
             raise UserError(
                 f"{recording.path} was recorded from other teachers than the run's: their weights "
                 f"have SHA-256 {' + '.join(header.teacher_weights)}, and those of the run "
-                f"{' + '.join(found)}; record these, or leave out the teacher's own location "
-                "(--teacher.weights None --teacher.workdir None)"
+                f"{' + '.join(fingerprints)}; record these, or leave out the teacher's own "
+                "location (--teacher.weights None --teacher.workdir None)"
             )
         return teachers
     for option, teacher in teachers_of(config):
         if teacher.classes:
-            asked = names_asked(teacher.classes, option)
-            refuse_other_recording(asked, header.class_names, header.classes, str(recording.path))
-    own = named_code(config)
+            requested_classes = names_asked(teacher.classes, option)
+            refuse_other_recording(
+                requested_classes, header.class_names, header.classes, str(recording.path)
+            )
+    config_code = named_code(config)
     refuse_foreign_code(
-        [x.model for x in header.teachers if is_own(x.model) and x.model not in own],
+        [x.model for x in header.teachers if is_own(x.model) and x.model not in config_code],
         header.code_files,
         str(recording.path),
         recording.path,
@@ -199,8 +207,8 @@ def teacher_workdirs(config: Config, workdir: pathlib.Path) -> tuple[str, ...]:
     As given, else inside the student's workdir in `teacher`, `teacher_2`, ..., or inside of the
     recording, where `fm-distill record` trained them.
     """
-    if recorded := recording_of(config):
-        workdir = pathlib.Path(recorded)
+    if recording_path := recording_of(config):
+        workdir = pathlib.Path(recording_path)
     return tuple(
         x.config.workdir or str(workdir / (f"teacher_{i}" if i > 1 else "teacher"))
         for i, x in enumerate(teachers_of(config), 1)
@@ -214,12 +222,12 @@ def _quantised(teacher: Teacher, config: TeacherConfig, option: str) -> Teacher:
             f"{option}.quantisation: the run of this teacher was quantised in training, and "
             "teaches with its own ranges; leave it out"
         )
-    asked = dataclasses.replace(teacher, quantisation=config.quantisation)
+    quantised_teacher = dataclasses.replace(teacher, quantisation=config.quantisation)
     try:
-        check_network(asked.teaching_network)
+        check_network(quantised_teacher.teaching_network)
     except ValueError as error:
         raise UserError(f"{option}: {error}") from None
-    return asked
+    return quantised_teacher
 
 
 def _load_teacher(teacher: TeacherConfig, option: str, where: str, data: DataConfig) -> Teacher:
@@ -229,24 +237,28 @@ def _load_teacher(teacher: TeacherConfig, option: str, where: str, data: DataCon
         loaded = _quantised(loaded, teacher, option)
     if not teacher.classes:
         return loaded
-    asked = names_asked(teacher.classes, option)
-    named = named_classes(data)
-    names = loaded.class_names or (named if len(named or ()) == loaded.classes else None)
-    choice = chosen(asked, names, loaded.classes, option)
-    places = choice.places
-    note = f"{option}.classes: {len(places):,} of its {loaded.classes:,} classes, renormalised"
-    teacher_of = dataclasses.replace(
-        loaded, classes=len(places), class_names=choice.names, notes=(*loaded.notes, note)
+    requested_classes = names_asked(teacher.classes, option)
+    data_names = named_classes(data)
+    names = loaded.class_names or (data_names if len(data_names or ()) == loaded.classes else None)
+    choice = chosen(requested_classes, names, loaded.classes, option)
+    class_indices = choice.places
+    note = (
+        f"{option}.classes: {len(class_indices):,} of its {loaded.classes:,} classes, renormalised"
+    )
+    chosen_teacher = dataclasses.replace(
+        loaded, classes=len(class_indices), class_names=choice.names, notes=(*loaded.notes, note)
     )
     if loaded.function is not None:
         return dataclasses.replace(
-            teacher_of,
-            function=function_of(loaded.function, places),
-            fingerprint=fingerprint_of(loaded.fingerprint, places),
+            chosen_teacher,
+            function=function_of(loaded.function, class_indices),
+            fingerprint=fingerprint_of(loaded.fingerprint, class_indices),
         )
     assert loaded.variables is not None
-    variables = variables_of(loaded.network, loaded.variables, loaded.classes, places)
-    return dataclasses.replace(teacher_of, variables=variables, fingerprint=fingerprint(variables))
+    variables = variables_of(loaded.network, loaded.variables, loaded.classes, class_indices)
+    return dataclasses.replace(
+        chosen_teacher, variables=variables, fingerprint=fingerprint(variables)
+    )
 
 
 def _load_all_classes(teacher: TeacherConfig, option: str, where: str) -> Teacher:

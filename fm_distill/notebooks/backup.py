@@ -27,33 +27,33 @@ def keep_copy(run: str | os.PathLike[str], place: str) -> str:
     run = pathlib.Path(run)
     if not run.is_dir():
         raise UserError(f"there is no run in {run} to copy")
-    files, root = _open(place)
+    filesystem, root = _open(place)
     try:
-        before = _folders(files, root)  # intact or not: what is not was given up
-        number = max(before, default=0) + 1
+        existing_copies = _folders(filesystem, root)  # intact or not: what is not was given up
+        number = max(existing_copies, default=0) + 1
         copy = f"{root}/copy-{number:06d}"
-        for path in sorted(x for x in run.rglob("*") if x.is_file()):
+        for path in sorted(file for file in run.rglob("*") if file.is_file()):
             name = path.relative_to(run).as_posix()
             if path.name not in LEFT_OUT:
                 target = f"{copy}/{name}"
-                files.makedirs(target.rpartition("/")[0], exist_ok=True)
-                files.put_file(str(path), target)
-        files.pipe_file(f"{copy}/{MARK}", b"")
-        for older in before:
-            files.rm(f"{root}/copy-{older:06d}", recursive=True)
-        return str(files.unstrip_protocol(copy))
+                filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
+                filesystem.put_file(str(path), target)
+        filesystem.pipe_file(f"{copy}/{MARK}", b"")
+        for older in existing_copies:
+            filesystem.rm(f"{root}/copy-{older:06d}", recursive=True)
+        return str(filesystem.unstrip_protocol(copy))
     except OSError as error:
         raise UserError(f"{run} cannot be copied to {place}: {error}") from None
 
 
 def keep_file(path: str | os.PathLike[str], place: str) -> str:
     """Copies a file to the folder `place`; returns where it is. Raises `UserError`."""
-    files, root = _open(place)
+    filesystem, root = _open(place)
     target = f"{root}/{pathlib.Path(path).name}"
     try:
-        files.makedirs(root, exist_ok=True)
-        files.put_file(str(path), target)
-        return str(files.unstrip_protocol(target))
+        filesystem.makedirs(root, exist_ok=True)
+        filesystem.put_file(str(path), target)
+        return str(filesystem.unstrip_protocol(target))
     except OSError as error:
         raise UserError(f"{path} cannot be copied to {place}: {error}") from None
 
@@ -63,18 +63,18 @@ def fetch_copy(place: str, folder: str | os.PathLike[str]) -> pathlib.Path | Non
 
     `folder` is for `--resume-from`, which checks each checkpoint. Raises `UserError`.
     """
-    files, root = _open(place)
+    filesystem, root = _open(place)
     folder = pathlib.Path(folder)
     try:
-        found = _copies(files, root)
-        if not found:
+        complete_copies = _copies(filesystem, root)
+        if not complete_copies:
             return None
-        copy = f"{root}/copy-{max(found):06d}"
-        for path in files.find(copy):
+        copy = f"{root}/copy-{max(complete_copies):06d}"
+        for path in filesystem.find(copy):
             name = str(path)[len(copy) :].lstrip("/")
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            files.get_file(path, str(target))
+            filesystem.get_file(path, str(target))
     except OSError as error:
         raise UserError(f"the copy in {place} cannot be read: {error}") from None
     return folder
@@ -86,19 +86,23 @@ def _open(place: str) -> tuple[Any, str]:
     except ImportError:
         raise UserError("copies are made with fsspec: pip install fsspec") from None
     try:
-        files, root = fsspec.core.url_to_fs(place)
+        filesystem, root = fsspec.core.url_to_fs(place)
     except (ImportError, ValueError) as error:
         raise UserError(f"{place} cannot be opened: {error}") from None
-    return files, root.rstrip("/")
+    return filesystem, root.rstrip("/")
 
 
 def _folders(files: Any, root: str) -> list[int]:
     """Numbers of all copies, intact or not."""
     # What a bucket listed before may be older than what was written since.
     files.invalidate_cache()
-    return [int(x[1]) for name in names_in(files, root) if (x := COPY.fullmatch(name))]
+    return [int(match[1]) for name in names_in(files, root) if (match := COPY.fullmatch(name))]
 
 
 def _copies(files: Any, root: str) -> list[int]:
     """Numbers of the whole ones."""
-    return [x for x in _folders(files, root) if files.exists(f"{root}/copy-{x:06d}/{MARK}")]
+    return [
+        number
+        for number in _folders(files, root)
+        if files.exists(f"{root}/copy-{number:06d}/{MARK}")
+    ]

@@ -64,11 +64,11 @@ def report_and_show(run: str | os.PathLike[str], page: str | os.PathLike[str]) -
     In a process of its own, which may have the accelerator now.
     """
     command = [sys.executable, "-m", "fm_distill", "report", os.fspath(run)]
-    done = subprocess.run(
+    completed = subprocess.run(
         [*command, "--out", os.fspath(page), "--overwrite"], capture_output=True, text=True
     )
-    if done.returncode:
-        print(done.stderr[-3000:])
+    if completed.returncode:
+        print(completed.stderr[-3000:])
         return False
     show_report(page)
     return True
@@ -98,7 +98,7 @@ def _pump(pipe: Iterable[str], lines: queue.SimpleQueue[str | None]) -> None:
 
 def _follow(lines: queue.SimpleQueue[str | None], screen: "Screen", every_s: float) -> None:
     """Until the last line."""
-    due = time.monotonic()
+    next_draw = time.monotonic()
     while True:
         try:
             line = lines.get(timeout=1.0)
@@ -106,12 +106,12 @@ def _follow(lines: queue.SimpleQueue[str | None], screen: "Screen", every_s: flo
             line = ""
         if line:
             print(line, end="", flush=True)
-        if line is None or time.monotonic() >= due:
+        if line is None or time.monotonic() >= next_draw:
             try:
                 screen.draw()
             except Exception as error:  # the training goes on without pictures
                 print(f"no picture of the run: {type(error).__name__}: {error}", flush=True)
-            due = time.monotonic() + every_s
+            next_draw = time.monotonic() + every_s
         if line is None:
             return
 
@@ -135,8 +135,8 @@ class Screen:
             return
         from IPython.display import SVG, display
 
-        written = {name: history for name, history in histories.items() if history.lines}
-        image = SVG(plots.curves(written))
+        logged = {name: history for name, history in histories.items() if history.lines}
+        image = SVG(plots.curves(logged))
         if self._curves is None:
             self._curves = display(image, display_id=True)
         else:
@@ -146,17 +146,17 @@ class Screen:
         """The views of the first steps, and the schedule."""
         from IPython.display import SVG, display
 
-        place = Workdir(self.run)
+        workdir = Workdir(self.run)
         try:
-            stored = place.stored()
-            refuse_code_of_run(stored, place.path, IMAGES)
+            stored = workdir.stored()
+            refuse_code_of_run(stored, workdir.path, IMAGES)
             config = stored.config
             print("what each network sees in the first steps, and the learning rate:")
-            display(SVG(plots.views(sample_views(config, place))))
+            display(SVG(plots.views(sample_views(config, workdir))))
         except UserError as error:
             print(f"the views cannot be shown: {error}")
             return
-        status = place.read_status()
-        total = status.total_steps if status else 0
-        rates = rates_of(config, total, read_history(self.run))
+        status = workdir.read_status()
+        total_steps = status.total_steps if status else 0
+        rates = rates_of(config, total_steps, read_history(self.run))
         display(SVG(plots.schedules({config.name: rates})))

@@ -46,10 +46,12 @@ def tool_options(
     kind: type[Tool], arguments: list[str], program: str
 ) -> tuple[Tool, list[str], list[str]]:
     """A tool's own options, read, and as they were written; the training's options behind `--`."""
-    cut = arguments.index("--") if "--" in arguments else len(arguments)
-    own, options = arguments[:cut], arguments[cut + 1 :]
-    parsed = tyro.cli(kind, args=own, prog=program, config=(tyro.conf.FlagCreatePairsOff,))
-    return parsed, own, options
+    separator_index = arguments.index("--") if "--" in arguments else len(arguments)
+    tool_arguments, options = arguments[:separator_index], arguments[separator_index + 1 :]
+    parsed = tyro.cli(
+        kind, args=tool_arguments, prog=program, config=(tyro.conf.FlagCreatePairsOff,)
+    )
+    return parsed, tool_arguments, options
 
 
 def read_options(experiment: str, options: list[str], program: str) -> Config:
@@ -68,12 +70,16 @@ def pack(experiment: str | os.PathLike[str]) -> dict[str, str]:
     path = pathlib.Path(experiment)
     check(load_experiment(path))
     files: dict[str, str] = {}
-    waiting = [path.name]
-    while waiting:
-        name = waiting.pop(0)
+    pending = [path.name]
+    while pending:
+        name = pending.pop(0)
         if name not in files:
             files[name] = (path.parent / name).read_text()
-            waiting += [x for x in _named(files[name]) if (path.parent / x).is_file()]
+            pending += [
+                reference
+                for reference in _named(files[name])
+                if (path.parent / reference).is_file()
+            ]
     with tempfile.TemporaryDirectory() as folder:
         for name, text in files.items():
             (pathlib.Path(folder) / name).write_text(text)
@@ -93,16 +99,16 @@ def pack(experiment: str | os.PathLike[str]) -> dict[str, str]:
 
 def _named(text: str) -> list[str]:
     """Python files in a file's strings (`FILE.py` or `FILE.py:NAME`) and imports, in order."""
-    imports = []
+    references = []
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            imports.append(node.value)
+            references.append(node.value)
         elif isinstance(node, ast.Import):
-            imports += [f"{alias.name}.py" for alias in node.names]
+            references += [f"{alias.name}.py" for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            imports.append(f"{node.module}.py")
-    found = (re.fullmatch(r"([\w-]+\.py)(:\w+)?", x) for x in imports)
-    return [x[1] for x in found if x]
+            references.append(f"{node.module}.py")
+    matches = (re.fullmatch(r"([\w-]+\.py)(:\w+)?", reference) for reference in references)
+    return [match[1] for match in matches if match]
 
 
 def archive() -> str:
@@ -112,11 +118,11 @@ def archive() -> str:
             f"{ROOT} is not a checkout of fm-distill (it has no {missing[0]}), so the package "
             "cannot be put into the notebook; give --package SPEC, as for pip"
         )
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w:xz") as tar:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:xz") as tar:
         for name in PACKAGE:
             tar.add(ROOT / name, f"fm-distill/{name}", filter=_source_only)
-    return base64.b64encode(out.getvalue()).decode()
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def _source_only(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
@@ -139,18 +145,18 @@ def make_notebook(source: pathlib.Path, values: Mapping[str, Any], files: Mappin
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
     }
-    left, cells = dict(values), []
+    unused_values, cells = dict(values), []
     for cell in notebook.cells:
         tags = cell.metadata.get("tags", [])
         if "parameters" in tags:
-            cell.source = _filled(cell.source, left)
+            cell.source = _filled(cell.source, unused_values)
         if "hidden" in tags:
             cell.metadata |= {"_kg_hide-input": True, "jupyter": {"source_hidden": True}}
         if "experiment" in tags:
             for name, text in files.items():
                 cells.append(nbformat.v4.new_code_cell(f"%%writefile {{FILES}}/{name}\n{text}"))
         cells.append(cell)
-    assert not left, f"{source} has no parameters {', '.join(left)}"
+    assert not unused_values, f"{source} has no parameters {', '.join(unused_values)}"
     for number, cell in enumerate(cells):
         # Drawn at random otherwise, and a notebook that is made twice is to be the same.
         cell.id = f"cell-{number}"

@@ -30,8 +30,8 @@ class AdapterShape:
 
 def init_adapter(key: PRNGKeyArray, shape: AdapterShape) -> AdapterParams:
     """LeCun's normal kernel; the rest as the identity."""
-    size = (shape.student_channels, shape.teacher_channels)
-    kernel = jax.random.normal(key, size) / math.sqrt(shape.student_channels)
+    kernel_shape = (shape.student_channels, shape.teacher_channels)
+    kernel = jax.random.normal(key, kernel_shape) / math.sqrt(shape.student_channels)
     zeros = jnp.zeros(shape.teacher_channels)
     if shape.batch_norm:
         return {"kernel": kernel, "scale": zeros + 1, "shift": zeros}
@@ -60,5 +60,5 @@ def adapt(
     if "bias" in params:
         return x + params["bias"]
     axes = tuple(range(x.ndim - 1))
-    normal = (x - x.mean(axes)) * jax.lax.rsqrt(x.var(axes) + EPSILON)
-    return normal * params["scale"] + params["shift"]
+    normalised = (x - x.mean(axes)) * jax.lax.rsqrt(x.var(axes) + EPSILON)
+    return normalised * params["scale"] + params["shift"]

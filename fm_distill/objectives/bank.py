@@ -28,13 +28,17 @@ def bank_similarity(
     student, teacher = _unit(student), _unit(teacher)
 
     def log_probabilities(x: Vectors, temperature: float) -> Float[Array, "batch _"]:
-        own = (x * teacher).sum(axis=-1, keepdims=True)
-        others = jnp.matmul(x, bank.T, precision=jax.lax.Precision.HIGHEST)
-        return jax.nn.log_softmax(jnp.concatenate([own, others], axis=-1) / temperature)
+        own_similarity = (x * teacher).sum(axis=-1, keepdims=True)
+        bank_similarities = jnp.matmul(x, bank.T, precision=jax.lax.Precision.HIGHEST)
+        return jax.nn.log_softmax(
+            jnp.concatenate([own_similarity, bank_similarities], axis=-1) / temperature
+        )
 
-    expected = log_probabilities(teacher, config.teacher_temperature)
-    found = log_probabilities(student, config.student_temperature)
-    return (jnp.exp(expected) * (expected - found)).sum(axis=-1)
+    teacher_log_probabilities = log_probabilities(teacher, config.teacher_temperature)
+    student_log_probabilities = log_probabilities(student, config.student_temperature)
+    return (
+        jnp.exp(teacher_log_probabilities) * (teacher_log_probabilities - student_log_probabilities)
+    ).sum(axis=-1)
 
 
 def init_bank(key: PRNGKeyArray, rows: int, channels: int) -> Bank:

@@ -17,14 +17,14 @@ def value_at(curve: CurveConfig, progress: Progress) -> Float[Array, ""]:
     """The factor of `curve` at `progress`, float32."""
     if not curve.points:
         return jnp.ones((), jnp.float32)
-    shares, factors = (jnp.asarray(x, jnp.float32) for x in zip(*curve.points, strict=True))
-    place = jnp.clip(progress, shares[0], shares[-1])
+    positions, factors = (jnp.asarray(x, jnp.float32) for x in zip(*curve.points, strict=True))
+    position = jnp.clip(progress, positions[0], positions[-1])
     if curve.interpolation == "linear":
-        return jnp.interp(place, shares, factors)
-    before = jnp.searchsorted(shares, place, side="right") - 1
+        return jnp.interp(position, positions, factors)
+    before = jnp.searchsorted(positions, position, side="right") - 1
     if curve.interpolation == "step":
         return factors[before]
     after = jnp.minimum(before + 1, len(curve.points) - 1)
-    width = jnp.where(after > before, shares[after] - shares[before], 1)
-    eased = 0.5 * (1 - jnp.cos(jnp.pi * (place - shares[before]) / width))
-    return factors[before] + eased * (factors[after] - factors[before])
+    width = jnp.where(after > before, positions[after] - positions[before], 1)
+    eased_share = 0.5 * (1 - jnp.cos(jnp.pi * (position - positions[before]) / width))
+    return factors[before] + eased_share * (factors[after] - factors[before])

@@ -83,8 +83,10 @@ def dist_columns(student: Logits, teacher: Logits, temperature: Temperature = 1.
 def _probabilities(
     student: Logits, teacher: Logits, temperature: Temperature
 ) -> tuple[Logits, Logits]:
-    one, two = (jax.nn.softmax(x.astype(jnp.float32) / temperature) for x in (student, teacher))
-    return one, two
+    student_probabilities, teacher_probabilities = (
+        jax.nn.softmax(x.astype(jnp.float32) / temperature) for x in (student, teacher)
+    )
+    return student_probabilities, teacher_probabilities
 
 
 def _centred(x: Float[Array, "rows columns"]) -> Array:
@@ -107,11 +109,15 @@ def dkd_target(
     Source: Zhao et al. 2022 (DKD, arXiv 2203.08679), TCKD, with one class a label. A mixed view
     has two, each of its own (mdistiller, issue 13). Without T^2; computed from log-probabilities.
     """
-    logs = [jax.nn.log_softmax(x.astype(jnp.float32) / temperature) for x in (student, teacher)]
-    named = labels > 0
-    rest_student, rest_teacher = (jax.nn.logsumexp(_only(~named, x), axis=-1) for x in logs)
-    of_labels = jnp.where(named, _kl_terms(*logs), 0.0).sum(axis=-1)
-    return of_labels + _kl_terms(rest_student, rest_teacher)
+    log_probabilities = [
+        jax.nn.log_softmax(x.astype(jnp.float32) / temperature) for x in (student, teacher)
+    ]
+    is_label = labels > 0
+    rest_student, rest_teacher = (
+        jax.nn.logsumexp(_only(~is_label, x), axis=-1) for x in log_probabilities
+    )
+    label_terms = jnp.where(is_label, _kl_terms(*log_probabilities), 0.0).sum(axis=-1)
+    return label_terms + _kl_terms(rest_student, rest_teacher)
 
 
 def dkd_others(
@@ -122,10 +128,10 @@ def dkd_others(
     Source: DKD, NCKD; the authors' weights are 1 for `dkd_target` and 8 for this one (CIFAR-100,
     temperature 4). Without T^2.
     """
-    others = labels <= 0
-    logs = (x.astype(jnp.float32) / temperature for x in (student, teacher))
-    among = (jax.nn.log_softmax(_only(others, x)) for x in logs)
-    return jnp.where(others, _kl_terms(*among), 0.0).sum(axis=-1)
+    is_other = labels <= 0
+    scaled_logits = (x.astype(jnp.float32) / temperature for x in (student, teacher))
+    log_probabilities = (jax.nn.log_softmax(_only(is_other, x)) for x in scaled_logits)
+    return jnp.where(is_other, _kl_terms(*log_probabilities), 0.0).sum(axis=-1)
 
 
 def _kl_terms(log_student: Array, log_teacher: Array) -> Array:

@@ -46,8 +46,8 @@ def teacher_entropy(student: Outputs, targets: Targets, temperature: Temperature
     """Entropy of the teacher's probabilities at `temperature`, in nats; summed over teachers."""
 
     def entropy(logits: Float[Array, "batch classes"]) -> PerExample:
-        logs = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)
-        return -(jnp.exp(logs) * logs).sum(axis=-1)
+        log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)
+        return -(jnp.exp(log_probabilities) * log_probabilities).sum(axis=-1)
 
     return functools.reduce(jnp.add, map(entropy, targets.teacher_logits))
 
@@ -74,9 +74,9 @@ def class_weights(config: ExampleWeightsConfig, counts: Sequence[int]) -> PerCla
     The authors' code (class-balanced-loss) lets the weights of C classes sum to C instead, so that
     the mean over the classes is one, and the loss of a long tail shrinks with its head.
     """
-    examples = np.asarray(counts, np.float64)
-    weights = CLASS_WEIGHTS[config.kind](examples, config.beta)
-    return weights * examples.sum() / (weights * examples).sum()
+    class_counts = np.asarray(counts, np.float64)
+    weights = CLASS_WEIGHTS[config.kind](class_counts, config.beta)
+    return weights * class_counts.sum() / (weights * class_counts).sum()
 
 
 def make_example_weights(objective: ObjectiveConfig) -> ExampleWeights | None:
@@ -94,8 +94,8 @@ def make_example_weights(objective: ObjectiveConfig) -> ExampleWeights | None:
 
     def weights(student: Outputs, targets: Targets, progress: Progress) -> PerExample:
         factor = value_at(objective.temperature_schedule, progress)
-        found = difficulty(student, targets, objective.temperature * factor)
-        return mean_one(found)
+        difficulties = difficulty(student, targets, objective.temperature * factor)
+        return mean_one(difficulties)
 
     return weights
 
@@ -107,9 +107,9 @@ def _of_class(student: Outputs, targets: Targets, progress: Progress) -> PerExam
 
 def mean_one(difficulty: PerExample) -> PerExample:
     """`difficulty` over its mean; ones where no example has any."""
-    above = jnp.maximum(difficulty, 0)  # a KL of nothing may round below it
-    mean = above.mean()
-    return jnp.where(mean > LEAST_DIFFICULTY, above / jnp.maximum(mean, LEAST_DIFFICULTY), 1)
+    clipped = jnp.maximum(difficulty, 0)  # a KL of nothing may round below it
+    mean = clipped.mean()
+    return jnp.where(mean > LEAST_DIFFICULTY, clipped / jnp.maximum(mean, LEAST_DIFFICULTY), 1)
 
 
 def effective_share(weights: PerExample) -> Float[Array, ""]:

@@ -37,11 +37,11 @@ def attention_norm(student: Maps, teacher: Maps) -> PerExample:
 
 
 def _attention_difference(student: Maps, teacher: Maps) -> Vectors:
-    one, other = (
+    student_map, teacher_map = (
         jnp.square(x.astype(jnp.float32)).mean(axis=-1, keepdims=True) for x in (student, teacher)
     )
-    one, other = of_one_size(one, other)
-    return _unit(one) - _unit(other)
+    student_map, teacher_map = of_one_size(student_map, teacher_map)
+    return _unit(student_map) - _unit(teacher_map)
 
 
 def _shrunk(x: Maps, side: tuple[int, int]) -> Maps:
@@ -76,11 +76,11 @@ def rkd_distance(student: Features, teacher: Features) -> PerExample:
 
 
 def _relative(x: Vectors) -> Square:
-    squares = jnp.square(x).sum(axis=-1)
-    square = squares[:, None] + squares[None] - 2 * _products(x, x)
-    apart = jnp.sqrt(jnp.maximum(square, 1e-12)) * (1 - jnp.eye(len(x)))
-    positive = apart > 0
-    return apart / (apart.sum() / jnp.maximum(positive.sum(), 1))
+    squared_norms = jnp.square(x).sum(axis=-1)
+    squared_distances = squared_norms[:, None] + squared_norms[None] - 2 * _products(x, x)
+    distances = jnp.sqrt(jnp.maximum(squared_distances, 1e-12)) * (1 - jnp.eye(len(x)))
+    is_positive = distances > 0
+    return distances / (distances.sum() / jnp.maximum(is_positive.sum(), 1))
 
 
 def rkd_angle(student: Features, teacher: Features) -> PerExample:
@@ -91,8 +91,10 @@ def rkd_angle(student: Features, teacher: Features) -> PerExample:
     """
 
     def cosines(x: Vectors) -> Float[Array, "batch batch batch"]:
-        apart = _unit(x[None] - x[:, None])
-        return jnp.einsum("ijc,ikc->ijk", apart, apart, precision=jax.lax.Precision.HIGHEST)
+        directions = _unit(x[None] - x[:, None])
+        return jnp.einsum(
+            "ijc,ikc->ijk", directions, directions, precision=jax.lax.Precision.HIGHEST
+        )
 
     return optax.huber_loss(cosines(_flat(student)), cosines(_flat(teacher))).mean(axis=(1, 2))
 
@@ -114,11 +116,14 @@ def hint_normalised(student: Features, teacher: Features) -> PerExample:
 
 def cosine(student: Features, teacher: Features) -> PerExample:
     """1 - the cosine of the channels at each place, in the mean over the places."""
-    one, other = (x.astype(jnp.float32) for x in (student, teacher))
-    one, other = (x / _root(jnp.square(x).sum(axis=-1, keepdims=True)) for x in (one, other))
+    student_features, teacher_features = (x.astype(jnp.float32) for x in (student, teacher))
+    student_features, teacher_features = (
+        x / _root(jnp.square(x).sum(axis=-1, keepdims=True))
+        for x in (student_features, teacher_features)
+    )
     # Of the difference: 1 - a product rounds below zero where both are equal.
-    away = 0.5 * jnp.square(one - other).sum(axis=-1)
-    return away.reshape(len(away), -1).mean(axis=-1)
+    distances = 0.5 * jnp.square(student_features - teacher_features).sum(axis=-1)
+    return distances.reshape(len(distances), -1).mean(axis=-1)
 
 
 def pooled(x: Features) -> Vectors:

@@ -120,7 +120,7 @@ def named_terms(objective: ObjectiveConfig) -> tuple[tuple[str, TermConfig], ...
     configs = terms_of(objective)
     names = [x.kind.rpartition(":")[2] for x in configs]  # of a reference, the function's
     return tuple(
-        (f"{name}_{before + 1}" if (before := names[:i].count(name)) else name, config)
+        (f"{name}_{earlier + 1}" if (earlier := names[:i].count(name)) else name, config)
         for i, (name, config) in enumerate(zip(names, configs, strict=True))
     )
 
@@ -133,9 +133,9 @@ def needs_labels(objective: ObjectiveConfig) -> bool:
 def temperatures_of(objective: ObjectiveConfig) -> set[float]:
     """Those at which terms and the weights of examples read the teacher's logits."""
     terms = (x for x in terms_of(objective) if x.kind != LABELS and x.kind not in OF_FEATURES)
-    found = {x.temperature or objective.temperature for x in terms}
-    weights = objective.example_weights.kind in BY_DIFFICULTY
-    return found | ({objective.temperature} if weights else set())
+    temperatures = {x.temperature or objective.temperature for x in terms}
+    weighted_by_difficulty = objective.example_weights.kind in BY_DIFFICULTY
+    return temperatures | ({objective.temperature} if weighted_by_difficulty else set())
 
 
 def temperature_of_rest(objective: ObjectiveConfig) -> float:
@@ -143,15 +143,15 @@ def temperature_of_rest(objective: ObjectiveConfig) -> float:
 
     Raises `UserError` where there is no single one.
     """
-    found = temperatures_of(objective) or {objective.temperature}
+    temperatures = temperatures_of(objective) or {objective.temperature}
     scheduled = objective.temperature_schedule.points
-    if len(found) > 1 or scheduled:
-        several = "a schedule of it" if scheduled else ", ".join(map(str, sorted(found)))
+    if len(temperatures) > 1 or scheduled:
+        description = "a schedule of it" if scheduled else ", ".join(map(str, sorted(temperatures)))
         raise UserError(
             "--top-k lumps the other classes together at one temperature, and this objective has "
-            f"{several}; record all classes, or give all terms one temperature"
+            f"{description}; record all classes, or give all terms one temperature"
         )
-    return found.pop()
+    return temperatures.pop()
 
 
 def features_of(objective: ObjectiveConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -204,8 +204,8 @@ def _to_labelled_teachers(
     labels = targets.labels
     assert labels is not None
     teachers = targets.teacher_logits
-    found = (distance(student.logits, x, labels, temperature) for x in teachers)
-    return functools.reduce(jnp.add, found)
+    distances = (distance(student.logits, x, labels, temperature) for x in teachers)
+    return functools.reduce(jnp.add, distances)
 
 
 def _to_labels(student: Outputs, targets: Targets, temperature: Temperature) -> PerExample:
@@ -217,16 +217,16 @@ def _to_features(
     name: str, config: TermConfig, student: Outputs, targets: Targets, temperature: Temperature
 ) -> PerExample:
     """Between the two features of a term; those of `ADAPTED` on one size, through its adapter."""
-    one = student_feature(config, student.features)
-    other = teacher_feature(config, targets.teacher_features)
+    student_values = student_feature(config, student.features)
+    teacher_values = teacher_feature(config, targets.teacher_features)
     if config.kind in FEATURE_DISTANCES:
-        return FEATURE_DISTANCES[config.kind](one, other)
-    one, other = of_one_size(one, other)
+        return FEATURE_DISTANCES[config.kind](student_values, teacher_values)
+    student_values, teacher_values = of_one_size(student_values, teacher_values)
     if (params := student.adapters.get(name)) is not None:
-        one = adapt(params, one)
+        student_values = adapt(params, student_values)
     if config.kind == BANK_SIMILARITY:
-        return bank_similarity(one, other, student.banks[name], config.bank)
-    return ADAPTED_DISTANCES[config.kind](one, other)
+        return bank_similarity(student_values, teacher_values, student.banks[name], config.bank)
+    return ADAPTED_DISTANCES[config.kind](student_values, teacher_values)
 
 
 def student_columns(
@@ -241,11 +241,11 @@ def student_columns(
         return (logits,) * len(targets.teacher_logits)
 
     def lumped(indices: Int[Array, "batch kept"]) -> Array:
-        kept = jnp.take_along_axis(logits, indices, axis=-1)
+        kept_logits = jnp.take_along_axis(logits, indices, axis=-1)
         rows = jnp.arange(len(logits))[:, None]
-        others = logits.at[rows, indices].set(-jnp.inf) / temperature
-        rest = temperature * jax.nn.logsumexp(others, axis=-1, keepdims=True)
-        return jnp.concatenate([kept, rest], axis=-1)
+        other_logits = logits.at[rows, indices].set(-jnp.inf) / temperature
+        rest_column = temperature * jax.nn.logsumexp(other_logits, axis=-1, keepdims=True)
+        return jnp.concatenate([kept_logits, rest_column], axis=-1)
 
     return tuple(map(lumped, targets.indices))
 

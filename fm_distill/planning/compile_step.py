@@ -65,8 +65,8 @@ def batch_of(request: Request) -> Batch:
     """Shapes of one batch."""
 
     def zeros() -> Batch:
-        rows = _zeros(request, request.config.batch_size)
-        return dataclasses.replace(rows, recorded=_recorded(request))
+        zero_batch = _zeros(request, request.config.batch_size)
+        return dataclasses.replace(zero_batch, recorded=_recorded(request))
 
     return jax.eval_shape(zeros)
 
@@ -76,9 +76,9 @@ def split_of(request: Request) -> Resident:
     side, examples = request.config.data.canvas.side, request.examples
 
     def split() -> Resident:
-        rows = _zeros(request, examples)
+        zero_batch = _zeros(request, examples)
         tiles = jnp.zeros((examples, *tiles_of(side)), jnp.uint8)
-        return Resident(tiles, rows.sizes, rows.labels, rows.targets, side)
+        return Resident(tiles, zero_batch.sizes, zero_batch.labels, zero_batch.targets, side)
 
     return jax.eval_shape(split)
 
@@ -87,9 +87,9 @@ def _zeros(request: Request, count: int) -> Batch:
     config, side = request.config, request.config.data.canvas.side
     targets = None
     if regime_of(config).targets == "table":
-        sums = config.objective.ensemble == "sum_of_distances"
-        requested = len(request.teachers) if sums else 1
-        targets = jnp.zeros((count, requested, request.classes), jnp.float32)
+        per_teacher = config.objective.ensemble == "sum_of_distances"
+        target_count = len(request.teachers) if per_teacher else 1
+        targets = jnp.zeros((count, target_count, request.classes), jnp.float32)
     return Batch(
         jnp.zeros((count, side, side, 3), jnp.uint8),
         jnp.zeros((count, 2), jnp.int32),
@@ -102,12 +102,13 @@ def _recorded(request: Request) -> TargetRows | None:
     """What comes with each batch where a recording teaches: all in float16, and all classes."""
     if recording_of(request.config) is None:
         return None
-    rows = request.config.batch_size, len(request.teachers)
+    batch_shape = request.config.batch_size, len(request.teachers)
     features = {
-        tap: jnp.zeros((rows[0], shape[-1]), jnp.float16) for tap, shape in _taps(request).items()
+        tap: jnp.zeros((batch_shape[0], shape[-1]), jnp.float16)
+        for tap, shape in _taps(request).items()
     }
-    logits = jnp.zeros((*rows, request.classes), jnp.float16)
-    return TargetRows(logits, jnp.zeros(rows), features=features)
+    logits = jnp.zeros((*batch_shape, request.classes), jnp.float16)
+    return TargetRows(logits, jnp.zeros(batch_shape), features=features)
 
 
 def _taps(request: Request) -> dict[str, tuple[int, ...]]:
@@ -122,8 +123,10 @@ def _taps(request: Request) -> dict[str, tuple[int, ...]]:
 def recorded_taps(request: Request) -> dict[str, int] | None:
     """Channels of what `record --taps` would store; None where a term compares places."""
     shapes = _taps(request)
-    whole = {x.teacher_tap for x in request.config.objective.terms if x.pool == "none"}
-    if any(len(shape) > 1 and tap in whole for tap, shape in shapes.items()):
+    unpooled_taps = {
+        term.teacher_tap for term in request.config.objective.terms if term.pool == "none"
+    }
+    if any(len(shape) > 1 and tap in unpooled_taps for tap, shape in shapes.items()):
         return None
     return {tap: shape[-1] for tap, shape in shapes.items()}
 
@@ -131,15 +134,17 @@ def recorded_taps(request: Request) -> dict[str, int] | None:
 def root_of(config: Config, resolved: ResolvedRun) -> ViewRoot:
     """Shapes of what the views come from; of target images, whose number is not known, one."""
     fourier = config.views.fourier
-    sides = {x.resolution for x in (resolved.student, *resolved.teachers)}
+    sides = {network.resolution for network in (resolved.student, *resolved.teachers)}
 
     def root() -> ViewRoot:
-        found = run_keys(config.seed).draws
+        view_root = run_keys(config.seed).draws
         if fourier.folder is None:
-            return found
-        rows = {side: square_rows(fourier.beta, side) for side in sides}
-        spectra = {side: jnp.zeros((1, x, x, 3), jnp.float32) for side, x in rows.items()}
-        return dataclasses.replace(found, spectra=spectra)
+            return view_root
+        rows_by_side = {side: square_rows(fourier.beta, side) for side in sides}
+        spectra = {
+            side: jnp.zeros((1, rows, rows, 3), jnp.float32) for side, rows in rows_by_side.items()
+        }
+        return dataclasses.replace(view_root, spectra=spectra)
 
     return jax.eval_shape(root)
 
@@ -154,8 +159,8 @@ def compile_step(request: Request) -> dict[str, Any]:
     resolved = resolve_described(
         config, request.teachers, request.classes, request.examples, layout, capacity
     )
-    resident, steps = resolved.feeding == "resident", resolved.total_steps
-    dispatch = resolved.steps_per_dispatch
+    resident, total_steps = resolved.feeding == "resident", resolved.total_steps
+    steps_per_dispatch = resolved.steps_per_dispatch
     built = build(config, resolved)
     state, root = built.abstract_state, root_of(config, resolved)
     frozen = tuple(
@@ -164,41 +169,52 @@ def compile_step(request: Request) -> dict[str, Any]:
     )
     batch = batch_of(request)
     data = split_of(request) if resident else None
-    fed: Batch | ResidentSteps = batch
+    step_input: Batch | ResidentSteps = batch
     if resident:
-        ids = abstract((dispatch, config.batch_size), jnp.int32)
-        recorded = jax.tree.map(lambda x: abstract((dispatch, *x.shape), x.dtype), batch.recorded)
-        fed = ResidentSteps(ids, recorded)
+        ids = abstract((steps_per_dispatch, config.batch_size), jnp.int32)
+        recorded = jax.tree.map(
+            lambda leaf: abstract((steps_per_dispatch, *leaf.shape), leaf.dtype), batch.recorded
+        )
+        step_input = ResidentSteps(ids, recorded)
     program = make_program(built.train_step, state, frozen, data, layout)
     analysis: dict[str, Any] = {
         "devices": layout.mesh.size,
         "feeding": resolved.feeding,
-        "steps_per_dispatch": dispatch,
-        "total_steps": steps,
-        "disk": disk_use(config, steps, bytes_of(state)),
+        "steps_per_dispatch": steps_per_dispatch,
+        "total_steps": total_steps,
+        "disk": disk_use(config, total_steps, bytes_of(state)),
         "flops": flops(config, resolved, (state, frozen, batch, root)),
         "recorded_taps": recorded_taps(request),
-        "resident_data": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(data)),
+        "resident_data": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(data)),
     }
     platform = "tpu" if request.topology.compiler else "cpu"
-    lowered = program.trace(state, frozen, data, fed, root).lower(lowering_platforms=(platform,))
+    lowered = program.trace(state, frozen, data, step_input, root).lower(
+        lowering_platforms=(platform,)
+    )
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         return analysis | {"compiles": False, "compiler_said": _first_line(str(error))}
-    memory, written = compiled.memory_analysis(), compiled.as_text()
-    text = read(written)
+    memory, compiled_text = compiled.memory_analysis(), compiled.as_text()
+    hlo_program = read(compiled_text)
     # The loop over the steps of a dispatch is one that the compiler counts once.
-    moved = compiled.cost_analysis()["bytes accessed"] * text.loops_factor() / dispatch
+    hbm_bytes = (
+        compiled.cost_analysis()["bytes accessed"] * hlo_program.loops_factor() / steps_per_dispatch
+    )
     return analysis | {
         "compiles": True,
         "arguments": memory.argument_size_in_bytes - analysis["resident_data"],
         "temporaries": memory.temp_size_in_bytes,
         "donated": memory.alias_size_in_bytes,
-        "hbm_bytes": moved,
-        "collectives": {k: v / dispatch for k, v in text.collectives().items()},
-        "host_transfers": text.host_transfers(),
-        "movers": [dataclasses.asdict(x) for x in largest_movers(written, text, dispatch)],
+        "hbm_bytes": hbm_bytes,
+        "collectives": {
+            name: count / steps_per_dispatch for name, count in hlo_program.collectives().items()
+        },
+        "host_transfers": hlo_program.host_transfers(),
+        "movers": [
+            dataclasses.asdict(mover)
+            for mover in largest_movers(compiled_text, hlo_program, steps_per_dispatch)
+        ],
     }
 
 
@@ -209,34 +225,39 @@ def flops(config: Config, resolved: ResolvedRun, arguments: tuple[PyTree, ...]) 
     before it is compiled, in one part where a memory option makes several: loops would be counted
     once. What is rematerialised counts twice.
     """
-    undivided = dataclasses.replace(config.memory, accumulate=1, teacher_parts=1)
-    config = dataclasses.replace(config, memory=undivided)
+    undivided_memory = dataclasses.replace(config.memory, accumulate=1, teacher_parts=1)
+    config = dataclasses.replace(config, memory=undivided_memory)
     built = build(config, resolved)
     state, frozen, batch, root = arguments
     teachers = built.live_teachers
-    law = regime_of(config).views
+    view_distribution = regime_of(config).views
 
     def views(root: ViewRoot, batch: Batch) -> PyTree:
-        seen = step_views(law, config.views, built.student, teachers, batch, root, 0)
-        return seen.student, list(seen.teachers.values())
+        drawn_views = step_views(
+            view_distribution, config.views, built.student, teachers, batch, root, 0
+        )
+        return drawn_views.student, list(drawn_views.teachers.values())
 
     def teacher(frozen: PyTree, images: list[Array]) -> PyTree:
-        seen = {x.input_spec: y for x, y in zip(teachers, images, strict=True)}
-        return teacher_outputs(teachers, frozen, seen)
+        images_by_spec = {
+            branch.input_spec: view_images
+            for branch, view_images in zip(teachers, images, strict=True)
+        }
+        return teacher_outputs(teachers, frozen, images_by_spec)
 
     images = [
         abstract((config.batch_size, *(branch.input_spec.resolution,) * 2, 3), jnp.float32)
         for branch in teachers
     ]
-    of_views = count_flops(views, root, batch)
-    of_teacher = count_flops(teacher, frozen, images) if frozen else 0.0
-    total = count_flops(built.train_step, state, frozen, batch, root)
+    view_flops = count_flops(views, root, batch)
+    teacher_flops = count_flops(teacher, frozen, images) if frozen else 0.0
+    total_flops = count_flops(built.train_step, state, frozen, batch, root)
     return {
-        "total": total,
-        "teacher": of_teacher,
+        "total": total_flops,
+        "teacher": teacher_flops,
         # What is neither: distance and update are thousandths of it.
-        "student": total - of_teacher - of_views,
-        "views": of_views,
+        "student": total_flops - teacher_flops - view_flops,
+        "views": view_flops,
     }
 
 
@@ -252,13 +273,13 @@ def _first_line(text: str) -> str:
 
 
 def main(request_path: str, analysis_path: str) -> None:
-    requested = json.loads(pathlib.Path(request_path).read_text())
+    request_fields = json.loads(pathlib.Path(request_path).read_text())
     request = Request(
-        config=from_json(requested["config"]),
-        teachers=tuple(network_from_json(x) for x in requested["teachers"]),
-        classes=requested["classes"],
-        examples=requested["examples"],
-        topology=topology(requested["topology"]),
+        config=from_json(request_fields["config"]),
+        teachers=tuple(network_from_json(network) for network in request_fields["teachers"]),
+        classes=request_fields["classes"],
+        examples=request_fields["examples"],
+        topology=topology(request_fields["topology"]),
     )
     try:
         analysis = compile_step(request)

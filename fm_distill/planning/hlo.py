@@ -54,21 +54,22 @@ class Program:
     @functools.cached_property
     def times(self) -> dict[str, float]:
         """How often each computation that is not fused into another runs."""
-        found: dict[str, float] = collections.defaultdict(float, {self.entry: 1.0})
-        todo = [(self.entry, 1.0)]
-        while todo:
-            name, weight = todo.pop()
-            for line in self.computations.get(name, ()):
-                for called, count in self._calls(line):
-                    found[called] += weight * count
-                    todo.append((called, weight * count))
-        return dict(found)
+        run_counts: dict[str, float] = collections.defaultdict(float, {self.entry: 1.0})
+        pending = [(self.entry, 1.0)]
+        while pending:
+            name, caller_runs = pending.pop()
+            for instruction in self.computations.get(name, ()):
+                for called, count in self._calls(instruction):
+                    run_counts[called] += caller_runs * count
+                    pending.append((called, caller_runs * count))
+        return dict(run_counts)
 
     def _calls(self, line: Instruction) -> list[tuple[str, float]]:
         """Computations that the instruction runs, and how often; not those fused into it."""
         if line.operation == "while":
             body, condition = (
-                re.findall(rf"{x}=%?([\w.\-]+)", line.rest)[0] for x in ("body", "condition")
+                re.findall(rf"{attribute}=%?([\w.\-]+)", line.rest)[0]
+                for attribute in ("body", "condition")
             )
             count = self._trips(line, condition)
             return [(body, count), (condition, count)]
@@ -76,8 +77,8 @@ class Program:
             names = re.findall(
                 r"(?:to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)", line.rest
             )
-            for group in re.findall(r"branch_computations=\{([^}]*)\}", line.rest):
-                names += re.findall(r"%?([\w.\-]+)", group)
+            for branches in re.findall(r"branch_computations=\{([^}]*)\}", line.rest):
+                names += re.findall(r"%?([\w.\-]+)", branches)
             return [(name, 1.0) for name in names]
         return []
 
@@ -86,77 +87,98 @@ class Program:
         if match := re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', line.rest):
             return float(match.group(1))
         # A TPU's text does not state it. Loops of `jax.lax` count from zero to below a constant.
-        lines = {x.name: x for x in self.computations.get(condition, ())}
-        last = next(reversed(lines.values()), None)
-        if last is None or last.operation != "compare" or "direction=LT" not in last.rest:
+        instructions = {
+            instruction.name: instruction for instruction in self.computations.get(condition, ())
+        }
+        comparison = next(reversed(instructions.values()), None)
+        if (
+            comparison is None
+            or comparison.operation != "compare"
+            or "direction=LT" not in comparison.rest
+        ):
             return 1.0
-        limits = [lines[x] for x in last.operands if x in lines]
-        counts = [x.rest.partition(")")[0] for x in limits if x.operation == "constant"]
+        limits = [
+            instructions[operand] for operand in comparison.operands if operand in instructions
+        ]
+        counts = [
+            instruction.rest.partition(")")[0]
+            for instruction in limits
+            if instruction.operation == "constant"
+        ]
         return float(counts[0]) if counts and counts[0].isdigit() else 1.0
 
     def collectives(self) -> dict[str, float]:
         """Name -> how often, in one run of the program."""
-        found: dict[str, float] = collections.defaultdict(float)
+        counts: dict[str, float] = collections.defaultdict(float)
         for name, count in self.times.items():
-            for line in self.computations.get(name, ()):
-                plain = line.operation.removesuffix("-start")
-                if plain in COLLECTIVES:
-                    found[plain] += count
-        return dict(found)
+            for instruction in self.computations.get(name, ()):
+                operation = instruction.operation.removesuffix("-start")
+                if operation in COLLECTIVES:
+                    counts[operation] += count
+        return dict(counts)
 
     def host_transfers(self) -> int:
         """Instructions that wait for the host, wherever they stand."""
-        lines = [line for lines in self.computations.values() for line in lines]
+        instructions = [
+            instruction
+            for instructions in self.computations.values()
+            for instruction in instructions
+        ]
         return sum(
-            line.operation in HOST or "callback" in line.rest.partition("metadata")[0]
-            for line in lines
+            instruction.operation in HOST or "callback" in instruction.rest.partition("metadata")[0]
+            for instruction in instructions
         )
 
     def loops_factor(self) -> float:
         """Bytes moved with each loop run as often as it does, over those with each run once."""
-        once = often = 0.0
+        bytes_once = bytes_repeated = 0.0
         for name, count in self.times.items():
-            moved = _moved(self.computations.get(name, ()))
-            once, often = once + moved, often + count * moved
-        return often / once if once else 1.0
+            moved_bytes = _moved(self.computations.get(name, ()))
+            bytes_once, bytes_repeated = (
+                bytes_once + moved_bytes,
+                bytes_repeated + count * moved_bytes,
+            )
+        return bytes_repeated / bytes_once if bytes_once else 1.0
 
 
 def read(text: str) -> Program:
     """Parses the text of a compiled program, `compiled.as_text()`."""
     computations: dict[str, tuple[Instruction, ...]] = {}
-    entry, name = "", ""
-    lines: list[Instruction] = []
+    entry, computation_name = "", ""
+    instructions: list[Instruction] = []
     for line in text.splitlines():
         if line.endswith("{") and " = " not in line.split("(")[0] and not line.startswith(" "):
-            name = line.removeprefix("ENTRY ").split()[0].lstrip("%")
-            entry = name if line.startswith("ENTRY") else entry
-            lines = []
+            computation_name = line.removeprefix("ENTRY ").split()[0].lstrip("%")
+            entry = computation_name if line.startswith("ENTRY") else entry
+            instructions = []
         elif line.startswith("}"):
-            computations[name] = tuple(lines)
-        elif found := _INSTRUCTION.match(line):
-            instruction, shape, operation, rest = found.groups()
+            computations[computation_name] = tuple(instructions)
+        elif match := _INSTRUCTION.match(line):
+            instruction_name, shape, operation, rest = match.groups()
             operands = tuple(re.findall(r"%([\w.\-]+)", rest.partition(")")[0]))
             size = _bytes(shape)
             in_hbm = _bytes(shape, without=_ON_CHIP)
-            lines.append(Instruction(instruction, operation, size, in_hbm, operands, rest))
+            instructions.append(
+                Instruction(instruction_name, operation, size, in_hbm, operands, rest)
+            )
     return Program(computations, entry)
 
 
 def _bytes(shape: str, without: re.Pattern[str] | None = None) -> int:
     """Of all arrays in `shape` but those whose layout matches `without`."""
     total = 0
-    for kind, dimensions, layout in _SHAPE.findall(shape):
+    for dtype, dimensions, layout in _SHAPE.findall(shape):
         if without is not None and without.search(layout):
             continue
-        bits = _BITS.get(kind) or int(re.sub(r"\D", "", kind) or 8)
+        bits = _BITS.get(dtype) or int(re.sub(r"\D", "", dtype) or 8)
         total += bits * math.prod(int(x) for x in dimensions.split(",") if x) // 8
     return total
 
 
 def _moved(lines: tuple[Instruction, ...]) -> int:
-    sizes = {line.name: line.size for line in lines}
+    sizes = {instruction.name: instruction.size for instruction in lines}
     return sum(
-        line.size + sum(sizes.get(x, 0) for x in line.operands)
-        for line in lines
-        if line.operation not in FREE
+        instruction.size + sum(sizes.get(operand, 0) for operand in instruction.operands)
+        for instruction in lines
+        if instruction.operation not in FREE
     )

@@ -46,76 +46,87 @@ class Places:
         for line in header.splitlines():
             if line in ("FileNames", "FunctionNames", "FileLocations", "StackFrames"):
                 table = line
-            elif table and (found := re.match(r"(\d+) (.*)", line)):
-                tables[table][int(found[1])] = found[2]
-        self.files = {x: y.strip('"') for x, y in tables["FileNames"].items()}
+            elif table and (match := re.match(r"(\d+) (.*)", line)):
+                tables[table][int(match[1])] = match[2]
+        self.files = {key: value.strip('"') for key, value in tables["FileNames"].items()}
         self.locations = {
-            x: (int(_field(y, "file_name_id")), int(_field(y, "line")))
-            for x, y in tables["FileLocations"].items()
+            key: (int(_field(fields, "file_name_id")), int(_field(fields, "line")))
+            for key, fields in tables["FileLocations"].items()
         }
         # The text counts parents from one, so that the outermost frame has the parent 1.
         self.frames = {
-            x: (int(_field(y, "file_location_id")), int(_field(y, "parent_frame_id")) - 1)
-            for x, y in tables["StackFrames"].items()
+            key: (
+                int(_field(fields, "file_location_id")),
+                int(_field(fields, "parent_frame_id")) - 1,
+            )
+            for key, fields in tables["StackFrames"].items()
         }
 
     def of(self, metadata: str) -> str:
         """The innermost line that is no library's, as file:line; "" where there is none."""
         if inline := re.search(r'source_file="([^"]+)" source_line=(\d+)', metadata):
             return f"{_short(inline[1])}:{inline[2]}"
-        found = re.search(r"stack_frame_id=(\d+)", metadata)
-        frame = int(found[1]) if found else 0
+        match = re.search(r"stack_frame_id=(\d+)", metadata)
+        frame = int(match[1]) if match else 0
         while frame in self.frames:
             location, frame = self.frames[frame]
             file, line = self.locations[location]
-            if short := _short(self.files[file]):
-                return f"{short}:{line}"
+            if short_path := _short(self.files[file]):
+                return f"{short_path}:{line}"
         return ""
 
 
 def largest_movers(text: str, program: Program, steps: int) -> list[Mover]:
     """The `MOST` largest of the program in `text`, which runs so many steps."""
     places = Places(text)
-    moved: dict[tuple[str, str], dict[str, float]] = {}
+    moved_bytes: dict[tuple[str, str], dict[str, float]] = {}
     counts: dict[tuple[str, str], float] = collections.defaultdict(float)
-    for name, times in program.times.items():
-        lines = program.computations.get(name, ())
-        inside = {line.name: line for line in lines}
-        users = {x: line for line in reversed(lines) for x in line.operands}
-        for line in lines:
-            size = times * _bytes_of(line, inside, program) / steps
-            if not size:
+    for name, run_count in program.times.items():
+        instructions = program.computations.get(name, ())
+        by_name = {instruction.name: instruction for instruction in instructions}
+        users = {
+            operand: instruction
+            for instruction in reversed(instructions)
+            for operand in instruction.operands
+        }
+        for instruction in instructions:
+            bytes_per_step = run_count * _bytes_of(instruction, by_name, program) / steps
+            if not bytes_per_step:
                 continue
-            source = _source(line, users, program)
-            scopes = (_field(source, "op_name", "") or "").strip('"').split("/")
-            part = next((PARTS[x] for x in scopes if x in PARTS), "")
-            key = part, places.of(source)
-            kinds = moved.setdefault(key, collections.defaultdict(float))
-            kinds["copy" if line.operation.startswith("copy") else scopes[-1]] += size
-            counts[key] += times / steps
-    total = sum(sum(kinds.values()) for kinds in moved.values())
-    found = [
+            metadata = _source(instruction, users, program)
+            scopes = (_field(metadata, "op_name", "") or "").strip('"').split("/")
+            part = next((PARTS[scope] for scope in scopes if scope in PARTS), "")
+            key = part, places.of(metadata)
+            bytes_by_operation = moved_bytes.setdefault(key, collections.defaultdict(float))
+            bytes_by_operation[
+                "copy" if instruction.operation.startswith("copy") else scopes[-1]
+            ] += bytes_per_step
+            counts[key] += run_count / steps
+    total_bytes = sum(
+        sum(bytes_by_operation.values()) for bytes_by_operation in moved_bytes.values()
+    )
+    movers = [
         Mover(
             part=part,
-            operation=max(kinds, key=lambda x: kinds[x]),
+            operation=max(bytes_by_operation, key=lambda operation: bytes_by_operation[operation]),
             place=place,
-            bytes=sum(kinds.values()),
-            share=sum(kinds.values()) / total,
+            bytes=sum(bytes_by_operation.values()),
+            share=sum(bytes_by_operation.values()) / total_bytes,
             count=counts[part, place],
         )
-        for (part, place), kinds in moved.items()
+        for (part, place), bytes_by_operation in moved_bytes.items()
     ]
-    return sorted(found, key=lambda x: (-x.bytes, x.place))[:MOST]
+    return sorted(movers, key=lambda mover: (-mover.bytes, mover.place))[:MOST]
 
 
 def _bytes_of(line: Instruction, inside: dict[str, Instruction], program: Program) -> int:
     if line.operation in FREE or line.operation.endswith("-done"):
         return 0
-    sizes = {x: inside[x].hbm_bytes for x in line.operands if x in inside}
-    called = re.search(r"calls=%?([\w.\-]+)", line.rest) if line.operation == "fusion" else None
-    if called is None:
+    sizes = {operand: inside[operand].hbm_bytes for operand in line.operands if operand in inside}
+    call_match = re.search(r"calls=%?([\w.\-]+)", line.rest) if line.operation == "fusion" else None
+    if call_match is None:
         return _of_plain(line, sizes)
-    body = program.computations.get(called[1], ())
+    body = program.computations.get(call_match[1], ())
     total = _written(line, body)
     for i, name in enumerate(line.operands):
         total += min(sizes.get(name, 0), _read(i, body))
@@ -129,20 +140,26 @@ def _of_plain(line: Instruction, sizes: dict[str, int]) -> int:
         return 2 * line.hbm_bytes
     if line.operation == "dynamic-update-slice":
         return 2 * sizes.get(line.operands[1], 0)
-    return line.hbm_bytes + sum(sizes.get(x, 0) for x in line.operands)
+    return line.hbm_bytes + sum(sizes.get(operand, 0) for operand in line.operands)
 
 
 def _read(parameter: int, body: tuple[Instruction, ...]) -> int:
     """Bytes that a fusion may read of an operand: all, or the slices that it takes."""
-    own = [
-        x.name for x in body if x.operation == "parameter" and x.rest.startswith(f"{parameter})")
+    parameter_names = [
+        instruction.name
+        for instruction in body
+        if instruction.operation == "parameter" and instruction.rest.startswith(f"{parameter})")
     ]
-    users = [x for x in body if own and own[0] in x.operands]
+    users = [
+        instruction
+        for instruction in body
+        if parameter_names and parameter_names[0] in instruction.operands
+    ]
     total = 0
     for user in users:
-        if user.operation in SLICES and user.operands[0] == own[0]:
+        if user.operation in SLICES and user.operands[0] == parameter_names[0]:
             total += user.size
-        elif user.operation == "dynamic-update-slice" and user.operands[0] == own[0]:
+        elif user.operation == "dynamic-update-slice" and user.operands[0] == parameter_names[0]:
             total += _size(user.operands[1], body)
         else:
             return EVERYTHING
@@ -157,7 +174,7 @@ def _written(line: Instruction, body: tuple[Instruction, ...]) -> int:
 
 
 def _size(name: str, body: tuple[Instruction, ...]) -> int:
-    return next((x.size for x in body if x.name == name), EVERYTHING)
+    return next((instruction.size for instruction in body if instruction.name == name), EVERYTHING)
 
 
 def _source(line: Instruction, users: dict[str, Instruction], program: Program) -> str:
@@ -165,26 +182,26 @@ def _source(line: Instruction, users: dict[str, Instruction], program: Program) 
 
     Copies onto the chip have none of their own.
     """
-    seen: Instruction | None = line
+    instruction: Instruction | None = line
     for _ in range(HOPS):
-        if seen is None:
+        if instruction is None:
             break
-        called = re.search(r"calls=%?([\w.\-]+)", seen.rest)
-        body = program.computations.get(called[1], ()) if called else ()
-        for candidate in (seen, *reversed(body)):
+        call_match = re.search(r"calls=%?([\w.\-]+)", instruction.rest)
+        body = program.computations.get(call_match[1], ()) if call_match else ()
+        for candidate in (instruction, *reversed(body)):
             if "stack_frame_id=" in candidate.rest or "source_line=" in candidate.rest:
                 return candidate.rest
-        seen = users.get(seen.name)
+        instruction = users.get(instruction.name)
     return ""
 
 
 def _field(text: str, name: str, default: str | None = None) -> str:
-    found = re.search(rf'\b{name}=("[^"]*"|\d+)', text)
-    if found is None:
+    match = re.search(rf'\b{name}=("[^"]*"|\d+)', text)
+    if match is None:
         if default is None:
             raise ValueError(f"{name} is not in {text!r}")
         return default
-    return found[1]
+    return match[1]
 
 
 def _short(path: str) -> str:

@@ -117,7 +117,7 @@ def plan(
     data. Where it does not fit, `search` compiles variants until one does. Raises `UserError`.
     """
     check(config)
-    where = topology(topology_name)
+    target_topology = topology(topology_name)
     examples = num_examples or transfer_examples(config.data)
     if examples is None:
         raise UserError(
@@ -125,18 +125,18 @@ def plan(
         )
     if config.data.classes is None:
         raise UserError("the number of classes is not in the experiment; give --data.classes N")
-    if where.compiler and importlib.util.find_spec("libtpu") is None:
+    if target_topology.compiler and importlib.util.find_spec("libtpu") is None:
         raise UserError(
             "planning for a TPU needs its compiler: pip install 'fm-distill[tpu]' (libtpu, Linux "
             "on x86-64)"
         )
-    plan = _planned(config, where, examples, max_hours, weekly_hours)
+    plan = _planned(config, target_topology, examples, max_hours, weekly_hours)
     if plan.fits or not search:
         return plan
-    for options, variant in variants(config, where.devices):
+    for options, variant in variants(config, target_topology.devices):
         log(f"does not fit; trying {' '.join(f'--{k} {v}' for k, v in options.items())}")
         try:
-            if _planned(variant, where, examples, max_hours, weekly_hours).fits:
+            if _planned(variant, target_topology, examples, max_hours, weekly_hours).fits:
                 return dataclasses.replace(plan, fits_with=options)
         except UserError:  # this option does not suit this run: BatchNorm, or an odd batch
             continue
@@ -169,18 +169,18 @@ def _planned(
     log(f"{COMPILING}, for {where.name}")
     analysis = _compiled(config, where, examples)
     chip = where.chip
-    seconds, rate, hours = StepSeconds(None, None), None, None
+    seconds, images_per_second, hours = StepSeconds(None, None), None, None
     if chip and analysis["compiles"]:
         flops = analysis["flops"]
         # Products of a teacher in eight bits, as if its other operations were as fast.
-        whole = all(x.config.quantisation.quantised for x in teachers_of(config))
-        saved = flops["teacher"] * (1 - 1 / chip.int8_speed) if whole else 0.0
-        computing = (flops["total"] - saved) / analysis["devices"] / chip.peak_flops
-        bound = max(computing, analysis["hbm_bytes"] / chip.bandwidth)
-        expected = bound * TIME_OVER_BOUND
-        seconds = StepSeconds(bound, expected)
-        rate = config.batch_size / expected
-        hours = analysis["total_steps"] * expected / 3600
+        quantised = all(teacher.config.quantisation.quantised for teacher in teachers_of(config))
+        saved_flops = flops["teacher"] * (1 - 1 / chip.int8_speed) if quantised else 0.0
+        compute_seconds = (flops["total"] - saved_flops) / analysis["devices"] / chip.peak_flops
+        lower_bound = max(compute_seconds, analysis["hbm_bytes"] / chip.bandwidth)
+        expected_seconds = lower_bound * TIME_OVER_BOUND
+        seconds = StepSeconds(lower_bound, expected_seconds)
+        images_per_second = config.batch_size / expected_seconds
+        hours = analysis["total_steps"] * expected_seconds / 3600
     return Plan(
         topology=where.name,
         devices=analysis["devices"],
@@ -195,12 +195,12 @@ def _planned(
         ),
         flops=analysis["flops"],
         hbm_bytes=analysis.get("hbm_bytes"),
-        movers=tuple(Mover(**x) for x in analysis.get("movers", ())),
+        movers=tuple(Mover(**mover) for mover in analysis.get("movers", ())),
         collectives=analysis.get("collectives", {}),
         host_transfers=analysis.get("host_transfers"),
         step_seconds=seconds,
-        images_per_second=rate,
-        epochs_per_hour=None if rate is None else 3600 * rate / examples,
+        images_per_second=images_per_second,
+        epochs_per_hour=None if images_per_second is None else 3600 * images_per_second / examples,
         hours=hours,
         sessions=None if hours is None else math.ceil(hours / max_hours),
         weeks=None if hours is None else hours / weekly_hours,
@@ -210,7 +210,7 @@ def _planned(
         total_steps=analysis["total_steps"],
         donated_bytes=analysis.get("donated"),
         disk=analysis["disk"],
-        notes=tuple(_notes(config, analysis["feeding"], rate)),
+        notes=tuple(_notes(config, analysis["feeding"], images_per_second)),
         compiler_said=analysis.get("compiler_said"),
         fits_with=None,
     )
@@ -235,7 +235,7 @@ def _compiled(config: Config, where: Topology, examples: int) -> dict[str, Any]:
     """What the child process found."""
     request = {
         "config": to_json(config),
-        "teachers": [dataclasses.asdict(x) for x in described_teachers(config)],
+        "teachers": [dataclasses.asdict(network) for network in described_teachers(config)],
         "classes": config.data.classes,
         "examples": examples,
         "topology": where.name,
@@ -248,7 +248,7 @@ def _compiled(config: Config, where: Topology, examples: int) -> dict[str, Any]:
         environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={where.devices}"
     with tempfile.TemporaryDirectory(prefix="fm_distill_plan_") as folder:
         request_path, analysis_path = (
-            pathlib.Path(folder, x) for x in ("request.json", "answer.json")
+            pathlib.Path(folder, name) for name in ("request.json", "answer.json")
         )
         request_path.write_text(json.dumps(request))
         child = subprocess.run(
@@ -265,8 +265,8 @@ def _compiled(config: Config, where: Topology, examples: int) -> dict[str, Any]:
             timeout=TIMEOUT_S,
         )
         if not analysis_path.exists():
-            last = "\n  ".join(child.stderr.strip().splitlines()[-8:])
-            raise RuntimeError(f"the compiler's process ended with {child.returncode}:\n  {last}")
+            tail = "\n  ".join(child.stderr.strip().splitlines()[-8:])
+            raise RuntimeError(f"the compiler's process ended with {child.returncode}:\n  {tail}")
         analysis: dict[str, Any] = json.loads(analysis_path.read_text())
     if "error" in analysis:
         raise UserError(analysis["error"])

@@ -31,17 +31,20 @@ def text(plan: Plan, max_hours: float, weekly_hours: float) -> str:
         lines.append(f"DOES NOT COMPILE: {plan.compiler_said}")
     else:
         assert memory.arguments is not None and memory.temporaries is not None
-        have = f" of {_amount(memory.capacity)}B" if memory.capacity else ""
-        need = memory.arguments + memory.temporaries + memory.resident_data
+        limit = f" of {_amount(memory.capacity)}B" if memory.capacity else ""
+        total = memory.arguments + memory.temporaries + memory.resident_data
         lines += [
-            f"memory per device: {_amount(need)}B{have}: arguments {_amount(memory.arguments)}B, "
+            f"memory per device: {_amount(total)}B{limit}: arguments {_amount(memory.arguments)}B, "
             f"temporaries {_amount(memory.temporaries)}B, data {_amount(memory.resident_data)}B",
             "fits" if plan.fits else "DOES NOT FIT",
             f"{_amount(flops['total'])}FLOP per step: "
-            + ", ".join(f"{k} {flops[k] / flops['total']:.1%}" for k in list(flops)[1:]),
+            + ", ".join(f"{part} {flops[part] / flops['total']:.1%}" for part in list(flops)[1:]),
             f"{_amount(plan.hbm_bytes or 0)}B of HBM moved per step and device",
             "a step has "
-            + (", ".join(f"{v:g} {k}" for k, v in sorted(plan.collectives.items())) or "no")
+            + (
+                ", ".join(f"{count:g} {name}" for name, count in sorted(plan.collectives.items()))
+                or "no"
+            )
             + ("" if plan.collectives else " collectives")
             + f" and {plan.host_transfers} host transfers",
         ]
@@ -72,6 +75,6 @@ def movers_text(plan: Plan) -> str:
     lines = ["what moves the most memory in a step on one device, by line of code:"]
     for mover in plan.movers:
         size, times = f"{_amount(mover.bytes)}B", f"{mover.count:,.0f}x"
-        what = f"{mover.part or '-':<20} {mover.operation:<24} {times:>6}"
-        lines.append(f"  {size:>9} {mover.share:6.1%}  {what}  {mover.place or '-'}")
+        description = f"{mover.part or '-':<20} {mover.operation:<24} {times:>6}"
+        lines.append(f"  {size:>9} {mover.share:6.1%}  {description}  {mover.place or '-'}")
     return "\n".join(lines)

@@ -33,14 +33,16 @@ def recording_plan(
         return None
     assert config.data.classes is not None
     teachers = len(teachers_of(config))
-    rows = example_bytes(config.data.classes, teachers, "float16", None, sum(taps.values()))
+    bytes_per_example = example_bytes(
+        config.data.classes, teachers, "float16", None, sum(taps.values())
+    )
     steps = min(config.views.period_steps or analysis["total_steps"], analysis["total_steps"])
     flops = analysis["flops"]
-    recorded = (flops["teacher"] + flops["views"]) / flops["total"]
-    student = 1 - flops["teacher"] / flops["total"]
+    recorded_share = (flops["teacher"] + flops["views"]) / flops["total"]
+    student_share = 1 - flops["teacher"] / flops["total"]
     return RecordingPlan(
-        bytes=steps * config.batch_size * rows,
+        bytes=steps * config.batch_size * bytes_per_example,
         taps=tuple(taps),
-        hours=None if hours is None else hours * recorded * steps / analysis["total_steps"],
-        student_hours=None if hours is None else hours * student,
+        hours=None if hours is None else hours * recorded_share * steps / analysis["total_steps"],
+        student_hours=None if hours is None else hours * student_share,
     )

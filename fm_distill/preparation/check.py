@@ -40,11 +40,11 @@ Points = tuple[tuple[int, float], ...]
 
 def check(config: Config) -> None:
     """Raises one `UserError` with everything that is wrong."""
-    wrong = list(dict.fromkeys(problems(config)))
-    if len(wrong) == 1:
-        raise UserError(wrong[0])
-    if wrong:
-        raise UserError("\n  ".join([f"{len(wrong)} settings are wrong:", *wrong]))
+    messages = list(dict.fromkeys(problems(config)))
+    if len(messages) == 1:
+        raise UserError(messages[0])
+    if messages:
+        raise UserError("\n  ".join([f"{len(messages)} settings are wrong:", *messages]))
 
 
 def problems(config: Config) -> Iterator[str]:
@@ -56,9 +56,9 @@ def problems(config: Config) -> Iterator[str]:
     yield from not_an_entry(CROPS, config.views.crop, "views.crop")
     yield from not_an_entry(OPTIMIZERS, config.optimizer.name, "optimizer.name")
     yield from not_a_choice("memory.rematerialise", config.memory.rematerialise, REMATERIALISE)
-    wrong_student = list(wrong_network("student", config.student))
-    yield from wrong_student or _wrong_pruning(config.student)
-    yield from () if wrong_student else _wrong_final_statistics(config.student)
+    student_problems = list(wrong_network("student", config.student))
+    yield from student_problems or _wrong_pruning(config.student)
+    yield from () if student_problems else _wrong_final_statistics(config.student)
     yield from wrong_teachers(config)
     yield from _wrong_teaching(config)
     yield from _wrong_long_tail(config.data)
@@ -84,22 +84,26 @@ def problems(config: Config) -> Iterator[str]:
 def _wrong_pruning(student: StudentConfig) -> Iterator[str]:
     """Of a student whose network is right."""
     pruning, option = student.pruning, "student.pruning"
-    of_patterns = {
+    options_by_pattern = {
         "unstructured": ("sparsity", "scope", "begin_step", "end_step", "every_steps", "power"),
         "2:4": ("begin_step",),
         "1:4": ("begin_step",),
         "channels": ("sparsity", "criterion", "ranking", "multiple_of"),
     }
-    used = of_patterns.get(pruning.pattern, ())
+    used_options = options_by_pattern.get(pruning.pattern, ())
     if pruning.by_gradient:
-        used = (*used, "taylor_batches")
+        used_options = (*used_options, "taylor_batches")
     default = dataclasses.replace(PruningConfig(), pattern=pruning.pattern)
-    idle = [x for x in vars(pruning) if x not in used and vars(pruning)[x] != vars(default)[x]]
-    if idle:
-        chosen = f" with criterion={pruning.criterion}" if pruning.pattern == "channels" else ""
+    unused = [
+        x for x in vars(pruning) if x not in used_options and vars(pruning)[x] != vars(default)[x]
+    ]
+    if unused:
+        criterion_text = (
+            f" with criterion={pruning.criterion}" if pruning.pattern == "channels" else ""
+        )
         yield (
-            f"{option}: pattern={pruning.pattern}{chosen} does not use {', '.join(idle)}; leave "
-            "it out"
+            f"{option}: pattern={pruning.pattern}{criterion_text} does not use "
+            f"{', '.join(unused)}; leave it out"
         )
     if pruning.pattern in ("kept", "channels") and not student.weights:
         yield (
@@ -191,8 +195,8 @@ def _wrong_length(config: Config) -> Iterator[str]:
                 "give neither total_steps, total_epochs nor warmup_steps"
             )
     elif (schedule.total_steps is None) == (schedule.total_epochs is None):
-        got = "neither" if schedule.total_steps is None else "both"
-        yield f"schedule: got {got} of total_steps and total_epochs; give exactly one of them"
+        given = "neither" if schedule.total_steps is None else "both"
+        yield f"schedule: got {given} of total_steps and total_epochs; give exactly one of them"
 
 
 def _wrong_views(config: Config) -> Iterator[str]:
@@ -221,9 +225,9 @@ def _wrong_views(config: Config) -> Iterator[str]:
 def _wrong_fourier(config: Config) -> Iterator[str]:
     fourier = config.views.fourier
     if fourier.folder is None:
-        usual = FourierConfig()
+        default = FourierConfig()
         for name in ("beta", "probability"):
-            if (value := vars(fourier)[name]) != vars(usual)[name]:
+            if (value := vars(fourier)[name]) != vars(default)[name]:
                 yield (
                     f"views.fourier.{name} is {value}, and there are no target images; give "
                     "views.fourier.folder, or leave it out"

@@ -39,21 +39,23 @@ def check_features(
                 f"{option}.teacher_tap is {term.teacher_tap!r}, and the teacher is a function, "
                 "which returns only logits; leave the term out"
             )
-        of_student = _shape(f"{option}.student_tap", "student", student, term, term.student_tap)
-        of_teacher = _shape(f"{option}.teacher_tap", "teacher", teachers[0], term, term.teacher_tap)
-        if recording_of(config) is not None and len(of_teacher) > 1:
+        student_shape = _shape(f"{option}.student_tap", "student", student, term, term.student_tap)
+        teacher_shape = _shape(
+            f"{option}.teacher_tap", "teacher", teachers[0], term, term.teacher_tap
+        )
+        if recording_of(config) is not None and len(teacher_shape) > 1:
             raise UserError(
-                f"{option}: {term.teacher_tap} has shape {of_teacher} per image, and "
+                f"{option}: {term.teacher_tap} has shape {teacher_shape} per image, and "
                 f"teacher.recording holds its mean over the positions; give {option}.pool=mean"
             )
         if term.kind in ADAPTED:
-            _check_pair(option, term, of_student, of_teacher)
+            _check_pair(option, term, student_shape, teacher_shape)
             if term.adapter != "none":
                 batch_norm = term.adapter == "batch_norm"
-                adapters[name] = AdapterShape(of_student[-1], of_teacher[-1], batch_norm)
+                adapters[name] = AdapterShape(student_shape[-1], teacher_shape[-1], batch_norm)
         if term.kind == BANK_SIMILARITY:
             _check_bank(f"{option}.bank.rows", term.bank.rows, config.batch_size, examples)
-            banks[name] = term.bank.rows, of_teacher[-1]
+            banks[name] = term.bank.rows, teacher_shape[-1]
     return TermShapes(adapters, banks)
 
 
@@ -65,12 +67,12 @@ def check_features_of_experiment(config: Config, examples: int) -> None:
     path = config.teacher and config.teacher.experiment
     if not path or recording_of(config) is not None or not any(features_of(config.objective)):
         return
-    both = config, load_experiment(path)
-    check(both[1])
-    if any(x.student.pruning.pattern == "channels" for x in both):
+    configs = config, load_experiment(path)
+    check(configs[1])
+    if any(x.student.pruning.pattern == "channels" for x in configs):
         return
     # Classes are known with the data; they change no feature.
-    student, teacher = (build_network(described_student(x), 2, FLOAT32) for x in both)
+    student, teacher = (build_network(described_student(x), 2, FLOAT32) for x in configs)
     check_features(config, examples, student, (teacher,))
 
 
@@ -81,15 +83,15 @@ def _shape(option: str, side: str, network: Network, term: TermConfig, name: str
     if term.pool == "mean":
         return shape[-1:]
     if term.kind == BANK_SIMILARITY and len(shape) != 1:
-        named = network.feature_shapes()
-        vectors = [x for x, shape in named.items() if len(shape) == 2]
+        shapes = network.feature_shapes()
+        vectors = [x for x, shape in shapes.items() if len(shape) == 2]
         raise UserError(
             f"{option}: {term.kind} compares vectors, and {name} has shape {shape} per image; use "
             f"one of {', '.join(vectors)}, or the term's pool=mean"
         )
     if term.kind in OF_MAPS and len(shape) != 3:
-        named = network.feature_shapes()
-        maps = [x for x, shape in named.items() if len(shape) == 4]
+        shapes = network.feature_shapes()
+        maps = [x for x, shape in shapes.items() if len(shape) == 4]
         raise UserError(
             f"{option}: {term.kind} compares maps, and {name} has shape {shape} per image; use "
             f"one of {', '.join(maps)}"
@@ -99,25 +101,25 @@ def _shape(option: str, side: str, network: Network, term: TermConfig, name: str
 
 def feature_shape(option: str, side: str, network: Network, name: str) -> Shape:
     """That of the feature called `name`, without the batch. Raises `UserError` where it is not."""
-    named = network.feature_shapes()
-    shapes = named if name in named else network.feature_shapes(modules=True)
+    named_shapes = network.feature_shapes()
+    shapes = named_shapes if name in named_shapes else network.feature_shapes(modules=True)
     if name in shapes:
         return shapes[name][1:]
     if not shapes:
         raise UserError(f"{option} is {name!r}, and the {side} has no named features")
-    near = difflib.get_close_matches(name, shapes, 1) or [*shapes][-1:]
+    matches = difflib.get_close_matches(name, shapes, 1) or [*shapes][-1:]
     raise UserError(
-        f"{option} is {name!r}, which the {side} does not have; did you mean {near[0]!r}? It has "
-        f"{', '.join(named)}, and its modules (`fm-distill show --taps --modules`)"
+        f"{option} is {name!r}, which the {side} does not have; did you mean {matches[0]!r}? It "
+        f"has {', '.join(named_shapes)}, and its modules (`fm-distill show --taps --modules`)"
     )
 
 
 def _check_bank(option: str, rows: int, batch_size: int, examples: int) -> None:
-    most = examples // batch_size * batch_size
+    most_rows = examples // batch_size * batch_size
     if rows > examples:
         raise UserError(
             f"{option}={rows} are more than the {examples:,} examples that there are, so that each "
-            f"image would be compared with itself; use {most} or less"
+            f"image would be compared with itself; use {most_rows} or less"
         )
     if rows % batch_size:
         raise UserError(

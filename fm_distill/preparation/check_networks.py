@@ -15,11 +15,11 @@ from fm_distill.preparation.input_moments import wrong_moments
 
 def wrong_network(option: str, network: NetworkConfig) -> Iterator[str]:
     """A sentence for each thing that is wrong with the network that `option` sets."""
-    own = is_own(network.model)
-    unknown = [] if own else list(not_a_choice(f"{option}.model", network.model, MODELS))
-    yield from unknown
+    custom = is_own(network.model)
+    problems = [] if custom else list(not_a_choice(f"{option}.model", network.model, MODELS))
+    yield from problems
     yield from wrong_moments(option, network)
-    if not unknown and not any(out_of_bounds(network)):
+    if not problems and not any(out_of_bounds(network)):
         try:
             check_network(network)
         except (ValueError, UserError) as error:
@@ -73,23 +73,23 @@ def _wrong_teacher(option: str, teacher: TeacherConfig) -> Iterator[str]:
 
 
 def _wrong_quantisation(option: str, teacher: TeacherConfig) -> Iterator[str]:
-    asked = teacher.quantisation
+    quantisation = teacher.quantisation
     if teacher.function:
         yield (
             f"{option}.quantisation quantises layers of a network, and {option}.function is "
             "called as it is; leave out one of them"
         )
-    elif "none" in (asked.weights, asked.activations):
+    elif "none" in (quantisation.weights, quantisation.activations):
         yield (
-            f"{option}.quantisation has weights={asked.weights} and "
-            f"activations={asked.activations}, which does not make a teacher faster: give both, "
-            "or neither"
+            f"{option}.quantisation has weights={quantisation.weights} and "
+            f"activations={quantisation.activations}, which does not make a teacher faster: give "
+            "both, or neither"
         )
     elif teacher.network and not (
         any(out_of_bounds(teacher.network))
         or any(wrong_network(f"{option}.network", teacher.network))
     ):
-        yield from wrong_network(option, with_quantisation(teacher.network, asked))
+        yield from wrong_network(option, with_quantisation(teacher.network, quantisation))
 
 
 def _wrong_use_of_quantised(config: Config) -> Iterator[str]:
@@ -103,10 +103,10 @@ def _wrong_use_of_quantised(config: Config) -> Iterator[str]:
             "leave it out, and give it to `fm-distill record`"
         )
     elif (targets := regime_of(config).targets) != "teachers":
-        what = {"labels": "labels teach", "table": "teaching=fixed runs each teacher only once"}
+        reasons = {"labels": "labels teach", "table": "teaching=fixed runs each teacher only once"}
         yield (
-            f"{option}.quantisation is for a teacher that runs in each step, and {what[targets]}; "
-            "leave it out"
+            f"{option}.quantisation is for a teacher that runs in each step, and "
+            f"{reasons[targets]}; leave it out"
         )
 
 

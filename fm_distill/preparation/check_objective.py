@@ -39,26 +39,26 @@ NO_TEMPERATURE = {LABELS, *WITHOUT_TEMPERATURE, *OF_FEATURES} - {BANK_SIMILARITY
 def wrong_objective(config: Config) -> Iterator[str]:
     """A sentence for each thing that is wrong, with what to change."""
     objective = config.objective
-    unknown = [*not_an_entry(DISTANCES, objective.distance, "objective.distance")]
-    unknown += [
+    unknown_kinds = [*not_an_entry(DISTANCES, objective.distance, "objective.distance")]
+    unknown_kinds += [
         sentence
         for i, term in enumerate(objective.terms)
         for sentence in not_an_entry(KINDS, term.kind, f"objective.terms.{i}.kind")
     ]
-    yield from unknown
+    yield from unknown_kinds
     if objective.terms and (objective.target, objective.distance) != ("teacher", "kl"):
         yield (
             f"objective.terms are the whole loss, and objective.target={objective.target}, "
             f"objective.distance={objective.distance} would define another one; leave those out, "
             "and give each as a term"
         )
-    wrong_curves = [
+    curve_problems = [
         sentence for option, curve in _curves(objective) for sentence in _wrong_curve(option, curve)
     ]
-    yield from wrong_curves
-    wrong_names = [*_wrong_feature_names(objective)]
-    yield from wrong_names
-    if not unknown and not wrong_curves and not wrong_names:
+    yield from curve_problems
+    name_problems = [*_wrong_feature_names(objective)]
+    yield from name_problems
+    if not unknown_kinds and not curve_problems and not name_problems:
         yield from _wrong_weights(objective)
     if any(factor <= 0 for _, factor in objective.temperature_schedule.points):
         yield (
@@ -77,16 +77,16 @@ def wrong_objective(config: Config) -> Iterator[str]:
             "objective.terms has one; leave it out"
         )
     yield from _wrong_example_weights(config)
-    compared = OVER_BATCH | BATCH_DISTANCES.keys()
-    over_batch = [x.kind for x in terms_of(objective) if x.kind in compared]
-    over_batch += [
+    batch_kinds = OVER_BATCH | BATCH_DISTANCES.keys()
+    batch_terms = [x.kind for x in terms_of(objective) if x.kind in batch_kinds]
+    batch_terms += [
         f"{x.kind} with adapter=batch_norm"
         for x in objective.terms
         if x.kind in ADAPTED and x.adapter == "batch_norm"
     ]
-    if over_batch and config.memory.accumulate > 1:
+    if batch_terms and config.memory.accumulate > 1:
         yield (
-            f"the term {over_batch[0]} compares the examples of a batch with each other, and "
+            f"the term {batch_terms[0]} compares the examples of a batch with each other, and "
             f"memory.accumulate={config.memory.accumulate} computes parts of it; use 1"
         )
 
@@ -130,9 +130,13 @@ def _is_above_zero(curve: CurveConfig, share: float) -> bool:
     """Whether the factor is, between two points. Without JAX: a plan must start no backend here."""
     if not curve.points:
         return True
-    before = [factor for at, factor in curve.points if at <= share] or [curve.points[0][1]]
-    after = [factor for at, factor in curve.points if at > share] or [curve.points[-1][1]]
-    return before[-1] > 0 or (curve.interpolation != "step" and after[0] > 0)
+    earlier = [factor for position, factor in curve.points if position <= share] or [
+        curve.points[0][1]
+    ]
+    later = [factor for position, factor in curve.points if position > share] or [
+        curve.points[-1][1]
+    ]
+    return earlier[-1] > 0 or (curve.interpolation != "step" and later[0] > 0)
 
 
 def _wrong_feature_names(objective: ObjectiveConfig) -> Iterator[str]:
@@ -181,10 +185,10 @@ def _wrong_features(config: Config) -> Iterator[str]:
     kinds = [x.kind for x in config.objective.terms if x.kind in OF_FEATURES]
     if not kinds:
         return
-    of_maps = [x for x in kinds if x in OF_MAPS]
-    if of_maps and recording_of(config) is not None:
+    map_kinds = [x for x in kinds if x in OF_MAPS]
+    if map_kinds and recording_of(config) is not None:
         yield (
-            f"the term {of_maps[0]} compares maps, and teacher.recording holds logits and, of "
+            f"the term {map_kinds[0]} compares maps, and teacher.recording holds logits and, of "
             "`fm-distill record --taps`, features averaged over their positions; leave out one "
             "of them"
         )
@@ -214,10 +218,10 @@ def _wrong_temperatures(config: Config) -> Iterator[str]:
                 f"objective.terms.{i}.kind={term.kind} has no temperature: leave out "
                 f"objective.terms.{i}.temperature={term.temperature:g}"
             )
-    own = {x.temperature for x in objective.terms if x.temperature is not None}
+    term_temperatures = {x.temperature for x in objective.terms if x.temperature is not None}
     if objective.ensemble != "mean_probabilities" or not config.more_teachers:
         return
-    if objective.temperature_schedule.points or own - {objective.temperature}:
+    if objective.temperature_schedule.points or term_temperatures - {objective.temperature}:
         yield (
             "objective.ensemble=mean_probabilities takes the mean at objective.temperature, and "
             "there are other temperatures; use mean_logits or sum_of_distances"
@@ -267,16 +271,17 @@ def _wrong_labels(config: Config) -> Iterator[str]:
     if not needs_labels(objective):
         return
     if objective.terms:
-        named = next(x.kind for x in objective.terms if x.kind in {LABELS, *LABELLED_DISTANCES})
-        wanted, other = f"the term {named}", "leave it out"
+        kind = next(x.kind for x in objective.terms if x.kind in {LABELS, *LABELLED_DISTANCES})
+        subject, remedy = f"the term {kind}", "leave it out"
     else:
-        wanted, other = "objective.target=labels", "use objective.target=teacher"
+        subject, remedy = "objective.target=labels", "use objective.target=teacher"
     if data.transfer:
         yield (
-            f"data.transfer has images without labels, and {wanted} needs labels: train on "
-            f"data.train, or {other}"
+            f"data.transfer has images without labels, and {subject} needs labels: train on "
+            f"data.train, or {remedy}"
         )
     if data.source == "images":
         yield (
-            f"{wanted} needs labels, and data.source=images has none; use class_folders, or {other}"
+            f"{subject} needs labels, and data.source=images has none; use class_folders, or "
+            f"{remedy}"
         )

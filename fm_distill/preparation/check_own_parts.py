@@ -49,30 +49,30 @@ def _wrong(part: str, attempt: Callable[[Part], str | None], given: Part) -> Ite
 def _try_distance(name: str) -> str | None:
     logits = jax.ShapeDtypeStruct((EXAMPLES, CLASSES), jnp.float32)
     temperature = jax.ShapeDtypeStruct((), jnp.float32)
-    found = jax.eval_shape(entry(DISTANCES, name, name), logits, logits, temperature)
-    return _not_of_shape(found, (EXAMPLES,), f"logits of shape {logits.shape}")
+    output = jax.eval_shape(entry(DISTANCES, name, name), logits, logits, temperature)
+    return _not_of_shape(output, (EXAMPLES,), f"logits of shape {logits.shape}")
 
 
 def _try_crop(views: ViewConfig) -> str | None:
     crop = entry(CROPS, views.crop, "views.crop")
-    found = jax.eval_shape(
+    output = jax.eval_shape(
         lambda seed, sizes, area: crop(jax.random.key(seed), sizes, views, area),
         0,
         jax.ShapeDtypeStruct((EXAMPLES, 2), jnp.int32),
         jax.ShapeDtypeStruct((), jnp.float32),
     )
-    return _not_of_shape(found, (EXAMPLES, 4), f"{EXAMPLES} sizes")
+    return _not_of_shape(output, (EXAMPLES, 4), f"{EXAMPLES} sizes")
 
 
 def _try_optimizer(config: OptimizerConfig) -> str | None:
-    made = entry(OPTIMIZERS, config.name, "optimizer.name")(config)
-    if isinstance(made, optax.GradientTransformation):
+    optimizer = entry(OPTIMIZERS, config.name, "optimizer.name")(config)
+    if isinstance(optimizer, optax.GradientTransformation):
         return None
-    return f"returns a {type(made).__name__}; expected an optax.GradientTransformation"
+    return f"returns a {type(optimizer).__name__}; expected an optax.GradientTransformation"
 
 
 def _not_of_shape(found: Any, shape: tuple[int, ...], given: str) -> str | None:
     if isinstance(found, jax.ShapeDtypeStruct) and found.shape == shape:
         return None
-    shown = found.shape if isinstance(found, jax.ShapeDtypeStruct) else type(found).__name__
-    return f"returns {shown} for {given}; expected an array of shape {shape}"
+    returned = found.shape if isinstance(found, jax.ShapeDtypeStruct) else type(found).__name__
+    return f"returns {returned} for {given}; expected an array of shape {shape}"

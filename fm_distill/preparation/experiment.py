@@ -31,13 +31,14 @@ def load_experiment(path: str | os.PathLike[str]) -> Config:
     try:
         config = runpy.run_path(str(path)).get("config")
     except Exception as error:
-        if left_out := LEFT_OUT.search(str(error)):
+        if omitted := LEFT_OUT.search(str(error)):
             raise UserError(
-                f"{path} does not set what {left_out[1]} needs: {left_out[2]}; set it in the file"
+                f"{path} does not set what {omitted[1]} needs: {omitted[2]}; set it in the file"
             ) from error
-        if unknown := UNKNOWN.search(str(error)):
+        if unknown_field := UNKNOWN.search(str(error)):
             raise UserError(
-                f"{path}: {unknown[1]} has no field {unknown[2]}; `fm-distill show` lists them"
+                f"{path}: {unknown_field[1]} has no field {unknown_field[2]}; `fm-distill show` "
+                "lists them"
             ) from error
         raise UserError(f"{path} cannot be run: {type(error).__name__}: {error}") from error
     if not isinstance(config, Config):
@@ -48,9 +49,18 @@ def load_experiment(path: str | os.PathLike[str]) -> Config:
         config = from_json(to_json(config))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    named = code_options(config)
-    here = {x: _code_from_here(y, path) for x, y in named.items()}
-    config = changed(config, {x: y for x, y in here.items() if y != named[x]})
+    references = code_options(config)
+    local_references = {
+        option: _code_from_here(reference, path) for option, reference in references.items()
+    }
+    config = changed(
+        config,
+        {
+            option: reference
+            for option, reference in local_references.items()
+            if reference != references[option]
+        },
+    )
     return dataclasses.replace(
         config,
         teacher=config.teacher and _beside(config.teacher, path),
@@ -81,15 +91,15 @@ def _beside(teacher: TeacherConfig, file: pathlib.Path) -> TeacherConfig:
 
 def _code_from_here(reference: str, file: pathlib.Path) -> str:
     """`FILE.py:NAME` with the file's path from here; anything else as it is."""
-    place, _, name = reference.rpartition(":")
-    return f"{_from_here(place, file)}:{name}" if place.endswith(".py") else reference
+    path, _, name = reference.rpartition(":")
+    return f"{_from_here(path, file)}:{name}" if path.endswith(".py") else reference
 
 
 def _from_here(path: str, file: pathlib.Path) -> str:
-    beside = file.parent / path
-    if os.path.isabs(path) or (not beside.is_file() and os.path.isfile(path)):
+    candidate = file.parent / path
+    if os.path.isabs(path) or (not candidate.is_file() and os.path.isfile(path)):
         return path  # of another file, from which this one derives
-    return os.path.relpath(beside)
+    return os.path.relpath(candidate)
 
 
 def describe(config: Config) -> str:

@@ -52,8 +52,8 @@ def with_input_moments(
     moments = _of_first(stored)
     if moments == NONE:
         reader = Reader(train, config.data, networks.classes)
-        own = count_levels(reader, jax.process_index(), jax.process_count())
-        moments = moments_of(_summed(own), train.identity)
+        local_counts = count_levels(reader, jax.process_index(), jax.process_count())
+        moments = moments_of(_summed(local_counts), train.identity)
         log(
             f"student.input_range=adapt: mean {_text(moments.mean)} and deviation "
             f"{_text(moments.deviation)} over the pixels of {train.identity}, in grey levels"
@@ -66,18 +66,18 @@ def with_input_moments(
 
 def _of_first(stored: NetworkConfig | None) -> Moments:
     """What the first process finds stored; `NONE` where that is nothing."""
-    own = NONE
+    local_moments = NONE
     if stored is not None and stored.input_mean:
-        own = Moments(stored.input_mean, stored.input_deviation)
-    first = np.frombuffer(gathered(np.array(own, np.float64).tobytes())[0], np.float64)
+        local_moments = Moments(stored.input_mean, stored.input_deviation)
+    first = np.frombuffer(gathered(np.array(local_moments, np.float64).tobytes())[0], np.float64)
     mean, deviation = first.reshape(2, len(CHANNELS)).tolist()
     return Moments(tuple(mean), tuple(deviation))
 
 
 def _summed(own: LevelCounts) -> LevelCounts:
     """Over all processes; integers."""
-    parts = [np.frombuffer(x, np.int64).reshape(own.shape) for x in gathered(own.tobytes())]
-    return np.sum(parts, axis=0)
+    counts = [np.frombuffer(x, np.int64).reshape(own.shape) for x in gathered(own.tobytes())]
+    return np.sum(counts, axis=0)
 
 
 def _text(values: tuple[float, ...]) -> str:

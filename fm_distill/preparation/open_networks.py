@@ -26,15 +26,15 @@ def open_networks(config: Config, workdir: pathlib.Path, data: Data) -> Networks
     networks = load_networks(config, workdir, train.classes, train.class_names)
     for i, teacher in enumerate(networks.teachers):
         if not teacher.has_head and (
-            wrong := next(_wrong(config, teachers_of(config)[i].option), "")
+            problem := next(_wrong(config, teachers_of(config)[i].option), "")
         ):
-            raise UserError(wrong)
+            raise UserError(problem)
     return networks
 
 
 def _wrong(config: Config, option: str) -> Iterator[str]:
     """What the run needs of the teacher that `option` gives, which has no head."""
-    objective, kept = config.objective, config.checkpoint.keep_best
+    objective, metric = config.objective, config.checkpoint.keep_best
     kinds = [term.kind for term in terms_of(objective)]
     for kind in kinds:
         if kind not in OF_FEATURES and kind != LABELS:
@@ -59,8 +59,8 @@ def _wrong(config: Config, option: str) -> Iterator[str]:
             f"{option}.quantisation is checked by the teacher's classes, and it has no head; "
             "leave it out"
         )
-    if kept and BY_NAME[kept].path[0] != "student":
+    if metric and BY_NAME[metric].path[0] != "student":
         yield (
-            f"checkpoint.keep_best={kept} compares with the teacher's logits, and {option} has no "
-            "head; use student_top1"
+            f"checkpoint.keep_best={metric} compares with the teacher's logits, and {option} has "
+            "no head; use student_top1"
         )

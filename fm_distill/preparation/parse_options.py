@@ -61,7 +61,7 @@ def _model_options(
 
 def parse(kind: type[Options], default: Options | None, given: list[str], command: str) -> Options:
     """Options, over `default`. A mistyped one prints the nearest names and exits with 2."""
-    asked = tyro.cli(
+    options = tyro.cli(
         kind,
         default=default,
         args=given,
@@ -74,8 +74,8 @@ def parse(kind: type[Options], default: Options | None, given: list[str], comman
             tyro.conf.HelptextFromCommentsOff,
         ),
     )
-    assert asked is not None
-    return asked
+    assert options is not None
+    return options
 
 
 def parse_over(kind: type[Over], default: Config, arguments: list[str], command: str) -> Over:
@@ -84,51 +84,57 @@ def parse_over(kind: type[Over], default: Config, arguments: list[str], command:
     `None` takes out a part that may be absent, and an option inside of such a part brings it in.
     What the options replace is settled; see `settle`. Raises `UserError` for an unknown option.
     """
-    own = {x.name: "" for x in dataclasses.fields(kind) if x.name != "config"}
-    nested = {f"{x}." for x in own}
-    fields = {*option_names(default)}
+    command_options = {x.name: "" for x in dataclasses.fields(kind) if x.name != "config"}
+    nested = {f"{x}." for x in command_options}
+    config_options = {*option_names(default)}
     parts = {*optional_parts(default)}
-    options, named, dropped = [], set(), set()
-    of_models: dict[str, Any] = {}
-    waiting = list(arguments)
-    while waiting:
-        argument = waiting.pop(0)
+    parser_arguments, given_names, dropped = [], set(), set()
+    model_options: dict[str, Any] = {}
+    remaining = list(arguments)
+    while remaining:
+        argument = remaining.pop(0)
         if not argument.startswith("--") or argument in HELP:
-            options.append(argument)
+            parser_arguments.append(argument)
             continue
         written, equals, value = argument.partition("=")
         name = written.removeprefix("--").replace("-", "_")
-        name = ALIASES.get(name, name) if name not in own else name
-        if name in parts and (value or next(iter(waiting), "")) == "None":
+        name = ALIASES.get(name, name) if name not in command_options else name
+        if name in parts and (value or next(iter(remaining), "")) == "None":
             dropped.add(name)
-            waiting = waiting if equals else waiting[1:]
+            remaining = remaining if equals else remaining[1:]
             continue
-        if is_model_option(name, fields):
-            tokens = [value] if equals else _before_next(waiting)
+        if is_model_option(name, config_options):
+            tokens = [value] if equals else _before_next(remaining)
             if not tokens:
                 raise UserError(f"{written} has no value; give one after it")
-            of_models[name] = option_value(tokens)
-            waiting = waiting if equals else waiting[len(tokens) :]
+            model_options[name] = option_value(tokens)
+            remaining = remaining if equals else remaining[len(tokens) :]
             continue
-        if name not in fields and name not in own and not name.startswith(tuple(nested)):
-            near = ", ".join(_written(x) for x in nearest(name, [*own, *fields]))
-            near = f"did you mean {near}?" if near else "--help lists all"
+        if (
+            name not in config_options
+            and name not in command_options
+            and not name.startswith(tuple(nested))
+        ):
+            suggestion = ", ".join(
+                _written(x) for x in nearest(name, [*command_options, *config_options])
+            )
+            suggestion = f"did you mean {suggestion}?" if suggestion else "--help lists all"
             section, _, leaf = name.rpartition(".")
-            if f"{section}.options" in fields:
-                near += (
+            if f"{section}.options" in config_options:
+                suggestion += (
                     " An option of one model alone is written "
                     f"{_written(f'{section}.options.{leaf}')}"
                 )
-            raise UserError(f"there is no option {written}; {near}")
-        named.add(name)
-        options.append(_written(name) + equals + value)
+            raise UserError(f"there is no option {written}; {suggestion}")
+        given_names.add(name)
+        parser_arguments.append(_written(name) + equals + value)
     if any(x in HELP for x in arguments):
-        named |= {x for x in fields if not re.search(r"\.\d+\.", x)}
-    config = with_parts(without_parts(default, dropped), {*named, *of_models})
-    if of_models:
-        config = changed(config, of_models)
-    asked = parse(kind, kind(config=config), options, command)
-    return dataclasses.replace(asked, config=settle(default, asked.config, of_models))
+        given_names |= {x for x in config_options if not re.search(r"\.\d+\.", x)}
+    config = with_parts(without_parts(default, dropped), {*given_names, *model_options})
+    if model_options:
+        config = changed(config, model_options)
+    options = parse(kind, kind(config=config), parser_arguments, command)
+    return dataclasses.replace(options, config=settle(default, options.config, model_options))
 
 
 def _before_next(arguments: list[str]) -> list[str]:

@@ -48,8 +48,8 @@ def resolve(
     if dispatch == "auto":
         dispatch = STEPS_PER_DISPATCH if resident and layout.platform != "cpu" else 1
     steps = total_steps(config, data.examples)
-    if late := list(points_after_run(config.views, steps)):
-        raise UserError(late[0])
+    if problems := list(points_after_run(config.views, steps)):
+        raise UserError(problems[0])
     networks = (weights.student, *weights.teachers)
     return ResolvedRun(
         data=data.identity,
@@ -151,17 +151,19 @@ def _stored_student(config: Config, path: pathlib.Path, data: Data) -> NetworkCo
     if config.student.input_range != "adapt" or not workdir.has_config():
         return None
     stored = workdir.stored()
-    same = stored.resolved.data == data.train.identity and not differences(stored.config, config)
-    return stored.resolved.student if same else None
+    same_run = stored.resolved.data == data.train.identity and not differences(
+        stored.config, config
+    )
+    return stored.resolved.student if same_run else None
 
 
 def _own_code(config: Config, networks: tuple[NetworkConfig, ...]) -> tuple[str, ...]:
     """SHA-256 of each file that the config names as code, the student's network first."""
     sources = (config.data.source, *(part.source for part in config.data.transfer))
     terms = (x.kind for x in terms_of(config.objective))
-    parts = (*sources, config.views.crop, *terms, config.optimizer.name)
+    references = (*sources, config.views.crop, *terms, config.optimizer.name)
     models = [own_code(x.model) for x in networks if is_own(x.model)]
-    return (*models, *(load_reference(x, x).sha256 for x in parts if is_reference(x)))
+    return (*models, *(load_reference(x, x).sha256 for x in references if is_reference(x)))
 
 
 def _period_steps(config: Config, total: int, recording: RecordingFacts | None) -> int | None:
@@ -169,17 +171,19 @@ def _period_steps(config: Config, total: int, recording: RecordingFacts | None) 
     period = config.views.period_steps or total
     if recording is not None:
         steps = recording.steps
-        in_one_piece = steps > 0 and len(recording.ranges) == 1
-        if steps < period and (config.views.period_steps or not in_one_piece):
-            there = ", ".join(f"{a:,} to {b:,}" for a, b in recording.ranges) or "none"
-            shorter = f", or give --views.period-steps {steps}" if steps else ""
+        contiguous = steps > 0 and len(recording.ranges) == 1
+        if steps < period and (config.views.period_steps or not contiguous):
+            ranges = ", ".join(f"{a:,} to {b:,}" for a, b in recording.ranges) or "none"
+            advice = f", or give --views.period-steps {steps}" if steps else ""
             raise UserError(
-                f"{recording.path} has the steps {there}, and this run needs 0 to {period:,}: "
-                f"record what is missing with `fm-distill record`{shorter}"
+                f"{recording.path} has the steps {ranges}, and this run needs 0 to {period:,}: "
+                f"record what is missing with `fm-distill record`{advice}"
             )
         period = min(period, steps)
-        if period < total and (late := list(points_after(config.views, period, recording.path))):
-            raise UserError(f"{late[0]}, or record the rest of the run, or shorten it")
+        if period < total and (
+            problems := list(points_after(config.views, period, recording.path))
+        ):
+            raise UserError(f"{problems[0]}, or record the rest of the run, or shorten it")
     return period if period < total else None
 
 

@@ -82,9 +82,9 @@ class RecordingHeader:
         Fields that have their default are left out, so that a field that a later version adds
         makes no other recording of an old one.
         """
-        stated = _without_defaults(dataclasses.replace(self, golden=()))
-        del stated["code_files"]
-        text = json.dumps(stated, sort_keys=True)
+        contents = _without_defaults(dataclasses.replace(self, golden=()))
+        del contents["code_files"]
+        text = json.dumps(contents, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -104,12 +104,12 @@ def _without_defaults(value: Any) -> Any:
 
 def drawn_views(views: ViewConfig) -> ViewConfig:
     """The same training views, without what changes none."""
-    usual = ViewConfig()
+    defaults = ViewConfig()
     return dataclasses.replace(
         views,
-        central_fraction=usual.central_fraction,
-        central_resize=usual.central_resize,
-        period_steps=usual.period_steps,
+        central_fraction=defaults.central_fraction,
+        central_resize=defaults.central_resize,
+        period_steps=defaults.period_steps,
         # What lies in it is `target_images`.
         fourier=dataclasses.replace(views.fourier, folder=None),
     )
@@ -128,17 +128,17 @@ def rendered(config: Config) -> dict[str, Any]:
 
 def header_differences(recorded: RecordingHeader, now: dict[str, Any]) -> list[str]:
     """A line for each field of `now` that is not as it was recorded, with both values."""
-    before = vars(recorded)
+    recorded_values = vars(recorded)
     lines = []
     for name, value in now.items():
-        if before[name] == value:
+        if recorded_values[name] == value:
             continue
-        called = OPTIONS.get(name, name)
-        pairs = zip(_leaves(called, before[name]), _leaves(called, value), strict=True)
+        label = OPTIONS.get(name, name)
+        pairs = zip(_leaves(label, recorded_values[name]), _leaves(label, value), strict=True)
         lines += [
-            f"{option}: {_shown(one)} in the recording, {_shown(other)} in this run"
-            for (option, one), (_, other) in pairs
-            if one != other
+            f"{option}: {_shown(old)} in the recording, {_shown(new)} in this run"
+            for (option, old), (_, new) in pairs
+            if old != new
         ]
     return lines
 

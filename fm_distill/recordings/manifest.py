@@ -49,13 +49,13 @@ class Recording:
     @property
     def ranges(self) -> tuple[tuple[int, int], ...]:
         """Maximal ranges of consecutive steps."""
-        found: list[tuple[int, int]] = []
+        merged: list[tuple[int, int]] = []
         for shard in self.shards:
-            if found and found[-1][1] == shard.start:
-                found[-1] = found[-1][0], shard.stop
+            if merged and merged[-1][1] == shard.start:
+                merged[-1] = merged[-1][0], shard.stop
             else:
-                found.append((shard.start, shard.stop))
-        return tuple(found)
+                merged.append((shard.start, shard.stop))
+        return tuple(merged)
 
     @property
     def steps(self) -> int:
@@ -65,23 +65,23 @@ class Recording:
     @property
     def unseen(self) -> tuple[float, float] | None:
         """What the KL to a top-K recording does not see, over all steps; None where not known."""
-        known = [(x.stop - x.start, *x.unseen) for x in self.shards if x.unseen is not None]
-        if not known or len(known) < len(self.shards):
+        measured = [(x.stop - x.start, *x.unseen) for x in self.shards if x.unseen is not None]
+        if not measured or len(measured) < len(self.shards):
             return None
-        steps = sum(count for count, _, _ in known)
-        share = sum(count * share for count, share, _ in known) / steps
-        return share, sum(count * nats for count, _, nats in known) / steps
+        steps = sum(count for count, _, _ in measured)
+        share = sum(count * share for count, share, _ in measured) / steps
+        return share, sum(count * nats for count, _, nats in measured) / steps
 
     def missing(self, start: int, stop: int) -> tuple[tuple[int, int], ...]:
         """Ranges of `start` to `stop` that are not there."""
-        found = []
+        gaps = []
         for first, end in self.ranges:
             if start < min(first, stop):
-                found.append((start, min(first, stop)))
+                gaps.append((start, min(first, stop)))
             start = max(start, end)
         if start < stop:
-            found.append((start, stop))
-        return tuple(found)
+            gaps.append((start, stop))
+        return tuple(gaps)
 
 
 def is_recording(path: str | os.PathLike[str]) -> bool:
@@ -94,11 +94,12 @@ def open_recording(path: str | os.PathLike[str]) -> Recording:
     folder = pathlib.Path(path)
     header, shards = read_manifests(folder)
     ordered = _without_replaced(folder, shards)
-    for one, other in itertools.pairwise(ordered):
-        if other.start < one.stop:
+    for first, other in itertools.pairwise(ordered):
+        if other.start < first.stop:
             raise UserError(
-                f"{folder} has the steps {other.start:,} to {min(one.stop, other.stop):,} twice, "
-                f"in {one.name} and in {other.name}; remove one folder and its line of the manifest"
+                f"{folder} has the steps {other.start:,} to {min(first.stop, other.stop):,} twice, "
+                f"in {first.name} and in {other.name}; remove one folder and its line of the "
+                "manifest"
             )
     return Recording(folder, header, ordered)
 
@@ -110,15 +111,17 @@ def read_manifests(folder: pathlib.Path) -> tuple[RecordingHeader, list[Shard]]:
         raise UserError(f"{folder} is not a recording: it has no {MANIFESTS}")
     header, shards = None, []
     for manifest in manifests:
-        own, lines = _read(manifest)
-        if header is not None and own.identity != header.identity:
-            differ = [x for x, y in vars(header).items() if vars(own)[x] != y]
+        current_header, lines = _read(manifest)
+        if header is not None and current_header.identity != header.identity:
+            differing = [x for x, y in vars(header).items() if vars(current_header)[x] != y]
             raise UserError(
                 f"{manifests[0]} and {manifest} belong to different recordings: "
-                + "; ".join(f"{x}: {vars(header)[x]} and {vars(own)[x]}" for x in differ)
+                + "; ".join(
+                    f"{x}: {vars(header)[x]} and {vars(current_header)[x]}" for x in differing
+                )
                 + "; move one of them with its shards to another folder"
             )
-        header = own
+        header = current_header
         shards += lines
     assert header is not None
     return header, shards
@@ -134,17 +137,17 @@ def _without_replaced(folder: pathlib.Path, lines: list[Shard]) -> tuple[Shard, 
     for line in reversed(lines):
         latest.setdefault(line.name, line)
     counted = [x for x in latest.values() if (folder / x.name).is_dir()]
-    there = {x.name for x in counted}
-    for lost in (x for x in latest.values() if x.name not in there):
-        if not any(x.start < lost.stop and lost.start < x.stop for x in counted):
-            counted.append(lost)
+    present_names = {x.name for x in counted}
+    for missing in (x for x in latest.values() if x.name not in present_names):
+        if not any(x.start < missing.stop and missing.start < x.stop for x in counted):
+            counted.append(missing)
     return tuple(sorted(counted))
 
 
 def present(recording: Recording) -> Recording:
     """The same with those shards alone whose folders are there."""
-    there = tuple(x for x in recording.shards if (recording.path / x.name).is_dir())
-    return dataclasses.replace(recording, shards=there)
+    shards = tuple(x for x in recording.shards if (recording.path / x.name).is_dir())
+    return dataclasses.replace(recording, shards=shards)
 
 
 class ManifestWriter:
@@ -153,8 +156,8 @@ class ManifestWriter:
     def __init__(self, folder: pathlib.Path, header: RecordingHeader, versions: dict[str, Any]):
         # In the order of their names, the line of a later session replaces that of an earlier one.
         # The letter is behind those of hexadecimal numbers, which names were once.
-        now = datetime.datetime.now(datetime.UTC).strftime("t%Y%m%d-%H%M%S-%f")
-        self.path = folder / f"manifest-{now}-{uuid.uuid4().hex[:12]}.jsonl"
+        timestamp = datetime.datetime.now(datetime.UTC).strftime("t%Y%m%d-%H%M%S-%f")
+        self.path = folder / f"manifest-{timestamp}-{uuid.uuid4().hex[:12]}.jsonl"
         self.first = msgspec.to_builtins(header) | {"versions": versions}
         self._file: IO[str] | None = None
 
@@ -183,8 +186,8 @@ def _read(manifest: pathlib.Path) -> tuple[RecordingHeader, list[Shard]]:
     if lines and not lines[-1].endswith("\n"):
         lines.pop()  # a crash while it was written: its shard does not count
     try:
-        first, *rest = [json.loads(line) for line in lines]
-        return parse_header(first, str(manifest)), msgspec.convert(rest, list[Shard])
+        first, *shards = [json.loads(line) for line in lines]
+        return parse_header(first, str(manifest)), msgspec.convert(shards, list[Shard])
     except (ValueError, msgspec.ValidationError) as error:
         raise UserError(
             f"{manifest} is not the manifest of a recording ({error}); restore it from a copy"

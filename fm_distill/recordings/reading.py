@@ -30,10 +30,10 @@ class RecordingReader:
         block = self._read_at_start(*next(shards))
         with concurrent.futures.ThreadPoolExecutor(1, "recording") as pool:
             while True:
-                ahead = pool.submit(self._read, *next(shards))
+                next_read = pool.submit(self._read, *next(shards))
                 for i in range(block.steps):
                     yield jax.tree.map(lambda x, i=i: x[i : i + 1], block)
-                block = ahead.result()
+                block = next_read.result()
 
     def at(self, step: int) -> RecordedSteps:
         """One step, for checks before the training or beside it.
@@ -45,13 +45,13 @@ class RecordingReader:
 
     def _shards(self, step: int) -> Iterator[tuple[Shard, int, int]]:
         """Shards in the order of their use, each with the first and the last step of it."""
-        at = step % self.period_steps
+        position = step % self.period_steps
         while True:
             for shard in self.recording.shards:
-                if shard.stop > at and shard.start < self.period_steps:
-                    first = max(at - shard.start, 0)
+                if shard.stop > position and shard.start < self.period_steps:
+                    first = max(position - shard.start, 0)
                     yield shard, first, min(shard.stop, self.period_steps) - shard.start
-            at = 0
+            position = 0
 
     def _read_at_start(self, shard: Shard, first: int, last: int) -> RecordedSteps:
         try:

@@ -42,8 +42,8 @@ class TargetRows:
     @property
     def arrays(self) -> dict[str, AnyArray]:
         """Those that are there, by name."""
-        own = {x: y for x, y in vars(self).items() if y is not None and x != "features"}
-        return own | {feature_name(x): y for x, y in self.features.items()}
+        present = {x: y for x, y in vars(self).items() if y is not None and x != "features"}
+        return present | {feature_name(x): y for x, y in self.features.items()}
 
 
 def feature_name(tap: str) -> str:
@@ -71,14 +71,14 @@ def encode(
     if top_k is None:
         return TargetRows(_as_stored(shifted, dtype), offset)
     order = np.argsort(-logits, axis=-1, kind="stable")
-    kept, others = order[..., :top_k], order[..., top_k:]
-    scaled = np.take_along_axis(shifted, others, axis=-1).astype(np.float64) / temperature
+    top_indices, other_indices = order[..., :top_k], order[..., top_k:]
+    scaled = np.take_along_axis(shifted, other_indices, axis=-1).astype(np.float64) / temperature
     highest = scaled.max(axis=-1, keepdims=True)
     total = np.log(np.exp(scaled - highest).sum(axis=-1)) + highest[..., 0]
     return TargetRows(
-        _as_stored(np.take_along_axis(shifted, kept, axis=-1), dtype),
+        _as_stored(np.take_along_axis(shifted, top_indices, axis=-1), dtype),
         offset,
-        kept.astype(index_type(logits.shape[-1])),
+        top_indices.astype(index_type(logits.shape[-1])),
         (temperature * total).astype(np.float32),
     )
 
@@ -86,11 +86,11 @@ def encode(
 def _as_stored(
     shifted: Float32[np.ndarray, "*rows kept"], dtype: RowType
 ) -> Float[np.ndarray, "*rows kept"]:
-    most, furthest = float(np.finfo(dtype).max), float(np.abs(shifted).max())
-    if furthest > most:
+    limit, largest = float(np.finfo(dtype).max), float(np.abs(shifted).max())
+    if largest > limit:
         raise UserError(
-            f"a logit of the teacher is {furthest:,.0f} below the largest one, and {dtype} holds "
-            f"{most:,.0f} at most; use --dtype float32"
+            f"a logit of the teacher is {largest:,.0f} below the largest one, and {dtype} holds "
+            f"{limit:,.0f} at most; use --dtype float32"
         )
     return shifted.astype(dtype)
 
@@ -102,7 +102,7 @@ def encode_features(
 
     Raises `UserError` where one, from `step` on, is not finite or larger than `dtype` holds.
     """
-    most = float(np.finfo(dtype).max)
+    limit = float(np.finfo(dtype).max)
     for name, x in features.items():
         largest = float(np.abs(x).max())
         if not np.isfinite(largest):
@@ -110,10 +110,10 @@ def encode_features(
                 f"the teacher's feature {name} in step {step:,} has values that are not finite: "
                 "are its weights and input_range right, and does --precision float32 help?"
             )
-        if largest > most:
+        if largest > limit:
             raise UserError(
                 f"the teacher's feature {name} reaches {largest:,.0f} in step {step:,}, and "
-                f"{dtype} holds {most:,.0f} at most; use --dtype float32, or another tap"
+                f"{dtype} holds {limit:,.0f} at most; use --dtype float32, or another tap"
             )
     return {name: x.astype(dtype) for name, x in features.items()}
 
@@ -128,12 +128,14 @@ def unseen(
     """
     scaled = np.sort(logits.astype(np.float64) / temperature, axis=-1)[..., ::-1]
     weights = np.exp(scaled - scaled[..., :1])
-    others = weights[..., top_k:]
-    mass = others.sum(axis=-1)
+    other_weights = weights[..., top_k:]
+    mass = other_weights.sum(axis=-1)
     share = mass / weights.sum(axis=-1)
-    inside = others / np.maximum(mass, np.finfo(np.float64).tiny)[..., None]
-    entropy = -(inside * np.log(np.maximum(inside, np.finfo(np.float64).tiny))).sum(axis=-1)
-    hidden = share * (np.log(others.shape[-1]) - entropy)
+    conditional = other_weights / np.maximum(mass, np.finfo(np.float64).tiny)[..., None]
+    entropy = -(conditional * np.log(np.maximum(conditional, np.finfo(np.float64).tiny))).sum(
+        axis=-1
+    )
+    hidden = share * (np.log(other_weights.shape[-1]) - entropy)
     return float(share.mean()), float(hidden.mean())
 
 
@@ -165,7 +167,9 @@ def decode_features(rows: TargetRows) -> dict[str, Float32[Array, "batch _"]]:
 
 def row_bytes(classes: int, teachers: int, dtype: RowType, top_k: int | None) -> int:
     """Of one example, without its identity."""
-    kept = classes if top_k is None else top_k
-    of_values = kept * np.dtype(dtype).itemsize + 4
-    of_indices = 0 if top_k is None else kept * np.dtype(index_type(classes)).itemsize + 4
-    return teachers * (of_values + of_indices)
+    stored_classes = classes if top_k is None else top_k
+    value_bytes = stored_classes * np.dtype(dtype).itemsize + 4
+    index_bytes = (
+        0 if top_k is None else stored_classes * np.dtype(index_type(classes)).itemsize + 4
+    )
+    return teachers * (value_bytes + index_bytes)

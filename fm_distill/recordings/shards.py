@@ -32,8 +32,12 @@ class RecordedSteps:
     @property
     def arrays(self) -> dict[str, np.ndarray]:
         """All arrays by name, each with steps first."""
-        found: dict[str, Any] = {**self.rows.arrays, "examples": self.examples, "views": self.views}
-        return found
+        contents: dict[str, Any] = {
+            **self.rows.arrays,
+            "examples": self.examples,
+            "views": self.views,
+        }
+        return contents
 
     @property
     def steps(self) -> int:
@@ -50,14 +54,14 @@ def write_shard(folder: pathlib.Path, steps: RecordedSteps) -> dict[str, str]:
     All of it or nothing: of a shard that was lost there is a line in a manifest already, with
     which half a folder would count as complete. Raises `OSError` where the disk does not take it.
     """
-    arriving = folder.with_name("arriving")
-    shutil.rmtree(arriving, ignore_errors=True)
+    temporary = folder.with_name("arriving")
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        asyncio.run(_write(arriving, steps.arrays))
+        asyncio.run(_write(temporary, steps.arrays))
     except ValueError as error:  # TensorStore's, with the cause in its text
         raise OSError(f"{folder}: {_short(error)}") from error
     shutil.rmtree(folder, ignore_errors=True)
-    arriving.rename(folder)
+    temporary.rename(folder)
     return digests_of(folder)
 
 

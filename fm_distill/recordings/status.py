@@ -27,7 +27,7 @@ def status(recording: Recording) -> RecordingStatus:
     """Reads every byte of the recording."""
     last = recording.shards[-1].stop if recording.shards else 0
     shards = progress(recording.shards, "reading the recording", "shards", len(recording.shards))
-    damaged = {shard.name: wrong for shard in shards if (wrong := _wrong(recording, shard))}
+    damaged = {shard.name: problem for shard in shards if (problem := _wrong(recording, shard))}
     return RecordingStatus(
         ranges=recording.ranges,
         holes=recording.missing(0, last),
@@ -45,11 +45,11 @@ def _wrong(recording: Recording, shard: Shard) -> str:
     folder = recording.path / shard.name
     if not folder.is_dir():
         return "is missing"
-    found = digests_of(folder)
-    if missing := sorted(shard.files.keys() - found.keys()):
+    digests = digests_of(folder)
+    if missing := sorted(shard.files.keys() - digests.keys()):
         return f"{missing[0]} is missing"
-    changed = [name for name, digest in shard.files.items() if found[name] != digest]
-    return f"{changed[0]} is damaged" if changed else ""
+    damaged = [name for name, digest in shard.files.items() if digests[name] != digest]
+    return f"{damaged[0]} is damaged" if damaged else ""
 
 
 def unseen_text(header: RecordingHeader, share: float, nats: float) -> str:
@@ -65,9 +65,9 @@ def status_text(recording: Recording, checked: RecordingStatus | None = None) ->
     """The same for people; without `checked`, of the manifests alone."""
     header = recording.header
     names = ", ".join(f"{x.model} at {x.resolution}" for x in header.teachers)
-    kept = "all" if header.top_k is None else f"the top {header.top_k} of"
+    classes_text = "all" if header.top_k is None else f"the top {header.top_k} of"
     lines = [
-        f"recording of {names}: {kept} {header.classes:,} classes in {header.dtype}",
+        f"recording of {names}: {classes_text} {header.classes:,} classes in {header.dtype}",
         f"{header.data}, {header.examples:,} examples, batches of {header.batch_size}, "
         f"seed {header.seed}",
     ]
@@ -79,10 +79,10 @@ def status_text(recording: Recording, checked: RecordingStatus | None = None) ->
     for first, last in recording.ranges:
         epochs = (last - first) * header.batch_size / header.examples
         lines.append(f"steps {first:,} to {last:,}, {epochs:,.1f} epochs")
-    holes = recording.missing(0, recording.shards[-1].stop) if recording.shards else ()
-    lines += [f"MISSING: steps {first:,} to {last:,}" for first, last in holes]
+    missing = recording.missing(0, recording.shards[-1].stop) if recording.shards else ()
+    lines += [f"MISSING: steps {first:,} to {last:,}" for first, last in missing]
     if checked is not None:
-        lines += [f"DAMAGED: {name}: {wrong}" for name, wrong in checked.damaged.items()]
+        lines += [f"DAMAGED: {name}: {problem}" for name, problem in checked.damaged.items()]
         intact = checked.shards - len(checked.damaged)
         lines.append(
             f"{intact:,} of {checked.shards:,} shards are intact, {checked.bytes / 1e6:,.1f} MB"

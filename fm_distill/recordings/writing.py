@@ -25,8 +25,8 @@ def example_bytes(
     classes: int, teachers: int, dtype: RowType, top_k: int | None, channels: int
 ) -> int:
     """What one example of a step needs on disk; `channels` are those of all its features."""
-    of_row = row_bytes(classes, teachers, dtype, top_k)
-    return of_row + channels * np.dtype(dtype).itemsize + IDENTITY_BYTES
+    row_size = row_bytes(classes, teachers, dtype, top_k)
+    return row_size + channels * np.dtype(dtype).itemsize + IDENTITY_BYTES
 
 
 def step_bytes(header: RecordingHeader) -> int:

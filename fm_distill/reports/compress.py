@@ -70,9 +70,9 @@ def compress(
     for `seconds` each, and the figures written to `folder`. Raises `UserError` before the first
     step where a step is wrong.
     """
-    place = Workdir(workdir)
-    stored, figures = place.stored(), place.read_evaluation()
-    refuse_code_of_run(stored, place.path, config=config)
+    run_workdir = Workdir(workdir)
+    stored, figures = run_workdir.stored(), run_workdir.read_evaluation()
+    refuse_code_of_run(stored, run_workdir.path, config=config)
     if not steps:
         raise UserError("compress needs --steps, e.g. --steps prune:structured:0.5 quantise:int8")
     if not formats or len({*formats}) != len(formats):
@@ -84,54 +84,62 @@ def compress(
         )
     if not config.log.final_evaluation:
         raise UserError("log.final_evaluation=False leaves nothing to compare; leave it on")
-    parsed = tuple(map(parse_step, steps))
-    own = stored.config
-    _refuse_options_of_steps(config, own)
-    check_order(parsed, own.student.pruning)
-    schedule = recovery_schedule(config.schedule, own.schedule, stored.resolved.total_steps)
-    config = dataclasses.replace(_with_teachers_here(config, place.path), schedule=schedule)
-    total = total_steps(config, stored.resolved.examples)
-    runs = _planned(config, parsed, place.path, folder, total)
-    _check_planned(runs, folder, stored.resolved.student, total)
+    parsed_steps = tuple(map(parse_step, steps))
+    run_config = stored.config
+    _refuse_options_of_steps(config, run_config)
+    check_order(parsed_steps, run_config.student.pruning)
+    schedule = recovery_schedule(config.schedule, run_config.schedule, stored.resolved.total_steps)
+    config = dataclasses.replace(_with_teachers_here(config, run_workdir.path), schedule=schedule)
+    training_steps = total_steps(config, stored.resolved.examples)
+    step_configs = _planned(config, parsed_steps, run_workdir.path, folder, training_steps)
+    _check_planned(step_configs, folder, stored.resolved.student, training_steps)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {error}; give another --to") from None
     # Before the first step, so that a library that is not installed is reported now.
     data_dir = config.data.data_dir
-    moved = data_dir if data_dir != stored.config.data.data_dir else None
-    for format in formats:
-        export(place.path, _file(folder, START, format), overwrite=True, data_dir=moved)
-    rows = {START: (place.path, figures)}
+    moved_data_dir = data_dir if data_dir != stored.config.data.data_dir else None
+    for file_format in formats:
+        export(
+            run_workdir.path,
+            _file(folder, START, file_format),
+            overwrite=True,
+            data_dir=moved_data_dir,
+        )
+    rows = {START: (run_workdir.path, figures)}
     with stop_signals(Stop(max_hours)) as stop:
-        for i, (name, run) in enumerate(runs.items(), 1):
-            log(f"step {i} of {len(runs)}: {parsed[i - 1].text}, {total:,} steps of training")
-            where = folder / _file_name(name)
-            _refuse_another_start(Workdir(where), run)
-            result = train_until(run, where, stop)
+        for number, (name, step_config) in enumerate(step_configs.items(), 1):
+            log(
+                f"step {number} of {len(step_configs)}: {parsed_steps[number - 1].text}, "
+                f"{training_steps:,} steps of training"
+            )
+            step_folder = folder / _file_name(name)
+            _refuse_another_start(Workdir(step_folder), step_config)
+            result = train_until(step_config, step_folder, stop)
             if not result.complete:
                 return None
             assert result.evaluation is not None
             rows[name] = (result.workdir, result.evaluation)
-    files = {(START, format): _file(folder, START, format) for format in formats}
-    for name in runs:
-        for format in formats:
-            path = _file(folder, name, format)
+    files = {(START, file_format): _file(folder, START, file_format) for file_format in formats}
+    for name in step_configs:
+        for file_format in formats:
+            path = _file(folder, name, file_format)
             if _is_exported(name, rows[name][0], path):
-                files[name, format] = path
-    timed = bench([*files.values()], seconds=seconds)
-    times = dict(zip(files, timed.rows, strict=True))
-    by_format = [
+                files[name, file_format] = path
+    benchmark = bench([*files.values()], seconds=seconds)
+    timings = dict(zip(files, benchmark.rows, strict=True))
+    files_by_format = [
         Files(
-            times[START, format].runtime,
-            tuple(_file_figures(name, times.get((name, format))) for name in rows),
+            timings[START, file_format].runtime,
+            tuple(_file_figures(name, timings.get((name, file_format))) for name in rows),
         )
-        for format in formats
+        for file_format in formats
     ]
-    students = tuple(_row(name, path, figures) for name, (path, figures) in rows.items())
-    found = Compression(timed.device, students, tuple(by_format))
-    save(found, folder)
-    return as_markdown(found)
+    student_rows = tuple(_row(name, path, figures) for name, (path, figures) in rows.items())
+    compression = Compression(benchmark.device, student_rows, tuple(files_by_format))
+    save(compression, folder)
+    return as_markdown(compression)
 
 
 def _with_teachers_here(config: Config, path: pathlib.Path) -> Config:
@@ -140,27 +148,27 @@ def _with_teachers_here(config: Config, path: pathlib.Path) -> Config:
     return with_teachers(
         config,
         [
-            dataclasses.replace(x.config, experiment=None, workdir=where)
-            if x.config.experiment
-            else x.config
-            for x, where in pairs
+            dataclasses.replace(teacher.config, experiment=None, workdir=teacher_workdir)
+            if teacher.config.experiment
+            else teacher.config
+            for teacher, teacher_workdir in pairs
         ],
     )
 
 
 def _refuse_options_of_steps(config: Config, own: Config) -> None:
     """Raises `UserError` where an option sets what `--steps` sets, or judges by other data."""
-    asked, before = config.student, own.student
-    for option, same in (
-        ("weights", asked.weights == before.weights),
-        ("block_widths", asked.block_widths == before.block_widths),
-        ("pruning", asked.pruning == before.pruning),
-        ("quantisation", asked.quantisation == before.quantisation),
+    student, run_student = config.student, own.student
+    for option, unchanged in (
+        ("weights", student.weights == run_student.weights),
+        ("block_widths", student.block_widths == run_student.block_widths),
+        ("pruning", student.pruning == run_student.pruning),
+        ("quantisation", student.quantisation == run_student.quantisation),
     ):
-        if not same:
+        if not unchanged:
             raise UserError(f"student.{option} follows from --steps; leave it out")
-    same = CentralCrop.of(config.views) == CentralCrop.of(own.views)
-    if (config.data.test is None) != (own.data.test is None) or not same:
+    unchanged = CentralCrop.of(config.views) == CentralCrop.of(own.views)
+    if (config.data.test is None) != (own.data.test is None) or not unchanged:
         raise UserError(
             "data.test, views.central_fraction and views.central_resize have to stay those that "
             "the run was evaluated with; leave them out"
@@ -175,13 +183,13 @@ def _planned(
     total: int,
 ) -> dict[str, Config]:
     """The run of each step, by the names of all steps up to it."""
-    runs: dict[str, Config] = {}
+    step_configs: dict[str, Config] = {}
     name, weights = "", str(start)
     for step in steps:
         config = config_after(config, step, weights, total)
         name = f"{name} + {step.text}" if name else step.text
-        runs[name], weights = config, str(folder / _file_name(name))
-    return runs
+        step_configs[name], weights = config, str(folder / _file_name(name))
+    return step_configs
 
 
 def _check_planned(
@@ -192,23 +200,25 @@ def _check_planned(
     `network` is the student that the first one starts from. Widths that weights decide are not
     known yet; whatever depends on them is checked when the step begins.
     """
-    known = True
-    for name, run in runs.items():
-        check(run)
-        pruning, quantisation = run.student.pruning, run.student.quantisation
-        if known:
+    widths_known = True
+    for name, step_config in runs.items():
+        check(step_config)
+        pruning, quantisation = step_config.student.pruning, step_config.student.quantisation
+        if widths_known:
             try:
                 network = pruned_network(network, pruning)
                 network = dataclasses.replace(network, quantisation=quantisation)
-                built = build_network(network, 2, jnp.dtype("float32"))
+                built_network = build_network(network, 2, jnp.dtype("float32"))
             except ValueError as error:
                 raise UserError(f"{name}: {error}") from None
-            make_prune(pruning, built, total, network.model)
-        known = known and pruning.ranking == "block"
-        place = Workdir(folder / _file_name(name))
-        if place.has_config() and (differ := differences(place.stored().config, run)):
+            make_prune(pruning, built_network, total, network.model)
+        widths_known = widths_known and pruning.ranking == "block"
+        step_workdir = Workdir(folder / _file_name(name))
+        if step_workdir.has_config() and (
+            changes := differences(step_workdir.stored().config, step_config)
+        ):
             raise UserError(
-                f"{place.path} belongs to another compression ({'; '.join(differ)}); give "
+                f"{step_workdir.path} belongs to another compression ({'; '.join(changes)}); give "
                 "another --to"
             )
 
@@ -219,10 +229,10 @@ def _refuse_another_start(place: Workdir, run: Config) -> None:
         return
     resolved = place.stored().resolved
     networks = load_networks(run, place.path, resolved.classes, resolved.class_names)
-    here = networks.facts
+    facts = networks.facts
     # Where the scores of the channels are gone, the run itself compares them when they are back.
-    same_student = networks.undecided or here.student_weights == resolved.student_weights
-    if not same_student or here.teacher_weights != resolved.teacher_weights:
+    same_student = networks.undecided or facts.student_weights == resolved.student_weights
+    if not same_student or facts.teacher_weights != resolved.teacher_weights:
         raise UserError(
             f"{place.path} was started from other weights or teachers than this compression; give "
             "another --to, or remove it"
@@ -252,20 +262,20 @@ def _is_exported(name: str, workdir: pathlib.Path, path: pathlib.Path) -> bool:
 def _file_figures(name: str, timed: Row | None) -> FileFigures:
     if timed is None:
         return FileFigures(name)
-    data = pathlib.Path(timed.name).read_bytes()
-    zipped = len(zlib.compress(data, 9))
-    return FileFigures(name, len(data), zipped, timed.median_ms, timed.p95_ms)
+    content = pathlib.Path(timed.name).read_bytes()
+    zipped_bytes = len(zlib.compress(content, 9))
+    return FileFigures(name, len(content), zipped_bytes, timed.median_ms, timed.p95_ms)
 
 
 def _row(name: str, workdir: pathlib.Path, figures: dict[str, Any]) -> CompressionRow:
     params = open_run(workdir).student.variables.params
-    zeros = sum(int((np.asarray(x) == 0).sum()) for x in jax.tree.leaves(params))
+    zero_weights = sum(int((np.asarray(leaf) == 0).sum()) for leaf in jax.tree.leaves(params))
 
     def of(metric: str) -> float | None:
         return BY_NAME[metric].of(figures)
 
-    agreement, kl, view = (
-        of(x) for x in ("agreement_top1", "kl_one", "training_view_agreement_top1")
+    agreement, kl, view_agreement = (
+        of(metric) for metric in ("agreement_top1", "kl_one", "training_view_agreement_top1")
     )
     flops = of("student_flops")
     return CompressionRow(
@@ -275,8 +285,8 @@ def _row(name: str, workdir: pathlib.Path, figures: dict[str, Any]) -> Compressi
         teacher_top1=of("teacher_top1"),
         agreement=agreement,
         kl_one=kl,
-        training_view_agreement=view,
+        training_view_agreement=view_agreement,
         parameters=parameter_count(params),
-        zero_weights=zeros,
+        zero_weights=zero_weights,
         flops=None if flops is None else int(flops),
     )

@@ -63,38 +63,40 @@ FIXED: dict[str, PruningConfig | QuantisationConfig] = {
 def parse_step(text: str) -> CompressionStep:
     """`prune:structured:0.5` or `quantise:int8`, for example. Raises `UserError`."""
     if text in FIXED:
-        found = FIXED[text]
-        if isinstance(found, PruningConfig):
-            return CompressionStep(text, pruning=found)
-        return CompressionStep(text, quantisation=found)
+        fixed_config = FIXED[text]
+        if isinstance(fixed_config, PruningConfig):
+            return CompressionStep(text, pruning=fixed_config)
+        return CompressionStep(text, quantisation=fixed_config)
     kind, _, share = text.rpartition(":")
     try:
         return CompressionStep(f"{kind}:{float(share):g}", pruning=SHARED[kind](share))
     except (KeyError, ValueError):
-        known = ", ".join([*(f"{x}:SHARE" for x in SHARED), *FIXED])
+        choices = ", ".join([*(f"{prefix}:SHARE" for prefix in SHARED), *FIXED])
         raise UserError(
-            f"--steps {text!r} is not one of {known}, with a SHARE between 0 and 1"
+            f"--steps {text!r} is not one of {choices}, with a SHARE between 0 and 1"
         ) from None
 
 
 def check_order(steps: tuple[CompressionStep, ...], before: PruningConfig) -> None:
     """Raises `UserError` where a step cannot follow those before it, and the run's own pruning."""
-    sparse = "the run's own pruning" if before.pattern in OF_WEIGHTS else None
-    quantised: str | None = None
+    earlier_pruning = "the run's own pruning" if before.pattern in OF_WEIGHTS else None
+    earlier_quantisation: str | None = None
     for step in steps:
         pruning = step.pruning
-        if pruning and pruning.pattern == "channels" and sparse:
+        if pruning and pruning.pattern == "channels" and earlier_pruning:
             raise UserError(
-                f"--steps {step.text} cannot follow {sparse}: in the smaller network the pruned "
-                "weights would no longer stay zero; prune channels first"
+                f"--steps {step.text} cannot follow {earlier_pruning}: in the smaller network the "
+                "pruned weights would no longer stay zero; prune channels first"
             )
-        if step.quantisation and quantised:
+        if step.quantisation and earlier_quantisation:
             raise UserError(
-                f"--steps {step.text} cannot follow {quantised}: a student has one precision; keep "
-                "one of them"
+                f"--steps {step.text} cannot follow {earlier_quantisation}: a student has one "
+                "precision; keep one of them"
             )
-        sparse = step.text if pruning and pruning.pattern in OF_WEIGHTS else sparse
-        quantised = step.text if step.quantisation else quantised
+        earlier_pruning = (
+            step.text if pruning and pruning.pattern in OF_WEIGHTS else earlier_pruning
+        )
+        earlier_quantisation = step.text if step.quantisation else earlier_quantisation
 
 
 def recovery_schedule(asked: ScheduleConfig, own: ScheduleConfig, steps: int) -> ScheduleConfig:
@@ -122,8 +124,10 @@ def config_after(config: Config, step: CompressionStep, weights: str, total_step
     if pruning.pattern == "none" and student.pruning.pattern in OF_WEIGHTS:
         pruning = PruningConfig(pattern="kept")
     if pruning.pattern == "unstructured" and total_steps > 1:
-        end = total_steps // 2
-        pruning = dataclasses.replace(pruning, end_step=end, every_steps=max(1, end // PARTS))
+        end_step = total_steps // 2
+        pruning = dataclasses.replace(
+            pruning, end_step=end_step, every_steps=max(1, end_step // PARTS)
+        )
     student = dataclasses.replace(
         student,
         weights=weights,

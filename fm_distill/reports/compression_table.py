@@ -72,19 +72,22 @@ FILE_HEADS = ("file, kB", "zipped, kB", "p50, ms", "p95, ms")
 
 def heads(found: Compression) -> list[str]:
     """With those of the files, by runtime where there are several."""
-    several = len(found.files) > 1
-    of_files = (
-        f"{head}, {files.runtime}" if several else head
+    several_formats = len(found.files) > 1
+    file_heads = (
+        f"{head}, {files.runtime}" if several_formats else head
         for files in found.files
         for head in FILE_HEADS
     )
-    return [*HEADS, *of_files]
+    return [*HEADS, *file_heads]
 
 
 def table_rows(found: Compression) -> list[list[str]]:
     """A line for each student, under `heads`."""
     return [
-        [*_quality_cells(row), *(x for files in found.files for x in _file_cells(files.rows[i]))]
+        [
+            *_quality_cells(row),
+            *(cell for files in found.files for cell in _file_cells(files.rows[i])),
+        ]
         for i, row in enumerate(found.rows)
     ]
 
@@ -123,36 +126,39 @@ def as_markdown(found: Compression) -> str:
 def caption(found: Compression) -> str:
     """Where the figures come from."""
     row = found.rows[0]
-    teacher = (
+    teacher_text = (
         "" if row.teacher_top1 is None else f"; the teacher has {100 * row.teacher_top1:.2f} %"
     )
-    runtimes = ", ".join(x.runtime for x in found.files)
-    return f"On the {row.split} split{teacher}. Latency: {runtimes}, batch 1, {found.device}."
+    runtimes = ", ".join(files.runtime for files in found.files)
+    return f"On the {row.split} split{teacher_text}. Latency: {runtimes}, batch 1, {found.device}."
 
 
 def picture(found: Compression) -> bytes:
     """SVG: accuracy, without labels agreement, against bytes and latency of the first files."""
-    labelled = all(x.top1 is not None for x in found.rows)
-    drawn = [
-        (x.name, 100 * quality, file.file_bytes / 1e3, file.median_ms)
-        for x, file in zip(found.rows, found.files[0].rows, strict=True)
-        if (quality := x.top1 if labelled else x.agreement) is not None
+    labelled = all(row.top1 is not None for row in found.rows)
+    points = [
+        (row.name, 100 * quality, file.file_bytes / 1e3, file.median_ms)
+        for row, file in zip(found.rows, found.files[0].rows, strict=True)
+        if (quality := row.top1 if labelled else row.agreement) is not None
         and file.file_bytes is not None
         and file.median_ms is not None
     ]
-    if not drawn:
+    if not points:
         raise UserError("no student has both a file and an accuracy or agreement")
-    names, qualities, sizes, times = zip(*drawn, strict=True)
+    names, qualities, sizes, times = zip(*points, strict=True)
     costs = {"file, kB": sizes, "latency p50, ms": times}
-    panels = {x: plots.Tradeoff(y, tuple(front(qualities, y))) for x, y in costs.items()}
-    teacher = found.rows[0].teacher_top1 if labelled else None
+    panels = {
+        cost_name: plots.Tradeoff(values, tuple(front(qualities, values)))
+        for cost_name, values in costs.items()
+    }
+    teacher_top1 = found.rows[0].teacher_top1 if labelled else None
     return plots.tradeoffs(
         names,
         qualities,
-        [0.0] * len(drawn),
+        [0.0] * len(points),
         panels,
         "top-1, %" if labelled else "agreement with the teacher, %",
-        None if teacher is None else 100 * teacher,
+        None if teacher_top1 is None else 100 * teacher_top1,
     )
 
 
@@ -165,8 +171,8 @@ def save(found: Compression, folder: pathlib.Path) -> None:
         log(f"WARNING: the picture is not drawn: {error}")
         (folder / PICTURE).unlink(missing_ok=True)
     for name, content in files.items():
-        with replacing(folder / name) as temporary:
-            temporary.write_bytes(content)
+        with replacing(folder / name) as temporary_path:
+            temporary_path.write_bytes(content)
 
 
 def load(folder: pathlib.Path) -> Compression | None:

@@ -33,16 +33,20 @@ class Pareto:
 
     @property
     def heads(self) -> list[str]:
-        return ["runs", self.quality.column, *(x.column for x in self.costs), OPTIMAL]
+        return ["runs", self.quality.column, *(cost.column for cost in self.costs), OPTIMAL]
 
     def rows(self) -> list[tuple[str, list[float], str]]:
         """Group, accuracy and costs, and the costs against which it is on the front."""
-        optimal = {x: front(self.accuracy, values) for x, values in self.costs.items()}
+        optimal_by_cost = {
+            cost: front(self.accuracy, values) for cost, values in self.costs.items()
+        }
         return [
             (
                 group,
                 [self.accuracy[i], *(values[i] for values in self.costs.values())],
-                ", ".join(_short(x) for x, on in optimal.items() if on[i]),
+                ", ".join(
+                    _short(cost) for cost, on_front in optimal_by_cost.items() if on_front[i]
+                ),
             )
             for i, group in enumerate(self.groups)
         ]
@@ -50,8 +54,8 @@ class Pareto:
     def picture(self) -> bytes:
         """SVG: accuracy against each cost."""
         panels = {
-            x.column: plots.Tradeoff(values, tuple(front(self.accuracy, values)))
-            for x, values in self.costs.items()
+            cost.column: plots.Tradeoff(values, tuple(front(self.accuracy, values)))
+            for cost, values in self.costs.items()
         }
         return plots.tradeoffs(
             self.groups, self.accuracy, self.spread, panels, self.quality.column, self.teacher
@@ -62,8 +66,13 @@ def front(accuracy: Sequence[float], cost: Sequence[float]) -> list[bool]:
     """Whether no other is at least as accurate and as cheap, and better in one of the two."""
     pairs = list(zip(accuracy, cost, strict=True))
     return [
-        not any(a >= own and c <= paid and (a, c) != (own, paid) for a, c in pairs)
-        for own, paid in pairs
+        not any(
+            other_accuracy >= own_accuracy
+            and other_cost <= own_cost
+            and (other_accuracy, other_cost) != (own_accuracy, own_cost)
+            for other_accuracy, other_cost in pairs
+        )
+        for own_accuracy, own_cost in pairs
     ]
 
 
@@ -74,33 +83,49 @@ def pareto(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> Pareto | None:
     """
 
     def values(metric: Metric, figures: Sequence[Mapping[str, Any]]) -> list[float]:
-        found = [metric.of(x) for x in figures]
-        return [metric.number(x) for x in found if x is not None]
+        raw_values = [metric.of(run_figures) for run_figures in figures]
+        return [metric.number(value) for value in raw_values if value is not None]
 
     def means(metric: Metric) -> list[float] | None:
-        found = [values(metric, figures) for figures in groups.values()]
-        return [statistics.mean(x) for x in found] if all(found) else None
+        values_by_group = [values(metric, figures) for figures in groups.values()]
+        return (
+            [statistics.mean(group_values) for group_values in values_by_group]
+            if all(values_by_group)
+            else None
+        )
 
-    known = [(x, found) for x in QUALITIES if (found := means(x)) is not None]
-    costs = {x: found for x in TRADED if (found := means(x)) and len(set(found)) > 1}
-    if not known or FLOPS not in costs:
+    qualities = [
+        (metric, group_means) for metric in QUALITIES if (group_means := means(metric)) is not None
+    ]
+    costs = {
+        metric: group_means
+        for metric in TRADED
+        if (group_means := means(metric)) and len(set(group_means)) > 1
+    }
+    if not qualities or FLOPS not in costs:
         return None
-    quality, accuracy = known[0]
+    quality, accuracy = qualities[0]
     flops = costs[FLOPS]
     order = sorted(range(len(groups)), key=lambda i: (flops[i], -accuracy[i]))
     spreads = [
-        statistics.stdev(x) if len(x) > 1 else 0.0
-        for x in (values(quality, figures) for figures in groups.values())
+        statistics.stdev(seed_values) if len(seed_values) > 1 else 0.0
+        for seed_values in (values(quality, figures) for figures in groups.values())
     ]
-    teachers = [x for figures in groups.values() for x in values(TEACHER, figures)]
-    names = list(groups)
+    teacher_accuracies = [
+        value for figures in groups.values() for value in values(TEACHER, figures)
+    ]
+    group_names = list(groups)
     return Pareto(
-        groups=tuple(names[i] for i in order),
+        groups=tuple(group_names[i] for i in order),
         quality=quality,
         accuracy=tuple(accuracy[i] for i in order),
         spread=tuple(spreads[i] for i in order),
-        costs={x: tuple(found[i] for i in order) for x, found in costs.items()},
-        teacher=statistics.mean(teachers) if teachers and quality is QUALITIES[0] else None,
+        costs={
+            metric: tuple(cost_values[i] for i in order) for metric, cost_values in costs.items()
+        },
+        teacher=statistics.mean(teacher_accuracies)
+        if teacher_accuracies and quality is QUALITIES[0]
+        else None,
     )
 
 

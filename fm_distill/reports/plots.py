@@ -69,11 +69,11 @@ def curves(runs: Mapping[str, History], lengths: Mapping[str, int] | None = None
                     x = [100 * step / shares[run] for step in x]
                 if not x:
                     continue
-                drawn = metric.curve
-                label = drawn.label if len(runs) == 1 else f"{run}: {drawn.label}"
+                curve_style = metric.curve
+                label = curve_style.label if len(runs) == 1 else f"{run}: {curve_style.label}"
                 marker = "." if len(x) < 50 else ""
                 axes.plot(
-                    x, y, drawn.style, color=f"C{number}", marker=marker, label=_plain(label),
+                    x, y, curve_style.style, color=f"C{number}", marker=marker, label=_plain(label),
                     lw=1.2,
                 )  # fmt: skip
         _finish(axes, title, SHARE if shares else "epochs")
@@ -87,12 +87,12 @@ def schedules(runs: Mapping[str, Rates], title: str = "Learning rate") -> bytes:
     lengths = {run: max(rates.planned[0], default=0.0) for run, rates in runs.items()}
     shares = _differ(lengths.values())
     for number, (run, rates) in enumerate(runs.items()):
-        of_run = "" if len(runs) == 1 else f"{run}: "
-        for (x, y), style, what in ((rates.planned, "-", "planned"), (rates.logged, ".", "logged")):
+        prefix = "" if len(runs) == 1 else f"{run}: "
+        for (x, y), style, kind in ((rates.planned, "-", "planned"), (rates.logged, ".", "logged")):
             if x:
-                over = [100 * step / lengths[run] for step in x] if shares else x
-                label = _plain(f"{of_run}{what}")
-                axes.plot(over, y, style, color=f"C{number}", label=label, ms=4)
+                positions = [100 * step / lengths[run] for step in x] if shares else x
+                label = _plain(f"{prefix}{kind}")
+                axes.plot(positions, y, style, color=f"C{number}", label=label, ms=4)
     _finish(axes, title, SHARE if shares else "steps")
     return _svg(figure)
 
@@ -111,23 +111,25 @@ def tradeoffs(
     """
     rows = -(-len(panels) // 2)
     figure = _figure(11.0, 4.2 * rows)
-    for i, (cost, found) in enumerate(panels.items(), 1):
+    for i, (cost, tradeoff) in enumerate(panels.items(), 1):
         axes = figure.add_subplot(rows, 2, i)
-        axes.errorbar(found.cost, accuracy, spread, fmt="o", color="C0", ms=4, capsize=2, lw=0.8)
-        best = sorted(
+        axes.errorbar(tradeoff.cost, accuracy, spread, fmt="o", color="C0", ms=4, capsize=2, lw=0.8)
+        front_points = sorted(
             (x, y, name)
-            for x, y, name, on in zip(found.cost, accuracy, names, found.optimal, strict=True)
-            if on
+            for x, y, name, is_optimal in zip(
+                tradeoff.cost, accuracy, names, tradeoff.optimal, strict=True
+            )
+            if is_optimal
         )
         axes.plot(
-            [x for x, *_ in best], [y for _, y, _ in best], "o-", color="C1",
+            [x for x, *_ in front_points], [y for _, y, _ in front_points], "o-", color="C1",
             label="Pareto-optimal", drawstyle="steps-post",
         )  # fmt: skip
-        for place, (x, y, name) in enumerate(best):
-            right = 2 * place >= len(best)  # of the picture: the name stands to the left
+        for index, (x, y, name) in enumerate(front_points):
+            on_right = 2 * index >= len(front_points)  # of the picture: the name stands to the left
             axes.annotate(
-                _short(_without_sections(name)), (x, y), xytext=(-6, 3) if right else (4, -10),
-                ha="right" if right else "left", textcoords="offset points", fontsize=8,
+                _short(_without_sections(name)), (x, y), xytext=(-6, 3) if on_right else (4, -10),
+                ha="right" if on_right else "left", textcoords="offset points", fontsize=8,
             )  # fmt: skip
         if teacher is not None:
             axes.axhline(teacher, color="grey", ls=":", label="teacher")
@@ -143,9 +145,9 @@ def views(shown: ViewSamples) -> bytes:
     rows, columns = len(shown.seen), len(shown.titles)
     figure = _figure(1.8 * columns + 0.5, 1.9 * rows + 0.3)
     grid = figure.subplots(rows, columns, squeeze=False)
-    for row, seen in zip(grid, shown.seen, strict=True):
-        row[0].set_ylabel(_plain(seen.name), fontsize=10)
-        for axes, pixels in zip(row, seen.pictures, strict=True):
+    for row, network_view in zip(grid, shown.seen, strict=True):
+        row[0].set_ylabel(_plain(network_view.name), fontsize=10)
+        for axes, pixels in zip(row, network_view.pictures, strict=True):
             _picture(axes, pixels)
     for axes, title in zip(grid[0], shown.titles, strict=True):
         axes.set_title(_plain(title), fontsize=10)
@@ -161,14 +163,14 @@ def confusion(
     """
     if len(names) > MATRIX_CLASSES:
         return _pairs(counts, names, expected)
-    side = 2.5 + 0.28 * len(names)
-    figure = _figure(side, side)
+    size_inches = 2.5 + 0.28 * len(names)
+    figure = _figure(size_inches, size_inches)
     axes = figure.subplots()
-    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for (row, column), count in np.ndenumerate(counts):
         if count:
-            colour = "white" if share[row, column] > 0.5 else "black"
+            colour = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=9)
     labels = [_short(name) for name in names]
     axes.set_xticks(range(len(names)), labels, rotation=90, fontsize=9)
@@ -180,10 +182,16 @@ def confusion(
 
 def confused_pairs(counts: Int[np.ndarray, "classes classes"]) -> list[tuple[int, int, int]]:
     """Expected class, the student's class and how often, the most frequent `PAIRS` first."""
-    wrong = counts * (1 - np.eye(len(counts), dtype=counts.dtype))
-    order = np.argsort(-wrong, axis=None, kind="stable")[:PAIRS]
-    found = [(int(i // len(counts)), int(i % len(counts))) for i in order]
-    return [(a, b, int(wrong[a, b])) for a, b in found if wrong[a, b]]
+    misclassified = counts * (1 - np.eye(len(counts), dtype=counts.dtype))
+    order = np.argsort(-misclassified, axis=None, kind="stable")[:PAIRS]
+    index_pairs = [
+        (int(flat_index // len(counts)), int(flat_index % len(counts))) for flat_index in order
+    ]
+    return [
+        (expected_class, student_class, int(misclassified[expected_class, student_class]))
+        for expected_class, student_class in index_pairs
+        if misclassified[expected_class, student_class]
+    ]
 
 
 def disagreements(found: Sequence[Disagreement]) -> bytes:
@@ -194,10 +202,10 @@ def disagreements(found: Sequence[Disagreement]) -> bytes:
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat:
         axes.axis("off")
-    for axes, one in zip(grid.flat, found, strict=False):
+    for axes, disagreement in zip(grid.flat, found, strict=False):
         axes.axis("on")
-        _picture(axes, one.pixels)
-        axes.set_title("\n".join(map(_short, one.lines)), fontsize=8.5, loc="left")
+        _picture(axes, disagreement.pixels)
+        axes.set_title("\n".join(map(_short, disagreement.lines)), fontsize=8.5, loc="left")
     return _svg(figure)
 
 
@@ -227,8 +235,8 @@ def _figure(width: float, height: float) -> Any:
 
 def _differ(lengths: Iterable[float]) -> bool:
     """Whether all lengths are known, and one of them is much longer than another."""
-    known = list(lengths)
-    return min(known, default=0) > 0 and max(known) > SIMILAR * min(known)
+    all_lengths = list(lengths)
+    return min(all_lengths, default=0) > 0 and max(all_lengths) > SIMILAR * min(all_lengths)
 
 
 def _finish(axes: Any, title: str, below: str) -> None:
@@ -268,9 +276,9 @@ def _plain(text: str) -> str:
 def _svg(figure: Any) -> bytes:
     import matplotlib
 
-    out = io.BytesIO()
+    buffer = io.BytesIO()
     with warnings.catch_warnings(), matplotlib.rc_context({"svg.hashsalt": "fm-distill"}):
         # A character that the font lacks is drawn as a box; a warning of it helps nobody.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure.savefig(out, format="svg", dpi=PHOTO_DPI, metadata={"Date": None})
-    return out.getvalue()
+        figure.savefig(buffer, format="svg", dpi=PHOTO_DPI, metadata={"Date": None})
+    return buffer.getvalue()

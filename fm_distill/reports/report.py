@@ -109,8 +109,8 @@ def report(
         f"{config_differences(runs)}\n{figures}\n</body></html>\n"
     )
     try:
-        with replacing(out) as temporary:
-            temporary.write_text(page)
+        with replacing(out) as temporary_path:
+            temporary_path.write_text(page)
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error}") from None
     return out
@@ -156,28 +156,28 @@ def _planned_and_logged(
     """`value(step)` over the run, nothing where its length is not known; and the `metric`."""
     points = np.linspace(0, total_steps - 1, PLAN_POINTS if total_steps else 0)
     steps = np.unique(points.astype(int))
-    planned = steps.astype(float).tolist(), [float(value(int(x))) for x in steps]
+    planned = steps.astype(float).tolist(), [float(value(int(step))) for step in steps]
     # A line is written after its step, which is one less where steps are counted from zero.
     steps_done, logged = history.curve("train", metric, over="step")
     return plots.Rates(planned, ([step - 1 for step in steps_done], logged))
 
 
 def _read(workdirs: Sequence[str | os.PathLike[str]], measure: bool) -> list[ReportedRun]:
-    paths = [pathlib.Path(x) for x in workdirs]
+    paths = [pathlib.Path(workdir) for workdir in workdirs]
     if len({path.resolve() for path in paths}) < len(paths):
         raise UserError("a workdir is given twice; give each once")
-    short = [path.resolve().name for path in paths]
-    names = short if len(set(short)) == len(short) else [str(path) for path in paths]
+    basenames = [path.resolve().name for path in paths]
+    names = basenames if len(set(basenames)) == len(basenames) else [str(path) for path in paths]
     runs = []
     for path, name in zip(paths, names, strict=True):
-        place = Workdir(path)
-        stored = place.stored()
+        run_workdir = Workdir(path)
+        stored = run_workdir.stored()
         refuse_code_of_run(stored, path, (*NETWORKS, *IMAGES, "objective"))
-        status = place.read_status()
+        status = run_workdir.read_status()
         history = read_history(path)
         cost = run_cost(stored.resolved, stored.config.batch_size if measure else None)
-        figures = place.read_evaluation()
-        runs.append(ReportedRun(name, place, stored, history, status, figures, cost))
+        figures = run_workdir.read_evaluation()
+        runs.append(ReportedRun(name, run_workdir, stored, history, status, figures, cost))
     return runs
 
 
@@ -202,15 +202,15 @@ def _of_run(run: ReportedRun, data_dir: str | None, teacher_weights: str | None)
 def _compressed(run: ReportedRun) -> Iterator[str]:
     """What `fm-distill compress` measured, if it did."""
     try:
-        found = load(run.place.path / FOLDER)
+        compression = load(run.place.path / FOLDER)
     except UserError as error:
         yield f"<p class='missing'>{html.escape(str(error))}</p>"
         return
-    if found is None:
+    if compression is None:
         return
-    yield f"<h3>Compressed</h3>\n{table_of(heads(found), table_rows(found))}"
+    yield f"<h3>Compressed</h3>\n{table_of(heads(compression), table_rows(compression))}"
     with contextlib.suppress(UserError):
-        yield _image("compressed", picture(found), caption(found))
+        yield _image("compressed", picture(compression), caption(compression))
 
 
 def _elsewhere(config: Config, data_dir: str | None, teacher_weights: str | None) -> Config:
@@ -243,34 +243,34 @@ def _or_missing(title: str, make: Callable[[], str]) -> str:
 
 
 def _views(run: ReportedRun, config: Config) -> str:
-    shown = sample_views(config, run.place)
+    samples = sample_views(config, run.place)
     text = (
         "What each network was given, at its own resolution, cropped, flipped and mixed as in "
-        f"the step. {shown.note}"
+        f"the step. {samples.note}"
     )
-    return _image("views", plots.views(shown), text)
+    return _image("views", plots.views(samples), text)
 
 
 def _judged(opened: Opened) -> str:
     log(COMPILING)
-    found = predict_split(opened)
+    predictions = predict_split(opened)
     names = opened.run.class_names
-    expected, classes = found.expected
+    expected, classes = predictions.expected
     parts = [f"<p>The student after {opened.run.step:,} steps.</p>"]
     if classes is not None:
-        picture = plots.confusion(confusions(found, opened.run.classes), names, expected)
+        image = plots.confusion(confusions(predictions, opened.run.classes), names, expected)
         explanation = (
             f"Rows: the {expected}'s class; columns: the student's. The darker, the larger the "
             "share of the row. Of many classes, the most frequent confusions are listed instead."
         )
-        parts.append(_image("confusions", picture, explanation))
-    wanted = most_disagreeing(found, DISAGREEMENTS)
-    if disagree := [_disagreement(opened, found, names, row) for row in wanted]:
+        parts.append(_image("confusions", image, explanation))
+    rows = most_disagreeing(predictions, DISAGREEMENTS)
+    if disagreements := [_disagreement(opened, predictions, names, row) for row in rows]:
         explanation = (
             "The examples on which the student is furthest from its teacher: those with the "
             "largest KL(teacher || student) at temperature 1, each class with its probability."
         )
-        parts.append(_image("disagreements", plots.disagreements(disagree), explanation))
+        parts.append(_image("disagreements", plots.disagreements(disagreements), explanation))
     return "\n".join(parts)
 
 
@@ -279,8 +279,8 @@ def _disagreement(
 ) -> plots.Disagreement:
     assert found.teacher is not None and found.teacher_probability is not None
     assert found.kl is not None
-    read = opened.reader[int(found.example[row])]
-    height, width = read["size"]
+    example = opened.reader[int(found.example[row])]
+    height, width = example["size"]
     label = int(found.label[row])
     lines = (
         f"teacher: {names[found.teacher[row]]}, {found.teacher_probability[row]:.0%}",
@@ -288,7 +288,7 @@ def _disagreement(
         f"label: {names[label]}" if label >= 0 else "no label",
         f"KL {found.kl[row]:.2f} nats, example {found.example[row]}",
     )
-    return plots.Disagreement(read["canvas"][:height, :width], lines)
+    return plots.Disagreement(example["canvas"][:height, :width], lines)
 
 
 def _image(name: str, svg: bytes, caption: str) -> str:

@@ -24,7 +24,7 @@ MEANINGS = {
     "temperature": "Divides the logits of both networks before they are compared.",
     "updated": "When the run last wrote its state.",
     "commit": "The commit of the code with which the run was last started or continued.",
-    **{x.label: x.meaning for x in METRICS},
+    **{metric.label: metric.meaning for metric in METRICS},
 }
 
 
@@ -60,11 +60,11 @@ def summary(runs: Sequence[ReportedRun]) -> str:
 def config_differences(runs: Sequence[ReportedRun]) -> str:
     """Each option whose value is not the same in all runs; empty for one run."""
     options = [flatten(run.stored.config) for run in runs]
-    names = list(dict.fromkeys(name for of_run in options for name in of_run))
+    names = list(dict.fromkeys(name for run_options in options for name in run_options))
     rows = [
-        [name, *(str(of_run.get(name, "(not set)")) for of_run in options)]
+        [name, *(str(run_options.get(name, "(not set)")) for run_options in options)]
         for name in names
-        if len({str(of_run.get(name, "(not set)")) for of_run in options}) > 1
+        if len({str(run_options.get(name, "(not set)")) for run_options in options}) > 1
     ]
     if not rows:
         return ""
@@ -76,12 +76,12 @@ def config_differences(runs: Sequence[ReportedRun]) -> str:
 
 def table_of(heads: list[str], rows: list[list[str]]) -> str:
     """HTML; the first column is a head, too."""
-    head = "".join(f"<th>{html.escape(x)}</th>" for x in heads)
+    head = "".join(f"<th>{html.escape(title)}</th>" for title in heads)
     lines = [
         f"<tr><th>{html.escape(first)}</th>"
-        + "".join(f"<td>{html.escape(x)}</td>" for x in rest)
+        + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
         + "</tr>"
-        for first, *rest in rows
+        for first, *cells in rows
     ]
     return f"<table><tr>{head}</tr>{''.join(lines)}</table>"
 
@@ -91,25 +91,25 @@ def _column(run: ReportedRun) -> dict[str, str]:
     teacher = config.teacher
     source = None
     if teacher:
-        places = (teacher.weights, teacher.experiment, teacher.workdir, teacher.function)
-        source = next((x for x in places if x), teacher.recording)
-    found = {
+        sources = (teacher.weights, teacher.experiment, teacher.workdir, teacher.function)
+        source = next((candidate for candidate in sources if candidate), teacher.recording)
+    cells = {
         "state": status.state if status else "not begun",
         "steps": f"{status.step if status else 0:,} of {run.total_steps:,}",
         "student": f"{resolved.student.model}, {resolved.student.resolution} px",
         "teacher": str(source or "none"),
     }
     if teacher and teacher.recording:
-        found["recording"] = teacher.recording
+        cells["recording"] = teacher.recording
     if resolved.period_steps:
         passes = run.total_steps / resolved.period_steps
-        found["views repeat"] = f"after {resolved.period_steps:,} steps, {passes:.3g} passes"
-    found |= _costs(run)
+        cells["views repeat"] = f"after {resolved.period_steps:,} steps, {passes:.3g} passes"
+    cells |= _costs(run)
     if config.data.long_tail:
-        found["long tail"] = f"{config.data.long_tail:g}"
-    found |= {
+        cells["long tail"] = f"{config.data.long_tail:g}"
+    cells |= {
         "learns from": config.teaching if config.objective.target == "teacher" else "labels",
-        "terms": ", ".join(f"{x.weight:g} {x.kind}" for x in terms_of(config.objective)),
+        "terms": ", ".join(f"{term.weight:g} {term.kind}" for term in terms_of(config.objective)),
         **_example_weights(config.objective.example_weights),
         "temperature": f"{config.objective.temperature:g}",
         "batch size": f"{config.batch_size:,}",
@@ -120,15 +120,19 @@ def _column(run: ReportedRun) -> dict[str, str]:
     if run.figures:
         split = f"{run.figures['split']}, {run.figures['examples']:,} examples"
         values = {
-            x.label: f"{x.text(value)}{x.interval_text(run.figures)}"
-            for x, value in shown(run.figures, "report")
+            metric.label: f"{metric.text(value)}{metric.interval_text(run.figures)}"
+            for metric, value in shown(run.figures, "report")
         }
-        return found | {"evaluated on": split} | values
+        return cells | {"evaluated on": split} | values
     last = run.history.last("validation")
     if not last:
-        return found
-    so_far = {x.label: x.text(last[x.name]) for x in at("log") if last.get(x.name) is not None}
-    return found | {"evaluated on": f"validation, at step {last['step']:,}"} | so_far
+        return cells
+    validation_values = {
+        metric.label: metric.text(last[metric.name])
+        for metric in at("log")
+        if last.get(metric.name) is not None
+    }
+    return cells | {"evaluated on": f"validation, at step {last['step']:,}"} | validation_values
 
 
 def _example_weights(weights: ExampleWeightsConfig) -> dict[str, str]:
@@ -142,15 +146,17 @@ def _costs(run: ReportedRun) -> dict[str, str]:
     """What the networks cost; `-` for a teacher that is a function."""
     cost = run.cost
     places: tuple[Place, ...] = ("cost", "measured") if cost["device"] else ("cost",)
-    found = {}
+    cells = {}
     for metric in (x for place in places for x in at(place)):
         if cost[metric.path[1]] is not None:
             value = metric.of({"cost": cost})
-            found[metric.label] = "-" if value is None else metric.text(value)
-    teacher, student = ((cost[x] or {}).get("parameters") for x in ("teacher", "student"))
+            cells[metric.label] = "-" if value is None else metric.text(value)
+    teacher, student = (
+        (cost[network] or {}).get("parameters") for network in ("teacher", "student")
+    )
     if teacher and student:
-        found["compression"] = f"{teacher / student:.1f} x"
+        cells["compression"] = f"{teacher / student:.1f} x"
     if cost["device"]:
-        size = cost["student"]["batch"]["batch_size"]
-        found["measured on"] = f"{cost['device']}; full batch: {size:,} images"
-    return found
+        batch_size = cost["student"]["batch"]["batch_size"]
+        cells["measured on"] = f"{cost['device']}; full batch: {batch_size:,} images"
+    return cells

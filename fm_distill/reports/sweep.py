@@ -51,14 +51,20 @@ def sweep(
     before the first run where a combination is wrong.
     """
     folder = pathlib.Path(workdir)
-    for option, given in over.items():
-        _refuse_repeated(option, given)
-    chosen = [dict(zip(over, x, strict=True)) for x in itertools.product(*over.values())]
-    folders = [_folder_name(_name(x, "__")) for x in chosen]
+    for option, option_values in over.items():
+        _refuse_repeated(option, option_values)
+    combinations = [
+        dict(zip(over, combination, strict=True))
+        for combination in itertools.product(*over.values())
+    ]
+    folders = [_folder_name(_name(combination, "__")) for combination in combinations]
     if len({*folders}) < len(folders):
-        twice = next(x for x in folders if folders.count(x) > 1)
-        raise UserError(f"two runs of the sweep would share the folder {twice}; rename a value")
-    runs = [_with_shared_teachers(changed(config, x), folder, over) for x in chosen]
+        duplicate = next(candidate for candidate in folders if folders.count(candidate) > 1)
+        raise UserError(f"two runs of the sweep would share the folder {duplicate}; rename a value")
+    runs = [
+        _with_shared_teachers(changed(config, combination), folder, over)
+        for combination in combinations
+    ]
     _refuse_shared_workdirs(runs)
     for run in runs:
         check(run)
@@ -67,21 +73,21 @@ def sweep(
                 "log.final_evaluation is False, but a sweep compares the last evaluations of its "
                 "runs; leave it on"
             )
-    done = []
+    completed = []
     with stop_signals(Stop(max_hours)) as stop:
-        for i, (values, name, run) in enumerate(zip(chosen, folders, runs, strict=True), 1):
+        for i, (values, name, run) in enumerate(zip(combinations, folders, runs, strict=True), 1):
             log(f"run {i} of {len(runs)}: {_name(values, ', ')}")
             result = train_until(run, folder / name, stop)
             if not result.complete:
                 return None
             assert result.evaluation is not None
             group = {option: value for option, value in values.items() if option != SEED}
-            done.append(SweptRun(_name(group, ", "), name, result.evaluation))
+            completed.append(SweptRun(_name(group, ", "), name, result.evaluation))
     if cost:
         log("measuring latency and memory of the networks")
-        done = _measured(done, folder)
-    save(done, folder)
-    return as_markdown(done)
+        completed = _measured(completed, folder)
+    save(completed, folder)
+    return as_markdown(completed)
 
 
 def _refuse_repeated(option: str, values: tuple[Any, ...]) -> None:
@@ -95,13 +101,13 @@ def _refuse_repeated(option: str, values: tuple[Any, ...]) -> None:
 def _measured(runs: list[SweptRun], folder: pathlib.Path) -> list[SweptRun]:
     """One after another on this device; equal networks, as of several seeds, once."""
     measure = functools.cache(cost_of)
-    found = []
+    measured = []
     for run in runs:
         stored = Workdir(folder / run.folder).stored()
         refuse_code_of_run(stored, folder / run.folder, NETWORKS)
         figures = {"cost": run_cost(stored.resolved, stored.config.batch_size, measure)}
-        found.append(dataclasses.replace(run, figures=run.figures | figures))
-    return found
+        measured.append(dataclasses.replace(run, figures=run.figures | figures))
+    return measured
 
 
 def parse_over(text: str) -> tuple[str, tuple[Any, ...]]:
@@ -109,8 +115,8 @@ def parse_over(text: str) -> tuple[str, tuple[Any, ...]]:
 
     A list is one value: `"student.options.depths=[1,1],[2,2]"`.
     """
-    name, equals, values = text.partition("=")
-    if not equals or not name or not values:
+    name, separator, values = text.partition("=")
+    if not separator or not name or not values:
         raise UserError(f"--over {text!r}: expected OPTION=VALUE,VALUE,..., e.g. seed=0,1,2")
 
     return name.strip().replace("-", "_"), tuple(
@@ -135,24 +141,27 @@ def _with_shared_teachers(run: Config, folder: pathlib.Path, over: Collection[st
     if recording_of(run) is not None:  # they lie there
         return run
 
-    def shared(option: str, teacher: TeacherConfig, where: str) -> TeacherConfig:
+    def shared(option: str, teacher: TeacherConfig, teacher_workdir: str) -> TeacherConfig:
         if not teacher.experiment:
             return teacher
         if f"{option}.experiment" in over and not teacher.workdir:
-            where += _folder_name(f"={teacher.experiment}")
-        return dataclasses.replace(teacher, workdir=where)
+            teacher_workdir += _folder_name(f"={teacher.experiment}")
+        return dataclasses.replace(teacher, workdir=teacher_workdir)
 
-    places = zip(teachers_of(run), teacher_workdirs(run, folder), strict=True)
-    return with_teachers(run, [shared(*teacher, where) for teacher, where in places])
+    teachers_and_workdirs = zip(teachers_of(run), teacher_workdirs(run, folder), strict=True)
+    return with_teachers(
+        run,
+        [shared(*teacher, teacher_workdir) for teacher, teacher_workdir in teachers_and_workdirs],
+    )
 
 
 def _refuse_shared_workdirs(runs: Iterable[Config]) -> None:
     """Raises `UserError` where teachers of several experiments would be trained in one folder."""
-    trained: dict[str, str] = {}
+    experiments: dict[str, str] = {}
     for option, teacher in itertools.chain.from_iterable(map(teachers_of, runs)):
-        experiment, where = teacher.experiment, teacher.workdir
-        if experiment and where and trained.setdefault(where, experiment) != experiment:
+        experiment, workdir = teacher.experiment, teacher.workdir
+        if experiment and workdir and experiments.setdefault(workdir, experiment) != experiment:
             raise UserError(
-                f"{option}.workdir is {where} for the teachers of {trained[where]} and "
+                f"{option}.workdir is {workdir} for the teachers of {experiments[workdir]} and "
                 f"{experiment}; leave it out, so that each has a folder of its own"
             )

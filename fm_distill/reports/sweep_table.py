@@ -38,19 +38,19 @@ class SweptRun:
 def save(runs: Sequence[SweptRun], folder: pathlib.Path) -> None:
     """Writes the tables and the picture into the sweep's folder, each completely or not at all."""
     files = {"sweep.csv": as_csv(runs).encode()}
-    found = _pareto(runs)
-    if found is not None:
-        files["pareto.csv"] = _pareto_csv(found).encode()
+    pareto_front = _pareto(runs)
+    if pareto_front is not None:
+        files["pareto.csv"] = _pareto_csv(pareto_front).encode()
         try:
-            files[PICTURE] = found.picture()
+            files[PICTURE] = pareto_front.picture()
         except UserError as error:
             log(f"WARNING: the Pareto front is not drawn: {error}")
     files["sweep.html"] = as_page(runs, PICTURE in files).encode()
     for name in {"pareto.csv", PICTURE} - files.keys():  # of another sweep in this folder
         (folder / name).unlink(missing_ok=True)
     for name, content in files.items():
-        with replacing(folder / name) as temporary:
-            temporary.write_bytes(content)
+        with replacing(folder / name) as temporary_path:
+            temporary_path.write_bytes(content)
 
 
 def as_markdown(runs: Sequence[SweptRun]) -> str:
@@ -59,23 +59,27 @@ def as_markdown(runs: Sequence[SweptRun]) -> str:
     lines = markdown_lines(
         ["runs", "seeds", *(head for metric in metrics for head in _heads(metric))],
         [
-            [group, str(len(found)), *(x for metric in metrics for x in _cells(metric, found))]
-            for group, found in _grouped(runs).items()
+            [
+                group,
+                str(len(group_runs)),
+                *(cell for metric in metrics for cell in _cells(metric, group_runs)),
+            ]
+            for group, group_runs in _grouped(runs).items()
         ],
     )
-    best = _pareto(runs)
-    if best is not None:
-        lines += ["", *markdown_lines(best.heads, _pareto_cells(best))]
+    pareto_front = _pareto(runs)
+    if pareto_front is not None:
+        lines += ["", *markdown_lines(pareto_front.heads, _pareto_cells(pareto_front))]
     device = _device(runs)
-    if best is not None or device:
+    if pareto_front is not None or device:
         lines += ["", FLOPS_CONVENTION, *([f"measured on {device}"] if device else [])]
     return "\n".join(lines)
 
 
 def as_csv(runs: Sequence[SweptRun]) -> str:
     """A line a group; of each metric the mean and the sample standard deviation."""
-    out = io.StringIO()
-    writer = csv.writer(out)
+    buffer = io.StringIO()
+    writer = csv.writer(buffer)
     metrics = _columns(runs)
     heads = ["runs", "seeds"]
     for metric in metrics:
@@ -84,50 +88,54 @@ def as_csv(runs: Sequence[SweptRun]) -> str:
             heads += [f"{metric.column}, 95 % interval, {end}" for end in ("low", "high")]
     device = _device(runs)
     writer.writerow([*heads, *(["measured on"] if device else [])])
-    for group, found in _grouped(runs).items():
-        row: list[object] = [group, len(found)]
+    for group, group_runs in _grouped(runs).items():
+        row: list[object] = [group, len(group_runs)]
         for metric in metrics:
-            values = _values(metric, found)
+            values = _values(metric, group_runs)
             row += [
                 statistics.mean(values) if values else "",
                 statistics.stdev(values) if len(values) > 1 else "",
             ]
             if metric.interval_path:
-                row += _interval(metric, found) or ("", "")
+                row += _interval(metric, group_runs) or ("", "")
         writer.writerow([*row, *([device] if device else [])])
-    return out.getvalue()
+    return buffer.getvalue()
 
 
 def _pareto_csv(found: Pareto) -> str:
-    out = io.StringIO()
-    writer = csv.writer(out)
+    buffer = io.StringIO()
+    writer = csv.writer(buffer)
     writer.writerow(found.heads)
     for group, values, optimal in found.rows():
         writer.writerow([group, *values, optimal])
-    return out.getvalue()
+    return buffer.getvalue()
 
 
 def as_page(runs: Sequence[SweptRun], picture: bool = False) -> str:
     """The tables, each run with a link to its folder, and a link to `PICTURE` if it is there."""
     metrics = _columns(runs)
     heads = [
-        f"<abbr title='{html.escape(x.meaning)}'>{html.escape(head)}</abbr>"
-        for x in metrics
-        for head in _heads(x)
+        f"<abbr title='{html.escape(metric.meaning)}'>{html.escape(head)}</abbr>"
+        for metric in metrics
+        for head in _heads(metric)
     ]
     groups = [
-        [html.escape(group), str(len(found)), *(y for x in metrics for y in _cells(x, found))]
-        for group, found in _grouped(runs).items()
-    ]
-    each = [
         [
-            f"<a href='{urllib.parse.quote(x.folder)}/'>{html.escape(x.folder)}</a>",
-            *(y for metric in metrics for y in _cells(metric, [x])),
+            html.escape(group),
+            str(len(group_runs)),
+            *(cell for metric in metrics for cell in _cells(metric, group_runs)),
         ]
-        for x in runs
+        for group, group_runs in _grouped(runs).items()
     ]
-    best = _pareto(runs)
-    front = _front(best, picture) if best is not None else ""
+    run_rows = [
+        [
+            f"<a href='{urllib.parse.quote(run.folder)}/'>{html.escape(run.folder)}</a>",
+            *(cell for metric in metrics for cell in _cells(metric, [run])),
+        ]
+        for run in runs
+    ]
+    pareto_front = _pareto(runs)
+    front_html = _front(pareto_front, picture) if pareto_front is not None else ""
     device = _device(runs)
     measured = f" Latency and activations: measured on {html.escape(device)}." if device else ""
     return (
@@ -135,34 +143,36 @@ def as_page(runs: Sequence[SweptRun], picture: bool = False) -> str:
         f"<style>{STYLE}</style></head><body>\n<h1>Sweep</h1>\n"
         "<p>Mean ± sample standard deviation over the seeds. "
         f"{FLOPS_CONVENTION}.{measured}</p>\n"
-        f"{_table(['runs', 'seeds', *heads], groups)}\n{front}<h2>Runs</h2>\n"
-        f"{_table(['run', *heads], each)}\n</body></html>\n"
+        f"{_table(['runs', 'seeds', *heads], groups)}\n{front_html}<h2>Runs</h2>\n"
+        f"{_table(['run', *heads], run_rows)}\n</body></html>\n"
     )
 
 
 def _front(best: Pareto, picture: bool) -> str:
-    cells = [[html.escape(x) for x in row] for row in _pareto_cells(best)]
-    shown = f"<p><a href='{PICTURE}'><img src='{PICTURE}' alt='Pareto front'></a></p>\n"
+    cells = [[html.escape(cell) for cell in row] for row in _pareto_cells(best)]
+    image = f"<p><a href='{PICTURE}'><img src='{PICTURE}' alt='Pareto front'></a></p>\n"
     return (
         "<h2>Accuracy against cost</h2>\n<p>Pareto-optimal: no other student is at least as "
         "accurate and as cheap, and better in one of the two.</p>\n"
-        f"{_table([html.escape(x) for x in best.heads], cells)}\n{shown if picture else ''}"
+        f"{_table([html.escape(head) for head in best.heads], cells)}\n{image if picture else ''}"
     )
 
 
 def _device(runs: Sequence[SweptRun]) -> str:
     """Where the costs were measured; empty where they were not."""
-    found = (at_path(x.figures, ("cost", "device")) for x in runs)
-    return ", ".join(dict.fromkeys(x for x in found if x))
+    devices = (at_path(run.figures, ("cost", "device")) for run in runs)
+    return ", ".join(dict.fromkeys(device for device in devices if device))
 
 
 def _pareto(runs: Sequence[SweptRun]) -> Pareto | None:
-    return pareto({group: [x.figures for x in found] for group, found in _grouped(runs).items()})
+    return pareto(
+        {group: [run.figures for run in group_runs] for group, group_runs in _grouped(runs).items()}
+    )
 
 
 def _pareto_cells(best: Pareto) -> list[list[str]]:
     return [
-        [group, *(_cell([x]) for x in values), optimal or "-"]
+        [group, *(_cell([value]) for value in values), optimal or "-"]
         for group, values, optimal in best.rows()
     ]
 
@@ -170,7 +180,7 @@ def _pareto_cells(best: Pareto) -> list[list[str]]:
 def _columns(runs: Sequence[SweptRun]) -> tuple[Metric, ...]:
     """What is measured on request is a column where it was."""
     return tuple(
-        x for x in at("sweep") if "measured" not in x.places or _values(x, runs)
+        metric for metric in at("sweep") if "measured" not in metric.places or _values(metric, runs)
     )  # fmt: skip
 
 
@@ -185,16 +195,20 @@ def _cells(metric: Metric, runs: Sequence[SweptRun]) -> list[str]:
     cell = _cell(values[:1] if "cost" in metric.places and len(set(values)) == 1 else values)
     if not metric.interval_path:
         return [cell]
-    found = _interval(metric, runs)
-    return [cell, "-" if found is None else f"{found[0]:.2f} to {found[1]:.2f}"]
+    interval = _interval(metric, runs)
+    return [cell, "-" if interval is None else f"{interval[0]:.2f} to {interval[1]:.2f}"]
 
 
 def _interval(metric: Metric, runs: Sequence[SweptRun]) -> tuple[float, float] | None:
     """Means of the ends: rather too wide for a mean over seeds, whose images are the same."""
-    found = [x for run in runs if (x := metric.interval_of(run.figures)) is not None]
-    if not found:
+    intervals = [
+        interval for run in runs if (interval := metric.interval_of(run.figures)) is not None
+    ]
+    if not intervals:
         return None
-    low, high = (statistics.mean(metric.number(x[end]) for x in found) for end in (0, 1))
+    low, high = (
+        statistics.mean(metric.number(interval[end]) for interval in intervals) for end in (0, 1)
+    )
     return low, high
 
 
@@ -205,10 +219,10 @@ def markdown_lines(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[
 
 
 def _table(heads: list[str], rows: list[list[str]]) -> str:
-    head = "".join(f"<th>{x}</th>" for x in heads)
+    head = "".join(f"<th>{title}</th>" for title in heads)
     lines = [
-        f"<tr><th>{first}</th>" + "".join(f"<td>{x}</td>" for x in rest) + "</tr>"
-        for first, *rest in rows
+        f"<tr><th>{first}</th>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+        for first, *cells in rows
     ]
     return f"<table><tr>{head}</tr>{''.join(lines)}</table>"
 
@@ -221,8 +235,8 @@ def _grouped(runs: Sequence[SweptRun]) -> dict[str, list[SweptRun]]:
 
 
 def _values(metric: Metric, runs: Sequence[SweptRun]) -> list[float]:
-    found = [metric.of(run.figures) for run in runs]
-    return [metric.number(x) for x in found if x is not None]
+    raw_values = [metric.of(run.figures) for run in runs]
+    return [metric.number(value) for value in raw_values if value is not None]
 
 
 def _cell(known: Sequence[float]) -> str:

@@ -70,17 +70,17 @@ def sample_views(config: Config, workdir: Workdir) -> ViewSamples:
     pictures: list[list[np.ndarray]] = [[] for _ in branches]
     for step in range(STEPS):
         rows = min(EXAMPLES, config.batch_size)
-        own, rendered = views_of_step(
+        draw, rendered = views_of_step(
             config, stream, root, step, rows, [input_spec for _, input_spec in branches]
         )
-        titles += [f"step {step}{_mixture(own, row)}" for row in range(rows)]
-        for kept, new in zip(pictures, rendered, strict=True):
-            kept.append(new)
-    seen = tuple(
-        NetworkView(f"{name}, {input_spec.resolution} px", np.concatenate(kept))
-        for (name, input_spec), kept in zip(branches, pictures, strict=True)
+        titles += [f"step {step}{_mixture(draw, row)}" for row in range(rows)]
+        for collected, step_images in zip(pictures, rendered, strict=True):
+            collected.append(step_images)
+    network_views = tuple(
+        NetworkView(f"{name}, {input_spec.resolution} px", np.concatenate(collected))
+        for (name, input_spec), collected in zip(branches, pictures, strict=True)
     )
-    return ViewSamples(tuple(titles), seen, note)
+    return ViewSamples(tuple(titles), network_views, note)
 
 
 def views_of_step(
@@ -95,42 +95,49 @@ def views_of_step(
 
     `branches` begins with the student's. Images are uint8 (rows, resolution, resolution, 3).
     """
-    batch = config.batch_size
+    batch_size = config.batch_size
     regime = regime_of(config)
-    # Partners do not depend on sizes, and boxes only on the own one: the others are not read.
-    unknown = jnp.ones((batch, 2), jnp.int32)
-    drawn = step_draws(regime.views, root, step, unknown, config.views).student
-    partners = jnp.roll(jnp.arange(batch), 1) if drawn.partners is None else drawn.partners
-    shown = np.concatenate([np.arange(rows), np.asarray(partners)[:rows]])
-    read = [stream[step * batch + int(row)] for row in shown]
-    sizes = np.ones((batch, 2), np.int32)
-    for row, item in zip(shown, read, strict=True):
-        sizes[row] = item["size"]
+    # Partners do not depend on sizes, and a box only on that of its image: no other is read.
+    placeholder_sizes = jnp.ones((batch_size, 2), jnp.int32)
+    student_draw = step_draws(regime.views, root, step, placeholder_sizes, config.views).student
+    partners = (
+        jnp.roll(jnp.arange(batch_size), 1)
+        if student_draw.partners is None
+        else student_draw.partners
+    )
+    indices = np.concatenate([np.arange(rows), np.asarray(partners)[:rows]])
+    examples = [stream[step * batch_size + int(index)] for index in indices]
+    sizes = np.ones((batch_size, 2), np.int32)
+    for index, example in zip(indices, examples, strict=True):
+        sizes[index] = example["size"]
     draws = step_draws(regime.views, root, step, jnp.asarray(sizes), config.views)
-    taught = None if regime.targets == "table" else draws.teacher
-    canvases = jnp.stack([item["canvas"] for item in read])
-    own_sizes = jnp.asarray(sizes[shown])
+    teacher_draw = None if regime.targets == "table" else draws.teacher
+    canvases = jnp.stack([example["canvas"] for example in examples])
+    shown_sizes = jnp.asarray(sizes[indices])
 
-    def view(input_spec: InputSpec, of: Draw | None) -> np.ndarray:
-        if of is None:
-            found = render_central(canvases, own_sizes, CentralCrop.of(config.views), input_spec)
+    def view(input_spec: InputSpec, draw: Draw | None) -> np.ndarray:
+        if draw is None:
+            images = render_central(canvases, shown_sizes, CentralCrop.of(config.views), input_spec)
         else:
-            found = render(_part(of, shown, rows), canvases, input_spec, root.spectra)
-        return np.asarray(as_pixels(found[:rows], input_spec))
+            images = render(_part(draw, indices, rows), canvases, input_spec, root.spectra)
+        return np.asarray(as_pixels(images[:rows], input_spec))
 
-    student, *teachers = branches
-    views = (view(student, draws.student), *(view(x, taught) for x in teachers))
+    student_spec, *teacher_specs = branches
+    views = (
+        view(student_spec, draws.student),
+        *(view(input_spec, teacher_draw) for input_spec in teacher_specs),
+    )
     return draws.student, list(views)
 
 
 def _part(drawn: Draw, shown: np.ndarray, rows: int) -> Draw:
     """The draw of `shown`: `rows` examples, and then the partner of each."""
-    behind = jnp.arange(rows, 2 * rows)
+    partner_indices = jnp.arange(rows, 2 * rows)
     boxes, flips = drawn.boxes[shown], drawn.flips[shown]
     targets = None if drawn.target_images is None else drawn.target_images[shown]
     if drawn.coefficients is None:
         return Draw(boxes, flips, None, None, drawn.resolution, targets)
-    partners = jnp.concatenate([behind, behind])
+    partners = jnp.concatenate([partner_indices, partner_indices])
     return Draw(boxes, flips, drawn.coefficients[shown], partners, drawn.resolution, targets)
 
 

@@ -61,11 +61,11 @@ class CheckpointWriter:
 
         Raises `TrainingFailed` where this write or the one before fails.
         """
-        began = time.monotonic()
+        start_time = time.monotonic()
         try:
-            self._save(state, metadata, began)
+            self._save(state, metadata, start_time)
         finally:
-            self.blocked_s += time.monotonic() - began
+            self.blocked_s += time.monotonic() - start_time
 
     def _save(self, state: TrainState, metadata: dict[str, Any], began: float) -> None:
         step = int(state.step)
@@ -79,19 +79,21 @@ class CheckpointWriter:
         try:
             (self.directory / ASIDE).mkdir(parents=True, exist_ok=True)
             with _saving():
-                writing = ocp.save_checkpointables_async(
+                pending_save = ocp.save_checkpointables_async(
                     self.directory / ASIDE / str(step), _parts(state)
                 )
         except (OSError, ValueError) as error:
             raise self._failed(error) from error
-        self._thread = threading.Thread(target=self._finish, args=(writing, step, metadata, began))
+        self._thread = threading.Thread(
+            target=self._finish, args=(pending_save, step, metadata, began)
+        )
         self._thread.start()
 
     def wait(self) -> None:
         """Returns when what was started is on disk. Raises `TrainingFailed` where it failed."""
-        began = time.monotonic()
+        start_time = time.monotonic()
         self._join()
-        self.blocked_s += time.monotonic() - began
+        self.blocked_s += time.monotonic() - start_time
 
     def _is_there(self, step: int) -> bool:
         """Whether the checkpoint is there, intact; a damaged one makes room."""
@@ -113,15 +115,15 @@ class CheckpointWriter:
         name = self.config.keep_best
         if name is None:
             return None
-        found = []
+        candidates = []
         for step in steps_in(self.directory):
             with contextlib.suppress(OSError, ValueError, KeyError):
                 if (
                     value := read_metadata(self.directory / str(step))["validation"].get(name)
                 ) is not None:
-                    found.append((step, float(value)))
+                    candidates.append((step, float(value)))
         sign = 1 if RANKED[name] else -1
-        return max(found, key=lambda x: (sign * x[1], x[0]), default=None)
+        return max(candidates, key=lambda x: (sign * x[1], x[0]), default=None)
 
     def is_best(self, figures: dict[str, float]) -> bool:
         """Whether `figures` of the validation split are better than those of all checkpoints."""
@@ -162,15 +164,15 @@ class CheckpointWriter:
 
     def _delete_old(self) -> None:
         steps = steps_in(self.directory)
-        every, best = self.config.keep_every_steps, self.best()
-        kept = {*steps[: self.config.keep], *self.keep, *([best[0]] if best else [])}
+        keep_every, best = self.config.keep_every_steps, self.best()
+        kept_steps = {*steps[: self.config.keep], *self.keep, *([best[0]] if best else [])}
         for step in steps:
-            if step in kept or (every and step % every == 0):
+            if step in kept_steps or (keep_every and step % keep_every == 0):
                 continue
             # A kill while files go must not leave what seems a damaged checkpoint.
-            leaving = self.directory / f"{DELETING}{step}"
-            (self.directory / str(step)).rename(leaving)
-            shutil.rmtree(leaving, ignore_errors=True)
+            deleting = self.directory / f"{DELETING}{step}"
+            (self.directory / str(step)).rename(deleting)
+            shutil.rmtree(deleting, ignore_errors=True)
 
     def _clean(self) -> None:
         """What a kill left: never a checkpoint."""
@@ -184,14 +186,14 @@ class CheckpointWriter:
 
 def restore(checkpoint: pathlib.Path, like: TrainState) -> TrainState:
     """The state in an intact `checkpoint`, straight on the shards that the shapes `like` name."""
-    found = _load(checkpoint, _parts(like))
+    loaded = _load(checkpoint, _parts(like))
     return TrainState(
-        step=found["progress"]["step"],
-        student=_variables(found["student"]),
-        opt_state=found["opt_state"],
-        ema=_variables(found["ema"]) if "ema" in found else None,
-        terms=_term_state(found["terms"]) if "terms" in found else None,
-        masks=found.get("masks"),
+        step=loaded["progress"]["step"],
+        student=_variables(loaded["student"]),
+        opt_state=loaded["opt_state"],
+        ema=_variables(loaded["ema"]) if "ema" in loaded else None,
+        terms=_term_state(loaded["terms"]) if "terms" in loaded else None,
+        masks=loaded.get("masks"),
     )
 
 

@@ -12,10 +12,16 @@ def _cost(
     """Of the student, which a sweep shows too, and of the teacher."""
     place: Place = "cost" if len(path) == 1 else "measured"
 
-    def of(who: str, places: set[Place]) -> Metric:
-        where = ("cost", who, *path)
+    def of(network: str, places: set[Place]) -> Metric:
+        metric_path = ("cost", network, *path)
         return Metric(
-            f"{who}_{name}", where, f"{who} {label}", unit, False, meaning, frozenset(places)
+            f"{network}_{name}",
+            metric_path,
+            f"{network} {label}",
+            unit,
+            False,
+            meaning,
+            frozenset(places),
         )
 
     return of("student", {place, "sweep"}), of("teacher", {place})
@@ -23,18 +29,18 @@ def _cost(
 
 def _measured() -> tuple[tuple[Metric, Metric], ...]:
     """Latency and memory, of a batch of one and of a full one."""
-    found = []
+    metrics = []
     for key, batch in (("one", "batch 1"), ("batch", "full batch")):
-        of = f"of a forward pass of {'one image' if key == 'one' else 'batch_size images'}"
-        found += [
+        suffix = f"of a forward pass of {'one image' if key == 'one' else 'batch_size images'}"
+        metrics += [
             _cost(f"latency_{key}_ms", (key, "median_ms"), f"latency at {batch}", "ms",
-                  f"Median {of}, views not included."),
+                  f"Median {suffix}, views not included."),
             _cost(f"latency_{key}_p95_ms", (key, "p95_ms"), f"latency p95 at {batch}", "ms",
-                  f"95th percentile {of}, views not included."),
+                  f"95th percentile {suffix}, views not included."),
             _cost(f"activation_{key}_bytes", (key, "activation_bytes"), f"activations at {batch}",
-                  "bytes", f"XLA's temporary memory {of}, without weights and images."),
+                  "bytes", f"XLA's temporary memory {suffix}, without weights and images."),
         ]  # fmt: skip
-    return tuple(found)
+    return tuple(metrics)
 
 
 FLOPS_CONVENTION = (
@@ -51,8 +57,8 @@ COSTS = (
 
 def costs_text(figures: Mapping[str, Any]) -> list[str]:
     """Lines: the costs of student and teacher side by side; `-` where one is not known."""
-    found = [(pair, [metric.of(figures) for metric in pair]) for pair in COSTS]
-    rows = [(pair, values) for pair, values in found if any(x is not None for x in values)]
+    costs = [(pair, [metric.of(figures) for metric in pair]) for pair in COSTS]
+    rows = [(pair, values) for pair, values in costs if any(x is not None for x in values)]
     if not rows:
         return []
     lines = [f"  {'':<28}{'student':>14}{'teacher':>14}"]

@@ -18,12 +18,12 @@ class History:
 
     def curve(self, split: str, name: str, over: str = "epoch") -> Curve:
         """A quantity of `train` or `validation` over epochs or steps, where it is a number."""
-        found = [
+        points = [
             (float(x[over]), float(x[name]))
             for x in self.lines
             if x["split"] == split and x.get(name) is not None
         ]
-        return [x for x, _ in found], [y for _, y in found]
+        return [x for x, _ in points], [y for _, y in points]
 
     def last(self, split: str) -> dict[str, Any]:
         """The newest line of a split; empty where there is none."""
@@ -48,9 +48,9 @@ def read_history(workdir: str | os.PathLike[str]) -> History:
 
 def _is_intact(line: dict[str, Any]) -> bool:
     """Whether it has a step and a split, and all else in it are numbers or null."""
-    places = (line.get("step"), line.get("epoch"))
-    if not all(isinstance(x, int | float) and math.isfinite(x) for x in places):
+    positions = (line.get("step"), line.get("epoch"))
+    if not all(isinstance(x, int | float) and math.isfinite(x) for x in positions):
         return False
     numbers = (x for name, x in line.items() if name != "split")
-    known = all(x is None or isinstance(x, int | float) for x in numbers)
-    return known and isinstance(line.get("split"), str)
+    numeric = all(x is None or isinstance(x, int | float) for x in numbers)
+    return numeric and isinstance(line.get("split"), str)

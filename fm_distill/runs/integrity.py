@@ -40,8 +40,8 @@ def newest_valid(directory: pathlib.Path) -> NewestCheckpoint:
     """Checks from the newest on; reads every byte of what it checks."""
     damaged: dict[int, tuple[str, ...]] = {}
     for step in steps_in(directory):
-        if wrong := integrity_errors(directory / str(step)):
-            damaged[step] = wrong
+        if errors := integrity_errors(directory / str(step)):
+            damaged[step] = errors
         else:
             return NewestCheckpoint(step, read_metadata(directory / str(step)), damaged)
     return NewestCheckpoint(0, {}, damaged)
@@ -52,11 +52,11 @@ def write_manifest(checkpoint: pathlib.Path, metadata: dict[str, Any]) -> None:
     files = sorted(x for x in checkpoint.rglob("*") if x.is_file() and x.name != DIGESTS)
     for path in files:
         sync(path)
-    listed = {
+    entries = {
         path.relative_to(checkpoint).as_posix(): [path.stat().st_size, digest]
         for path, digest in zip(files, _digests(files), strict=True)
     }
-    contents = {"about": metadata, "files": listed}
+    contents = {"about": metadata, "files": entries}
     text = json.dumps(contents | {"sha256": _of_contents(contents)}, indent=1)
     (checkpoint / DIGESTS).write_text(text)
     for path in (checkpoint / DIGESTS, checkpoint):
@@ -72,30 +72,30 @@ def integrity_errors(checkpoint: pathlib.Path) -> tuple[str, ...]:
     """What is wrong with a checkpoint, a line a file; empty where it is intact."""
     try:
         contents = json.loads((checkpoint / DIGESTS).read_bytes())
-        stored = contents.pop("sha256")
-        listed = {str(name): (int(x[0]), str(x[1])) for name, x in contents["files"].items()}
+        stored_digest = contents.pop("sha256")
+        entries = {str(name): (int(x[0]), str(x[1])) for name, x in contents["files"].items()}
     except FileNotFoundError:
         return (f"{DIGESTS} is missing",)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         return (f"{DIGESTS} cannot be read ({type(error).__name__})",)
-    if stored != _of_contents(contents):
+    if stored_digest != _of_contents(contents):
         return (f"{DIGESTS} does not have the SHA-256 that it records",)
-    wrong: dict[str, str] = {}
-    for name, (size, _) in listed.items():
+    errors: dict[str, str] = {}
+    for name, (size, _) in entries.items():
         path = checkpoint / name
         if not path.is_file():
-            wrong[name] = "is missing"
+            errors[name] = "is missing"
         elif path.stat().st_size != size:
-            wrong[name] = f"has {path.stat().st_size:,} bytes of {size:,}"
-    left = [name for name in listed if name not in wrong]
+            errors[name] = f"has {path.stat().st_size:,} bytes of {size:,}"
+    remaining = [name for name in entries if name not in errors]
     try:
-        found = _digests([checkpoint / name for name in left])
+        digests = _digests([checkpoint / name for name in remaining])
     except OSError as error:
         return (f"cannot be read: {error}",)
-    for name, digest in zip(left, found, strict=True):
-        if digest != listed[name][1]:
-            wrong[name] = "has another SHA-256"
-    return tuple(f"{name} {what}" for name, what in wrong.items())
+    for name, digest in zip(remaining, digests, strict=True):
+        if digest != entries[name][1]:
+            errors[name] = "has another SHA-256"
+    return tuple(f"{name} {problem}" for name, problem in errors.items())
 
 
 def _digests(paths: list[pathlib.Path]) -> list[str]:

@@ -58,13 +58,17 @@ class Metric:
 
     def interval_of(self, figures: Mapping[str, Any]) -> tuple[float, float] | None:
         """Its 95 % interval; None where there is none."""
-        found = at_path(figures, self.interval_path) if self.interval_path else None
-        return None if found is None else (float(found[0]), float(found[1]))
+        interval = at_path(figures, self.interval_path) if self.interval_path else None
+        return None if interval is None else (float(interval[0]), float(interval[1]))
 
     def interval_text(self, figures: Mapping[str, Any]) -> str:
         """What stands behind the value; empty where there is no interval."""
-        found = self.interval_of(figures)
-        return "" if found is None else f" (95 %: {self.text(found[0])} to {self.text(found[1])})"
+        interval = self.interval_of(figures)
+        return (
+            ""
+            if interval is None
+            else f" (95 %: {self.text(interval[0])} to {self.text(interval[1])})"
+        )
 
     def number(self, value: float) -> float:
         """`value` in the unit of `column`."""

@@ -123,20 +123,20 @@ def at(place: Place) -> tuple[Metric, ...]:
 
 def logged(figures: Mapping[str, Any]) -> dict[str, float]:
     """What `metrics.jsonl` gets of an evaluation: values by name, those that there are."""
-    found = {metric.name: metric.of(figures) for metric in at("log")}
-    return {name: value for name, value in found.items() if value is not None}
+    values = {metric.name: metric.of(figures) for metric in at("log")}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def shown(figures: Mapping[str, Any], place: Place) -> list[tuple[Metric, float]]:
     """Metrics of `place` with their values in the figures of an evaluation, if they have one."""
-    found = [(metric, metric.of(figures)) for metric in at(place)]
-    return [(metric, value) for metric, value in found if value is not None]
+    values = [(metric, metric.of(figures)) for metric in at(place)]
+    return [(metric, value) for metric, value in values if value is not None]
 
 
 def line(values: Mapping[str, float]) -> str:
     """The first three of a validation line, for people; `values` by name."""
-    found = [f"{x.label} {x.text(values[x.name])}" for x in at("line") if x.name in values]
-    return ", ".join(found[:IN_A_LINE])
+    texts = [f"{x.label} {x.text(values[x.name])}" for x in at("line") if x.name in values]
+    return ", ".join(texts[:IN_A_LINE])
 
 
 def panels() -> dict[str, tuple[Metric, ...]]:

@@ -80,10 +80,10 @@ def _drop_after(path: pathlib.Path, step: int, evaluation_pending: bool) -> None
     if not path.exists():
         return
     lines = path.read_text(errors="replace").splitlines(keepends=True)
-    kept = [line for line in lines if _order(line) <= (step, not evaluation_pending)]
-    if len(kept) < len(lines):
+    kept_lines = [line for line in lines if _order(line) <= (step, not evaluation_pending)]
+    if len(kept_lines) < len(lines):
         with replacing(path) as temporary:
-            temporary.write_text("".join(kept))
+            temporary.write_text("".join(kept_lines))
 
 
 def _order(line: str) -> tuple[float, bool]:

@@ -73,10 +73,10 @@ def open_run(path: str | os.PathLike[str], step: int | None = None) -> Run:
     _refuse_absent_code(workdir, resolved)
     network = build_network(resolved.student, resolved.classes, jnp.dtype("float32"))
     shapes = jax.eval_shape(network.init, jax.random.key(0))
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    like = abstract(shapes, jax.tree.map(lambda _: here, shapes))
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    abstract_variables = abstract(shapes, jax.tree.map(lambda _: sharding, shapes))
     averaged = stored.config.ema_decay is not None
-    variables = restore_student(workdir.checkpoints / str(step), like, averaged)
+    variables = restore_student(workdir.checkpoints / str(step), abstract_variables, averaged)
     status = workdir.read_status()
     return Run(
         stored=stored,
@@ -111,22 +111,24 @@ def _refuse_absent_code(workdir: Workdir, resolved: ResolvedRun) -> None:
 
 
 def _step_to_read(workdir: Workdir, requested: int | None) -> int:
-    have = steps_in(workdir.checkpoints)
-    if not have:
+    available = steps_in(workdir.checkpoints)
+    if not available:
         raise UserError(f"the run in {workdir.path} has no checkpoint yet; train it first")
-    if requested is not None and requested not in have:
+    if requested is not None and requested not in available:
         raise UserError(
             f"the run in {workdir.path} has no checkpoint of step {requested}; it has "
-            f"{', '.join(map(str, sorted(have)))}"
+            f"{', '.join(map(str, sorted(available)))}"
         )
     if requested is None:
-        found = newest_valid(workdir.checkpoints)
+        newest = newest_valid(workdir.checkpoints)
     else:
-        wrong = integrity_errors(workdir.checkpoints / str(requested))
-        found = NewestCheckpoint(0 if wrong else requested, {}, {requested: wrong} if wrong else {})
-    for damaged, wrong in found.damaged.items():
-        text = f"checkpoint {damaged:,} of {workdir.path} is damaged: {'; '.join(wrong[:3])}"
-        if not found.step:
+        errors = integrity_errors(workdir.checkpoints / str(requested))
+        newest = NewestCheckpoint(
+            0 if errors else requested, {}, {requested: errors} if errors else {}
+        )
+    for damaged, errors in newest.damaged.items():
+        text = f"checkpoint {damaged:,} of {workdir.path} is damaged: {'; '.join(errors[:3])}"
+        if not newest.step:
             raise UserError(text)
         log(f"WARNING: {text}")
-    return found.step
+    return newest.step

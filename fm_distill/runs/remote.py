@@ -40,8 +40,8 @@ def opened(url: str) -> Iterator[tuple[Any, str]]:
 
 def names_in(system: Any, folder: str) -> list[str]:
     """What lies in a folder of a file system, by name; empty where there is no folder."""
-    found = system.ls(folder, detail=False) if system.isdir(folder) else []
-    return [str(path).rstrip("/").rpartition("/")[2] for path in found]
+    paths = system.ls(folder, detail=False) if system.isdir(folder) else []
+    return [str(path).rstrip("/").rpartition("/")[2] for path in paths]
 
 
 def progress_in(url: str) -> tuple[int, int]:
@@ -67,16 +67,16 @@ def fetch_recording(url: str, workdir: pathlib.Path, check: Callable[[pathlib.Pa
     First its manifests alone, in a folder that `check` gets: it raises where the recording is of
     no use. A copy that has the same manifests already stays.
     """
-    place, arriving = recording_in(workdir), workdir / "recording.arriving"
+    destination, incoming = recording_in(workdir), workdir / "recording.arriving"
     try:
-        _get_manifests(url, arriving)
-        check(arriving)
-        if _manifests(place) != _manifests(arriving):
-            _get(url, arriving)
-            shutil.rmtree(place, ignore_errors=True)
-            arriving.replace(place)
+        _get_manifests(url, incoming)
+        check(incoming)
+        if _manifests(destination) != _manifests(incoming):
+            _get(url, incoming)
+            shutil.rmtree(destination, ignore_errors=True)
+            incoming.replace(destination)
     finally:
-        shutil.rmtree(arriving, ignore_errors=True)
+        shutil.rmtree(incoming, ignore_errors=True)
 
 
 def _manifests(folder: pathlib.Path) -> dict[str, bytes]:
@@ -86,11 +86,11 @@ def _manifests(folder: pathlib.Path) -> dict[str, bytes]:
 def _get_manifests(url: str, place: pathlib.Path) -> None:
     shutil.rmtree(place, ignore_errors=True)
     with opened(url) as (system, root):
-        there = [x for x in names_in(system, root) if fnmatch.fnmatch(x, MANIFESTS)]
-        if not there:
+        manifests = [x for x in names_in(system, root) if fnmatch.fnmatch(x, MANIFESTS)]
+        if not manifests:
             raise UserError(f"{url} is not a recording: it has no {MANIFESTS}")
         place.mkdir(parents=True)
-        for name in there:
+        for name in manifests:
             system.get_file(f"{root.rstrip('/')}/{name}", str(place / name))
 
 
@@ -106,9 +106,9 @@ def _get(url: str, place: pathlib.Path) -> None:
 @contextlib.contextmanager
 def fetched(url: str, beside: pathlib.Path) -> Iterator[pathlib.Path]:
     """A copy of the folder, beside that of the run, for as long as it is needed."""
-    place = beside.with_name(beside.name + ".fetched")
+    target = beside.with_name(beside.name + ".fetched")
     try:
-        _get(url, place)
-        yield place
+        _get(url, target)
+        yield target
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(target, ignore_errors=True)

@@ -27,13 +27,13 @@ def copy_run(source: str, workdir: pathlib.Path) -> None:
                 "--resume-from and --workdir are the same folder; leave out --resume-from"
             )
     if _is_run(workdir):
-        here, there = _progress(workdir), _progress_there(source)
-        if here < there:
+        own_progress, source_progress = _progress(workdir), _progress_there(source)
+        if own_progress < source_progress:
             raise UserError(
-                f"{workdir} has a run of {_steps(here)}, and the one in {source} has "
-                f"{_steps(there)}; choose another --workdir, or leave out --resume-from"
+                f"{workdir} has a run of {_steps(own_progress)}, and the one in {source} has "
+                f"{_steps(source_progress)}; choose another --workdir, or leave out --resume-from"
             )
-        log(f"{workdir} already has its run, with {_steps(here)}: {source} is not needed")
+        log(f"{workdir} already has its run, with {_steps(own_progress)}: {source} is not needed")
         return
     if workdir.is_dir() and any(workdir.iterdir()):
         raise UserError(f"{workdir} is not empty; --resume-from needs a new --workdir")
@@ -61,8 +61,8 @@ def _progress_there(source: str) -> tuple[int, int]:
 
 
 def _steps(progress: tuple[int, int]) -> str:
-    own, teachers = progress
-    return f"{own:,} steps" if own or not teachers else f"{teachers:,} steps of its teacher"
+    steps, teachers = progress
+    return f"{steps:,} steps" if steps or not teachers else f"{teachers:,} steps of its teacher"
 
 
 def _check_run(folder: pathlib.Path, address: str) -> None:
@@ -77,17 +77,17 @@ def _check_run(folder: pathlib.Path, address: str) -> None:
 
 def _copy_into(source: pathlib.Path, address: str, workdir: pathlib.Path) -> None:
     """The run in the folder `source`, which messages call `address`."""
-    arriving = workdir.with_name(workdir.name + ".arriving")
+    incoming = workdir.with_name(workdir.name + ".arriving")
     try:
-        shutil.rmtree(arriving, ignore_errors=True)
+        shutil.rmtree(incoming, ignore_errors=True)
         _check_space(source, workdir)
-        _copy_run(source, arriving)
+        _copy_run(source, incoming)
         # Onto an empty folder too: the run appears completely or not at all.
-        arriving.replace(workdir)
+        incoming.replace(workdir)
     except OSError as error:
         raise UserError(f"{address} cannot be copied to {workdir}: {error}") from None
     finally:
-        shutil.rmtree(arriving, ignore_errors=True)
+        shutil.rmtree(incoming, ignore_errors=True)
     log(f"{workdir} is a copy of the run in {address}")
 
 
@@ -104,13 +104,13 @@ def _copy_run(source: pathlib.Path, target: pathlib.Path) -> None:
     steps = steps_in(source / "checkpoints")
     for step in progress(steps, "copying checkpoints", "checkpoints", len(steps)):
         checkpoint = source / "checkpoints" / str(step)
-        if wrong := integrity_errors(checkpoint):
-            log(f"WARNING: {checkpoint} is damaged and is not copied: {wrong[0]}")
+        if errors := integrity_errors(checkpoint):
+            log(f"WARNING: {checkpoint} is damaged and is not copied: {errors[0]}")
             continue
         copy = target / "checkpoints" / str(step)
         _copy_tree(checkpoint, copy)
-        if wrong := integrity_errors(copy):
-            raise OSError(f"the copy of {checkpoint} is not intact: {wrong[0]}")
+        if errors := integrity_errors(copy):
+            raise OSError(f"the copy of {checkpoint} is not intact: {errors[0]}")
     if (source / "checkpoints").is_dir() and not (target / "checkpoints").exists():
         raise UserError(
             f"no checkpoint in {source / 'checkpoints'} is intact; each needs its {DIGESTS}"
@@ -127,10 +127,10 @@ def _copy_tree(source: pathlib.Path, target: pathlib.Path) -> None:
 
 def _check_space(source: pathlib.Path, workdir: pathlib.Path) -> None:
     need = sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
-    place = next(x for x in workdir.absolute().parents if x.exists())
-    free = shutil.disk_usage(place).free
+    parent = next(x for x in workdir.absolute().parents if x.exists())
+    free = shutil.disk_usage(parent).free
     if need > free:
         raise UserError(
-            f"the run in {source} needs {need / 1e9:,.2f} GB and {place} has {free / 1e9:,.2f} GB "
+            f"the run in {source} needs {need / 1e9:,.2f} GB and {parent} has {free / 1e9:,.2f} GB "
             "free; choose a --workdir on another disk"
         )

@@ -21,12 +21,12 @@ def refuse_code_of_run(
     Asked is what `sections` of its config name, and its networks. What `config`, with options of
     its user's, names otherwise is the user's own.
     """
-    of_run = named_code(stored.config)
-    asked = [x for x in named_code(config or stored.config, sections) if x in of_run]
+    stored_references = named_code(stored.config)
+    requested = [x for x in named_code(config or stored.config, sections) if x in stored_references]
     networks = _networks(stored.resolved, sections)
-    references = dict.fromkeys((*networks, *asked))
-    whose = f"the run in {path}"
-    refuse_foreign_code(references, stored.resolved.code_files, whose, path)
+    references = dict.fromkeys((*networks, *requested))
+    run_name = f"the run in {path}"
+    refuse_foreign_code(references, stored.resolved.code_files, run_name, path)
 
 
 def _networks(resolved: ResolvedRun, sections: tuple[str, ...]) -> list[str]:

@@ -39,23 +39,23 @@ def status(workdir: str | os.PathLike[str]) -> RunStatus:
 
     A run whose status is `running`, though no process holds its folder, was killed: it is paused.
     """
-    place = Workdir(workdir)
-    teacher = None if place.has_config() else _teacher(place)
-    if not (place.path / "config.json").is_file() and teacher is None:
+    run_workdir = Workdir(workdir)
+    teacher = None if run_workdir.has_config() else _teacher(run_workdir)
+    if not (run_workdir.path / "config.json").is_file() and teacher is None:
         raise UserError(f"{workdir} is not the workdir of a run: it has no config.json")
-    steps = steps_in(place.checkpoints)
-    stored = place.read_status() or _status_of(place, steps)
+    steps = steps_in(run_workdir.checkpoints)
+    stored = run_workdir.read_status() or _status_of(run_workdir, steps)
     state, reason, step = stored.state, stored.reason, stored.step
     if teacher is not None:
-        state = "running" if place.in_use() else "paused"
+        state = "running" if run_workdir.in_use() else "paused"
         reason = "; ".join(x for x in (reason, teacher) if x)
-    elif state == "running" and not place.in_use():
+    elif state == "running" and not run_workdir.in_use():
         state, reason = "paused", "its process ended without reporting a reason"
         step = max(steps, default=0)
     checked = []
-    for number in progress(steps, "reading checkpoints", "checkpoints", len(steps)):
-        wrong = integrity_errors(place.checkpoints / str(number))
-        checked.append(CheckpointStatus(number, not wrong, wrong))
+    for saved_step in progress(steps, "reading checkpoints", "checkpoints", len(steps)):
+        errors = integrity_errors(run_workdir.checkpoints / str(saved_step))
+        checked.append(CheckpointStatus(saved_step, not errors, errors))
     if state == "complete" and step not in [x.step for x in checked if x.whole]:
         state, reason = "paused", f"it was complete, but its checkpoint {step:,} is not intact"
     return RunStatus(
@@ -88,8 +88,8 @@ def _teacher(place: Workdir) -> str | None:
         if stored is None:
             return f"its teacher in {folder} is trained first"
         if stored.state != "complete":
-            done = f"{stored.step:,} of {stored.total_steps:,} steps"
-            return f"its teacher in {folder} is trained first, after {done}"
+            progress_text = f"{stored.step:,} of {stored.total_steps:,} steps"
+            return f"its teacher in {folder} is trained first, after {progress_text}"
     return "its teachers are complete" if any(place.path.glob("teacher*/config.json")) else None
 
 

@@ -38,7 +38,7 @@ def describe_run(config: Config, resolved: ResolvedRun, lengthened_after: tuple[
             config=config,
             resolved=resolved,
             versions=versions(),
-            devices=tuple(f"{d.platform}:{d.device_kind}" for d in jax.devices()),
+            devices=tuple(f"{device.platform}:{device.device_kind}" for device in jax.devices()),
             commit=_commit(),
             lengthened_after=lengthened_after,
         )
@@ -72,8 +72,8 @@ def stored_run(tree: Any, path: pathlib.Path) -> StoredRun:
         raise UserError(f"{path} is not the config of a run of this version: {error}") from None
     classes, names = stored.resolved.classes, stored.resolved.class_names
     if classes < 1 or (names is not None and len(names) != classes):
-        named = "no names" if names is None else f"{len(names)} names of classes"
-        raise UserError(f"{path} is damaged: it has {classes} classes and {named}")
+        names_text = "no names" if names is None else f"{len(names)} names of classes"
+        raise UserError(f"{path} is damaged: it has {classes} classes and {names_text}")
     return stored
 
 
@@ -95,7 +95,7 @@ def _version(name: str) -> str | None:
 def _commit() -> str | None:
     """The commit of this checkout, where the package runs from one."""
     try:
-        found = subprocess.run(
+        completed = subprocess.run(
             ["git", "rev-parse", "HEAD"],
             cwd=pathlib.Path(__file__).parent,
             capture_output=True,
@@ -104,4 +104,4 @@ def _commit() -> str | None:
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return found.stdout.strip() if found.returncode == 0 else None
+    return completed.stdout.strip() if completed.returncode == 0 else None

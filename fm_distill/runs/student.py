@@ -69,15 +69,15 @@ class Student:
 
     def logits_of_pixels(self, prepared: list[np.ndarray]) -> Float[np.ndarray, "batch classes"]:
         """Logits of images that went through `prepare`, uint8 (height, width, 3) each."""
-        found = [np.zeros((0, self.classes), np.float32)]
+        all_logits = [np.zeros((0, self.classes), np.float32)]
         for start in range(0, len(prepared), BATCH):
-            part = prepared[start : start + BATCH]
+            images = prepared[start : start + BATCH]
             # Few shapes, as each is compiled anew: the next power of two.
-            rows = 1 << (len(part) - 1).bit_length()
-            canvases, sizes = canvases_of(part, self.canvas.side, rows)
+            rows = 1 << (len(images) - 1).bit_length()
+            canvases, sizes = canvases_of(images, self.canvas.side, rows)
             logits = self._program(self.variables, canvases, sizes)
-            found.append(np.asarray(logits, np.float32)[: len(part)])
-        return np.concatenate(found)
+            all_logits.append(np.asarray(logits, np.float32)[: len(images)])
+        return np.concatenate(all_logits)
 
     @functools.cached_property
     def _program(

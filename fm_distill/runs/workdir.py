@@ -75,7 +75,7 @@ class Workdir:
         if not first_process():
             yield
             return
-        known = re.compile(
+        allowed_names = re.compile(
             r"(config|status|quantised_teachers)\.json(\.tmp)?|lock|teacher(_\d+)?|"
             r"recording(\.arriving)?|(fixed_targets|channel_scores)\.npz.*|" + COMPILED
         )
@@ -85,7 +85,7 @@ class Workdir:
             self._refuse_folders()
             missing = [x for x in (self.path, *self.path.parents) if not x.exists()]
             if self.path.is_dir() and not self.has_config():
-                refuse_foreign(self.path, known, "a workdir of a run", "--workdir")
+                refuse_foreign(self.path, allowed_names, "a workdir of a run", "--workdir")
             self.path.mkdir(parents=True, exist_ok=True)
             handle = (self.path / "lock").open("w")
         except OSError as error:
@@ -189,15 +189,15 @@ class Workdir:
         """
         if not self.has_config():
             return False
-        differ = differences(self.stored().config, config)
-        length = [line for line in differ if line.startswith(LENGTH)]
+        mismatches = differences(self.stored().config, config)
+        length_lines = [line for line in mismatches if line.startswith(LENGTH)]
         if extend:
-            differ = [line for line in differ if line not in length]
-        more = ", or allow a longer schedule with --extend" if length else ""
+            mismatches = [line for line in mismatches if line not in length_lines]
+        advice = ", or allow a longer schedule with --extend" if length_lines else ""
         if not self.checkpoints.exists():
-            more = f"; no step was done here, so you can also remove {self.path}/config.json"
-        self._refuse(differ, more)
-        return bool(length)
+            advice = f"; no step was done here, so you can also remove {self.path}/config.json"
+        self._refuse(mismatches, advice)
+        return bool(length_lines)
 
     def refuse_other_contents(self, resolved: ResolvedRun) -> None:
         """Raises `UserError` that lists what differs where the run that lies here was made from
@@ -229,15 +229,15 @@ class Workdir:
         `lengthened`: its schedule is longer than the one before. Returns the ends of the schedules
         that were lengthened: those students are kept.
         """
-        ends = self.stored().lengthened_after if self.has_config() else ()
+        lengthened_after = self.stored().lengthened_after if self.has_config() else ()
         status = self.read_status()
         if lengthened and status and status.state == "complete":
-            ends += (status.step,)
+            lengthened_after += (status.step,)
             figures = self.path / "evaluation.json"
             if figures.exists() and first_process():
                 figures.rename(self.path / f"evaluation_{status.step}.json")
-        self.write_from_first("config.json", describe_run(config, resolved, ends))
-        return ends
+        self.write_from_first("config.json", describe_run(config, resolved, lengthened_after))
+        return lengthened_after
 
     def set_status(
         self,

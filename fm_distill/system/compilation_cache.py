@@ -24,8 +24,8 @@ def use_compilation_cache(workdir: pathlib.Path) -> str:
     A place that the user gave by `JAX_COMPILATION_CACHE_DIR` stays. A teacher that is trained first
     shares that of `workdir`.
     """
-    if place := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        return f"compiled programs: {place} (set by JAX_COMPILATION_CACHE_DIR)"
+    if cache_dir := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return f"compiled programs: {cache_dir} (set by JAX_COMPILATION_CACHE_DIR)"
     folder = workdir / COMPILED / _machine()
     with contextlib.suppress(OSError):  # a workdir that cannot be written is refused elsewhere
         if first_process():
@@ -50,10 +50,10 @@ def _machine() -> str:
 def _drop_half_written(folder: pathlib.Path) -> None:
     """JAX writes the time of an entry after the entry: without it, a kill came between."""
     for entry in folder.glob("*-cache"):
-        time_of = entry.with_name(entry.name.removesuffix("-cache") + "-atime")
-        if not time_of.exists() or time_of.stat().st_size != 8:
+        atime_file = entry.with_name(entry.name.removesuffix("-cache") + "-atime")
+        if not atime_file.exists() or atime_file.stat().st_size != 8:
             entry.unlink()
-            time_of.unlink(missing_ok=True)
+            atime_file.unlink(missing_ok=True)
 
 
 # Where compiled programs are kept, unless the user has a place of his own for them.

@@ -76,10 +76,10 @@ class ProgressLines(Progress):
 
     def _write(self) -> None:
         self.written = self.done, self.clock()
-        start, began = self.paced or self.first
+        start, start_time = self.paced or self.first
         left = ""
         if self.done > start:
-            pace_s = (self.written[1] - began) / (self.done - start)
+            pace_s = (self.written[1] - start_time) / (self.done - start)
             left = f", about {hours_text((self.total - self.done) * pace_s / 3600)} left"
         share = f" ({self.done / self.total:.0%})" if self.total else ""
         text = f", {self.text}" if self.text else ""
@@ -114,8 +114,8 @@ def sessions_left(hours_left: float | None, hours: float) -> str:
     if hours_left is None:
         return "the time left is not known yet"
     count = math.ceil(hours_left / hours) if hours > 0 else 1
-    of_length = f"{count:,} session{'s' if count != 1 else ''} of {hours_text(hours)}"
-    return f"about {hours_text(hours_left)} left, {of_length} like this one"
+    sessions = f"{count:,} session{'s' if count != 1 else ''} of {hours_text(hours)}"
+    return f"about {hours_text(hours_left)} left, {sessions} like this one"
 
 
 def hours_text(hours: float) -> str:

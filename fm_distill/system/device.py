@@ -17,7 +17,7 @@ def device_name() -> str:
 
 
 def _processor() -> str:
-    described = pathlib.Path("/proc/cpuinfo")  # `platform.processor` is empty on many Linuxes
-    text = described.read_text() if described.is_file() else ""
-    found = re.search(r"^model name\s*:\s*(.+)$", text, flags=re.MULTILINE)
-    return found.group(1) if found else platform.processor() or platform.machine()
+    cpuinfo = pathlib.Path("/proc/cpuinfo")  # `platform.processor` is empty on many Linuxes
+    text = cpuinfo.read_text() if cpuinfo.is_file() else ""
+    match = re.search(r"^model name\s*:\s*(.+)$", text, flags=re.MULTILINE)
+    return match.group(1) if match else platform.processor() or platform.machine()

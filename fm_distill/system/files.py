@@ -44,10 +44,10 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 def refuse_foreign(folder: pathlib.Path, own: re.Pattern[str], what: str, option: str) -> None:
     """Raises `UserError` where `folder`, to become `what`, holds files that are not `own`."""
-    others = sorted(x.name for x in folder.iterdir() if not own.fullmatch(x.name))
-    if others:
+    foreign = sorted(x.name for x in folder.iterdir() if not own.fullmatch(x.name))
+    if foreign:
         raise UserError(
-            f"{folder} is not empty and not {what} (it has {', '.join(others[:3])}); choose "
+            f"{folder} is not empty and not {what} (it has {', '.join(foreign[:3])}); choose "
             f"another {option}"
         )
 

@@ -29,11 +29,11 @@ def trusted_code(trusted: bool = True) -> Iterator[None]:
 
     What was changed since is refused all the same.
     """
-    before = _trusted.set(trusted)
+    token = _trusted.set(trusted)
     try:
         yield
     finally:
-        _trusted.reset(before)
+        _trusted.reset(token)
 
 
 def is_trusted() -> bool:
@@ -46,17 +46,17 @@ def file_of(reference: str) -> pathlib.Path | None:
 
     No part of a package is imported.
     """
-    place = reference.rpartition(":")[0]
-    if place.endswith(".py"):
-        path = pathlib.Path(place)
+    location = reference.rpartition(":")[0]
+    if location.endswith(".py"):
+        path = pathlib.Path(location)
         return path.resolve() if path.is_file() else None
-    spec, where, name = None, None, ""
-    for part in place.split("."):
+    spec, search_paths, name = None, None, ""
+    for part in location.split("."):
         name = f"{name}.{part}" if name else part
-        spec = _spec(name, where)
+        spec = _spec(name, search_paths)
         if spec is None:
             return None
-        where = spec.submodule_search_locations
+        search_paths = spec.submodule_search_locations
     if spec is None or spec.origin is None or not pathlib.Path(spec.origin).is_file():
         return None
     return pathlib.Path(spec.origin).resolve()
@@ -88,16 +88,16 @@ def refuse_foreign_code(
                 f"{whose} refers to custom code, {reference}, which cannot be run here: its "
                 "module was not found; install it"
             )
-        found = known.get(reference)
-        if found is not None and (sha256 := _sha256(file)) != found.sha256:
+        recorded = known.get(reference)
+        if recorded is not None and (sha256 := _sha256(file)) != recorded.sha256:
             raise UserError(
                 f"{whose} refers to custom code, {reference}, and that file was changed: its "
-                f"SHA-256 was {found.sha256} and is {sha256} ({file}); restore the old one"
+                f"SHA-256 was {recorded.sha256} and is {sha256} ({file}); restore the old one"
             )
-        why = _why_foreign(file, found, folder)
-        if why and not is_trusted():
+        reason = _why_foreign(file, recorded, folder)
+        if reason and not is_trusted():
             raise UserError(
-                f"{whose} refers to custom code, {reference}, and would run {file}, {why}: read "
+                f"{whose} refers to custom code, {reference}, and would run {file}, {reason}: read "
                 f"that file, and add {FLAG} to run it"
             )
         _say(f"{whose} runs custom code: {file}")

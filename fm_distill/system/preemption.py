@@ -129,9 +129,9 @@ def stop_signals(stop: Stop) -> Iterator[Stop]:
     sender.setblocking(False)
 
     def listen() -> None:
-        while (number := receiver.recv(1)) != b"":
-            if number[0] in (signal.SIGINT, signal.SIGTERM):
-                stop.signalled(number[0])
+        while (received := receiver.recv(1)) != b"":
+            if received[0] in (signal.SIGINT, signal.SIGTERM):
+                stop.signalled(received[0])
 
     thread = threading.Thread(target=listen, daemon=True)
     thread.start()

@@ -87,8 +87,8 @@ def agreed(reason: str | None) -> str | None:
     import jax.experimental.multihost_utils as multihost
     import numpy as np
 
-    wishes = multihost.process_allgather(np.array([reason is not None]))
-    return (reason or "stopped by another process") if wishes.any() else None
+    votes = multihost.process_allgather(np.array([reason is not None]))
+    return (reason or "stopped by another process") if votes.any() else None
 
 
 def broadcast_from_first(number: int) -> int:

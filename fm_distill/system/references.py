@@ -27,28 +27,30 @@ def load_reference(reference: str, option: str) -> Referenced:
 
     Raises `UserError` where the file, the module or the name is not there, or the code fails.
     """
-    place, colon, name = reference.rpartition(":")
-    if not colon or not place or not name:
+    location, colon, name = reference.rpartition(":")
+    if not colon or not location or not name:
         raise UserError(f"{option} is {reference!r}; expected FILE.py:NAME or package.module:name")
     try:
-        module = _file(place) if place.endswith(".py") else importlib.import_module(place)
+        module = _file(location) if location.endswith(".py") else importlib.import_module(location)
     except UserError:
         raise
     except ModuleNotFoundError as error:
         raise UserError(
-            f"{option}: {place} cannot be imported: {error}; install it, or give FILE.py:NAME"
+            f"{option}: {location} cannot be imported: {error}; install it, or give FILE.py:NAME"
         ) from None
     except Exception as error:
         raise UserError(
-            f"{option}: {place} cannot be run: {type(error).__name__}: {error}"
+            f"{option}: {location} cannot be run: {type(error).__name__}: {error}"
         ) from error
     names = vars(module)
     if name not in names:
-        have = ", ".join(x for x in names if not x.startswith("_") and callable(names[x]))
-        raise UserError(f"{option}: {place} has no {name!r}; it has {have or 'no functions'}")
+        available = ", ".join(x for x in names if not x.startswith("_") and callable(names[x]))
+        raise UserError(
+            f"{option}: {location} has no {name!r}; it has {available or 'no functions'}"
+        )
     path = vars(module).get("__file__")
     if path is None:
-        raise UserError(f"{option}: {place} is not a Python file; give FILE.py:NAME")
+        raise UserError(f"{option}: {location} is not a Python file; give FILE.py:NAME")
     sha256 = hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
     return Referenced(names[name], str(path), sha256)
 

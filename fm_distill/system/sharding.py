@@ -51,10 +51,10 @@ class Layout:
 
     def _place(self, leaf: jax.Array | jax.ShapeDtypeStruct) -> NamedSharding:
         parts = self.mesh.shape["fsdp"]
-        fits = [i for i, n in enumerate(leaf.shape) if n % parts == 0]
-        if parts == 1 or not fits or np.prod(leaf.shape) < FSDP_SMALLEST:
+        divisible = [i for i, n in enumerate(leaf.shape) if n % parts == 0]
+        if parts == 1 or not divisible or np.prod(leaf.shape) < FSDP_SMALLEST:
             return self.replicated
-        axis = max(fits, key=lambda i: leaf.shape[i])
+        axis = max(divisible, key=lambda i: leaf.shape[i])
         spec = [None] * len(leaf.shape)
         spec[axis] = "fsdp"  # type: ignore[call-overload]
         return NamedSharding(self.mesh, PartitionSpec(*spec))
@@ -97,11 +97,11 @@ def check_batch_size(config: Config, layout: Layout) -> None:
         (" times memory.accumulate={}", config.memory.accumulate),
         (" times memory.teacher_parts={}", config.memory.teacher_parts),
     ):
-        unit = count * parts
-        if batch_size % unit:
-            low = batch_size // unit * unit
-            near = f"{low} or {low + unit}" if low else str(unit)
+        divisor = count * parts
+        if batch_size % divisor:
+            lower = batch_size // divisor * divisor
+            suggestion = f"{lower} or {lower + divisor}" if lower else str(divisor)
             raise UserError(
                 f"batch_size={batch_size} is not divisible by the {count} devices of the mesh "
-                f"({shape}){option.format(parts)}; use {near}"
+                f"({shape}){option.format(parts)}; use {suggestion}"
             )

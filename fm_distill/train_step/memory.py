@@ -68,6 +68,6 @@ def accumulated(
         return jax.tree.map(jnp.add, total, (loss, gradients)), auxiliary
 
     zeros = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), params))
-    total, (statistics, of_examples) = jax.lax.scan(add, zeros, split(batch, parts))
+    total, (statistics, per_example) = jax.lax.scan(add, zeros, split(batch, parts))
     loss, gradients = jax.tree.map(lambda x: x / parts, total)
-    return (loss, (jax.tree.map(lambda x: x[-1], statistics), _join(of_examples))), gradients
+    return (loss, (jax.tree.map(lambda x: x[-1], statistics), _join(per_example))), gradients

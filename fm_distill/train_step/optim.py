@@ -35,11 +35,11 @@ def make_schedule(config: ScheduleConfig, total_steps: int) -> Callable[[Array |
 
 def bit_hyper_rule(total_steps: int) -> Callable[[Array | int], Array]:
     """t / warm-up, then 1, divided by ten after each of three steps. Source: `BIT_HYPER_RULE`."""
-    warmup, *drops = next(x for _, x in BIT_HYPER_RULE if x[-1] == total_steps)
+    warmup, *drop_steps = next(x for _, x in BIT_HYPER_RULE if x[-1] == total_steps)
 
     def schedule(step: Array | int) -> Array:
         t = jnp.asarray(step, jnp.float32)
-        dropped = sum(jnp.where(t > at, 1.0, 0.0) for at in drops[:-1])
+        dropped = sum(jnp.where(t > drop_step, 1.0, 0.0) for drop_step in drop_steps[:-1])
         return jnp.where(t < warmup, t / warmup, 10.0**-dropped)
 
     return schedule
@@ -106,13 +106,13 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """The whole update of the parameters, ready for `optax.apply_updates`."""
     decay = optax.add_decayed_weights(config.weight_decay, mask=kernel_mask)
-    rate = _rates(config)
+    learning_rates = _rates(config)
     clip = (
         optax.identity()
         if config.clip_norm is None
         else optax.clip_by_global_norm(config.clip_norm)
     )
-    order = {"released": (rate, decay), "adamw": (decay, rate)}[config.decay]
+    order = {"released": (learning_rates, decay), "adamw": (decay, learning_rates)}[config.decay]
     return optax.chain(
         clip,
         entry(OPTIMIZERS, config.name, "optimizer.name")(config),

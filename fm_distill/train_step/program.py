@@ -52,9 +52,9 @@ def make_program(
         if fed.ids.shape[0] == 1:  # a convolution in a loop is many times slower on a CPU
             return one(state, fed.step(0))
         state, metrics = jax.lax.scan(one, state, fed)
-        last = {name: values[-1] for name, values in metrics.items()}
-        finite = jnp.isfinite(jnp.stack([metrics[name] for name in FINITE])).all()
-        return state, last | {"loss": jnp.where(finite, last["loss"], jnp.nan)}
+        last_values = {name: values[-1] for name, values in metrics.items()}
+        all_finite = jnp.isfinite(jnp.stack([metrics[name] for name in FINITE])).all()
+        return state, last_values | {"loss": jnp.where(all_finite, last_values["loss"], jnp.nan)}
 
     state_shardings = layout.variables(state)
     fed_sharding = layout.batch if data is None else layout.ids

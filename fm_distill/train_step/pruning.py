@@ -35,8 +35,8 @@ def initial_masks(params: PyTree) -> PyTree:
 
     def of(path: tuple[Any, ...], leaf: Array) -> Bool[Array, "..."]:
         parts = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-        few = leaf.ndim < 2 or leaf.shape[-2] <= FEWEST_INPUTS
-        pruned = parts[-1] == "kernel" and parts[0] != HEAD and not few
+        has_few_inputs = leaf.ndim < 2 or leaf.shape[-2] <= FEWEST_INPUTS
+        pruned = parts[-1] == "kernel" and parts[0] != HEAD and not has_few_inputs
         return jnp.ones(leaf.shape if pruned else (), bool)
 
     return jax.tree_util.tree_map_with_path(of, params)
@@ -87,12 +87,12 @@ def make_prune(
         _check_layers(config, shapes)
         return _by_magnitude(config)
     _check_fours(config.pattern, shapes)
-    left = int(config.pattern[0])
+    kept_count = int(config.pattern[0])
 
     def prune(masks: PyTree, params: PyTree, step: Int[Array, ""]) -> PyTree:
         def all_fours() -> PyTree:
             return jax.tree.map(
-                lambda w, m: largest_of_four(w, m, left) if m.ndim else m, params, masks
+                lambda w, m: largest_of_four(w, m, kept_count) if m.ndim else m, params, masks
             )
 
         return jax.lax.cond(step == config.begin_step, all_fours, lambda: masks)
@@ -113,12 +113,12 @@ def _check_layers(config: PruningConfig, shapes: dict[str, tuple[int, ...]]) -> 
 
 def _check_fours(pattern: str, shapes: dict[str, tuple[int, ...]]) -> None:
     """Raises `UserError` where inputs do not come in fours."""
-    odd = [f"{path} ({shape[-2]})" for path, shape in shapes.items() if shape[-2] % 4]
-    if odd:
+    paths = [f"{path} ({shape[-2]})" for path, shape in shapes.items() if shape[-2] % 4]
+    if paths:
         raise UserError(
             f"student.pruning.pattern={pattern} groups neighbouring inputs in fours, and those of "
-            f"{', '.join(odd[:3])}{', ...' if len(odd) > 3 else ''} are not a multiple of 4: use "
-            "pattern=unstructured"
+            f"{', '.join(paths[:3])}{', ...' if len(paths) > 3 else ''} are not a multiple of 4: "
+            "use pattern=unstructured"
         )
 
 
@@ -126,8 +126,8 @@ def largest_of_four(
     weights: Float[Array, "*_ inputs outputs"], mask: Bool[Array, "*_ inputs outputs"], left: int
 ) -> Bool[Array, "*_ inputs outputs"]:
     """True for the `left` largest of four neighbouring inputs of an output, the first of equals."""
-    *before, inputs, outputs = weights.shape
-    size = jnp.where(mask, jnp.abs(weights), -1).reshape(*before, inputs // 4, 4, outputs)
+    *leading, inputs, outputs = weights.shape
+    size = jnp.where(mask, jnp.abs(weights), -1).reshape(*leading, inputs // 4, 4, outputs)
     rank = jnp.argsort(jnp.argsort(-size, axis=-2, stable=True), axis=-2)
     return (rank < left).reshape(weights.shape) & mask
 
@@ -137,20 +137,20 @@ def sparsity_after(config: PruningConfig, step: Int[Array, ""] | int) -> Float[A
     end = config.last_step
     if end == config.begin_step:
         return jnp.asarray(config.sparsity, jnp.float32)
-    way = (jnp.asarray(step, jnp.float32) - config.begin_step) / (end - config.begin_step)
-    return config.sparsity * (1 - (1 - jnp.clip(way, 0, 1)) ** config.power)
+    progress = (jnp.asarray(step, jnp.float32) - config.begin_step) / (end - config.begin_step)
+    return config.sparsity * (1 - (1 - jnp.clip(progress, 0, 1)) ** config.power)
 
 
 def _by_magnitude(config: PruningConfig) -> Prune:
     def prune(masks: PyTree, params: PyTree, step: Int[Array, ""]) -> PyTree:
-        after = step - config.begin_step
-        end, every = config.last_step, config.every_steps
-        due = (after >= 0) & (step <= end) & ((after % every == 0) | (step == end))
+        elapsed = step - config.begin_step
+        end, interval = config.last_step, config.every_steps
+        is_due = (elapsed >= 0) & (step <= end) & ((elapsed % interval == 0) | (step == end))
 
         def removed() -> PyTree:
             return smallest_removed(params, masks, sparsity_after(config, step), config.scope)
 
-        return jax.lax.cond(due, removed, lambda: masks)
+        return jax.lax.cond(is_due, removed, lambda: masks)
 
     return prune
 
@@ -174,11 +174,13 @@ def smallest_removed(
         order = jnp.argsort(sizes, stable=True)
         return jnp.zeros(sizes.size, bool).at[order].set(jnp.arange(sizes.size) >= count)
 
-    there = [jnp.where(x == x.max(), jnp.inf, x) for x in weights if x is not None]
+    magnitudes = [jnp.where(x == x.max(), jnp.inf, x) for x in weights if x is not None]
     if scope == "layer":
-        parts = iter([kept(x) for x in there])
+        parts = iter([kept(x) for x in magnitudes])
     else:
-        ends = [sum(x.size for x in there[: i + 1]) for i in range(len(there) - 1)]
-        parts = iter(jnp.split(kept(jnp.concatenate(there)), ends))
-    new = [mask & next(parts).reshape(mask.shape) if mask.ndim else mask for mask in flat]
-    return jax.tree.unflatten(tree, new)
+        split_points = [
+            sum(x.size for x in magnitudes[: i + 1]) for i in range(len(magnitudes) - 1)
+        ]
+        parts = iter(jnp.split(kept(jnp.concatenate(magnitudes)), split_points))
+    new_masks = [mask & next(parts).reshape(mask.shape) if mask.ndim else mask for mask in flat]
+    return jax.tree.unflatten(tree, new_masks)

@@ -66,7 +66,7 @@ def make_update(
     def update(state: TrainState, view: Array, targets: Targets) -> tuple[TrainState, Metrics]:
         if state.ema is not None and ema_decay is None:
             raise UserError("the state has an average that would never move; give ema_decay")
-        own = state.terms or NOTHING
+        term_state = state.terms or NOTHING
 
         def gradients_of(which: slice = slice(None)) -> tuple[tuple[Array, Any], Any]:
             """The loss of these terms with what else is measured, and its gradients."""
@@ -76,58 +76,62 @@ def make_update(
             ) -> tuple[Array, tuple[Any, Any]]:
                 params, adapters = learned
                 variables = dataclasses.replace(state.student, params=params)
-                found = loss.evaluate(variables, adapters, own.banks, *part, state.step)
-                observed = found.statistics, found.ranges
-                of_examples = found.logits, found.values, found.example_weights
-                return loss.mean(found.values, state.step, which), (observed, of_examples)
+                evaluation = loss.evaluate(variables, adapters, term_state.banks, *part, state.step)
+                observed = evaluation.statistics, evaluation.ranges
+                per_example = evaluation.logits, evaluation.values, evaluation.example_weights
+                return loss.mean(evaluation.values, state.step, which), (observed, per_example)
 
             gradient = jax.value_and_grad(loss_of, has_aux=True)
-            learned = state.student.params, own.params
+            learned = state.student.params, term_state.params
             return accumulated(gradient, accumulate, learned, (view, targets))
 
-        (value, (observed, of_examples)), (gradients, of_adapters) = gradients_of()
-        logits, values, weights = of_examples
+        (value, (observed, per_example)), (gradients, adapter_gradients) = gradients_of()
+        logits, values, weights = per_example
         masks = state.masks
         with jax.named_scope("update"):
             if masks is not None:
                 gradients = masked(gradients, masks)
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.student.params)
-            new = Variables(optax.apply_updates(state.student.params, updates), *observed)
+            new_student = Variables(optax.apply_updates(state.student.params, updates), *observed)
             if prune is not None and masks is not None:
-                masks = prune(masks, new.params, state.step)
-                new = dataclasses.replace(new, params=masked(new.params, masks))
+                masks = prune(masks, new_student.params, state.step)
+                new_student = dataclasses.replace(
+                    new_student, params=masked(new_student.params, masks)
+                )
             ema = state.ema
             if ema is not None and ema_decay is not None:
-                ema = _averaged(ema, new, ema_decay, state.step)
+                ema = _averaged(ema, new_student, ema_decay, state.step)
                 if masks is not None:
                     ema = dataclasses.replace(ema, params=masked(ema.params, masks))
-            moved = state.terms
-            if term_update is not None and moved is not None:
-                moved = term_update(moved, of_adapters, targets, state.step)
+            new_terms = state.terms
+            if term_update is not None and new_terms is not None:
+                new_terms = term_update(new_terms, adapter_gradients, targets, state.step)
         metrics = {
             "loss": value,
             "gradient_norm": optax.global_norm(gradients),
             "update_norm": optax.global_norm(updates),
         }
         if len(loss.terms) > 1:
-            for term, of_term in zip(loss.terms, values, strict=True):
-                metrics[f"term_{term.name}"] = of_term.mean()
+            for term, term_values in zip(loss.terms, values, strict=True):
+                metrics[f"term_{term.name}"] = term_values.mean()
                 metrics[f"weight_{term.name}"] = term.weight_at(loss.progress(state.step))
             if term_gradients:
-                alone = [gradients_of(slice(i, i + 1))[1][0] for i in range(len(loss.terms))]
+                gradients_by_term = [
+                    gradients_of(slice(i, i + 1))[1][0] for i in range(len(loss.terms))
+                ]
                 if masks is not None:
-                    alone = [masked(x, masks) for x in alone]
-                metrics |= compared([x.name for x in loss.terms], alone)
-        for name, gradient in of_adapters.items():
+                    gradients_by_term = [masked(x, masks) for x in gradients_by_term]
+                metrics |= compared([x.name for x in loss.terms], gradients_by_term)
+        for name, gradient in adapter_gradients.items():
             metrics[f"{ADAPTER_GRADIENT}{name}"] = jnp.linalg.norm(gradient["kernel"])
         if masks is not None:
             metrics[SPARSITY] = sparsity_of(masks)
         if weights is not None:
             metrics["effective_sample_share"] = effective_share(weights)
         if targets.teacher_logits:
-            same = jnp.argmax(logits, -1) == first_choice(targets)
-            metrics["agreement"] = same.mean(dtype=jnp.float32)
-        return TrainState(state.step + 1, new, opt_state, ema, moved, masks), metrics
+            agrees = jnp.argmax(logits, -1) == first_choice(targets)
+            metrics["agreement"] = agrees.mean(dtype=jnp.float32)
+        return TrainState(state.step + 1, new_student, opt_state, ema, new_terms, masks), metrics
 
     return update
 
@@ -170,9 +174,9 @@ def make_train_step(
     def train_step(
         state: TrainState, frozen: tuple[Variables, ...], batch: Batch, root: ViewRoot
     ) -> tuple[TrainState, Metrics]:
-        drawn = state.step if period_steps is None else state.step % period_steps
+        view_step = state.step if period_steps is None else state.step % period_steps
         with jax.named_scope("views"):
-            seen = step_views(law, views, student, teachers, batch, root, drawn)
-        return update(state, seen.student, teach(frozen, batch, seen))
+            rendered = step_views(law, views, student, teachers, batch, root, view_step)
+        return update(state, rendered.student, teach(frozen, batch, rendered))
 
     return train_step

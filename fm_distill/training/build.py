@@ -73,11 +73,11 @@ def build(
     networks_of_teachers = tuple(x.network for x in teachers)
     term_shapes = check_features(config, resolved.examples, student.network, networks_of_teachers)
     regime = regime_of(config)
-    live = regime.targets == "teachers"
-    live_teachers = teachers if live else ()
+    has_live_teachers = regime.targets == "teachers"
+    live_teachers = teachers if has_live_teachers else ()
     schedule = make_schedule(config.schedule, resolved.total_steps)
     optimizer = optimizer or make_optimizer(config.optimizer, schedule)
-    of_adapters = make_optimizer(adapter_optimizer(config.optimizer), schedule)
+    optimizer_of_adapters = make_optimizer(adapter_optimizer(config.optimizer), schedule)
     objective, pruning = config.objective, config.student.pruning
     prune = make_prune(pruning, student.network, resolved.total_steps, resolved.student.model)
     teach = make_teach(
@@ -94,7 +94,7 @@ def build(
         optimizer,
         ema_decay=config.ema_decay,
         accumulate=config.memory.accumulate,
-        term_update=make_term_update(objective, of_adapters),
+        term_update=make_term_update(objective, optimizer_of_adapters),
         prune=prune,
         term_gradients=config.log.term_gradients,
     )
@@ -119,7 +119,7 @@ def build(
         live_teachers=live_teachers,
         config=config,
         term_shapes=term_shapes,
-        adapter_optimizer=of_adapters,
+        adapter_optimizer=optimizer_of_adapters,
         prune=prune,
     )
 

@@ -66,10 +66,10 @@ def decided_networks(
     pretrained = shrunk(start, config.student.pruning, scores)
     workdir = Workdir(folder)
     # Other scores of a run that has begun are refused, and would be read by the next try.
-    same = not workdir.has_config() or (
+    unchanged = not workdir.has_config() or (
         workdir.stored().resolved.student_weights == fingerprint(pretrained.variables)
     )
-    if first_process() and same:
+    if first_process() and unchanged:
         path = workdir.channel_scores
         try:
             write_scores(path, scores, blocks)
@@ -88,8 +88,10 @@ def _refuse_own_teacher(config: Config, networks: Networks) -> None:
     if regime.targets not in ("teachers", "recording") or regime.views == "independent":
         return
     assert networks.pretrained is not None
-    own = fingerprint(networks.pretrained.variables)
-    if {x.fingerprint for x in networks.teachers} == {own} and not needs_labels(config.objective):
+    student_fingerprint = fingerprint(networks.pretrained.variables)
+    if {x.fingerprint for x in networks.teachers} == {student_fingerprint} and not needs_labels(
+        config.objective
+    ):
         raise UserError(
             "student.pruning.criterion=taylor needs a loss that is not zero, and the student's "
             f"weights are its teacher's own: {INSTEAD}, or the teacher that taught them"
@@ -133,8 +135,8 @@ def gradient_scores(
     def of_batch(
         state: TrainState, frozen: tuple[Variables, ...], batch: Batch, root: ViewRoot
     ) -> TaylorSums:
-        found: TaylorSums = built.train_step(state, frozen, batch, root)[0].opt_state
-        return found
+        batch_sums: TaylorSums = built.train_step(state, frozen, batch, root)[0].opt_state
+        return batch_sums
 
     program = jax.jit(of_batch, out_shardings=layout.replicated)
     count = min(
@@ -148,11 +150,11 @@ def gradient_scores(
     log(f"channels are chosen by the gradient over the first {count:,} batches")
     sums: list[TaylorSums] = []
     for step, batch in enumerate(feed.feed(0, itertools.repeat(1, count))):
-        at: Array = jax.device_put(np.int32(step), layout.replicated)
-        state = dataclasses.replace(state, step=at)
+        device_step: Array = jax.device_put(np.int32(step), layout.replicated)
+        state = dataclasses.replace(state, step=device_step)
         sums.append(jax.device_get(program(state, frozen, batch, keys.draws)))
     scores = taylor_scores(sums)
-    values = np.concatenate([x for places in scores for x in places])
+    values = np.concatenate([x for block_scores in scores for x in block_scores])
     if not np.isfinite(values).all():
         raise UserError(
             "student.pruning.criterion=taylor: the gradient of the student's loss is not finite; "

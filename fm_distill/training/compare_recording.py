@@ -29,30 +29,32 @@ def compare_with_teachers(
     root: ViewRoot,
 ) -> str:
     """How far the recorded outputs of some steps are from the teachers' outputs on this machine."""
-    law = regime_of(config).views
-    program = make_record_program(config, law, teachers, layout, taps=recording.taps)
+    view_sampling = regime_of(config).views
+    program = make_record_program(config, view_sampling, teachers, layout, taps=recording.taps)
     steps = checked_steps(config, recording.period_steps)
-    found, apart = [], list[float]()
+    comparisons, deviations = [], list[float]()
     for step in steps:
         recorded = jax.tree.map(lambda x: x[0], recording.at(step))
         batch = stack([reader[i] for i in recorded.examples.tolist()])
         batch = jax.device_put(batch, layout.batch)
         outputs = program(frozen, None, batch, root, jnp.int32(step))
         assert outputs.logits is not None
-        found.append(compared(recorded.rows, tuple(jnp.moveaxis(outputs.logits[0], 1, 0))))
+        comparisons.append(compared(recorded.rows, tuple(jnp.moveaxis(outputs.logits[0], 1, 0))))
         pairs = [(x, outputs.features[name][0]) for name, x in recorded.rows.features.items()]
-        apart += [float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in pairs]
-    difference, kl, same = np.array(found).T
-    numbers = ", ".join(f"{x:,}" for x in steps)
+        deviations += [float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in pairs]
+    difference, kl, agreement = np.array(comparisons).T
+    step_numbers = ", ".join(f"{x:,}" for x in steps)
     logits = (
-        f"the recording compared with the teachers on this machine, in steps {numbers}: logits "
-        f"differ by at most {difference.max():.2g}, KL {kl.mean():.2g} nats, agreement "
-        f"{same.mean():.2%}"
+        f"the recording compared with the teachers on this machine, in steps {step_numbers}: "
+        f"logits differ by at most {difference.max():.2g}, KL {kl.mean():.2g} nats, agreement "
+        f"{agreement.mean():.2%}"
     )
     if not recording.taps:
         return logits
     taps = ", ".join(recording.taps)
-    return f"{logits}; features of {taps} by at most {max(apart):.2g} of their largest magnitude"
+    return (
+        f"{logits}; features of {taps} by at most {max(deviations):.2g} of their largest magnitude"
+    )
 
 
 def compared(found: TargetRows, logits: tuple[AnyArray, ...]) -> tuple[float, float, float]:
@@ -62,11 +64,11 @@ def compared(found: TargetRows, logits: tuple[AnyArray, ...]) -> tuple[float, fl
             jnp.take_along_axis(x, jnp.asarray(found.indices[:, i].astype(np.int32)), axis=-1)
             for i, x in enumerate(logits)
         )
-        stored = tuple(x[..., :-1] for x in decode(found))
+        recorded_logits = tuple(x[..., :-1] for x in decode(found))
     else:
-        stored = decode(found)
-    pairs = list(zip(stored, logits, strict=True))
+        recorded_logits = decode(found)
+    pairs = list(zip(recorded_logits, logits, strict=True))
     difference = max(float(jnp.abs(a - b).max()) for a, b in pairs)
     kl = float(np.mean([kl_divergence(a, b).mean() for a, b in pairs]))
-    same = float(np.mean([(a.argmax(-1) == b.argmax(-1)).mean() for a, b in pairs]))
-    return difference, kl, same
+    agreement = float(np.mean([(a.argmax(-1) == b.argmax(-1)).mean() for a, b in pairs]))
+    return difference, kl, agreement

@@ -49,29 +49,35 @@ class Loop:
         setup, config, total = self.setup, self.setup.config, self.setup.resolved.total_steps
         root = setup.keys.draws
         start, steps, reason, slowest_s = step, 0, None, 0.0
-        sizes, ahead = itertools.tee(dispatch_sizes(step, total, setup.resolved.steps_per_dispatch))
-        fed: Iterator[Fed] = setup.feed.feed(step, ahead, skipped_steps=self.skipped_steps)
+        sizes, feed_sizes = itertools.tee(
+            dispatch_sizes(step, total, setup.resolved.steps_per_dispatch)
+        )
+        fed_batches: Iterator[Fed] = setup.feed.feed(
+            step, feed_sizes, skipped_steps=self.skipped_steps
+        )
         if evaluation_pending and (reason := self._evaluate(state, step, RESERVE_S)) is None:
             evaluation_pending = False
         while reason is None and step < total:
             reserve_s = RESERVE_S + RESERVE * (self.checkpoints.slowest_s + slowest_s)
             if reason := self._asked(step, steps, reserve_s):
                 break
-            began = time.monotonic()
-            steps, batch = next(sizes), next(fed)
-            self.reporter.waited(time.monotonic() - began)
+            start_time = time.monotonic()
+            steps, batch = next(sizes), next(fed_batches)
+            self.reporter.waited(time.monotonic() - start_time)
             state, metrics = self._dispatch(state, batch, root)
             self.stop.busy()
             self.stop.progressed()
             step += steps
             self.reporter.dispatched(step, steps, metrics)
             if step > start + steps:  # the first one waits for the compiler
-                slowest_s = max(slowest_s, time.monotonic() - began)
+                slowest_s = max(slowest_s, time.monotonic() - start_time)
             if step == total:
                 state = setup.with_final_statistics(state)
             improved = False
-            every = config.log.evaluate_every_steps
-            if setup.validation and (due(every, step, steps) or (every and step == total)):
+            evaluate_every = config.log.evaluate_every_steps
+            if setup.validation and (
+                due(evaluate_every, step, steps) or (evaluate_every and step == total)
+            ):
                 self.reporter.catch_up()
                 reason = self._evaluate(state, step, reserve_s)
                 evaluation_pending = reason is not None

@@ -97,14 +97,14 @@ def profile(
             setup.built.init, out_shardings=setup.layout.variables(setup.built.abstract_state)
         )(setup.keys.init)
         memory = _memory(setup, state)
-        parts = _parts(setup, state, steps)
+        part_times = _parts(setup, state, steps)
         run = _run(setup, state, steps, None if trace is None else os.fspath(trace))
         reading_ms, decoding_ms = _host(setup)
         logging_ms = _logging(setup, run.metrics, pathlib.Path(folder))
     step_ms, wait_ms = run.step_ms, run.wait_ms
     feeding_ms = (reading_ms + decoding_ms) / (config.data.workers or os.cpu_count() or 1)
     # What was read ahead while it compiled may last for all steps that are measured.
-    waits = wait_ms > MOST_WAIT * step_ms or feeding_ms > step_ms
+    input_bound = wait_ms > MOST_WAIT * step_ms or feeding_ms > step_ms
     return Profile(
         name=config.name,
         device=device_name(),
@@ -115,12 +115,12 @@ def profile(
         step_ms=step_ms,
         wait_ms=wait_ms,
         images_per_second=1e3 * config.batch_size / step_ms,
-        bound="input" if waits else "compute",
+        bound="input" if input_bound else "compute",
         feeding_ms=feeding_ms,
         reading_ms=reading_ms,
         decoding_ms=decoding_ms,
         logging_ms=logging_ms,
-        **parts,
+        **part_times,
         memory_bytes=memory,
         temporary_bytes=run.temporary_bytes,
     )
@@ -149,24 +149,26 @@ class _Run:
 
 def _run(setup: Setup, state: TrainState, steps: int, trace: str | None) -> _Run:
     """The step itself, fed as in training."""
-    fed = setup.feed.feed(0, itertools.repeat(1, min(steps + 1, setup.resolved.total_steps)))
+    fed_batches = setup.feed.feed(
+        0, itertools.repeat(1, min(steps + 1, setup.resolved.total_steps))
+    )
     arguments = setup.live_teachers, setup.feed.data
-    began = time.perf_counter()
-    batch = next(fed)
+    compile_start = time.perf_counter()
+    batch = next(fed_batches)
     compiled = setup.program.lower(state, *arguments, batch, setup.keys.draws).compile()
-    compile_s = time.perf_counter() - began
+    compile_s = time.perf_counter() - compile_start
     state, metrics = jax.block_until_ready(compiled(state, *arguments, batch, setup.keys.draws))
-    times, waits = [], []
+    step_times, wait_times = [], []
     with _traced(trace):
         start = time.perf_counter()
-        for number, batch in enumerate(fed):
-            waits.append(time.perf_counter() - start)
+        for number, batch in enumerate(fed_batches):
+            wait_times.append(time.perf_counter() - start)
             with jax.profiler.StepTraceAnnotation("train", step_num=number):
                 state, metrics = compiled(state, *arguments, batch, setup.keys.draws)
                 jax.block_until_ready(metrics)
-            times.append(time.perf_counter() - start)
+            step_times.append(time.perf_counter() - start)
             start = time.perf_counter()
-    if not times:
+    if not step_times:
         raise UserError(
             f"the run has {setup.resolved.total_steps} step, and the first one includes "
             "compiling; give a longer schedule"
@@ -174,8 +176,8 @@ def _run(setup: Setup, state: TrainState, steps: int, trace: str | None) -> _Run
     memory = compiled.memory_analysis()
     return _Run(
         compile_s,
-        1e3 * statistics.median(times),
-        1e3 * statistics.median(waits),
+        1e3 * statistics.median(step_times),
+        1e3 * statistics.median(wait_times),
         metrics,
         None if memory is None else int(memory.temp_size_in_bytes),
     )
@@ -196,34 +198,34 @@ def _traced(folder: str | None) -> Iterator[None]:
 def _parts(setup: Setup, state: TrainState, steps: int) -> dict[str, float]:
     """Views, targets, student and update as programs of their own, on the first batch."""
     config, built, layout = setup.config, setup.built, setup.layout
-    law = regime_of(config).views
+    view_sampling = regime_of(config).views
     batch, key = _first_batch(setup), setup.keys.draws
 
     # What is timed is an argument, or XLA computes it once, when it compiles.
     @jax.jit
     def views(batch: Batch) -> tuple[Any, ...]:
-        found = step_views(
-            law, config.views, built.student, built.live_teachers, batch, key, state.step
+        rendered = step_views(
+            view_sampling, config.views, built.student, built.live_teachers, batch, key, state.step
         )
-        return found.draw, found.student, found.teachers
+        return rendered.draw, rendered.student, rendered.teachers
 
     @jax.jit
-    def targets(frozen: PyTree, batch: Batch, seen: tuple[Any, ...]) -> Any:
-        return built.teach(frozen, batch, StepViews(*seen))
+    def targets(frozen: PyTree, batch: Batch, rendered_views: tuple[Any, ...]) -> Any:
+        return built.teach(frozen, batch, StepViews(*rendered_views))
 
     @jax.jit
     def optimizer(gradients: PyTree, state: TrainState) -> Any:
         return built.optimizer.update(gradients, state.opt_state, state.student.params)
 
     update = jax.jit(built.update, out_shardings=(layout.variables(state), layout.replicated))
-    seen = views(batch)
-    expected = targets(setup.live_teachers, batch, seen)
+    rendered_views = views(batch)
+    expected = targets(setup.live_teachers, batch, rendered_views)
     gradients = state.student.params  # of their shapes; the time does not depend on values
     measured = {
         "views_ms": lambda: views(batch),
-        "targets_ms": lambda: targets(setup.live_teachers, batch, seen),
+        "targets_ms": lambda: targets(setup.live_teachers, batch, rendered_views),
         "update_ms": lambda: optimizer(gradients, state),
-        "student_ms": lambda: update(state, seen[1], expected),
+        "student_ms": lambda: update(state, rendered_views[1], expected),
     }
     times = {name: _median_ms(part, steps) for name, part in measured.items()}
     # `built.update` is both.
@@ -247,38 +249,38 @@ def _first_batch(setup: Setup) -> Batch:
 
 def _median_ms(part: Callable[[], Any], times: int) -> float:
     jax.block_until_ready(part())
-    found = []
+    times_ms = []
     for _ in range(times):
         start = time.perf_counter()
         jax.block_until_ready(part())
-        found.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(found)
+        times_ms.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times_ms)
 
 
 def _host(setup: Setup) -> tuple[float, float]:
     """Reading and decoding of a batch, by one thread; nothing where the split is resident."""
     if setup.feed.data is not None:
         return 0.0, 0.0
-    reading, together = [], []
+    reading, combined = [], []
     for i in range(min(IMAGES, len(setup.reader))):
         start = time.perf_counter()
         _ = setup.reader.source[i]
-        read = time.perf_counter()
+        read_end = time.perf_counter()
         _ = setup.reader[i]
-        reading.append(read - start)
-        together.append(time.perf_counter() - read)
-    batch_ms = [1e3 * setup.config.batch_size * statistics.median(x) for x in (reading, together)]
+        reading.append(read_end - start)
+        combined.append(time.perf_counter() - read_end)
+    batch_ms = [1e3 * setup.config.batch_size * statistics.median(x) for x in (reading, combined)]
     return batch_ms[0], max(batch_ms[1] - batch_ms[0], 0.0)
 
 
 def _logging(setup: Setup, metrics: Metrics, folder: pathlib.Path) -> float:
-    every = setup.config.log.every_steps
+    every_steps = setup.config.log.every_steps
     start = time.perf_counter()
     with MetricsWriter(folder / "metrics.jsonl", 0, setup.config.log.tensorboard) as writer:
         for step in range(10):
             values = {name: float(x) for name, x in jax.device_get(metrics).items()}
             writer.write(step, 0.0, "train", values)
-    return 1e3 * (time.perf_counter() - start) / 10 / every
+    return 1e3 * (time.perf_counter() - start) / 10 / every_steps
 
 
 def _memory(setup: Setup, state: TrainState) -> dict[str, int]:
@@ -293,6 +295,6 @@ def _memory(setup: Setup, state: TrainState) -> dict[str, int]:
     }
 
     def count(tree: PyTree) -> int:
-        return sum(x.data.nbytes for y in jax.tree.leaves(tree) for x in y.addressable_shards)
+        return sum(x.data.nbytes for leaf in jax.tree.leaves(tree) for x in leaf.addressable_shards)
 
     return {name: size for name, tree in owners.items() if (size := count(tree))}

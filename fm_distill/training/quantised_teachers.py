@@ -111,30 +111,30 @@ def freeze_teachers(
     # Of recorded teachers that are not here, the config may name fewer.
     loaded = teachers if any(x.variables for x in teachers) else ()
     pairs = zip(teachers_of(config)[: len(loaded)], loaded, strict=True)
-    here = [(named, x, x.variables) for named, x in pairs if x.variables]
+    available = [(named_teacher, x, x.variables) for named_teacher, x in pairs if x.variables]
     dtype = jnp.dtype(resolved.precision)
-    branches = tuple(make_branch(x.network, x.classes, dtype) for _, x, _ in here)
-    frozen = frozen_teachers(branches, tuple(x for _, _, x in here), layout)
+    branches = tuple(make_branch(x.network, x.classes, dtype) for _, x, _ in available)
+    frozen = frozen_teachers(branches, tuple(x for _, _, x in available), layout)
     if resolved.headless:
         return FrozenTeachers((), (), frozen, [])
-    places = [i for i, (_, x, _) in enumerate(here) if x.quantisation.quantised]
-    if not places:
+    quantised_indices = [i for i, (_, x, _) in enumerate(available) if x.quantisation.quantised]
+    if not quantised_indices:
         return FrozenTeachers(branches, frozen, frozen, [])
-    found = _stored(folder, [here[i][1] for i in places])
+    stored_teachers = _stored(folder, [available[i][1] for i in quantised_indices])
     calibrate = functools.partial(_calibrated, config, root, built.student)
-    calibrated = found or tuple(
-        calibrate(built.teachers[i], branches[i], here[i][1], frozen[i], reader, layout)
-        for i in places
+    calibrated = stored_teachers or tuple(
+        calibrate(built.teachers[i], branches[i], available[i][1], frozen[i], reader, layout)
+        for i in quantised_indices
     )
     teaching, notes = list(frozen), []
-    for i, ranges in zip(places, calibrated, strict=True):
-        named, _, variables = here[i]
-        _refuse_unlike(named, ranges.fidelity)
-        notes.append(_said(named.option, ranges))
+    for i, ranges in zip(quantised_indices, calibrated, strict=True):
+        named_teacher, _, variables = available[i]
+        _refuse_unlike(named_teacher, ranges.fidelity)
+        notes.append(_said(named_teacher.option, ranges))
         network = built.teachers[i].network
-        whole = with_ranges(network, variables, ranges.ranges)
-        teaching[i] = freeze_on_devices(network, whole, layout)
-    if found is None:
+        quantised_variables = with_ranges(network, variables, ranges.ranges)
+        teaching[i] = freeze_on_devices(network, quantised_variables, layout)
+    if stored_teachers is None:
         contents = msgspec.to_builtins(CalibratedTeachers(calibrated))
         Workdir(folder).write_from_first(NAME, contents)
     return FrozenTeachers(branches, frozen, tuple(teaching), notes)
@@ -156,18 +156,18 @@ def _stored(folder: pathlib.Path, teachers: list[Teacher]) -> tuple[CalibratedTe
             )
         return None
     try:
-        found = converted(tree, CalibratedTeachers).teachers
+        stored_teachers = converted(tree, CalibratedTeachers).teachers
     except msgspec.ValidationError as error:
         raise UserError(
             f"{path} is damaged ({error}); restore it, or choose another --workdir"
         ) from None
     expected = [(x.fingerprint, x.teaching_network) for x in teachers]
-    if [(x.weights, x.network) for x in found] != expected:
+    if [(x.weights, x.network) for x in stored_teachers] != expected:
         raise UserError(
             f"{path} holds the ranges of other teachers than the run's; remove it, so that they "
             "are computed again, or choose another --workdir"
         )
-    return found
+    return stored_teachers
 
 
 def _calibrated(
@@ -183,57 +183,57 @@ def _calibrated(
 ) -> CalibratedTeacher:
     """Ranges and fidelity of `teacher`, whose float form is `plain` with `frozen`."""
     parts, temperature = config.memory.teacher_parts, config.objective.temperature
-    law = regime_of(config).views
+    view_sampling = regime_of(config).views
     # Of whole batches: parts of them would have other ranges.
-    observing = rounded.network.apply_observing
-    assert observing is not None and teacher.variables is not None
+    apply_observing = rounded.network.apply_observing
+    assert apply_observing is not None and teacher.variables is not None
 
     def images_of(batch: Batch, root: ViewRoot, step: Array) -> Array:
-        found = step_views(law, config.views, student, (rounded,), batch, root, step)
-        return found.teachers[rounded.input_spec]
+        rendered = step_views(view_sampling, config.views, student, (rounded,), batch, root, step)
+        return rendered.teachers[rounded.input_spec]
 
     def observed(variables: Variables, batch: Batch, root: ViewRoot, step: Array) -> PyTree:
-        return observing(variables, images_of(batch, root, step), train=False).ranges
+        return apply_observing(variables, images_of(batch, root, step), train=False).ranges
 
     def compared(
-        frozen: Variables, whole: Variables, batch: Batch, root: ViewRoot, step: Array
+        frozen: Variables, quantised_variables: Variables, batch: Batch, root: ViewRoot, step: Array
     ) -> tuple[Array, Array, Array]:
         def both(part: Array) -> tuple[Array, Array]:
-            expected = plain.network.apply_frozen(frozen, part).logits
-            return expected, rounded.network.apply_frozen(whole, part).logits
+            float_logits = plain.network.apply_frozen(frozen, part).logits
+            return float_logits, rounded.network.apply_frozen(quantised_variables, part).logits
 
-        expected, found = in_parts(both, parts, images_of(batch, root, step))
-        same = expected.argmax(-1) == found.argmax(-1)
-        kl = (kl_divergence(found, expected, x) for x in (1.0, temperature))
-        return same, *kl
+        float_logits, quantised_logits = in_parts(both, parts, images_of(batch, root, step))
+        agreement = float_logits.argmax(-1) == quantised_logits.argmax(-1)
+        kl = (kl_divergence(quantised_logits, float_logits, x) for x in (1.0, temperature))
+        return agreement, *kl
 
     count = -(-VIEWS // config.batch_size)
     batches = _batches(config, reader, layout, 2 * count)
     shapes = jax.eval_shape(rounded.network.init, jax.random.key(0)).ranges
-    unseen = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    variables = dataclasses.replace(teacher.variables, ranges=unseen)
+    empty_ranges = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    variables = dataclasses.replace(teacher.variables, ranges=empty_ranges)
     variables = on_devices(variables, layout.variables(variables))
     observe = jax.jit(observed, out_shardings=layout.replicated)
     for step, batch in itertools.islice(batches, count):
         ranges = observe(variables, batch, root, jnp.int32(step))
         variables = dataclasses.replace(variables, ranges=ranges)
     ranges = ranges_of(jax.device_get(variables))
-    whole = freeze_on_devices(rounded.network, variables, layout)
+    quantised_variables = freeze_on_devices(rounded.network, variables, layout)
     compare = jax.jit(compared, out_shardings=layout.replicated)
     rows = [
-        jax.device_get(compare(frozen, whole, batch, root, jnp.int32(step)))
+        jax.device_get(compare(frozen, quantised_variables, batch, root, jnp.int32(step)))
         for step, batch in batches
     ]
     columns = zip(*rows, strict=True)
-    same, kl, kl_at_temperature = (np.concatenate(x).astype(np.float64) for x in columns)
+    agreement, kl, kl_at_temperature = (np.concatenate(x).astype(np.float64) for x in columns)
     return CalibratedTeacher(
         weights=teacher.fingerprint,
         network=teacher.teaching_network,
         calibration_views=count * config.batch_size,
         ranges=ranges,
         fidelity=Fidelity(
-            views=len(same),
-            agreement=float(same.mean()),
+            views=len(agreement),
+            agreement=float(agreement.mean()),
             kl=float(kl.mean()),
             temperature=temperature,
             kl_at_temperature=float(kl_at_temperature.mean()),
@@ -250,28 +250,29 @@ def _batches(
 
 
 def _refuse_unlike(teacher: NamedTeacher, fidelity: Fidelity) -> None:
-    option, least = teacher.option, teacher.config.least_agreement
+    option, least_agreement = teacher.option, teacher.config.least_agreement
     if not np.isfinite([fidelity.kl, fidelity.kl_at_temperature]).all():
         raise UserError(
             f"{option}: its outputs, in floats or quantised, are not finite numbers on the "
             "training views; are its weights and input_range right?"
         )
-    if fidelity.agreement < least:
+    if fidelity.agreement < least_agreement:
         raise UserError(
             f"{option}.quantisation changes the most likely class on "
             f"{1 - fidelity.agreement:.1%} of {fidelity.views:,} training views (KL "
-            f"{fidelity.kl:.3g} nats), and {option}.least_agreement={least:g} allows "
-            f"{1 - least:.1%}: keep layers in floats ({option}.quantisation.float_layers), clip "
-            f"ranges ({option}.quantisation.range_percentile), or allow more"
+            f"{fidelity.kl:.3g} nats), and {option}.least_agreement={least_agreement:g} allows "
+            f"{1 - least_agreement:.1%}: keep layers in floats "
+            f"({option}.quantisation.float_layers), clip ranges "
+            f"({option}.quantisation.range_percentile), or allow more"
         )
 
 
 def _said(option: str, calibrated: CalibratedTeacher) -> str:
-    found = calibrated.fidelity
+    fidelity = calibrated.fidelity
     return (
         f"{option} runs with {calibrated.network.quantisation.weights} weights and "
         f"{calibrated.network.quantisation.activations} activations, with ranges from "
-        f"{calibrated.calibration_views:,} training views; on {found.views:,} others it has the "
-        f"float teacher's top-1 class for {found.agreement:.2%}, KL {found.kl:.3g} nats at T=1 "
-        f"and {found.kl_at_temperature:.3g} at T={found.temperature:g}"
+        f"{calibrated.calibration_views:,} training views; on {fidelity.views:,} others it has the "
+        f"float teacher's top-1 class for {fidelity.agreement:.2%}, KL {fidelity.kl:.3g} nats at "
+        f"T=1 and {fidelity.kl_at_temperature:.3g} at T={fidelity.temperature:g}"
     )

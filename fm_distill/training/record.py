@@ -95,9 +95,9 @@ def record(
     check_features_of_experiment(config, len(data.train))
     check_student_weights(config)
     if is_recording(folder) and (
-        differ := header_differences(open_recording(folder).header, rendered(config))
+        mismatches := header_differences(open_recording(folder).header, rendered(config))
     ):
-        raise _another(folder, differ)
+        raise _another(folder, mismatches)
     with _locked(folder):
         if not train_teachers(config, folder, stop):
             reason = stop.reason() or "its teacher is not complete"
@@ -116,23 +116,23 @@ def record(
         _check_top_k(top_k, resolved.classes)
         features = _taps(resolved.teachers[0], resolved.classes, taps)
         header = make_header(config, resolved, dtype, top_k, features)
-        before = _before(folder, header)
-        missing = before.missing(first, last)
+        existing = _before(folder, header)
+        missing = existing.missing(first, last)
         count = sum(b - a for a, b in missing)
-        needed = count * step_bytes(header)
-        _check_space(folder, needed)
+        needed_bytes = count * step_bytes(header)
+        _check_space(folder, needed_bytes)
         log(
             f"recording steps {first:,} to {last:,} of {resolved.total_steps:,} in {folder}: "
-            f"{count:,} to do, {needed / 1e6:,.1f} MB"
+            f"{count:,} to do, {needed_bytes / 1e6:,.1f} MB"
         )
         if not missing:
-            return RecordResult(True, before)
+            return RecordResult(True, existing)
         reader = Reader(data.train, config.data, resolved.classes)
         teachers = networks.teachers
         recorder = Recorder.make(config, resolved, teachers, reader, layout, header, folder)
-        recorder.check(before)
-        reason, left = recorder.run(folder, missing, stop)
-    return RecordResult(not reason, open_recording(folder), reason, left)
+        recorder.check(existing)
+        reason, hours_left = recorder.run(folder, missing, stop)
+    return RecordResult(not reason, open_recording(folder), reason, hours_left)
 
 
 def _check(config: Config, top_k: int | None, taps: tuple[str, ...]) -> None:
@@ -204,11 +204,15 @@ def _before(folder: pathlib.Path, header: RecordingHeader) -> Recording:
     """What is recorded in `folder`. Raises `UserError` where it is another recording."""
     if not is_recording(folder):
         return Recording(folder, header, ())
-    found = open_recording(folder)
-    if found.header.identity != header.identity:
-        now = {x: y for x, y in vars(header).items() if x not in ("golden", "format", "code_files")}
-        raise _another(folder, header_differences(found.header, now))
-    return present(found)
+    recording = open_recording(folder)
+    if recording.header.identity != header.identity:
+        current_fields = {
+            name: value
+            for name, value in vars(header).items()
+            if name not in ("golden", "format", "code_files")
+        }
+        raise _another(folder, header_differences(recording.header, current_fields))
+    return present(recording)
 
 
 def _another(folder: pathlib.Path, differ: list[str]) -> UserError:

@@ -69,10 +69,10 @@ def make_record_program(
         draws, rendered = [], []
         for i, batch in enumerate(batches):
             batch = jax.lax.with_sharding_constraint(batch, layout.batch)
-            drawn = step_draws(law, root, first + i, batch.sizes, config.views).teacher
-            draws.append(drawn)
+            step_draw = step_draws(law, root, first + i, batch.sizes, config.views).teacher
+            draws.append(step_draw)
             specs = sorted({*shown, *(x.input_spec for x in teachers)})
-            rendered.append({x: render(drawn, batch.canvases, x, root.spectra) for x in specs})
+            rendered.append({x: render(step_draw, batch.canvases, x, root.spectra) for x in specs})
         views = jax.tree.map(_joined, *rendered)
         logits, features = None, {}
         if teachers:

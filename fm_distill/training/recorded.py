@@ -106,71 +106,72 @@ def with_recording_here(config: Config, workdir: Workdir) -> Config:
     def check(manifests: pathlib.Path) -> None:
         _refuse_header(config, read_manifests(manifests)[0], url)
 
-    refused = None
+    refusal = None
     if first_process() and not (workdir.has_config() and copy.exists()):
         try:
             fetch_recording(url, workdir.path, check)
         except UserError as error:
-            refused = error
+            refusal = error
     # The others wait until it is there, or end with the first one.
-    if broadcast_from_first(int(refused is not None)):
-        raise refused or UserError(f"{url} is refused; the first process says why")
-    here = dataclasses.replace(
+    if broadcast_from_first(int(refusal is not None)):
+        raise refusal or UserError(f"{url} is refused; the first process says why")
+    local_config = dataclasses.replace(
         config, teacher=dataclasses.replace(config.teacher, recording=str(copy))
     )
-    refuse_another_recording(here)
-    return here
+    refuse_another_recording(local_config)
+    return local_config
 
 
 def _refuse_header(config: Config, header: RecordingHeader, place: str) -> None:
-    differ = header_differences(header, rendered(config))
+    mismatches = header_differences(header, rendered(config))
     objective = config.objective
     if header.top_k is not None:
-        others = temperatures_of(objective) - {header.temperature}
-        if others or objective.temperature_schedule.points:
-            differ.append(
+        other_temperatures = temperatures_of(objective) - {header.temperature}
+        if other_temperatures or objective.temperature_schedule.points:
+            mismatches.append(
                 f"objective.temperature: {header.temperature} in the recording of the top "
                 f"{header.top_k}, which sums the other classes at that temperature, and "
-                f"{', '.join(map(str, sorted(others))) or 'a schedule'} in this run"
+                f"{', '.join(map(str, sorted(other_temperatures))) or 'a schedule'} in this run"
             )
-        known = {"kl", LABELS, *OF_FEATURES}
-        if unknown := [x.kind for x in terms_of(objective) if x.kind not in known]:
-            differ.append(
-                f"objective: {', '.join(unknown)}, and a recording of the top {header.top_k} "
+        supported_kinds = {"kl", LABELS, *OF_FEATURES}
+        if unsupported := [x.kind for x in terms_of(objective) if x.kind not in supported_kinds]:
+            mismatches.append(
+                f"objective: {', '.join(unsupported)}, and a recording of the top {header.top_k} "
                 "supports only kl"
             )
         if objective.example_weights.kind == "teacher_entropy":
-            differ.append(
+            mismatches.append(
                 "objective.example_weights.kind: teacher_entropy is that of all classes, and the "
                 f"recording has the top {header.top_k}; use teacher_distance"
             )
         if len(header.teachers) > 1 and objective.ensemble != "sum_of_distances":
-            differ.append(
+            mismatches.append(
                 f"objective.ensemble: {objective.ensemble} needs all classes of each teacher, and "
                 f"the recording has the top {header.top_k}; use sum_of_distances"
             )
     if header.view_version != VIEW_VERSION:
-        differ.append(
+        mismatches.append(
             f"the version of the views: {header.view_version} in the recording, {VIEW_VERSION} now"
         )
-    differ += _missing_taps(objective, header)
-    if differ:
+    mismatches += _missing_taps(objective, header)
+    if mismatches:
         raise UserError(
             f"the recording in {place} belongs to another run:\n  "
-            + "\n  ".join(differ)
+            + "\n  ".join(mismatches)
             + "\ngive these values, or record this run with `fm-distill record`"
         )
 
 
 def _missing_taps(objective: ObjectiveConfig, header: RecordingHeader) -> list[str]:
     """A line for each of the teacher's features that a term reads and the recording lacks."""
-    there = header.tap_names
-    held = f"its features of {', '.join(there)}" if there else "no features"
+    tap_names = header.tap_names
+    available = f"its features of {', '.join(tap_names)}" if tap_names else "no features"
     return [
-        f"objective: a term reads the teacher's {tap}, and the recording has {held}; record it "
-        f"with `fm-distill record --taps {' '.join(sorted({*there, tap}))}` to another folder"
+        f"objective: a term reads the teacher's {tap}, and the recording has {available}; record "
+        f"it with `fm-distill record --taps {' '.join(sorted({*tap_names, tap}))}` to another "
+        "folder"
         for tap in features_of(objective)[1]
-        if tap not in there
+        if tap not in tap_names
     ]
 
 
@@ -192,8 +193,8 @@ def check_recording(
     Or where a shard that it needs is missing, or one of those looked into is damaged.
     """
     header, path = recording.header, recording.path
-    if lacking := _missing_taps(config.objective, header):
-        raise UserError(f"the recording in {path} lacks a feature: {lacking[0]}")
+    if missing_taps := _missing_taps(config.objective, header):
+        raise UserError(f"the recording in {path} lacks a feature: {missing_taps[0]}")
     if (header.data, header.examples) != (reader.source.identity, len(reader)):
         raise UserError(
             f"the recording in {path} was made from {header.examples:,} examples of "
@@ -215,8 +216,8 @@ def check_recording(
             "fm-distill, which draws different ones from the same keys; its manifest names the "
             "versions"
         )
-    there = present(recording).shards
-    if missing := [x for x in recording.shards if x.start < period and x not in there]:
+    present_shards = present(recording).shards
+    if missing := [x for x in recording.shards if x.start < period and x not in present_shards]:
         raise UserError(
             f"{len(missing):,} of the shards of the recording in {path} are missing, the first "
             f"one {missing[0].name}; restore them from a copy, or run `fm-distill record` again"
@@ -224,9 +225,9 @@ def check_recording(
     taps = features_of(config.objective)[1]
     steps = RecordingReader(recording, period, taps)
     for step in checked_steps(config, period):
-        found = steps.at(step)
-        sizes = np.stack([reader[int(i)]["size"] for i in found.examples[0]])
-        if not _same(found.views[0], draws(step, sizes)):
+        recorded = steps.at(step)
+        sizes = np.stack([reader[int(i)]["size"] for i in recorded.examples[0]])
+        if not _same(recorded.views[0], draws(step, sizes)):
             raise UserError(
                 f"the views of step {step:,} are not those of the recording in {path}: the images "
                 "or their sizes differ; use the data that was recorded, or record this data"
@@ -239,10 +240,10 @@ def _called(target_images: str | None) -> str:
 
 def checked_steps(config: Config, period: int) -> list[int]:
     """The first step of the recording, and others that the seed chooses."""
-    others = np.random.Generator(np.random.Philox(config.seed)).integers(
+    other_steps = np.random.Generator(np.random.Philox(config.seed)).integers(
         0, period, CHECKED_STEPS - 1
     )
-    return sorted({0, *map(int, others)})
+    return sorted({0, *map(int, other_steps)})
 
 
 def _same(recorded: UInt64[np.ndarray, " batch"], draw: Draw) -> bool:
@@ -252,18 +253,20 @@ def _same(recorded: UInt64[np.ndarray, " batch"], draw: Draw) -> bool:
     """
     if draw.coefficients is None:
         return same_views(recorded, digests_of_draw(draw))
-    near = (0.0, -COEFFICIENT_STEP / 4, COEFFICIENT_STEP / 4)
-    draws = (dataclasses.replace(draw, coefficients=draw.coefficients + x) for x in near)
+    offsets = (0.0, -COEFFICIENT_STEP / 4, COEFFICIENT_STEP / 4)
+    draws = (dataclasses.replace(draw, coefficients=draw.coefficients + x) for x in offsets)
     return any(same_views(recorded, digests_of_draw(x)) for x in draws)
 
 
 def make_draws(config: Config) -> Draws:
     """What the teachers see in a step of images of these sizes; compiled once."""
-    law = regime_of(config).views
+    view_sampling = regime_of(config).views
 
     @jax.jit
     def drawn(step: Int[jax.Array, ""], sizes: Int32[jax.Array, "batch 2"]) -> Draw:
-        return step_draws(law, run_keys(config.seed).draws, step, sizes, config.views).teacher
+        return step_draws(
+            view_sampling, run_keys(config.seed).draws, step, sizes, config.views
+        ).teacher
 
     return lambda step, sizes: jax.device_get(drawn(jnp.int32(step), sizes))
 

@@ -90,19 +90,21 @@ class Recorder:
         """
         root = view_root(config, resolved, layout)
         built = build(config, resolved)
-        found = freeze_teachers(config, resolved, built, teachers, reader, layout, folder, root)
-        for note in found.notes:
+        frozen = freeze_teachers(config, resolved, built, teachers, reader, layout, folder, root)
+        for note in frozen.notes:
             log(note)
         feed = None
         if resolved.feeding == "resident":
             feed = ResidentFeed(
                 reader, config.seed, config.batch_size, layout.replicated, layout.ids
             )
-        law = regime_of(config).views
-        shown = tuple(sorted({InputSpec.of(x.network) for x in teachers if x.function}))
-        program = make_record_program(config, law, built.teachers, layout, shown, header.tap_names)
+        view_sampling = regime_of(config).views
+        rendered_specs = tuple(sorted({InputSpec.of(x.network) for x in teachers if x.function}))
+        program = make_record_program(
+            config, view_sampling, built.teachers, layout, rendered_specs, header.tap_names
+        )
         return cls(
-            config, resolved, header, program, found.teaching, teachers, reader, feed, layout, root
+            config, resolved, header, program, frozen.teaching, teachers, reader, feed, layout, root
         )
 
     def run(
@@ -115,7 +117,7 @@ class Recorder:
         count = sum(b - a for a, b in missing)
         log(f"{COMPILING}; then the steps begin")
         session = {"versions": versions(), "devices": [str(x.device_kind) for x in jax.devices()]}
-        began, done, reason = 0.0, 0, ""
+        start_time, done_steps, reason = 0.0, 0, ""
         hidden: list[tuple[float, float]] = []
         with (
             contextlib.closing(steps_progress(self.config.name, count, 0, True)) as bar,
@@ -124,29 +126,32 @@ class Recorder:
             contextlib.closing(ShardWriter(folder, manifest, self.header, stop)) as writer,
         ):
             for first, last in missing:
-                late = None
+                pending = None
                 for step, examples, fed in self._passes(first, last):
                     if reason := stop.reason(RESERVE_S) or "":
                         break
                     outputs = self._outputs(step, fed)
                     # The host encodes a pass while the devices compute the next one.
-                    if late is not None:
-                        self._add(writer, late, hidden)
-                        bar.update(len(late[1]))
-                    late = step, examples, outputs
-                    done += len(examples)
-                    began = began or time.monotonic()
+                    if pending is not None:
+                        self._add(writer, pending, hidden)
+                        bar.update(len(pending[1]))
+                    pending = step, examples, outputs
+                    done_steps += len(examples)
+                    start_time = start_time or time.monotonic()
                     stop.progressed()
-                if late is not None:
-                    self._add(writer, late, hidden)
+                if pending is not None:
+                    self._add(writer, pending, hidden)
                 writer.close()
                 if reason:
                     break
-        pace_s = (time.monotonic() - began) / done if done else None
+        pace_s = (time.monotonic() - start_time) / done_steps if done_steps else None
         if pace_s:
             rate = self.config.batch_size / pace_s
-            log(f"recorded {done:,} steps at {rate:,.0f} images a second; {self._kept(hidden)}")
-        return reason, None if pace_s is None else (count - done) * pace_s / 3600
+            log(
+                f"recorded {done_steps:,} steps at {rate:,.0f} images a second; "
+                f"{self._kept(hidden)}"
+            )
+        return reason, None if pace_s is None else (count - done_steps) * pace_s / 3600
 
     def _add(
         self,
@@ -164,10 +169,10 @@ class Recorder:
         step = before.shards[-1].stop - 1
         _, examples, fed = next(iter(self._passes(step, step + 1)))
         outputs = self._outputs(step, fed)
-        now = self._encoded(step, examples, outputs, []).rows
+        current = self._encoded(step, examples, outputs, []).rows
         recorded = RecordingReader(before, step + 1, self.header.tap_names).at(step).rows
-        pairs = {"the logits": (recorded.values, now.values)}
-        pairs |= {x: (y, now.features[x]) for x, y in recorded.features.items()}
+        pairs = {"the logits": (recorded.values, current.values)}
+        pairs |= {x: (y, current.features[x]) for x, y in recorded.features.items()}
         for name, pair in pairs.items():
             a, b = (np.asarray(x, np.float32) for x in pair)
             difference, size = float(np.abs(a - b).mean()), float(np.abs(a).mean())
@@ -208,16 +213,16 @@ class Recorder:
         self, outputs: PassOutputs, steps: int
     ) -> Float[np.ndarray, "steps batch teachers classes"]:
         """Of networks and functions, in the order of the teachers."""
-        of_networks = jax.device_get(outputs.logits)
-        columns = iter(() if of_networks is None else np.moveaxis(of_networks, 2, 0))
-        found = []
+        network_logits = jax.device_get(outputs.logits)
+        columns = iter(() if network_logits is None else np.moveaxis(network_logits, 2, 0))
+        logits = []
         for teacher in self.teachers:
             if teacher.function is None:
-                found.append(next(columns))
+                logits.append(next(columns))
                 continue
             images = np.asarray(outputs.views[InputSpec.of(teacher.network)])
-            found.append(by_step(teacher.function(images), steps))
-        return np.stack(found, axis=2)
+            logits.append(by_step(teacher.function(images), steps))
+        return np.stack(logits, axis=2)
 
     def _kept(self, hidden: list[tuple[float, float]]) -> str:
         if self.header.top_k is None:
@@ -229,8 +234,8 @@ class Recorder:
         if self.feed is None:
             yield from self._streamed(first, last)
             return
-        most = max(1, PASS_IMAGES * self.layout.mesh.size // self.config.batch_size)
-        size = min(self.resolved.steps_per_dispatch, most)
+        most_steps = max(1, PASS_IMAGES * self.layout.mesh.size // self.config.batch_size)
+        size = min(self.resolved.steps_per_dispatch, most_steps)
         step = first
         for steps in dispatch_sizes(first, last, size):
             ids = self.feed.ids(np.arange(step, step + steps))

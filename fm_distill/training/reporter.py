@@ -78,18 +78,18 @@ class Reporter:
         if self.first is None:
             self.first = step, time.monotonic()
             log(f"the first new step ended {3600 * self.stop.hours():.1f} s after the start")
-        every, text = self.setup.config.log.every_steps, ""
-        if due(every, step, steps) or step == self.setup.resolved.total_steps:
+        every_steps, text = self.setup.config.log.every_steps, ""
+        if due(every_steps, step, steps) or step == self.setup.resolved.total_steps:
             text = self._log(step, values)
         self.bar.update(steps, text)
 
     def evaluated(self, figures: dict[str, Any]) -> None:
         """Writes the figures of the validation split."""
-        known = logged(figures)
+        values = logged(figures)
         step = figures["step"]
-        self.figures = {step: known}
-        self.writer.write(step, self._epoch(step), "validation", known)
-        log(f"step {step:,} validation: {line(known)}; all in {self.workdir.metrics}")
+        self.figures = {step: values}
+        self.writer.write(step, self._epoch(step), "validation", values)
+        log(f"step {step:,} validation: {line(values)}; all in {self.workdir.metrics}")
         self.mark, self.waited_s = (step, time.monotonic()), 0.0
 
     def hours_left(self) -> float | None:
@@ -111,24 +111,24 @@ class Reporter:
 
     def _log(self, step: int, values: dict[str, float]) -> str:
         """Writes the values of a step, and returns those that the progress shows."""
-        before, since = self.mark
+        last_step, last_time = self.mark
         self.mark = step, time.monotonic()
-        seconds = max(self.mark[1] - since, 1e-9)
-        wait, self.waited_s = self.waited_s / seconds, 0.0
+        seconds = max(self.mark[1] - last_time, 1e-9)
+        wait_fraction, self.waited_s = self.waited_s / seconds, 0.0
         config = self.setup.config
-        rate = (step - before) * config.batch_size / seconds
+        rate = (step - last_step) * config.batch_size / seconds
         shape = float(jax.device_get(self.setup.built.schedule(step - 1)))
         epoch = self._epoch(step)
         values |= {
             "learning_rate": config.optimizer.learning_rate * shape,
             "images_per_second": rate,
-            "data_wait": wait,
+            "data_wait": wait_fraction,
         }
         if self.setup.feed.skipped:
             values["corrupt_images"] = self.setup.feed.skipped
         self.writer.write(step, epoch, "train", values)
         self._warn_of_dead_adapters(values)
-        self._warn_of_waiting(wait)
+        self._warn_of_waiting(wait_fraction)
         loss, speed = (BY_NAME[x].text(values[x]) for x in ("loss", "images_per_second"))
         text = f"epoch {epoch:.1f}, loss {loss}, {speed}"
         if self.mark[1] - self.status_at > STATUS_EVERY_S:
@@ -177,14 +177,14 @@ def introduce(setup: Setup, start: int) -> None:
     """Logs what is about to run, and warns of a teacher that cannot teach."""
     config = setup.config
     shapes = setup.built.abstract_state
-    students = parameter_count(shapes.student.params)
-    teachers = sum(
+    student_size = parameter_count(shapes.student.params)
+    teacher_size = sum(
         parameter_count(x.params) for x in setup.teachers.frozen or setup.teachers.teaching
     )
-    against = f", teacher of {teachers:,}" if teachers else ""
+    teacher_text = f", teacher of {teacher_size:,}" if teacher_size else ""
     devices = f"{setup.layout.mesh.size} x {jax.devices()[0].device_kind}"
     log(
-        f"{config.name}: student of {students:,} parameters{against}; "
+        f"{config.name}: student of {student_size:,} parameters{teacher_text}; "
         f"{setup.resolved.total_steps:,} steps of batch size {config.batch_size} on {devices}"
         + (f", continuing after step {start:,}" if start else "")
     )
@@ -220,10 +220,10 @@ def introduce(setup: Setup, start: int) -> None:
 
 def disk_use(config: Config, total: int, state_bytes: int) -> str:
     """What the run will need on disk, in a sentence."""
-    kept = config.checkpoint
-    count = kept.keep + 1 + (1 if kept.keep_best else 0)  # one more while it is written
-    if kept.keep_every_steps:
-        count += total // kept.keep_every_steps
+    policy = config.checkpoint
+    count = policy.keep + 1 + (1 if policy.keep_best else 0)  # one more while it is written
+    if policy.keep_every_steps:
+        count += total // policy.keep_every_steps
     lines = total // config.log.every_steps
     if config.log.evaluate_every_steps:
         lines += total // config.log.evaluate_every_steps

@@ -29,10 +29,10 @@ def accept(
     rollbacks: tuple[Rollback, ...],
 ) -> None:
     """Names damaged checkpoints; raises `UserError` where the newest intact one cannot be used."""
-    for step, wrong in newest.damaged.items():
-        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        where = f"checkpoint {step:,} in {workdir.checkpoints}"
-        log(f"WARNING: {where} is damaged: {wrong[0]}{more}")
+    for step, problems in newest.damaged.items():
+        suffix = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
+        checkpoint = f"checkpoint {step:,} in {workdir.checkpoints}"
+        log(f"WARNING: {checkpoint} is damaged: {problems[0]}{suffix}")
     if newest.damaged and not newest.step:
         raise UserError(
             f"no checkpoint in {workdir.checkpoints} is valid ({len(newest.damaged)} damaged); "
@@ -42,24 +42,28 @@ def accept(
         return
     if newest.damaged:
         log(f"continuing from checkpoint {newest.step:,}, the newest intact one")
-    before = newest.metadata
+    stored_metadata = newest.metadata
     for name in ("data", "teacher"):
-        if before.get(name) != metadata[name]:
+        if stored_metadata.get(name) != metadata[name]:
             raise UserError(
                 f"checkpoint {newest.step:,} in {workdir.checkpoints} belongs to another {name}: "
-                f"{before.get(name)}, and now it is {metadata[name]}"
+                f"{stored_metadata.get(name)}, and now it is {metadata[name]}"
             )
-    if before.get("rollbacks", []) != as_json(rollbacks[: len(before.get("rollbacks", []))]):
+    if stored_metadata.get("rollbacks", []) != as_json(
+        rollbacks[: len(stored_metadata.get("rollbacks", []))]
+    ):
         raise UserError(
             f"{workdir.path / ROLLBACKS} does not agree with checkpoint {newest.step:,}; restore it"
         )
     names = ("jax", "device_kind", "mesh", "memory", "processes")
-    changed = [
-        f"{x} {before.get(x)} -> {metadata[x]}" for x in names if before.get(x) != metadata[x]
+    changes = [
+        f"{x} {stored_metadata.get(x)} -> {metadata[x]}"
+        for x in names
+        if stored_metadata.get(x) != metadata[x]
     ]
-    if changed:
+    if changes:
         log(
-            f"NOTICE: checkpoint {newest.step:,} was written with other {', '.join(changed)}: the "
+            f"NOTICE: checkpoint {newest.step:,} was written with other {', '.join(changes)}: the "
             "run continues, but bit-for-bit equality is guaranteed only for the same"
         )
 

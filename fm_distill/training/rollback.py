@@ -60,18 +60,18 @@ def go_back(
     config: Config, workdir: Workdir, rollbacks: tuple[Rollback, ...], at_step: int, to_step: int
 ) -> tuple[Rollback, ...]:
     """Writes down that the run goes back."""
-    action, slow = config.divergence.action, config.divergence.action == "slow"
+    action, slows = config.divergence.action, config.divergence.action == "slow"
     assert action != "stop"
-    factor = config.divergence.factor if slow else 1.0
+    factor = config.divergence.factor if slows else 1.0
     rollbacks = (*rollbacks, Rollback(at_step, to_step, action, factor))
     workdir.write_from_first(ROLLBACKS, as_json(rollbacks))
-    how = (
+    remedy = (
         f"learning rates times {slowness(rollbacks):g}"
-        if slow
+        if slows
         else f"{skipped_steps(rollbacks):,} batches left out so far"
     )
     log(
         f"WARNING: the loss was not finite at step {at_step:,}: back to step {to_step:,} "
-        f"({len(rollbacks)} of at most {config.divergence.most} times), {how}"
+        f"({len(rollbacks)} of at most {config.divergence.most} times), {remedy}"
     )
     return rollbacks

@@ -122,8 +122,8 @@ def keys_on_devices(config: Config, layout: Layout, spectra: Spectra | None) -> 
     def keys() -> RunKeys:
         return run_keys(config.seed, config.student.seed)
 
-    found: RunKeys = jax.jit(keys, out_shardings=layout.replicated)()
-    return found._replace(draws=dataclasses.replace(found.draws, spectra=spectra))
+    device_keys: RunKeys = jax.jit(keys, out_shardings=layout.replicated)()
+    return device_keys._replace(draws=dataclasses.replace(device_keys.draws, spectra=spectra))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,9 +163,9 @@ def open_inputs(
     )
     targets = None
     if regime_of(config).targets == "table":
-        here, frozen = teachers.branches, teachers.frozen
-        table = Workdir(folder).fixed_targets
-        targets = fixed_targets(config, resolved, here, frozen, reader, layout, table)
+        branches, frozen = teachers.branches, teachers.frozen
+        table_path = Workdir(folder).fixed_targets
+        targets = fixed_targets(config, resolved, branches, frozen, reader, layout, table_path)
     return Inputs(reader, teachers, recording, targets)
 
 
@@ -214,12 +214,14 @@ def prepare(
             inputs.recording,
             resolved.period_steps,
         )
-    live = teachers.teaching[: len(built.live_teachers)]
-    program = make_program(built.train_step, built.abstract_state, live, feed.data, layout)
+    live_variables = teachers.teaching[: len(built.live_teachers)]
+    program = make_program(
+        built.train_step, built.abstract_state, live_variables, feed.data, layout
+    )
 
     def batches(source: Source) -> Callable[[], Iterator[tuple[Batch, np.ndarray]]]:
-        held_out = Reader(source, config.data, resolved.classes)
-        return lambda: evaluation_batches(held_out, config.batch_size)
+        split_reader = Reader(source, config.data, resolved.classes)
+        return lambda: evaluation_batches(split_reader, config.batch_size)
 
     final_split, final = data.final
     setup = Setup(
@@ -251,11 +253,11 @@ def _cached(
     """`batches`, kept on the host after the first time where they are small enough."""
     if len(source) * config.data.canvas.side**2 * 3 > CACHE_BYTES:
         return batches
-    kept: list[tuple[Batch, np.ndarray]] = []
+    cached: list[tuple[Batch, np.ndarray]] = []
 
     def again() -> Iterable[tuple[Batch, np.ndarray]]:
-        if not kept:
-            kept.extend(batches())
-        return kept
+        if not cached:
+            cached.extend(batches())
+        return cached
 
     return again

@@ -51,15 +51,15 @@ def fixed_targets(
     from other images or other views of them.
     """
     identity = _identity(config, resolved)
-    if (found := _read(kept, identity)) is not None:
-        return found
+    if (stored_targets := _read(kept, identity)) is not None:
+        return stored_targets
     program = jax.jit(_program(config, teachers), out_shardings=layout.replicated)
     batches = evaluation_batches(reader, config.batch_size)
     count = -(-len(reader) // config.batch_size)
     rows = []
     ensemble = config.objective.ensemble, config.objective.temperature
-    shown = progress(batches, "computing fixed targets", "batches", count)
-    for index, (host_batch, _) in enumerate(shown):
+    batches_with_progress = progress(batches, "computing fixed targets", "batches", count)
+    for index, (host_batch, _) in enumerate(batches_with_progress):
         batch = layout.spread(host_batch)
         # A loop on the device would be many times slower on a CPU.
         crops = (
@@ -103,14 +103,14 @@ def _program(
     config: Config, teachers: tuple[Branch, ...]
 ) -> Callable[[tuple[Variables, ...], Batch, Array, Array], Array]:
     """`(frozen, batch, its index, crop) -> logits (teachers, batch, classes)`."""
-    unmixed = dataclasses.replace(config.views, mixup="none")
+    unmixed_views = dataclasses.replace(config.views, mixup="none")
 
     def program(frozen: tuple[Variables, ...], batch: Batch, index: Array, crop: Array) -> Array:
         if config.fixed_crops:
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), index), crop)
-            views = render_views(draw(key, batch.sizes, unmixed), batch, teachers)
+            views = render_views(draw(key, batch.sizes, unmixed_views), batch, teachers)
         else:
-            views = render_central_views(batch, teachers, CentralCrop.of(unmixed))
+            views = render_central_views(batch, teachers, CentralCrop.of(unmixed_views))
         return jnp.stack(teacher_outputs(teachers, frozen, views))
 
     return program
@@ -129,12 +129,17 @@ def _read(kept: pathlib.Path, identity: dict[str, Any]) -> Targets | None:
     try:
         with np.load(kept, allow_pickle=False) as archive:
             targets = archive["targets"]
-            stored = json.loads(str(archive["identity"])) if "identity" in archive else {}
+            stored_identity = json.loads(str(archive["identity"])) if "identity" in archive else {}
     except (OSError, *DAMAGED_ARCHIVE):
         return None
-    if stored != identity:
-        differ = [name for name in identity if stored.get(name) != identity[name]]
-        lines = [f"{x}: {stored.get(x, '(missing)')} there, {identity[x]} now" for x in differ]
+    if stored_identity != identity:
+        different_fields = [
+            name for name in identity if stored_identity.get(name) != identity[name]
+        ]
+        lines = [
+            f"{x}: {stored_identity.get(x, '(missing)')} there, {identity[x]} now"
+            for x in different_fields
+        ]
         raise UserError(
             f"{kept} holds the targets of another run ({'; '.join(lines)}); remove it, so that it "
             "is computed again, or choose another --workdir"

@@ -114,29 +114,29 @@ def train_until(
     check_features_of_experiment(config, len(data.train))
     check_student_weights(config)
     with workdir.locked():
-        done = newest_step(workdir.checkpoints)
-        workdir.refuse_lost_checkpoints(done)
-        if done > steps:
+        steps_done = newest_step(workdir.checkpoints)
+        workdir.refuse_lost_checkpoints(steps_done)
+        if steps_done > steps:
             raise UserError(
-                f"the run in {workdir.path} has done {done:,} steps, more than the {steps:,} of "
-                "the schedule; give a longer one"
+                f"the run in {workdir.path} has done {steps_done:,} steps, more than the {steps:,} "
+                "of the schedule; give a longer one"
             )
         _log_all(warnings)
         config = with_recording_here(config, workdir)
-        with stop.recorded(lambda why: workdir.set_status("paused", done, steps, why)):
+        with stop.recorded(lambda why: workdir.set_status("paused", steps_done, steps, why)):
             if not train_teachers(config, workdir.path, stop):
                 reason = stop.reason() or "its teacher is not complete"
-                workdir.set_status("paused", done, steps, reason)
-                return Result(False, done, steps, workdir.path, None, reason)
+                workdir.set_status("paused", steps_done, steps, reason)
+                return Result(False, steps_done, steps, workdir.path, None, reason)
         networks = open_networks(config, workdir.path, data)
-        before = workdir.stored().resolved.student if workdir.has_config() else None
-        networks = with_input_moments(networks, config, data.train, before)
+        stored_student = workdir.stored().resolved.student if workdir.has_config() else None
+        networks = with_input_moments(networks, config, data.train, stored_student)
         networks = decided_networks(config, networks, data, layout, workdir.path)
         resolved = resolve(config, data.facts, networks.facts, layout)
         workdir.refuse_other_contents(resolved)
         _log_all([*networks.notes, *warnings_on(config, resolved)])
         setup, notes = prepare(config, resolved, data, networks, layout, workdir.path)
-        keep = workdir.claim(config, resolved, lengthened)
+        kept_steps = workdir.claim(config, resolved, lengthened)
         _log_all(notes)
         metadata = {
             "data": resolved.data,
@@ -147,7 +147,7 @@ def train_until(
             "memory": dataclasses.asdict(config.memory),
             "processes": jax.process_count(),
         }
-        return _run(setup, workdir, stop, metadata, keep)
+        return _run(setup, workdir, stop, metadata, kept_steps)
 
 
 def _log_all(lines: list[str]) -> None:
@@ -177,14 +177,14 @@ def train_teachers(config: Config, path: pathlib.Path, stop: Stop) -> bool:
     """
     if recording_of(config) is not None:
         return True
-    for teacher, where in zip(teachers_of(config), teacher_workdirs(config, path), strict=True):
+    for teacher, folder in zip(teachers_of(config), teacher_workdirs(config, path), strict=True):
         experiment = teacher.config.experiment
         if not experiment:
             continue
-        status = Workdir(where).read_status()
+        status = Workdir(folder).read_status()
         if status is None or status.state != "complete":
-            log(f"training the teacher first: {experiment} in {where}")
-        if not train_until(load_experiment(experiment), where, stop).complete:
+            log(f"training the teacher first: {experiment} in {folder}")
+        if not train_until(load_experiment(experiment), folder, stop).complete:
             return False
     return True
 
@@ -258,12 +258,12 @@ def _session(
             reporter = Reporter(setup, workdir, writer, bar, start, stop)
             loop = Loop(setup, checkpoints, reporter, stop, metadata, skipped_steps(rollbacks))
             stop.idle()
-            state, done, reason = loop.run(state, start, evaluation_pending)
+            state, steps_done, reason = loop.run(state, start, evaluation_pending)
             hours = reporter.hours_left()
             reporter.log_pace(checkpoints.blocked_s)
         if reason:
-            workdir.set_status("paused", done, total, reason, hours)
-            return Result(False, done, total, workdir.path, None, reason, hours)
+            workdir.set_status("paused", steps_done, total, reason, hours)
+            return Result(False, steps_done, total, workdir.path, None, reason, hours)
         return _finish(setup, state, workdir, stop)
     finally:
         checkpoints.close()

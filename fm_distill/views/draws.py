@@ -52,17 +52,17 @@ Step = Int[Array, ""] | int | None
 
 def draw(key: PRNGKeyArray, sizes: Sizes, config: ViewConfig, step: Step = None) -> Draw:
     """Draws boxes, flips, coefficients and partners for images of `sizes` (height, width)."""
-    batch = sizes.shape[0]
+    batch_size = sizes.shape[0]
     box_key, flip_key, coefficient_key, partner_key = jax.random.split(key, 4)
-    flips = jax.random.uniform(flip_key, (batch,)) < config.flip_probability
+    flips = jax.random.uniform(flip_key, (batch_size,)) < config.flip_probability
     permuted = config.mixup != "none" and config.mixup_partner == "permutation"
-    partners = jax.random.permutation(partner_key, batch) if permuted else None
+    partners = jax.random.permutation(partner_key, batch_size) if permuted else None
     return Draw(
         boxes=entry(CROPS, config.crop, "views.crop")(
             box_key, sizes, config, _at(config.smallest_area_points, step, config.crop_area[0])
         ),
         flips=flips,
-        coefficients=_coefficients(coefficient_key, batch, config, step),
+        coefficients=_coefficients(coefficient_key, batch_size, config, step),
         partners=partners,
         resolution=_resolution(config, step),
     )
@@ -83,8 +83,8 @@ def _resolution(config: ViewConfig, step: Step) -> Float[Array, ""] | None:
 
 
 def _mixed(key: PRNGKeyArray, sizes: Sizes, config: ViewConfig, step: Step) -> StepDraws:
-    both = draw(key, sizes, config, step)
-    return StepDraws(both, both, shared=True)
+    common_draw = draw(key, sizes, config, step)
+    return StepDraws(common_draw, common_draw, shared=True)
 
 
 def _unmixed(key: PRNGKeyArray, sizes: Sizes, config: ViewConfig, step: Step) -> StepDraws:
@@ -172,8 +172,8 @@ def mix(draw: Draw, values: Float[Array, "batch ..."]) -> Float[Array, "batch ..
     if draw.coefficients is None:
         return values
     others = jnp.roll(values, 1, axis=0) if draw.partners is None else values[draw.partners]
-    a = jnp.expand_dims(draw.coefficients, tuple(range(1, values.ndim)))
-    return a * values + (1 - a) * others
+    coefficients = jnp.expand_dims(draw.coefficients, tuple(range(1, values.ndim)))
+    return coefficients * values + (1 - coefficients) * others
 
 
 def _coefficients(
@@ -183,9 +183,9 @@ def _coefficients(
         return None
     count = 1 if config.mixup == "batch" else batch
     alpha = config.mixup_alpha
-    a = jax.random.beta(key, alpha, alpha, (count,), jnp.float32)
+    coefficients = jax.random.beta(key, alpha, alpha, (count,), jnp.float32)
     if config.mixup_fold:
-        a = jnp.maximum(a, 1 - a)
+        coefficients = jnp.maximum(coefficients, 1 - coefficients)
     if config.mixup_strength_points:
-        a = 1 - _at(config.mixup_strength_points, step, 1.0) * (1 - a)
-    return jnp.broadcast_to(a, (batch,))
+        coefficients = 1 - _at(config.mixup_strength_points, step, 1.0) * (1 - coefficients)
+    return jnp.broadcast_to(coefficients, (batch,))

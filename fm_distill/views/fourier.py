@@ -41,21 +41,21 @@ def with_amplitudes(pixels: Images, amplitudes: Float[Array, "batch rows rows 3"
     rows = amplitudes.shape[1]
     waves = _waves(rows, pixels.shape[1])
     precision = jax.lax.Precision.HIGHEST
-    parts = jnp.einsum("ah,nhwc,bw->nabc", waves, pixels, waves, precision=precision)
+    coefficients = jnp.einsum("ah,nhwc,bw->nabc", waves, pixels, waves, precision=precision)
     cosine, sine = slice(rows), slice(rows, None)
-    real = parts[:, cosine, cosine] - parts[:, sine, sine]
-    imaginary = -(parts[:, cosine, sine] + parts[:, sine, cosine])
-    found = jnp.hypot(real, imaginary)
-    known = found > ROUNDING * pixels.sum(axis=(1, 2), keepdims=True)
-    factor = jnp.where(known, amplitudes / jnp.where(known, found, 1), 0)
+    real = coefficients[:, cosine, cosine] - coefficients[:, sine, sine]
+    imaginary = -(coefficients[:, cosine, sine] + coefficients[:, sine, cosine])
+    magnitudes = jnp.hypot(real, imaginary)
+    has_phase = magnitudes > ROUNDING * pixels.sum(axis=(1, 2), keepdims=True)
+    factor = jnp.where(has_phase, amplitudes / jnp.where(has_phase, magnitudes, 1), 0)
     # How much is added to each coefficient.
-    real = jnp.where(known, factor * real, amplitudes) - real
+    real = jnp.where(has_phase, factor * real, amplitudes) - real
     imaginary = factor * imaginary - imaginary
     upper = jnp.concatenate([real, -imaginary], axis=2)
     lower = jnp.concatenate([-imaginary, -real], axis=2)
-    both = jnp.concatenate([upper, lower], axis=1)
-    added = jnp.einsum("ah,nabc,bw->nhwc", waves, both, waves, precision=precision)
-    return jnp.clip(pixels + added / pixels.shape[1] ** 2, 0, 255)
+    changes = jnp.concatenate([upper, lower], axis=1)
+    difference = jnp.einsum("ah,nabc,bw->nhwc", waves, changes, waves, precision=precision)
+    return jnp.clip(pixels + difference / pixels.shape[1] ** 2, 0, 255)
 
 
 def _waves(rows: int, side: int) -> Float[np.ndarray, "twice_rows side"]:

@@ -83,26 +83,28 @@ def render(
     """
     low = draw.boxes[:, :2]
     high = low + draw.boxes[:, 2:] - 1
-    resolution, fewer = input_spec.resolution, draw.resolution
+    resolution, reduced_resolution = input_spec.resolution, draw.resolution
 
     def whole() -> Images:
         return sample(canvases, draw.boxes, low, high, draw.flips, resolution)
 
-    if fewer is None:
+    if reduced_resolution is None:
         pixels = whole()
     else:
         pixels = jax.lax.cond(
-            fewer < resolution,
-            lambda: sample_reduced(canvases, draw.boxes, draw.flips, resolution, fewer),
+            reduced_resolution < resolution,
+            lambda: sample_reduced(
+                canvases, draw.boxes, draw.flips, resolution, reduced_resolution
+            ),
             whole,
         )
     if draw.target_images is not None:
         if spectra is None:
             raise ValueError("the draw has target images, and render got no spectra of them")
-        of_images = spectra[resolution]
-        chosen = jnp.asarray(of_images)[draw.target_images % len(of_images)]
-        kept = (draw.target_images < 0)[:, None, None, None]
-        pixels = jnp.where(kept, pixels, with_amplitudes(pixels, chosen))
+        amplitudes = spectra[resolution]
+        target_amplitudes = jnp.asarray(amplitudes)[draw.target_images % len(amplitudes)]
+        unadapted = (draw.target_images < 0)[:, None, None, None]
+        pixels = jnp.where(unadapted, pixels, with_amplitudes(pixels, target_amplitudes))
     return mix(draw, normalise(pixels, input_spec))
 
 
@@ -123,11 +125,11 @@ def central_pixels(canvases: Canvases, sizes: Sizes, crop: CentralCrop, resoluti
     """
     size = sizes.astype(jnp.float32)
     short_side = round(resolution / crop.fraction)
-    resized = jnp.round(size * (short_side / size.min(axis=1, keepdims=True)))
+    resized_size = jnp.round(size * (short_side / size.min(axis=1, keepdims=True)))
     # Half a pixel further, as it would be without the floor, each pixel would be the mean of two.
-    offsets = jnp.floor((resized - resolution) / 2)
+    offsets = jnp.floor((resized_size - resolution) / 2)
     # From pixels of the resized image to pixels of the canvas.
-    scale = size / resized
+    scale = size / resized_size
     boxes = jnp.concatenate([offsets * scale, resolution * scale], axis=1)
     if crop.resize == "area":
         return sample_area(canvases, boxes, resolution)

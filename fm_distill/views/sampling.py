@@ -38,8 +38,10 @@ def sample(
 def sample_area(canvases: Canvases, boxes: Boxes, resolution: int) -> Images:
     """The mean of what each pixel of an image covers of its box, in uint8's scale."""
     side, cells = canvases.shape[1], jnp.full(len(boxes), resolution, jnp.float32)
-    of_rows, of_columns = (_covered(axis, side, boxes, resolution, cells) for axis in (0, 1))
-    return _products(canvases, of_rows, of_columns)
+    row_weights, column_weights = (
+        _covered(axis, side, boxes, resolution, cells) for axis in (0, 1)
+    )
+    return _products(canvases, row_weights, column_weights)
 
 
 def sample_reduced(
@@ -57,11 +59,13 @@ def sample_reduced(
 
     def weights(axis: int) -> Weights:
         cells = jnp.maximum(jnp.floor(jnp.minimum(pixels, boxes[:, 2 + axis])), 1.0)
-        shrinking = _covered(axis, canvases.shape[1], boxes, resolution, cells)
+        area_weights = _covered(axis, canvases.shape[1], boxes, resolution, cells)
         centres = (jnp.arange(resolution, dtype=jnp.float32) + 0.5) / resolution
-        at = jnp.clip(centres * cells[:, None] - 0.5, 0, cells[:, None] - 1)
-        enlarging = _weights(at[..., None], jnp.arange(resolution, dtype=jnp.float32))
-        return jnp.einsum("nrc,nch->nrh", enlarging, shrinking, precision=jax.lax.Precision.HIGHEST)
+        positions = jnp.clip(centres * cells[:, None] - 0.5, 0, cells[:, None] - 1)
+        bilinear_weights = _weights(positions[..., None], jnp.arange(resolution, dtype=jnp.float32))
+        return jnp.einsum(
+            "nrc,nch->nrh", bilinear_weights, area_weights, precision=jax.lax.Precision.HIGHEST
+        )
 
     columns = weights(1)
     columns = jnp.where(flips[:, None, None], columns[:, ::-1], columns)
@@ -78,15 +82,15 @@ def _covered(
     """
     scale = (boxes[:, 2 + axis] / cells)[:, None, None]
     start = boxes[:, axis, None, None] + jnp.arange(count)[:, None] * scale
-    pixel = jnp.arange(side, dtype=jnp.float32)
-    overlap = jnp.minimum(start + scale, pixel + 1) - jnp.maximum(start, pixel)
+    pixels = jnp.arange(side, dtype=jnp.float32)
+    overlap = jnp.minimum(start + scale, pixels + 1) - jnp.maximum(start, pixels)
     return jnp.maximum(overlap, 0) / scale
 
 
 def _multiplied(canvases: Canvases, rows: Places, columns: Places) -> Images:
-    pixel = jnp.arange(canvases.shape[1], dtype=jnp.float32)
-    of_rows, of_columns = (_weights(x[..., None], pixel) for x in (rows, columns))
-    return _products(canvases, of_rows, of_columns)
+    pixels = jnp.arange(canvases.shape[1], dtype=jnp.float32)
+    row_weights, column_weights = (_weights(x[..., None], pixels) for x in (rows, columns))
+    return _products(canvases, row_weights, column_weights)
 
 
 def _products(canvases: Canvases, of_rows: Weights, of_columns: Weights) -> Images:
@@ -100,19 +104,19 @@ def _products(canvases: Canvases, of_rows: Weights, of_columns: Weights) -> Imag
 
 @jax.vmap
 def _gathered(canvas: Array, row: Array, column: Array) -> Array:
-    above, left, last = jnp.floor(row), jnp.floor(column), canvas.shape[0] - 1
+    row_above, column_left, last_index = jnp.floor(row), jnp.floor(column), canvas.shape[0] - 1
 
     def at(y: Array, x: Array) -> Array:
         # Beside the last pixel lies one of weight 0.
-        y, x = (jnp.minimum(i.astype(jnp.int32), last) for i in (y, x))
+        y, x = (jnp.minimum(index.astype(jnp.int32), last_index) for index in (y, x))
         return canvas[y[:, None], x[None, :]].astype(jnp.float32)
 
     def mixed_rows(x: Array) -> Array:
-        upper, lower = (_weights(row, above + i)[:, None, None] for i in (0, 1))
-        return upper * at(above, x) + lower * at(above + 1, x)
+        upper, lower = (_weights(row, row_above + i)[:, None, None] for i in (0, 1))
+        return upper * at(row_above, x) + lower * at(row_above + 1, x)
 
-    near, far = (_weights(column, left + i)[None, :, None] for i in (0, 1))
-    return near * mixed_rows(left) + far * mixed_rows(left + 1)
+    near, far = (_weights(column, column_left + i)[None, :, None] for i in (0, 1))
+    return near * mixed_rows(column_left) + far * mixed_rows(column_left + 1)
 
 
 def _places(
@@ -124,8 +128,8 @@ def _places(
 ) -> Places:
     """Where on the canvas each row (or column) of the image lies."""
     centres = (jnp.arange(resolution, dtype=jnp.float32) + 0.5) / resolution
-    at = boxes[:, axis, None] + centres * boxes[:, 2 + axis, None] - 0.5
-    return jnp.clip(at, low[:, axis, None], high[:, axis, None])
+    positions = boxes[:, axis, None] + centres * boxes[:, 2 + axis, None] - 0.5
+    return jnp.clip(positions, low[:, axis, None], high[:, axis, None])
 
 
 def _weights(at: Float[Array, "..."], pixel: Float[Array, "..."]) -> Float[Array, "..."]:

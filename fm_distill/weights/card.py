@@ -158,9 +158,9 @@ def network_from_json(tree: Any) -> NetworkConfig:
 
 def digest(tensors: dict[str, np.ndarray]) -> str:
     """SHA-256 of names, types, shapes and bytes of all tensors, in the order of their names."""
-    found = hashlib.sha256()
+    hasher = hashlib.sha256()
     for name in sorted(tensors):
         array = np.ascontiguousarray(tensors[name])
-        found.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        found.update(array.tobytes())
-    return found.hexdigest()
+        hasher.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        hasher.update(array.tobytes())
+    return hasher.hexdigest()

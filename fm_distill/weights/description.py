@@ -26,25 +26,30 @@ def describe(
     file: WeightFile, requested: NetworkConfig | None, fields: str
 ) -> tuple[NetworkConfig, list[str]]:
     """The requested network, checked against the file's own description."""
-    stated = _said(file.facts)
+    stated_network = _said(file.facts)
     if requested is None:
-        if stated is not None:
-            return stated, [f"network: {stated.model} at {stated.resolution}, as the file says"]
+        if stated_network is not None:
+            return stated_network, [
+                f"network: {stated_network.model} at {stated_network.resolution}, as the file says"
+            ]
         architecture = file.facts.architecture
-        known = _model_of(architecture)
-        what = f"says that it is a {architecture}" if architecture else "does not say what it is"
-        if architecture and not known:
+        model = _model_of(architecture)
+        statement = (
+            f"says that it is a {architecture}" if architecture else "does not say what it is"
+        )
+        if architecture and not model:
             raise UserError(
-                f"{file.path} {what}, which is not one of the networks of this package: "
+                f"{file.path} {statement}, which is not one of the networks of this package: "
                 + ", ".join(f"{x.timm} ({name})" for name, x in MODELS.items() if x.timm)
             )
         raise UserError(
-            f"{file.path} {what}{', but not at what resolution' if known else ''}; give {fields} = "
-            f"NetworkConfig(model={known or '...'!r}, resolution=...) in the experiment file"
+            f"{file.path} {statement}{', but not at what resolution' if model else ''}; "
+            f"give {fields} = NetworkConfig(model={model or '...'!r}, resolution=...) in the "
+            "experiment file"
         )
     card, architecture = file.facts.card, file.facts.architecture
-    if card and (differ := differing(card.network, requested)):
-        raise UserError(f"{file.path} holds a different network from {fields}: {differ}")
+    if card and (differences := differing(card.network, requested)):
+        raise UserError(f"{file.path} holds a different network from {fields}: {differences}")
     timm = model_of(requested.model).timm
     if architecture and architecture != timm and (timm or _model_of(architecture)):
         raise UserError(
@@ -53,11 +58,15 @@ def describe(
             + f", but {fields}.model is {requested.model}"
         )
     if card:
-        asked = requested.options.items()
-        free = {x: y for x, y in asked if x in FREE_OPTIONS and y != "auto"}
+        requested_options = requested.options.items()
+        free_options = {
+            name: value
+            for name, value in requested_options
+            if name in FREE_OPTIONS and value != "auto"
+        }
         requested = dataclasses.replace(
             requested,
-            options={**card.network.options, **free},
+            options={**card.network.options, **free_options},
             **{x: vars(card.network)[x] for x in STORED},
         )
     return requested, []
@@ -65,16 +74,22 @@ def describe(
 
 def differing(stored: NetworkConfig, requested: NetworkConfig) -> str:
     """The fields in which `requested` cannot be what is stored, as text; empty where it can be."""
-    a, b = msgspec.to_builtins(stored), msgspec.to_builtins(only_network(requested))
-    free = ("options", *FREE, *(x for x in STORED if not b[x]))
-    fixed = [x for x in b if x not in free]
-    pairs = [(name, a[name], b[name]) for name in fixed]
+    stored_fields, requested_fields = (
+        msgspec.to_builtins(stored),
+        msgspec.to_builtins(only_network(requested)),
+    )
+    free_fields = ("options", *FREE, *(x for x in STORED if not requested_fields[x]))
+    fixed_fields = [x for x in requested_fields if x not in free_fields]
+    compared = [(name, stored_fields[name], requested_fields[name]) for name in fixed_fields]
     if stored.model == requested.model:
         options = all_options(requested).items()
-        asked = [(name, value) for name, value in options if name not in FREE_OPTIONS]
-        pairs += [(f"options.{name}", stored.options.get(name), value) for name, value in asked]
-    differ = [(name, x, y) for name, x, y in pairs if y not in ("auto", x)]
-    return "; ".join(f"{name} is {x}, requested {y}" for name, x, y in differ)
+        requested_options = [(name, value) for name, value in options if name not in FREE_OPTIONS]
+        compared += [
+            (f"options.{name}", stored.options.get(name), value)
+            for name, value in requested_options
+        ]
+    differences = [(name, x, y) for name, x, y in compared if y not in ("auto", x)]
+    return "; ".join(f"{name} is {x}, requested {y}" for name, x, y in differences)
 
 
 def _said(facts: Facts) -> NetworkConfig | None:
@@ -98,29 +113,30 @@ def without_auto(
     network: NetworkConfig, file: WeightFile, naming: str, fields: str
 ) -> tuple[NetworkConfig, list[str]]:
     """`network` with the file's own input range and root pool where that is `auto`."""
-    stated = _input_range(file, fields)
-    remarks = []
+    stated_range = _input_range(file, fields)
+    notes = []
     if network.input_range == "auto":
-        chosen = stated or model_of(network.model).input_range
-        why = (
+        input_range = stated_range or model_of(network.model).input_range
+        reason = (
             "as the file says"
-            if stated
+            if stated_range
             else "the model's usual one, since the file does not state it"
         )
-        network = dataclasses.replace(network, input_range=chosen)
-        remarks.append(f"input range {chosen}: {why}")
-    elif stated and stated != network.input_range:
+        network = dataclasses.replace(network, input_range=input_range)
+        notes.append(f"input range {input_range}: {reason}")
+    elif stated_range and stated_range != network.input_range:
         raise UserError(
             f"{fields}.input_range is {network.input_range}, but {file.path} states that it was "
-            f"trained with {stated}; a wrong normalisation silently lowers the accuracy: use auto"
+            f"trained with {stated_range}; a wrong normalisation silently lowers the accuracy: use "
+            "auto"
         )
     options = all_options(network)
     if options.get("root_pool_padding") == "auto":
         padding = "minus_infinity" if naming == "bit_flat" else "zero"
         network = with_options(network, {"root_pool_padding": padding})
         if options.get("stem", "imagenet") == "imagenet":
-            remarks.append(f"root pool padding {padding}: as {naming} files were trained")
-    return resolve(network), remarks
+            notes.append(f"root pool padding {padding}: as {naming} files were trained")
+    return resolve(network), notes
 
 
 def _input_range(file: WeightFile, fields: str) -> InputRange | None:
@@ -131,8 +147,8 @@ def _input_range(file: WeightFile, fields: str) -> InputRange | None:
     if mean is None or std is None:
         return None
     for name, (means, deviations) in INPUT_RANGES.items():
-        ours = np.array([*means, *deviations]) / 255
-        if np.abs(ours - np.array([*mean, *std])).max() <= TOLERANCE:
+        moments = np.array([*means, *deviations]) / 255
+        if np.abs(moments - np.array([*mean, *std])).max() <= TOLERANCE:
             return cast(InputRange, name)
     raise UserError(
         f"{file.path} was trained with mean {mean} and deviation {std}, which is none of the "

@@ -84,25 +84,25 @@ def read(address: str) -> WeightFile:
         raise UserError(f"there is no weight file {path}; {EXPECTED}")
     try:
         with path.open("rb") as file:
-            start = file.read(64)
+            header = file.read(64)
     except OSError as error:
         raise UserError(f"the weight file {path} cannot be read: {error}") from None
-    if start.startswith(b"PK"):
+    if header.startswith(b"PK"):
         return WeightFile(address, "npz", _floats(_read_npz(path)), Facts())
-    if start[8:9] == b"{":
+    if header[8:9] == b"{":
         tensors, metadata = _read_safetensors(path)
         facts = _facts(path, metadata)
-        if facts.card and (found := digest(tensors)) != facts.card.sha256:
+        if facts.card and (sha256 := digest(tensors)) != facts.card.sha256:
             raise UserError(
-                f"{path} is damaged or was changed: its tensors have SHA-256 {found}, its card "
+                f"{path} is damaged or was changed: its tensors have SHA-256 {sha256}, its card "
                 f"says {facts.card.sha256}; copy or export it again"
             )
         return WeightFile(address, "safetensors", _floats(tensors), facts)
-    if start.startswith(b"\x80"):
+    if header.startswith(b"\x80"):
         raise UserError(f"{path} {PICKLE.format(path=str(path))}")
-    for magic, what in KNOWN_OTHERS:
-        if start.startswith(magic):
-            raise UserError(f"{path} {what}{EXPECTED}")
+    for magic, advice in KNOWN_OTHERS:
+        if header.startswith(magic):
+            raise UserError(f"{path} {advice}{EXPECTED}")
     raise UserError(f"{path} has an unknown format, or is damaged; {EXPECTED}")
 
 
@@ -141,8 +141,8 @@ def _floats(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Any precision as float32; without PyTorch's counters. Other types are judged later."""
 
     def widened(tensor: np.ndarray) -> np.ndarray:
-        halves = ("float16", "bfloat16", "float64")
-        return tensor.astype(np.float32) if tensor.dtype.name in halves else tensor
+        other_floats = ("float16", "bfloat16", "float64")
+        return tensor.astype(np.float32) if tensor.dtype.name in other_floats else tensor
 
     return {
         name: widened(tensor)
@@ -157,10 +157,10 @@ def _facts(path: pathlib.Path, metadata: dict[str, str]) -> Facts:
         card = card_from_json(metadata[CARD_KEY], str(path))
         return Facts(card, None, card.resolution, card.mean, card.std)
     fields: dict[str, Any] = {}
-    beside = path.with_name(CONFIG_FILE)
-    if path.name == WEIGHTS_FILE and beside.is_file():
+    config_path = path.with_name(CONFIG_FILE)
+    if path.name == WEIGHTS_FILE and config_path.is_file():
         try:
-            config = json.loads(beside.read_text())
+            config = json.loads(config_path.read_text())
             fields = (
                 config | config.get("pretrained_cfg", {}) | {"architecture": config["architecture"]}
             )

@@ -20,10 +20,10 @@ def fetch(address: str) -> pathlib.Path:
     Raises `UserError` where the package, the network or the repository is missing, and where the
     file is not the one whose SHA-256 the hub gave for it.
     """
-    found = re.fullmatch(r"hf://([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?", address)
-    if not found:
+    match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+?)(?:@([\w./-]+))?", address)
+    if not match:
         raise UserError(f"{address} is not an address of the hub; expected hf://OWNER/REPO")
-    repository, revision = found.groups()
+    repository, revision = match.groups()
     try:
         from huggingface_hub import hf_hub_download
     except ImportError:
@@ -52,9 +52,9 @@ def _verify(path: pathlib.Path) -> None:
     if not re.fullmatch(r"[0-9a-f]{64}", expected):
         return
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != expected:
+        actual = hashlib.file_digest(file, "sha256").hexdigest()
+    if actual != expected:
         raise UserError(
-            f"{path.resolve()} is damaged: its SHA-256 is {found}, the hub says {expected}; "
+            f"{path.resolve()} is damaged: its SHA-256 is {actual}, the hub says {expected}; "
             "delete it and run again"
         )

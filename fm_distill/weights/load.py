@@ -57,20 +57,22 @@ def load_weights(path: str, network: NetworkConfig | None, option: str) -> Pretr
     file = read(path)
     if network is None and (card := file.facts.card) and is_own(card.model):
         refuse_foreign_code((card.model,), card.code_files, path)
-    described, notes = describe(file, only_network(network) if network else None, fields)
+    described_network, notes = describe(file, only_network(network) if network else None, fields)
     if file.kind == "saved_model":
-        _check_bit(file, described, "bit_original", fields)
-        names = bit_original(described, _shapes(described, 2))
-        body = {x.name: x.shape for x in names.values() if x.name not in (HEAD_KERNEL, HEAD_BIAS)}
-        tensors, note = as_original(path, file.tensors, body)
+        _check_bit(file, described_network, "bit_original", fields)
+        names = bit_original(described_network, _shapes(described_network, 2))
+        body_shapes = {
+            x.name: x.shape for x in names.values() if x.name not in (HEAD_KERNEL, HEAD_BIAS)
+        }
+        tensors, note = as_original(path, file.tensors, body_shapes)
         file, notes = dataclasses.replace(file, tensors=tensors), [*notes, note]
     naming, tensors, classes = _recognised(file)
-    _check_bit(file, described, naming, fields)
+    _check_bit(file, described_network, naming, fields)
     notes = [f"{path}: {classes or 'no'} classes, {naming} names", *notes]
-    chosen, more = without_auto(described, file, naming, fields)
-    variables = _placed(file, chosen, classes, naming, tensors, fields)
+    resolved_network, more_notes = without_auto(described_network, file, naming, fields)
+    variables = _placed(file, resolved_network, classes, naming, tensors, fields)
     class_names = file.facts.card.class_names if file.facts.card else None
-    return Pretrained(chosen, classes, class_names, variables, (*notes, *more))
+    return Pretrained(resolved_network, classes, class_names, variables, (*notes, *more_notes))
 
 
 def _check_bit(file: WeightFile, network: NetworkConfig, naming: str, fields: str) -> None:
@@ -161,10 +163,10 @@ def _placed(
     expected_names = {stored.name for stored in names.values()}
     problems += [f"unexpected {name}" for name in sorted(set(tensors) - expected_names)]
     if problems:
-        shown = "\n  ".join(problems[:20] + ["..."] * (len(problems) > 20))
+        listing = "\n  ".join(problems[:20] + ["..."] * (len(problems) > 20))
         raise UserError(
             f"{file.path} does not hold a {network.model} ({naming}): {len(problems)} tensors "
-            f"differ; check {fields}.model\n  {shown}"
+            f"differ; check {fields}.model\n  {listing}"
         )
     return variables
 
@@ -180,9 +182,11 @@ def start_from(
     The head is kept where it has as many classes and its names, if known, are the same. The
     sentence says which.
     """
-    theirs, start = pretrained.class_names, pretrained.variables
+    pretrained_names, start = pretrained.class_names, pretrained.variables
     start = dataclasses.replace(start, ranges=_ranges(init.ranges, start.ranges))
-    if pretrained.classes == classes and (None in (theirs, class_names) or theirs == class_names):
+    if pretrained.classes == classes and (
+        None in (pretrained_names, class_names) or pretrained_names == class_names
+    ):
         return start, f"the head of {classes} classes is kept"
     if HEAD not in init.params:
         raise UserError(
@@ -208,8 +212,8 @@ def _ranges(init: PyTree, known: PyTree) -> PyTree:
     """Ranges of quantised activations: those that are known, and new ones of further layers."""
     if not isinstance(init, dict):
         return init if known is None else known
-    found = known or {}
-    return {name: _ranges(value, found.get(name)) for name, value in init.items()}
+    known_ranges = known or {}
+    return {name: _ranges(value, known_ranges.get(name)) for name, value in init.items()}
 
 
 def fingerprint(variables: PyTree) -> str:

@@ -46,13 +46,21 @@ def read_saved_model(folder: pathlib.Path) -> dict[str, np.ndarray]:
             f"the variables of {folder} cannot be read ({reason}): copy or download it again"
         ) from None
     # Keras 3 lists every variable twice.
-    once = {x: tensor for x, tensor in tensors.items() if not x.startswith("_all_variables/")}
-    tensors = {x: y for x, y in (once or tensors).items() if y.ndim > 0 and y.dtype.kind == "f"}
+    unique = {
+        key: tensor for key, tensor in tensors.items() if not key.startswith("_all_variables/")
+    }
+    tensors = {
+        key: tensor
+        for key, tensor in (unique or tensors).items()
+        if tensor.ndim > 0 and tensor.dtype.kind == "f"
+    }
     if not tensors:
         raise UserError(f"{folder} is a SavedModel without variables that could be weights")
-    named = {names.get(key, key): tensor for key, tensor in tensors.items()}
-    useful = len(named) == len(tensors) and any(BIT_NAME.search(name) for name in named)
-    return named if useful else tensors
+    tensors_by_name = {names.get(key, key): tensor for key, tensor in tensors.items()}
+    has_bit_names = len(tensors_by_name) == len(tensors) and any(
+        BIT_NAME.search(name) for name in tensors_by_name
+    )
+    return tensors_by_name if has_bit_names else tensors
 
 
 def _names(reader: Any) -> dict[str, str]:

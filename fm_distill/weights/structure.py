@@ -37,11 +37,13 @@ def as_original(
     the graph does not tell which is which.
     """
     head, tensors = _without_head(path, tensors, shapes)
-    named = {name: found[1] for name in tensors if (found := BIT_NAME.search(name))}
-    if named:
-        numbered = re.compile(r"(standardized_conv2d|group_norm)_\d+")
+    bit_names = {name: match[1] for name in tensors if (match := BIT_NAME.search(name))}
+    if bit_names:
+        number_suffix = re.compile(r"(standardized_conv2d|group_norm)_\d+")
         renamed = {
-            PREFIX + numbered.sub(r"\1", named[name]) if name in named else name: tensor
+            PREFIX + number_suffix.sub(r"\1", bit_names[name])
+            if name in bit_names
+            else name: tensor
             for name, tensor in tensors.items()
         }
         if len(renamed) < len(tensors):
@@ -57,71 +59,73 @@ def _without_head(
     path: str, tensors: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]]
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """The head by its original names, from a dense layer or a convolution; and what is left."""
-    features = shapes["resnet/group_norm/gamma"][0]
+    feature_channels = shapes["resnet/group_norm/gamma"][0]
     kernels = {
         name: tensor
         for name, tensor in tensors.items()
-        if (tensor.ndim == 2 and tensor.shape[0] == features)
-        or (tensor.shape[:3] == (1, 1, features) and tensor.shape not in shapes.values())
+        if (tensor.ndim == 2 and tensor.shape[0] == feature_channels)
+        or (tensor.shape[:3] == (1, 1, feature_channels) and tensor.shape not in shapes.values())
         or name.endswith(HEAD_KERNEL.removeprefix(PREFIX))
     }
     if len(kernels) != 1:
         raise UserError(
-            f"{path} has {len(kernels)} variables that could be the head's kernel ({features} x "
-            f"classes): {', '.join(kernels) or 'none'}; expected one, for a BiT of the width in "
-            "the network's config"
+            f"{path} has {len(kernels)} variables that could be the head's kernel "
+            f"({feature_channels} x classes): {', '.join(kernels) or 'none'}; expected one, for a "
+            "BiT of the width in the network's config"
         )
     kernel_name, kernel = next(iter(kernels.items()))
     classes = kernel.shape[-1]
     vectors = [name for name, tensor in tensors.items() if tensor.shape == (classes,)]
-    own = [
+    head_biases = [
         name
         for name in vectors
         if not BIT_NAME.search(name) or name.endswith(HEAD_BIAS.removeprefix(PREFIX))
     ]
-    if len(own) != 1:
+    if len(head_biases) != 1:
         raise UserError(
-            f"{path} has {len(own)} variables that could be the bias of the head of {classes} "
-            f"classes ({', '.join(own[:5]) or 'none'}); expected one: convert the file to a BiT "
-            ".npz in the original naming"
+            f"{path} has {len(head_biases)} variables that could be the bias of the head of "
+            f"{classes} classes ({', '.join(head_biases[:5]) or 'none'}); expected one: convert "
+            "the file to a BiT .npz in the original naming"
         )
-    left = {name: x for name, x in tensors.items() if name not in (kernel_name, own[0])}
-    kernel = kernel.reshape(1, 1, features, classes)
-    return {HEAD_KERNEL: kernel, HEAD_BIAS: tensors[own[0]]}, left
+    remaining = {
+        name: x for name, x in tensors.items() if name not in (kernel_name, head_biases[0])
+    }
+    kernel = kernel.reshape(1, 1, feature_channels, classes)
+    return {HEAD_KERNEL: kernel, HEAD_BIAS: tensors[head_biases[0]]}, remaining
 
 
 def _by_order(
     path: str, tensors: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]]
 ) -> dict[str, np.ndarray]:
-    places = {name: IN_A_LIST.fullmatch(name) for name in tensors}
-    lists = {place[1] if place else None for place in places.values()}
-    if lists == {None} or len(lists) != 1:
+    matches = {name: IN_A_LIST.fullmatch(name) for name in tensors}
+    list_names = {match[1] if match else None for match in matches.values()}
+    if list_names == {None} or len(list_names) != 1:
         raise UserError(
             f"{path}: its variables neither have BiT's names nor form one list whose order could "
             f"be used: {', '.join(sorted(tensors)[:5])}; convert the file to a BiT .npz in the "
             "original naming"
         )
-    found: dict[tuple[int, ...], list[np.ndarray]] = defaultdict(list)
+    tensors_by_shape: dict[tuple[int, ...], list[np.ndarray]] = defaultdict(list)
     for name in sorted(tensors, key=lambda name: int(IN_A_LIST.fullmatch(name)[2])):  # type: ignore[index]
-        found[tensors[name].shape].append(tensors[name])
-    wanted: dict[tuple[int, ...], list[str]] = defaultdict(list)
+        tensors_by_shape[tensors[name].shape].append(tensors[name])
+    names_by_shape: dict[tuple[int, ...], list[str]] = defaultdict(list)
     for name in sorted(shapes):
-        wanted[shapes[name]].append(name)
-    differ = [
-        f"{shape}: {len(found[shape])} variables, expected {len(wanted[shape])}"
-        for shape in sorted({*found, *wanted})
-        if len(found[shape]) != len(wanted[shape])
+        names_by_shape[shapes[name]].append(name)
+    differences = [
+        f"{shape}: {len(tensors_by_shape[shape])} variables, expected {len(names_by_shape[shape])}"
+        for shape in sorted({*tensors_by_shape, *names_by_shape})
+        if len(tensors_by_shape[shape]) != len(names_by_shape[shape])
     ]
-    if differ:
+    if differences:
         raise UserError(
             f"{path} does not hold this BiT; its variables differ in number by shape:\n  "
-            + "\n  ".join(differ[:20] + ["..."] * (len(differ) > 20))
+            + "\n  ".join(differences[:20] + ["..."] * (len(differences) > 20))
         )
     matched: dict[str, np.ndarray] = {}
-    for shape, names in wanted.items():
+    for shape, names in names_by_shape.items():
         if len(shape) == 4:
-            matched |= dict(zip(names, found[shape], strict=True))
-    return matched | _norms(path, found, wanted)
+            matched |= dict(zip(names, tensors_by_shape[shape], strict=True))
+    return matched | _norms(path, tensors_by_shape, names_by_shape)
 
 
 def _norms(
@@ -137,18 +141,18 @@ def _norms(
         arrays = found[shape]
         norms = [name.removesuffix("gamma") for name in names if name.endswith("gamma")]
         for i, norm in enumerate(norms):
-            pair = arrays[2 * i], arrays[2 * i + 1]
-            apart = arrays[i], arrays[len(norms) + i]
-            for k, (gamma, beta) in enumerate((pair, pair[::-1], apart)):
+            interleaved = arrays[2 * i], arrays[2 * i + 1]
+            separate = arrays[i], arrays[len(norms) + i]
+            for k, (gamma, beta) in enumerate((interleaved, interleaved[::-1], separate)):
                 arrangements[k] |= {f"{norm}gamma": gamma, f"{norm}beta": beta}
 
     def share(norms: dict[str, np.ndarray]) -> float:
-        gammas = [name.removesuffix("gamma") for name in norms if name.endswith("gamma")]
-        larger = [norms[f"{x}gamma"].mean() > norms[f"{x}beta"].mean() for x in gammas]
-        return float(np.mean(larger))
+        norm_names = [name.removesuffix("gamma") for name in norms if name.endswith("gamma")]
+        gamma_is_larger = [norms[f"{x}gamma"].mean() > norms[f"{x}beta"].mean() for x in norm_names]
+        return float(np.mean(gamma_is_larger))
 
-    best, second, _ = sorted(map(share, arrangements), reverse=True)
-    if best < CERTAIN or best == second:
+    best, second_best, _ = sorted(map(share, arrangements), reverse=True)
+    if best < CERTAIN or best == second_best:
         raise UserError(
             f"{path}: gamma and beta of its norms cannot be told apart by their values; convert "
             "the file to a BiT .npz in the original naming"
