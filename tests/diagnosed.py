@@ -56,6 +56,7 @@ def healthy(**changes) -> Evidence:
             label=label,
             classes=CLASSES,
             teacher_class=(central,),
+            target_class=central,
             kl_nats=kl,
             ranges=(
                 ranges("student", "teacher", {"zero_one": 0.9, "imagenet": 0.7}),

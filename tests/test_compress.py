@@ -18,7 +18,7 @@ from fm_distill.errors import UserError
 from fm_distill.exporting.load_exported import load_exported
 from fm_distill.reports.compress import _is_exported, compress
 from fm_distill.reports.compression_steps import check_order, config_after, parse_step
-from fm_distill.reports.compression_table import as_markdown, load
+from fm_distill.reports.compression_table import as_markdown, caption, load
 from fm_distill.runs.open_run import open_run
 from fm_distill.runs.workdir import Workdir
 from fm_distill.training.train import train
@@ -50,6 +50,15 @@ def test_each_step_starts_from_the_one_before_and_matches_the_same_teacher(compr
     assert [x.resolved.total_steps for x in runs] == [6, 4, 4]
     assert len({x.resolved.teacher_weights for x in runs}) == 1
     assert runs[2].config.student.weights == str(first)
+
+
+def test_the_table_says_what_is_not_compared_on_the_same(compressed):
+    found = load(compressed / "compressed")
+    assert found is not None and "steps" not in caption(found)
+    other = dataclasses.replace(found, other_views=True)
+    assert "training view: the steps' views are not the run's" in caption(other)
+    rows = (*found.rows[:-1], dataclasses.replace(found.rows[-1], teacher_top1=0.1))
+    assert "to another teacher than the run's" in caption(dataclasses.replace(found, rows=rows))
 
 
 def test_the_table_is_what_runs_and_files_say(compressed):
@@ -212,6 +221,9 @@ def test_what_cannot_follow_what(steps, said):
         (("--step", PRUNED), "there is no option --step"),
         (("--steps", PRUNED, "--student.pruning.scope", "layer"), "follows from --steps"),
         (("--steps", PRUNED, "--views.central-fraction", "0.5"), "that the run was evaluated with"),
+        (("--steps", PRUNED, "--data.test.name", "validation"), "data.test, views.central_fract"),
+        (("--steps", PRUNED, "--seconds", "0"), "--seconds is 0"),
+        (("--steps", *["prune:structured:0.1"] * 12), "12 steps have 251 characters together"),
     ],
 )
 def test_wrong_input_is_refused_before_anything_is_written(trained, capsys, options, said):

@@ -42,13 +42,15 @@ from fm_distill.diagnosis.causes import CAUSES, causes_of
 from fm_distill.diagnosis.data_rules import renamed_accuracy
 from fm_distill.diagnosis.diagnose import Diagnosis, as_json, diagnose
 from fm_distill.diagnosis.evidence import Cka
+from fm_distill.diagnosis.measure import aim_of, kl
 from fm_distill.diagnosis.page import cka_picture, text
-from fm_distill.diagnosis.probes import gradient_products
+from fm_distill.diagnosis.probes import _teacher_of, gradient_products
 from fm_distill.errors import UserError
 from fm_distill.exporting.export import export
 from fm_distill.models import Network, Output, Variables
 from fm_distill.networks.batch_statistics import batch_moments
 from fm_distill.networks.branch import Branch
+from fm_distill.objectives.terms import Targets
 from fm_distill.runs.open_run import open_run
 from fm_distill.runs.stored_run import describe_run
 from fm_distill.system.preemption import Stop
@@ -155,6 +157,40 @@ def test_products_of_gradients_are_those_of_each_alone():
 
     gradients = np.array([[2.0, 4.0, 0.0], [3.0, 0.0, 1.0], [0.0, 0.0, -1.0]])
     np.testing.assert_allclose(gradient_products(losses, params), gradients @ gradients.T)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_most_likely_classes_of_a_recording_are_put_in_their_places(temperature):
+    """Else averages over examples would be of ranks, and say that the teacher sees nothing."""
+    logits = 6 * np.eye(5) + np.random.default_rng(0).normal(size=(5, 5))
+    indices = np.argsort(-logits, axis=-1)[:, :2]
+    kept = np.take_along_axis(logits, indices, axis=-1)
+    others = np.exp(logits / temperature).sum(-1) - np.exp(kept / temperature).sum(-1)
+    recorded = np.concatenate([kept, temperature * np.log(others)[:, None]], axis=-1)
+    targets = Targets((jnp.float32(recorded),), indices=(jnp.int32(indices),))
+    measured = _teacher_of(targets, jnp.float32(temperature), 5)
+    expected = np.repeat(temperature * np.log(others / 3)[:, None], 5, axis=-1)
+    np.put_along_axis(expected, indices, kept, axis=-1)
+    for name, t in (("teacher_entropy", temperature), ("teacher_entropy_one", 1.0)):
+        p = np.exp(expected / t) / np.exp(expected / t).sum(-1, keepdims=True)
+        entropy = -(p * np.log(p)).sum(-1) / np.log(5)
+        np.testing.assert_allclose(measured[name], entropy, rtol=1e-4)
+    np.testing.assert_allclose(measured["teacher_probabilities"], p.mean(0), rtol=1e-4)
+
+
+@pytest.mark.parametrize("ensemble", ["mean_logits", "mean_probabilities", "sum_of_distances"])
+def test_several_teachers_are_one_target_on_the_central_crop(ensemble):
+    """A student that is what they make together is at no distance, whatever the first one is."""
+    rng = np.random.default_rng(0)
+    one, two = rng.normal(size=(2, 8, 5)) * 3
+    student = (one + two) / 2
+    if ensemble != "mean_logits":
+        student = np.log(sum(np.exp(x) / np.exp(x).sum(-1, keepdims=True) for x in (one, two)) / 2)
+    objective = ObjectiveConfig(temperature=1.0, ensemble=ensemble)
+    target, classes = aim_of([one, two], objective)
+    np.testing.assert_allclose(kl(target, student, 1.0), 0, atol=1e-5)
+    first = one if ensemble == "sum_of_distances" else student
+    np.testing.assert_array_equal(classes, first.argmax(-1))
 
 
 @pytest.fixture(scope="module")

@@ -78,7 +78,9 @@ def test_a_changed_range_is_refused(runs):
     variables = dataclasses.replace(run.student.variables, ranges=ranges)
     changed = dataclasses.replace(run.student, variables=variables)
     data = litert_file.to_litert(function_of(changed, "logits"), 16, 1, "bit")
-    with pytest.raises(UserError, match=r"where 99% must be within .* and .* are, so"):
+    with pytest.raises(
+        UserError, match=r"of the spread .* where 0.05 is allowed, and .* where 99% would"
+    ):
         compare(litert_file.load_function(data), "tflite", run.student, "logits", 1, examples)
 
 

@@ -19,7 +19,7 @@ from fm_distill.cli.command import guarded
 from fm_distill.config import LogConfig, ObjectiveConfig, ScheduleConfig, TeacherConfig
 from fm_distill.config.serialization import changed
 from fm_distill.config.teachers import teachers_of
-from fm_distill.errors import EXIT_WRONG_INPUT, UserError
+from fm_distill.errors import EXIT_WRONG_INPUT, Diverged, TrainingFailed, UserError
 from fm_distill.reports import plots
 from fm_distill.reports.pareto import front, pareto
 from fm_distill.reports.sweep import parse_over, sweep
@@ -225,6 +225,24 @@ def places(config) -> list[tuple[str | None, str | None]]:
 def taught(*teachers: TeacherConfig):
     config = dataclasses.replace(quick_config(), objective=ObjectiveConfig(), teacher=teachers[0])
     return dataclasses.replace(config, more_teachers=teachers[1:])
+
+
+def test_a_run_that_fails_does_not_hold_up_the_others(tmp_path, monkeypatch, capsys):
+    done = []
+
+    def train(config, workdir, stop):
+        done.append(config.optimizer.learning_rate)
+        if config.optimizer.learning_rate == 2:
+            raise Diverged(3)
+        return types.SimpleNamespace(complete=True, evaluation=figures(0.5, 10))
+
+    monkeypatch.setattr("fm_distill.reports.sweep.train_until", train)
+    over = {"optimizer.learning_rate": (1.0, 2.0, 3.0)}
+    with pytest.raises(TrainingFailed, match=r"1 of 3 runs \(optimizer.learning_rate=2.0\)"):
+        sweep(quick_config(), over, tmp_path)
+    assert done == [1, 2, 3] and "is not finite at step 3" in capsys.readouterr().err
+    table = (tmp_path / "sweep.csv").read_text()
+    assert "learning_rate=1.0" in table and "learning_rate=2.0" not in table
 
 
 def test_each_experiment_of_a_teacher_has_a_folder_beside_the_runs(tmp_path, swept):

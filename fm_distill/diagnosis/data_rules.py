@@ -151,7 +151,7 @@ def weak_teacher(evidence: Evidence) -> Finding | None:
     chance = 1 / central.classes
     top1 = (training.label == training.teacher_class)[labelled_views].mean()
     labelled_crops = central.label >= 0
-    crop_top1 = (central.teacher_class[0] == central.label)[labelled_crops].mean()
+    crop_top1 = (central.target_class == central.label)[labelled_crops].mean()
     skill, crop_skill = top1 - chance, crop_top1 - chance
     noise = SURE_ERRORS * (chance * (1 - chance) / labelled_views.sum()) ** 0.5
     if skill < max(LEAST_SKILL_KEPT * crop_skill, noise):

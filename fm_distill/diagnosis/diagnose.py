@@ -101,12 +101,12 @@ def _gradients(evidence: Evidence) -> dict[str, Any] | None:
     """Norms of each term's gradient: mean over the batches, their deviation, share of the sum."""
     if (gradients := evidence.gradients) is None:
         return None
-    mean, deviation = gradients.norms.mean(axis=0), gradients.norms.std(axis=0)
+    mean, deviation = gradients.norms.mean(axis=0), gradients.deviation
     return {
         "terms": {
             name: {
                 "norm": float(mean[i]),
-                "deviation": float(deviation[i]),
+                "deviation": None if deviation is None else float(deviation[i]),
                 "share": float(gradients.shares[i]),
             }
             for i, name in enumerate(gradients.terms)

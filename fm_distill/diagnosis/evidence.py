@@ -74,7 +74,8 @@ class CentralView:
     label: Int[np.ndarray, " examples"]  # -1 where there is none
     classes: int
     teacher_class: tuple[Int[np.ndarray, " examples"], ...]  # the first one, of each teacher
-    kl_nats: PerExample  # KL(teacher || student) at the training's temperature
+    target_class: Int[np.ndarray, " examples"]  # of the (first) target that they make together
+    kl_nats: PerExample  # KL(target || student) at the training's temperature
     ranges: tuple[InRanges, ...]
     # `kl_nats` were BatchNorm to have the moments of central crops; None where there is none.
     central_statistics_kl_nats: PerExample | None = None
@@ -125,6 +126,11 @@ class Gradients:
         """Of the sum of the mean norms."""
         mean = self.norms.mean(axis=0)
         return mean / max(mean.sum(), np.finfo(np.float64).tiny)
+
+    @property
+    def deviation(self) -> Float[np.ndarray, " terms"] | None:
+        """Of the norms over the batches; None of a single batch."""
+        return self.norms.std(axis=0, ddof=1) if len(self.norms) > 1 else None
 
 
 @dataclasses.dataclass(frozen=True)

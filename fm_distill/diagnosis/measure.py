@@ -1,6 +1,6 @@
 """From a run to its `Evidence`: the log, and the probes over the batches of its newest steps."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, PRNGKeyArray
 
-from fm_distill.config import Config
+from fm_distill.config import Config, ObjectiveConfig
 from fm_distill.config.teachers import teachers_of
 from fm_distill.data.feeding import sampled_batches
 from fm_distill.diagnosis.cka import ratio
@@ -26,6 +26,7 @@ from fm_distill.diagnosis.evidence import (
     TrainingView,
 )
 from fm_distill.diagnosis.logged import log_of, setting_of
+from fm_distill.diagnosis.not_examined import left_out
 from fm_distill.diagnosis.opened import Examined, examine
 from fm_distill.diagnosis.probes import (
     RECOMPUTED,
@@ -38,6 +39,7 @@ from fm_distill.diagnosis.probes import (
 from fm_distill.errors import TrainingFailed, UserError
 from fm_distill.models import Variables
 from fm_distill.networks.batch_statistics import with_central_statistics
+from fm_distill.objectives.ensemble import as_one, combine
 from fm_distill.objectives.terms import make_terms
 from fm_distill.runs.history import read_history
 from fm_distill.runs.open_run import Run
@@ -99,18 +101,17 @@ def _probed(examined: Examined, setting: Setting, log: Log, examples: int) -> Ev
             crop_logits = probe_central(examined.evaluated, recomputed, examined.frozen, batch)
             central.append(_on_host(crop_logits | {"label": batch.labels}))
         example_ids.append(ids)
-    config = examined.config
+    places = np.concatenate(example_ids)
+    central_view = _central(examined, central, places, setting) if central else None
     return Evidence(
         setting=setting,
         log=log,
-        central=_central(examined, central, np.concatenate(example_ids), setting)
-        if central
-        else None,
+        central=central_view,
         training=_training(rows) if "teacher_class" in rows[0] else None,
         batch_norm=_batch_norm(examined, rows),
         gradients=_gradients(examined, rows),
         cka=_cka(examined, rows),
-        not_examined=tuple(_left_out(examined, config, rows)),
+        not_examined=tuple(left_out(examined, rows[0].keys(), central_view)),
     )
 
 
@@ -150,6 +151,16 @@ def _training(rows: list[Found]) -> TrainingView:
     )
 
 
+def aim_of(
+    teachers: Sequence[np.ndarray], objective: ObjectiveConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """Logits of all teachers as one, (examples, classes), and the classes of the first target."""
+    outputs = tuple(map(jnp.asarray, teachers))
+    as_logits = as_one(outputs, objective.ensemble, objective.temperature)
+    first_target = combine(outputs, objective.ensemble, objective.temperature)[0]
+    return np.asarray(as_logits, np.float64), np.asarray(first_target).argmax(-1)
+
+
 def _central(
     examined: Examined, rows: list[Found], examples: np.ndarray, setting: Setting
 ) -> CentralView:
@@ -158,9 +169,8 @@ def _central(
     first = np.sort(np.unique(examples, return_index=True)[1])
     label = _joined(rows, "label")[first].astype(int)
     configured_keys = [f"{i} {x.input_spec.input_range}" for i, x in enumerate(branches)]
-    # In float64: the first teacher's log-probabilities and classes are what the student aims at.
     student, *teachers = (_joined(rows, x)[first] for x in configured_keys)
-    target = teachers[0]
+    target, target_class = aim_of(teachers, examined.config.objective)
     names = ["teacher", *(f"teacher {i}" for i in range(2, len(teachers) + 1))]
     options = [x.option for x in teachers_of(examined.config)]
     labelled = label >= 0
@@ -182,6 +192,7 @@ def _central(
         label=label,
         classes=examined.run.classes,
         teacher_class=tuple(x.argmax(-1) for x in teachers),
+        target_class=target_class,
         kl_nats=kl(target, student, setting.temperature),
         ranges=tuple(ranges),
         central_statistics_kl_nats=kl(target, _joined(rows, RECOMPUTED)[first], setting.temperature)
@@ -267,33 +278,3 @@ def _cka(examined: Examined, rows: list[Found]) -> Cka | None:
         values=ratio(sums["between"], sums["student"], sums["teacher"]),
         examples=len(rows) * examined.config.batch_size,
     )
-
-
-def _left_out(examined: Examined, config: Config, rows: list[Found]) -> Iterable[NotExamined]:
-    if not examined.teachers:
-        reason = (
-            "the teacher itself is not available, only its recorded outputs; give "
-            "--teacher.weights FILE"
-        )
-        yield NotExamined("features, input ranges, class order and single examples", reason)
-        return
-    if "cka" not in rows[0]:
-        untapped = [
-            name
-            for name, branch in (("student", examined.student), ("teacher", examined.teachers[0]))
-            if not taps_of(branch)
-        ]
-        reason = f"the {' and the '.join(untapped)} has no named features"
-        if not untapped:
-            reason = f"a batch of {config.batch_size} is too small: the unbiased CKA needs four"
-        yield NotExamined("features", reason)
-    if not examined.teachers_have_heads:
-        what = "agreement, distances, input ranges, BatchNorm, class order and single examples"
-        yield NotExamined(what, "the teacher has no head, and so no logits to compare with")
-        return
-    if not (np.concatenate([x["label"] for x in rows]) >= 0).any():
-        reason = "the training images have no labels"
-        yield NotExamined("the teacher's input range, class order and accuracy", reason)
-    if "views_kl_nats" not in rows[0]:
-        reason = "the recording holds only the most likely classes"
-        yield NotExamined("how far views differ between the networks", reason)

@@ -70,7 +70,9 @@ class Examined:
 
     def steps(self, examples: int) -> range:
         """The newest steps of the run that together have so many examples, if it has them."""
-        count = min(-(-examples // self.config.batch_size), self.run.step)
+        # Views that repeat are shown once.
+        count = -(-examples // self.config.batch_size)
+        count = min(count, self.run.step, self.period_steps)
         return range(self.run.step - count, self.run.step)
 
     def batches(self, steps: range) -> Iterator[tuple[int, np.ndarray, Batch]]:

@@ -89,11 +89,12 @@ def figures(found: Diagnosis) -> Rows:
 
 def gradient_rows(found: Gradients) -> Rows:
     """Norm, deviation and share of each term's gradient; the cosine of each pair."""
-    mean, deviation = found.norms.mean(axis=0), found.norms.std(axis=0)
+    mean, deviation = found.norms.mean(axis=0), found.deviation
+    spread = [""] * len(mean) if deviation is None else [f" ± {x:.2g}" for x in deviation]
     rows: Rows = [
         (
             f"gradient of {name}",
-            f"norm {mean[i]:.3g} ± {deviation[i]:.2g}, {found.shares[i]:.1%} of the sum",
+            f"norm {mean[i]:.3g}{spread[i]}, {found.shares[i]:.1%} of the sum",
         )
         for i, name in enumerate(found.terms)
     ]

@@ -91,7 +91,7 @@ def training_probe(examined: Examined) -> TrainingProbe:
                 "same_class": output.logits.argmax(-1) == first,
                 "kl_nats": kl_to(targets, output.logits, temperature),
                 "teacher_class": first,
-                **_teacher_of(targets, temperature),
+                **_teacher_of(targets, temperature, classes),
             }
         if teachers:
             teacher_views = render_views(views.draw, batch, teachers, root.spectra)
@@ -142,9 +142,9 @@ def kl_to(targets: Targets, logits: Array, temperature: Array) -> Float[Array, "
     return jnp.stack([kl_divergence(x, y, temperature) for x, y in pairs]).sum(axis=0)
 
 
-def _teacher_of(targets: Targets, temperature: Array) -> Found:
+def _teacher_of(targets: Targets, temperature: Array, classes: int) -> Found:
     """Entropies over their largest value, and the probabilities at temperature 1, of the first."""
-    logits = targets.teacher_logits[0]
+    logits = _of_all_classes(targets, temperature, classes)
 
     def entropy(t: Array | float) -> Array:
         logs = jax.nn.log_softmax(logits.astype(jnp.float32) / t)
@@ -155,6 +155,18 @@ def _teacher_of(targets: Targets, temperature: Array) -> Found:
         "teacher_entropy_one": entropy(1.0),
         "teacher_probabilities": jax.nn.softmax(logits).mean(axis=0),
     }
+
+
+def _of_all_classes(targets: Targets, temperature: Array, classes: int) -> Array:
+    """The first teacher's logits; those that a recording lumps together share their mass evenly."""
+    logits = targets.teacher_logits[0]
+    if not targets.indices:
+        return logits
+    indices = targets.indices[0]
+    others = max(classes - indices.shape[-1], 1)
+    even = logits[:, -1:] - temperature * jnp.log(others)
+    rows = jnp.arange(len(logits))[:, None]
+    return jnp.repeat(even, classes, axis=-1).at[rows, indices].set(logits[:, :-1])
 
 
 def _similarities(own: list[Array], theirs: list[Array]) -> dict[str, Array]:

@@ -62,6 +62,12 @@ class Bench:
     rows: tuple[Row, ...]
 
 
+def check_seconds(seconds: float) -> None:
+    """Raises `UserError` where no function can be called for so long."""
+    if not 0 < seconds < 3600:
+        raise UserError(f"--seconds is {seconds:g}; expected more than 0 and less than 3600")
+
+
 def bench(
     paths: Sequence[str | os.PathLike[str]],
     *,
@@ -78,8 +84,7 @@ def bench(
         raise UserError(f"--batch-size is {batch_size}; expected 1 or more")
     if threads is not None and threads < 1:
         raise UserError(f"--threads is {threads}; expected 1 or more")
-    if not 0 < seconds < 3600:
-        raise UserError(f"--seconds is {seconds:g}; expected more than 0 and less than 3600")
+    check_seconds(seconds)
     thread_count = threads or _cores()
     subjects = [x for path in paths for x in _subjects(str(path), batch_size, thread_count)]
     with contextlib.ExitStack() as stack:

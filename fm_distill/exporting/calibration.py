@@ -50,6 +50,14 @@ def calibrated(
 
     Raises `UserError` where a layer cannot be quantised.
     """
+    if (
+        student.network.quantisation.activations == "none"
+        and student.network.quantisation.quantised
+    ):
+        raise UserError(
+            "only the student's weights were quantised in training, and its activations are "
+            "calibrated for .tflite alone; export it so, or leave out --quantise"
+        )
     if student.network.quantisation.quantised:
         raise UserError(
             "the student was quantised in training and is exported with its own ranges; leave "

@@ -46,10 +46,13 @@ BOUNDS = {
     "tflite dynamic": 0.5,
     "tflite int8": 0.5,
 }
-# Where activations are quantised, a sum in another order may round an activation to the next number
-# of its grid. Then nearly all outputs have to be within a step of an output of eight bits.
+# Of a student that was quantised in training a sum in another order may round an activation to the
+# next number of its grid, and a deep network hands that on. Then nearly all outputs have to be
+# within a step of an output of eight bits, or the root mean square as below has to be small: an
+# EfficientNet-Lite0 has 0.02 to 0.03, and with all its ranges 5 % too small 0.08.
 STEPS = 255
 WITHIN = 0.99
+TRAINED_RELATIVE_BOUND = 0.05
 # Root mean square of the difference, as a share of that of the run's outputs about their mean over
 # the images: another function of the same outputs has 1.4. What is not quantised is bound above.
 RELATIVE_BOUNDS = {
@@ -112,27 +115,41 @@ def compare(
         expected = _logits(student, examples.pixels)
         if output == "probabilities":
             expected = np.asarray(jax.nn.softmax(expected, axis=-1))
-    bound, required_share = BOUNDS[kind] * max(1.0, float(np.abs(expected).max())), 1.0
-    if student.network.quantisation.activations != "none":
-        bound, required_share = max(bound, float(np.ptp(expected)) / STEPS), WITHIN
+    trained_in_integers = student.network.quantisation.activations != "none"
+    bound = BOUNDS[kind] * max(1.0, float(np.abs(expected).max()))
+    relative_bound = RELATIVE_BOUNDS.get(kind)
+    if trained_in_integers:
+        bound = max(bound, float(np.ptp(expected)) / STEPS)
+        relative_bound = TRAINED_RELATIVE_BOUND
     differences = np.abs(outputs - expected)
     difference, share_within = float(differences.max()), float((differences <= bound).mean())
-    if not (share_within >= required_share and np.isfinite(difference)):
-        raise UserError(
-            f"{runtime.name} differs from the run by up to {difference:.3g} in its {output} on "
-            f"{len(outputs)} images of the {examples.split} split, where "
-            f"{required_share:.0%} must be within {bound:.3g} and {share_within:.2%} are, so "
-            "nothing was written; export to another format, and report this"
-        )
     spread = float(np.sqrt(np.square(expected - expected.mean(axis=0)).mean()))
-    error = float(np.sqrt(np.square(outputs - expected).mean())) / max(spread, 1e-12)
-    relative = RELATIVE_BOUNDS.get(kind)
-    if relative is not None and error > relative:
+    error = float(np.sqrt(np.square(differences).mean())) / max(spread, 1e-12)
+    compared = f"{output} on {len(outputs)} images of the {examples.split} split"
+    small = relative_bound is None or error <= relative_bound
+    if not np.isfinite(difference):
+        raise UserError(
+            f"{runtime.name} returns numbers that are not finite as its {compared}, so nothing "
+            "was written; export to another format, and report this"
+        )
+    if trained_in_integers and not (small or share_within >= WITHIN):
+        raise UserError(
+            f"{runtime.name} differs from the run by {error:.3g} of the spread of its {compared}, "
+            f"where {relative_bound:g} is allowed, and {share_within:.2%} of them are within "
+            f"{bound:.3g}, where {WITHIN:.0%} would do, so nothing was written; export to another "
+            "format, and report this"
+        )
+    if not (trained_in_integers or share_within == 1):
+        raise UserError(
+            f"{runtime.name} differs from the run by up to {difference:.3g} in its {compared}, "
+            f"where {bound:.3g} is allowed, so nothing was written; export to another format, "
+            "and report this"
+        )
+    if not (trained_in_integers or small):
         raise UserError(
             f"{runtime.name} as {kind} differs from the run by {error:.3g} of the spread of its "
-            f"{output} on {len(outputs)} images of the {examples.split} split, where "
-            f"{relative:g} is allowed, so nothing was written; use --output logits, or a "
-            "kind with more bits"
+            f"{compared}, where {relative_bound:g} is allowed, so nothing was written; use "
+            "--output logits, or a kind with more bits"
         )
     labelled = examples.labels >= 0
     top1 = [
@@ -149,7 +166,7 @@ def compare(
         bound=bound,
         within_bound=share_within,
         relative_error=error,
-        relative_bound=relative,
+        relative_bound=relative_bound,
         agreement=float((outputs.argmax(axis=1) == expected.argmax(axis=1)).mean()),
         file_top1=top1[0],
         run_top1=top1[1],

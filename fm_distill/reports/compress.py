@@ -15,7 +15,7 @@ from fm_distill.config.serialization import differences
 from fm_distill.config.steps import total_steps
 from fm_distill.config.teachers import teachers_of, with_teachers
 from fm_distill.errors import UserError
-from fm_distill.evaluation.bench import Row, bench
+from fm_distill.evaluation.bench import Row, bench, check_seconds
 from fm_distill.exporting.export import export
 from fm_distill.models import build_network, parameter_count
 from fm_distill.networks.loading import load_networks
@@ -49,6 +49,8 @@ from fm_distill.views.rendering import CentralCrop
 
 # Name of the run itself in the table, and of its file.
 START = "the run"
+# Of a folder or file of all steps, in characters: file systems take 255, and suffixes are added.
+LONGEST_NAME = 220
 Format = Literal["onnx", "stablehlo", "tflite"]
 
 
@@ -70,6 +72,7 @@ def compress(
     for `seconds` each, and the figures written to `folder`. Raises `UserError` before the first
     step where a step is wrong.
     """
+    check_seconds(seconds)
     run_workdir = Workdir(workdir)
     stored, figures = run_workdir.stored(), run_workdir.read_evaluation()
     refuse_code_of_run(stored, run_workdir.path, config=config)
@@ -99,14 +102,9 @@ def compress(
         raise UserError(f"{folder} cannot be written: {error}; give another --to") from None
     # Before the first step, so that a library that is not installed is reported now.
     data_dir = config.data.data_dir
-    moved_data_dir = data_dir if data_dir != stored.config.data.data_dir else None
+    moved = data_dir if data_dir != stored.config.data.data_dir else None
     for file_format in formats:
-        export(
-            run_workdir.path,
-            _file(folder, START, file_format),
-            overwrite=True,
-            data_dir=moved_data_dir,
-        )
+        export(run_workdir.path, _file(folder, START, file_format), overwrite=True, data_dir=moved)
     rows = {START: (run_workdir.path, figures)}
     with stop_signals(Stop(max_hours)) as stop:
         for number, (name, step_config) in enumerate(step_configs.items(), 1):
@@ -137,7 +135,9 @@ def compress(
         for file_format in formats
     ]
     student_rows = tuple(_row(name, path, figures) for name, (path, figures) in rows.items())
-    compression = Compression(benchmark.device, student_rows, tuple(files_by_format))
+    compression = Compression(
+        benchmark.device, student_rows, tuple(files_by_format), config.views != run_config.views
+    )
     save(compression, folder)
     return as_markdown(compression)
 
@@ -167,11 +167,12 @@ def _refuse_options_of_steps(config: Config, own: Config) -> None:
     ):
         if not unchanged:
             raise UserError(f"student.{option} follows from --steps; leave it out")
-    unchanged = CentralCrop.of(config.views) == CentralCrop.of(own.views)
-    if (config.data.test is None) != (own.data.test is None) or not unchanged:
+    split, run_split = (x.data.test or x.data.validation for x in (config, own))
+    if split != run_split or CentralCrop.of(config.views) != CentralCrop.of(own.views):
         raise UserError(
-            "data.test, views.central_fraction and views.central_resize have to stay those that "
-            "the run was evaluated with; leave them out"
+            f"data.{'test' if own.data.test else 'validation'}, views.central_fraction and "
+            "views.central_resize have to stay those that the run was evaluated with; leave them "
+            "out"
         )
 
 
@@ -200,6 +201,12 @@ def _check_planned(
     `network` is the student that the first one starts from. Widths that weights decide are not
     known yet; whatever depends on them is checked when the step begins.
     """
+    longest = max(map(_file_name, runs), key=len)
+    if len(longest) > LONGEST_NAME:
+        raise UserError(
+            f"the names of {len(runs)} steps have {len(longest)} characters together, and a "
+            f"file's may have {LONGEST_NAME}; give fewer, and compress the last student further"
+        )
     widths_known = True
     for name, step_config in runs.items():
         check(step_config)

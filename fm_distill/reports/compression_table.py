@@ -61,6 +61,8 @@ class Compression:
     device: str
     rows: tuple[CompressionRow, ...]
     files: tuple[Files, ...]
+    # Whether the steps saw other views than the run.
+    other_views: bool = False
 
 
 HEADS = (
@@ -130,7 +132,13 @@ def caption(found: Compression) -> str:
         "" if row.teacher_top1 is None else f"; the teacher has {100 * row.teacher_top1:.2f} %"
     )
     runtimes = ", ".join(files.runtime for files in found.files)
-    return f"On the {row.split} split{teacher_text}. Latency: {runtimes}, batch 1, {found.device}."
+    notes = [f"On the {row.split} split{teacher_text}."]
+    if any(x.teacher_top1 != row.teacher_top1 for x in found.rows):
+        notes.append("Agreement and KL of the steps are to another teacher than the run's.")
+    if found.other_views:
+        notes.append("Agreement on the training view: the steps' views are not the run's.")
+    notes.append(f"Latency: {runtimes}, batch 1, {found.device}.")
+    return " ".join(notes)
 
 
 def picture(found: Compression) -> bytes:

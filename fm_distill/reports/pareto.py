@@ -123,8 +123,9 @@ def pareto(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> Pareto | None:
         costs={
             metric: tuple(cost_values[i] for i in order) for metric, cost_values in costs.items()
         },
-        teacher=statistics.mean(teacher_accuracies)
-        if teacher_accuracies and quality is QUALITIES[0]
+        # One line for all students: not where their teachers differ.
+        teacher=teacher_accuracies[0]
+        if len({*teacher_accuracies}) == 1 and quality is QUALITIES[0]
         else None,
     )
 

@@ -17,7 +17,7 @@ from fm_distill.config import Config, TeacherConfig
 from fm_distill.config.code import NETWORKS
 from fm_distill.config.serialization import changed, parse_value
 from fm_distill.config.teachers import recording_of, teachers_of, with_teachers
-from fm_distill.errors import UserError
+from fm_distill.errors import TrainingFailed, UserError
 from fm_distill.networks.cost import cost_of, run_cost
 from fm_distill.networks.teachers import teacher_workdirs
 from fm_distill.preparation.check import check
@@ -48,7 +48,8 @@ def sweep(
     students differ in FLOPs, a second one says which of them are Pareto-optimal, also as
     `pareto.csv` and `pareto.svg`. With `cost`, latency and memory are measured when all runs are
     complete. Teachers that are experiments are trained once each, in `workdir`. Raises `UserError`
-    before the first run where a combination is wrong.
+    before the first run where a combination is wrong, and `TrainingFailed` after the last one where
+    one failed; the tables of the others are written then.
     """
     folder = pathlib.Path(workdir)
     for option, option_values in over.items():
@@ -73,20 +74,32 @@ def sweep(
                 "log.final_evaluation is False, but a sweep compares the last evaluations of its "
                 "runs; leave it on"
             )
-    completed = []
+    completed, failed = [], []
     with stop_signals(Stop(max_hours)) as stop:
         for i, (values, name, run) in enumerate(zip(combinations, folders, runs, strict=True), 1):
             log(f"run {i} of {len(runs)}: {_name(values, ', ')}")
-            result = train_until(run, folder / name, stop)
+            try:
+                result = train_until(run, folder / name, stop)
+            except TrainingFailed as error:
+                log(f"WARNING: {_name(values, ', ')} failed: {error}")
+                failed.append(_name(values, ", "))
+                continue
             if not result.complete:
                 return None
             assert result.evaluation is not None
             group = {option: value for option, value in values.items() if option != SEED}
             completed.append(SweptRun(_name(group, ", "), name, result.evaluation))
+    if not completed:
+        raise TrainingFailed("all runs of the sweep failed")
     if cost:
         log("measuring latency and memory of the networks")
         completed = _measured(completed, folder)
     save(completed, folder)
+    if failed:
+        raise TrainingFailed(
+            f"{len(failed)} of {len(runs)} runs ({'; '.join(failed)}); the table of the others is "
+            f"{folder / 'sweep.html'}"
+        )
     return as_markdown(completed)
 
 

@@ -31,7 +31,8 @@ class Parity:
     # Fraction of the numbers within the bound: all, but where activations are quantised.
     within_bound: float = 1.0
     # Root mean square of the difference over that of what the run returns about its mean, and
-    # what was allowed of a file of `export --quantise`. None in older files.
+    # what was allowed of a file of `export --quantise`, or of a student quantised in training,
+    # which may have nearly all within the bound instead. None in older files.
     relative_error: float | None = None
     relative_bound: float | None = None
     # Fraction of the images with the same most likely class.
