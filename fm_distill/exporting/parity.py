@@ -132,20 +132,21 @@ def compare(
             f"{runtime.name} returns numbers that are not finite as its {compared}, so nothing "
             "was written; export to another format, and report this"
         )
-    if trained_in_integers and not (small or share_within >= WITHIN):
-        raise UserError(
-            f"{runtime.name} differs from the run by {error:.3g} of the spread of its {compared}, "
-            f"where {relative_bound:g} is allowed, and {share_within:.2%} of them are within "
-            f"{bound:.3g}, where {WITHIN:.0%} would do, so nothing was written; export to another "
-            "format, and report this"
-        )
-    if not (trained_in_integers or share_within == 1):
+    if trained_in_integers:
+        if not (small or share_within >= WITHIN):
+            raise UserError(
+                f"{runtime.name} differs from the run by {error:.3g} of the spread of its "
+                f"{compared}, where {relative_bound:g} is allowed, and {share_within:.2%} of them "
+                f"are within {bound:.3g}, where {WITHIN:.0%} would do, so nothing was written; "
+                "export to another format, and report this"
+            )
+    elif share_within < 1:
         raise UserError(
             f"{runtime.name} differs from the run by up to {difference:.3g} in its {compared}, "
             f"where {bound:.3g} is allowed, so nothing was written; export to another format, "
             "and report this"
         )
-    if not (trained_in_integers or small):
+    elif not small:
         raise UserError(
             f"{runtime.name} as {kind} differs from the run by {error:.3g} of the spread of its "
             f"{compared}, where {relative_bound:g} is allowed, so nothing was written; use "

@@ -77,12 +77,13 @@ def sweep(
     completed, failed = [], []
     with stop_signals(Stop(max_hours)) as stop:
         for i, (values, name, run) in enumerate(zip(combinations, folders, runs, strict=True), 1):
-            log(f"run {i} of {len(runs)}: {_name(values, ', ')}")
+            label = _name(values, ", ")
+            log(f"run {i} of {len(runs)}: {label}")
             try:
                 result = train_until(run, folder / name, stop)
             except TrainingFailed as error:
-                log(f"WARNING: {_name(values, ', ')} failed: {error}")
-                failed.append(_name(values, ", "))
+                log(f"WARNING: {label} failed: {error}")
+                failed.append(label)
                 continue
             if not result.complete:
                 return None
