@@ -146,7 +146,7 @@ def gradient_scores(
         inputs.reader, config.seed, config.batch_size, count, layout.batch, inputs.targets,
         inputs.recording, resolved.period_steps,
     )  # fmt: skip
-    frozen = inputs.teachers.teaching[: len(built.live_teachers)]
+    frozen = inputs.teachers.live(built)
     log(f"channels are chosen by the gradient over the first {count:,} batches")
     sums: list[TaylorSums] = []
     for step, batch in enumerate(feed.feed(0, itertools.repeat(1, count))):

@@ -91,6 +91,10 @@ class FrozenTeachers(NamedTuple):
     teaching: tuple[Variables, ...]
     notes: list[str]
 
+    def live(self, built: Build) -> tuple[Variables, ...]:
+        """Those that the step runs."""
+        return self.teaching[: len(built.live_teachers)]
+
 
 def freeze_teachers(
     config: Config,

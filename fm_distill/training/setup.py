@@ -89,7 +89,7 @@ class Setup:
     @property
     def live_teachers(self) -> tuple[Variables, ...]:
         """The frozen teachers that the step runs."""
-        return self.teachers.teaching[: len(self.built.live_teachers)]
+        return self.teachers.live(self.built)
 
     @property
     def teachers_to_check(self) -> tuple[tuple[Branch, Variables], ...]:
@@ -214,7 +214,7 @@ def prepare(
             inputs.recording,
             resolved.period_steps,
         )
-    live_variables = teachers.teaching[: len(built.live_teachers)]
+    live_variables = teachers.live(built)
     program = make_program(
         built.train_step, built.abstract_state, live_variables, feed.data, layout
     )
