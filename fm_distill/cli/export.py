@@ -83,6 +83,11 @@ def _lines(out: str, card: "Card") -> list[str]:
     ]
     if parity.within_bound < 1:
         lines.append(f"{100 * parity.within_bound:.2f} % of the values are within the tolerance")
+    if parity.relative_error is not None and parity.relative_bound is not None:
+        lines.append(
+            f"root mean square difference {parity.relative_error:.2g} of the spread of the run's "
+            f"outputs ({parity.relative_bound:g} allowed)"
+        )
     if function.bytes and function.float32_bytes:
         size_ratio = (
             f"{function.bytes / function.float32_bytes:.2f} of the size of its float32 weights"
